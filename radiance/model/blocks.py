@@ -1,0 +1,105 @@
+"""The two kinds of transformer block: double (image and text with their own weights) and single (one stream).
+
+A single block's fused matrices (`linear1`, `linear2` of the checkpoints) are kept here in their parts, so that heads and MLP
+channels can each be sharded; `weights/` joins and splits them.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from radiance import config
+from radiance.model.attention import attention, rotate
+
+
+def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
+    """Layer norm without parameters, eps 1e-6, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def modulate(x: Float[Array, "b n d"], shift: Float32[Array, "b d"], scale: Float32[Array, "b d"]) -> Float[Array, "b n d"]:
+    return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).astype(x.dtype)
+
+
+def gated(x: Float[Array, "b n d"], gate: Float32[Array, "b d"], f: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    return x + gate[:, None].astype(x.dtype) * f
+
+
+class SelfAttention(nnx.Module):
+    """Queries, keys and values of one stream, with the norms of the first two, and the way back."""
+
+    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs, proj_bias: bool = True):
+        heads = (model.heads, model.head_dim)
+        self.qkv = nnx.LinearGeneral(model.hidden, (3, *heads), dtype=dtype, rngs=rngs)
+        self.query_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.key_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.proj = nnx.LinearGeneral(heads, model.hidden, axis=(-2, -1), use_bias=proj_bias, dtype=dtype, rngs=rngs)
+
+    def project(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
+        q, k, v = jnp.unstack(self.qkv(x), axis=2)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class MLP(nnx.Module):
+    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear_in = nnx.Linear(model.hidden, model.mlp_hidden, dtype=dtype, rngs=rngs)
+        self.linear_out = nnx.Linear(model.mlp_hidden, model.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.linear_out(nnx.gelu(self.linear_in(x), approximate=True))
+
+
+class Stream(nnx.Module):
+    """One side of a double block."""
+
+    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = SelfAttention(model, dtype, rngs)
+        self.mlp = MLP(model, dtype, rngs)
+
+    def open(self, x: Float[Array, "b n d"], vectors: Float32[Array, "b 6 d"]) -> tuple[Float[Array, "b n h k"], ...]:
+        return self.attention.project(modulate(x, vectors[:, 0], vectors[:, 1]))
+
+    def close(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"], vectors: Float32[Array, "b 6 d"]) -> Float[Array, "b n d"]:
+        x = gated(x, vectors[:, 2], self.attention.proj(attended))
+        return gated(x, vectors[:, 5], self.mlp(modulate(x, vectors[:, 3], vectors[:, 4])))
+
+
+class DoubleBlock(nnx.Module):
+    """Image and text keep their own weights and meet in the attention (MMDiT, arXiv 2403.03206)."""
+
+    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.image = Stream(model, dtype, rngs)
+        self.text = Stream(model, dtype, rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "b n d"],
+        text: Float[Array, "b l d"],
+        image_vectors: Float32[Array, "b 6 d"],
+        text_vectors: Float32[Array, "b 6 d"],
+        rope: Float32[Array, "2 joint 1 half"],
+        kv_len: Int[Array, " b"] | None,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b l d"]]:
+        sides = zip(self.image.open(image, image_vectors), self.text.open(text, text_vectors))
+        q, k, v = (jnp.concatenate(side, axis=1) for side in sides)
+        attended = attention(rotate(q, rope), rotate(k, rope), v, kv_len)
+        n = image.shape[1]
+        return self.image.close(image, attended[:, :n], image_vectors), self.text.close(text, attended[:, n:], text_vectors)
+
+
+class SingleBlock(nnx.Module):
+    """Attention and MLP side by side on the joint sequence (arXiv 2302.05442)."""
+
+    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = SelfAttention(model, dtype, rngs, proj_bias=False)  # the fused matrix has one bias: the MLP's
+        self.mlp = MLP(model, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], vectors: Float32[Array, "b 3 d"], rope: Float32[Array, "2 n 1 half"], kv_len: Int[Array, " b"] | None
+    ) -> Float[Array, "b n d"]:
+        y = modulate(x, vectors[:, 0], vectors[:, 1])
+        q, k, v = self.attention.project(y)
+        attended = attention(rotate(q, rope), rotate(k, rope), v, kv_len)
+        return gated(x, vectors[:, 2], self.attention.proj(attended) + self.mlp(y))

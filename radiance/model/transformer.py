@@ -1,0 +1,153 @@
+"""The network: a picture, a text and a time in, a velocity out.
+
+Axis letters: b batch, n image tokens, l text tokens, d hidden, h heads, k head size, p patch side, c channels.
+The parameters live outside the module, in a plain nested dict with the blocks of a kind stacked on axis 0:
+`abstract` shows it, `init` makes it, and `bind` puts it into a module that can be called.
+"""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+
+from radiance import config
+from radiance.model.attention import position_ids, rope_table
+from radiance.model.blocks import DoubleBlock, SingleBlock
+from radiance.model.modulation import Vectors, make_modulation
+from radiance.model.pixel_head import LinearHead, NerfHead, unfold
+
+Params = dict[str, Any]  # nested; leaves are arrays
+
+REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Transformer(nnx.Module):
+    def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
+        self.config, self.compute = model, compute
+        dtype = self.dtype = jnp.dtype(compute.dtype)
+        side = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
+        self.patch_embed = nnx.Linear(side * side * model.channels, model.hidden, dtype=dtype, rngs=rngs)
+        self.text_embed = nnx.Linear(model.text_dim, model.hidden, dtype=dtype, rngs=rngs)
+        if model.registers:
+            self.registers = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden)))
+        self.modulation = make_modulation(model, dtype, rngs)
+        self.double = _stack(DoubleBlock, model.double_blocks, model, dtype, rngs)
+        self.single = _stack(SingleBlock, model.single_blocks, model, dtype, rngs)
+        self.head = LinearHead(model, rngs) if model.head == "linear" else NerfHead(model, compute.head_tile, dtype, rngs)
+
+    def __call__(
+        self,
+        image: Float[Array, "b height width c"],
+        text: Float[Array, "b l e"],
+        lengths: Int[Array, " b"],
+        time: Float32[Array, " b"],
+        guidance: Float32[Array, " b"] | None = None,
+        pooled: Float[Array, "b f"] | None = None,
+        *,
+        divisor: Float32[Array, " b"] | None = None,
+        vectors: Vectors | None = None,
+    ) -> Float32[Array, "b height width c"]:
+        """Velocity (noise − picture) at `image`, a picture mixed with noise at `time` (1 is noise, 0 the picture).
+
+        image: in [-1, 1] at time 0; height and width must divide by the patch (ValueError otherwise).
+        text, lengths: the encoder's output and the number of real tokens of each row, end-of-sequence included.
+        guidance: the guidance number that some models embed; 0 when None, as in all published Chroma training.
+        divisor: for x0 models, by what image − x̂ is divided; `time` when None, which must then not be 0.
+        vectors: what `modulation(time, guidance, pooled)` gave, if it is at hand; its b may be 1.
+        """
+        model = self.config
+        height, width = image.shape[1:3]
+        if height % model.patch or width % model.patch:
+            raise ValueError(f"A picture of {width}×{height} does not divide into patches of {model.patch}: pad it first.")
+        image = image.astype(jnp.float32)
+        if vectors is None:
+            vectors = self.modulation(time.astype(jnp.float32), guidance, pooled)
+
+        x = self.embed_image(image)
+        y, visible = self.embed_text(text, lengths)
+        n, words = x.shape[1], y.shape[1]
+        ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
+        rope = rope_table(ids, model.rope_axes, model.rope_theta)
+        kv_len = None if model.masking == "off" else n + words - text.shape[1] + visible
+
+        def double(carry, block_vectors):
+            block, image_vectors, text_vectors = block_vectors
+            return block(*carry, image_vectors, text_vectors, rope, kv_len), None
+
+        def single(x, block_vectors):
+            block, vectors = block_vectors
+            return block(x, vectors, rope, kv_len), None
+
+        if model.double_blocks:
+            (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))
+        if model.single_blocks:
+            joint, _ = jax.lax.scan(self.remat(single), jnp.concatenate([x, y], axis=1), (self.single, vectors.single))
+            x = joint[:, :n]
+
+        predicted = self.head(x, vectors.output, height, width) if model.head == "linear" else self.head(x, image)
+        if model.prediction == "velocity":
+            return predicted
+        divisor = time if divisor is None else divisor
+        return (image - predicted) / divisor.astype(jnp.float32)[:, None, None, None]
+
+    def embed_image(self, image: Float32[Array, "b height width c"]) -> Float[Array, "b n d"]:
+        side = self.config.patch
+        if self.config.patch_embed == "conv_half":
+            image, side = image[:, ::2, ::2], side // 2
+        patches = unfold(image, side)
+        return self.patch_embed(patches.reshape(*patches.shape[:2], -1))
+
+    def embed_text(self, text: Float[Array, "b l e"], lengths: Int[Array, " b"]) -> tuple[Float[Array, "b w d"], Int[Array, " b"]]:
+        """Registers and text tokens, and how many of the text tokens are visible."""
+        visible = visible_tokens(lengths, text.shape[1], self.config.masking)
+        # What is hidden is also erased: even a NaN there must not pass through a product with 0.
+        text = jnp.where((jnp.arange(text.shape[1]) < visible[:, None])[..., None], text, 0)
+        y = self.text_embed(text)
+        if self.config.registers:
+            registers = jnp.broadcast_to(self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape))
+            y = jnp.concatenate([registers, y], axis=1)
+        return y, visible
+
+    def remat(self, body):
+        if self.compute.remat == "none":
+            return body
+        return jax.checkpoint(body, policy=REMAT[self.compute.remat], prevent_cse=False)
+
+
+def visible_tokens(lengths: Int[Array, " b"], limit: int, masking: str) -> Int[Array, " b"]:
+    """Text tokens that take part in the attention: the real ones and one padding token (Chroma), the real ones, or all."""
+    return {"one_pad": jnp.minimum(lengths + 1, limit), "strict": lengths, "off": jnp.full_like(lengths, limit)}[masking]
+
+
+def _stack(kind: type, count: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+    """`count` blocks as one module whose arrays have a leading axis; None for no blocks."""
+    if count == 0:
+        return None
+    return jax.vmap(lambda key: kind(model, dtype, nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+# --- parameters as a plain tree ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _skeleton(model: config.Model, compute: config.Compute):
+    return nnx.split(jax.eval_shape(lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0)))
+
+
+def abstract(model: config.Model) -> Params:
+    """The parameter tree with shapes and types in place of arrays; costs no memory."""
+    return nnx.to_pure_dict(_skeleton(model, config.Compute())[1])
+
+
+@partial(jax.jit, static_argnames="model")
+def init(model: config.Model, key: PRNGKeyArray) -> Params:
+    """Fresh float32 parameters."""
+    return nnx.to_pure_dict(nnx.state(Transformer(model, config.Compute(), nnx.Rngs(key))))
+
+
+def bind(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
+    """The module that computes with `params`; inside `jax.jit` this is free."""
+    return nnx.merge(_skeleton(model, compute)[0], params)

@@ -1,0 +1,153 @@
+"""From noise to a picture: schedules of times, solvers of the flow's equation, and guidance. One compiled scan.
+
+No solver evaluates the model at time 0, where x0 models divide by 0.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+from scipy.stats import beta
+
+from radiance.config import Sample
+from radiance.flow import resolution_shift, shift_time
+from radiance.model.modulation import Vectors
+from radiance.model.transformer import Transformer
+
+Image = Float32[Array, "b height width c"]
+
+
+class Condition(NamedTuple):
+    """What a picture is asked to show."""
+
+    text: Float[Array, "b l e"]
+    lengths: Int[Array, " b"]
+    pooled: Float[Array, "b p"] | None = None
+
+
+def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
+    """Falling times from 1 to 0.
+
+    uniform; shifted by e^μ, with `settings.shift` as μ or FLUX's by the number of image tokens; or quantiles of a Beta law
+    (arXiv 2407.12173).
+    """
+    uniform = np.linspace(1, 0, settings.steps + 1)
+    if settings.schedule == "shifted":
+        mu = resolution_shift(tokens) if settings.shift is None else settings.shift
+        times = np.concatenate([shift_time(uniform[:-1], mu), [0.0]])
+    elif settings.schedule == "beta":
+        times = beta.ppf(uniform, *settings.beta)
+    else:
+        times = uniform
+    return times.astype(np.float32)
+
+
+def sample(
+    model: Transformer, noise: Image, times: Float32[np.ndarray, " steps+1"], settings: Sample, positive: Condition, negative: Condition | None = None
+) -> Image:
+    """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`.
+
+    negative: what guidance leads away from; needed unless `settings.guidance` is 1. Guidance is
+    v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
+    """
+    use = _guided(times, settings)
+    if use.any() and negative is None:
+        raise ValueError("Guidance other than 1 needs a negative condition: that of the empty prompt, for instance.")
+    both = Condition(*(None if p is None else jnp.concatenate([p, n]) for p, n in zip(positive, negative))) if use.any() else positive
+
+    # Modulation depends on nothing that changes from picture to picture (but a pooled text): one evaluation serves the run.
+    def modulation(time):
+        rows = 1 if both.pooled is None else len(both.pooled)
+        return model.modulation(jnp.full((rows,), time), None, both.pooled)
+
+    vectors = jax.lax.map(modulation, jnp.asarray(times))
+
+    def conditional(x, t, vectors):
+        return model(x, positive.text, positive.lengths, jnp.full(len(x), t), vectors=_first(vectors, len(x)))
+
+    def with_guidance(x, t, vectors):
+        double = jnp.concatenate([x, x])
+        v = model(double, both.text, both.lengths, jnp.full(len(double), t), vectors=vectors)
+        return guide(*jnp.split(v, 2), settings)
+
+    def velocity(x, t, i, guided):
+        at = jax.tree.map(lambda v: v[i], vectors)
+        if use.all() or not use.any():
+            return (with_guidance if use.all() else conditional)(x, t, at)
+        return jax.lax.cond(guided, with_guidance, conditional, x, t, at)
+
+    return integrate(velocity, noise, times, settings.solver, use)
+
+
+def guide(positive: Image, negative: Image, settings: Sample) -> Image:
+    """Guided velocity; `guidance_rescale` pulls its spread back to that of the conditional one (arXiv 2305.08891, eq. 15-16)."""
+    v = negative + settings.guidance * (positive - negative)
+    if settings.guidance_rescale == 0:
+        return v
+    spread = [jnp.std(x, axis=(1, 2, 3), keepdims=True) for x in (positive, v)]
+    return v * (1 + settings.guidance_rescale * (spread[0] / jnp.maximum(spread[1], 1e-12) - 1))
+
+
+def integrate(
+    velocity: Callable[[Image, Array, Array, Array], Image],
+    noise: Image,
+    times: Float32[np.ndarray, " steps+1"],
+    solver: str,
+    guided: np.ndarray | None = None,
+) -> Image:
+    """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last.
+
+    euler; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
+    for α = 1 − t, σ = t: second order at one evaluation a step; first and last step are of first order).
+    """
+    steps = len(times) - 1
+    guided = np.zeros((steps, 2), bool) if guided is None else guided
+    xs = (jnp.arange(steps), jnp.asarray(times[:-1]), jnp.asarray(times[1:]), jnp.asarray(guided))
+
+    def euler(carry, step):
+        x, memory = carry
+        i, t, t_next, use = step
+        return (x + (t_next - t) * velocity(x, t, i, use[0]), memory), None
+
+    def heun(carry, step):
+        x, memory = carry
+        i, t, t_next, use = step
+        first = velocity(x, t, i, use[0])
+        end = x + (t_next - t) * first
+        slope = jax.lax.cond(t_next > 0, lambda: (first + velocity(end, t_next, i + 1, use[1])) / 2, lambda: first)
+        return (x + (t_next - t) * slope, memory), None
+
+    def dpmpp_2m(carry, step):
+        x, (previous, previous_t) = carry
+        i, t, t_next, use = step
+        clean = x - t * velocity(x, t, i, use[0])
+        # λ = log(α/σ); at t = 1 and t = 0 it is infinite, and there the second-order term is left out.
+        log_snr = [jnp.log((1 - s) / s) for s in (previous_t, t, t_next)]
+        ratio = (log_snr[1] - log_snr[0]) / (log_snr[2] - log_snr[1])
+        second = (i > 0) & (previous_t < 1) & (t_next > 0)
+        weight = jnp.where(second, 1 / (2 * jnp.where(second, ratio, 1)), 0)
+        blend = (1 + weight) * clean - weight * previous
+        decay = t_next * (1 - t) / (t * jnp.maximum(1 - t_next, 1e-12))  # e^(λ(t) − λ(t_next))
+        return (t_next / t * x + (1 - t_next) * (1 - decay) * blend, (clean, t)), None
+
+    solvers = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+    (x, _), _ = jax.lax.scan(solvers[solver], (noise, (noise, jnp.float32(1))), xs)
+    return x
+
+
+def _guided(times: np.ndarray, settings: Sample) -> np.ndarray:
+    """[steps, 2]: whether guidance is on at the start of a step, and at its end (for solvers that look there too)."""
+    low, high = settings.guidance_interval
+    inside = (times >= low) & (times <= high) & (settings.guidance != 1)
+    late = np.arange(len(times) - 1) >= settings.unguided_steps
+    return np.stack([late & inside[:-1], late & inside[1:]], axis=1)
+
+
+def _first(vectors: Vectors, count: int) -> Vectors:
+    """The rows of the conditional half, where there are two."""
+    if vectors.output.shape[0] == 1:
+        return vectors
+    return Vectors(vectors.double_image[:, :count], vectors.double_text[:, :count], vectors.single[:, :count], vectors.output[:count])
