@@ -77,8 +77,14 @@ class Model(Section):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1.")
         for name in ("double_blocks", "single_blocks", "registers", "pooled_dim"):
             _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}: it cannot be negative.")
-        _require(self.double_blocks + self.single_blocks >= 1, "model.double_blocks and model.single_blocks are both 0: a model needs at least one block.")
-        _require(self.hidden % self.heads == 0, f"model.hidden={self.hidden} does not divide into model.heads={self.heads} heads: change one of them.")
+        _require(
+            self.double_blocks + self.single_blocks >= 1,
+            "model.double_blocks and model.single_blocks are both 0: a model needs at least one block.",
+        )
+        _require(
+            self.hidden % self.heads == 0,
+            f"model.hidden={self.hidden} does not divide into model.heads={self.heads} heads: change one of them.",
+        )
         _require(
             len(self.rope_axes) == 3 and all(a >= 0 and a % 2 == 0 for a in self.rope_axes),
             f"model.rope_axes={self.rope_axes}: three even numbers are needed (text index, row, column).",
@@ -87,10 +93,21 @@ class Model(Section):
             sum(self.rope_axes) == self.head_dim,
             f"model.rope_axes={self.rope_axes} add up to {sum(self.rope_axes)}, but a head has {self.head_dim} channels (model.hidden / model.heads): make them equal.",
         )
-        _require(float(self.mlp_ratio * self.hidden).is_integer(), f"model.mlp_ratio={self.mlp_ratio} times model.hidden={self.hidden} is not a whole number.")
-        _require(self.approximator_dim % 8 == 0 and self.approximator_dim > 0, f"model.approximator_dim={self.approximator_dim} must be a positive multiple of 8.")
-        _require(self.patch_embed == "conv" or self.patch % 2 == 0, f"model.patch_embed=conv_half needs an even model.patch, not {self.patch}.")
-        _require(self.patch > 1 or self.head == "linear", f"model.head={self.head} paints the pixels of a patch, but model.patch is 1: use model.head=linear.")
+        _require(
+            float(self.mlp_ratio * self.hidden).is_integer(),
+            f"model.mlp_ratio={self.mlp_ratio} times model.hidden={self.hidden} is not a whole number.",
+        )
+        _require(
+            self.approximator_dim % 8 == 0 and self.approximator_dim > 0,
+            f"model.approximator_dim={self.approximator_dim} must be a positive multiple of 8.",
+        )
+        _require(
+            self.patch_embed == "conv" or self.patch % 2 == 0, f"model.patch_embed=conv_half needs an even model.patch, not {self.patch}."
+        )
+        _require(
+            self.patch > 1 or self.head == "linear",
+            f"model.head={self.head} paints the pixels of a patch, but model.patch is 1: use model.head=linear.",
+        )
         _require(
             self.pooled_dim == 0 or self.modulation in ("per_block", "shared"),
             f"model.pooled_dim={self.pooled_dim} is read only by modulation per_block and shared, not {self.modulation}: set it to 0.",
@@ -197,7 +214,9 @@ class Optimizer(Section):
         _require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate} must be at least 1.")
         _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).")
         _require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
-        _require(all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1).")
+        _require(
+            all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1)."
+        )
         _require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
         _require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
 
@@ -252,7 +271,8 @@ class Sample(Section):
         _require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
         _require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
         _require(
-            self.weights in ("params", "ema") or self.weights.startswith("ema="), f"sample.weights={self.weights!r}: say params, ema or ema=DECAY."
+            self.weights in ("params", "ema") or self.weights.startswith("ema="),
+            f"sample.weights={self.weights!r}: say params, ema or ema=DECAY.",
         )
 
 
@@ -266,7 +286,10 @@ class Mesh(Section):
 
     def check(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1, f"mesh={sizes}: sizes are at least 1, and one of them may be -1.")
+        _require(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh={sizes}: sizes are at least 1, and one of them may be -1.",
+        )
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,11 @@ def bounded(flow: Flow, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
 
 
 def velocity_target(
-    flow: Flow, prediction: str, image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"], time: Float32[Array, " b"]
+    flow: Flow,
+    prediction: str,
+    image: Float32[Array, "b height width c"],
+    noise: Float32[Array, "b height width c"],
+    time: Float32[Array, " b"],
 ) -> Float32[Array, "b height width c"]:
     """What the model's velocity is compared with. For x0 models target and prediction are divided alike, so that the loss is
     the error of x̂ with weight 1 / divisor²."""
@@ -90,9 +94,7 @@ def velocity_target(
     return (mix(image, noise, time) - image) / bounded(flow, time)[:, None, None, None]
 
 
-def squared_error(
-    velocity: Float32[Array, "b height width c"], target: Float32[Array, "b height width c"]
-) -> Float32[Array, " b"]:
+def squared_error(velocity: Float32[Array, "b height width c"], target: Float32[Array, "b height width c"]) -> Float32[Array, " b"]:
     """Mean over the values of each picture."""
     return jnp.square(velocity.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
@@ -117,9 +119,7 @@ def coupling_costs(
     return squares - 2 * jnp.matmul(x, y.T, precision="highest")
 
 
-def transport(
-    image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"], cost: str
-) -> Int[Array, " b"]:
+def transport(image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"], cost: str) -> Int[Array, " b"]:
     """Which noise each picture gets so that the sum of costs is least (minibatch optimal transport, arXiv 2302.00482).
 
     Exact (Hungarian algorithm), and over the whole batch it is given: under a mesh that is the global batch, alike on every host.

@@ -46,7 +46,12 @@ def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
 
 
 def sample(
-    model: Transformer, noise: Image, times: Float32[np.ndarray, " steps+1"], settings: Sample, positive: Condition, negative: Condition | None = None
+    model: Transformer,
+    noise: Image,
+    times: Float32[np.ndarray, " steps+1"],
+    settings: Sample,
+    positive: Condition,
+    negative: Condition | None = None,
 ) -> Image:
     """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`.
 

@@ -97,7 +97,11 @@ class SingleBlock(nnx.Module):
         self.mlp = MLP(model, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], vectors: Float32[Array, "b 3 d"], rope: Float32[Array, "2 n 1 half"], kv_len: Int[Array, " b"] | None
+        self,
+        x: Float[Array, "b n d"],
+        vectors: Float32[Array, "b 3 d"],
+        rope: Float32[Array, "2 n 1 half"],
+        kv_len: Int[Array, " b"] | None,
     ) -> Float[Array, "b n d"]:
         y = modulate(x, vectors[:, 0], vectors[:, 1])
         q, k, v = self.attention.project(y)

@@ -120,7 +120,9 @@ class Condition(nnx.Module):
         if model.pooled_dim:
             self.pooled = Embedder(model.pooled_dim, model, dtype, rngs)
 
-    def __call__(self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None, pooled: Float[Array, "b p"] | None) -> Float[Array, "b d"]:
+    def __call__(
+        self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None, pooled: Float[Array, "b p"] | None
+    ) -> Float[Array, "b d"]:
         x = self.time(sinusoid(time, TIME_EMBEDDING))
         if hasattr(self, "guidance"):
             x += self.guidance(sinusoid(jnp.zeros_like(time) if guidance is None else guidance, TIME_EMBEDDING))
@@ -160,9 +162,7 @@ class PerBlock(nnx.Module):
             return y.reshape(y.shape[0], len(x), count, -1)
 
         output = self.output(x).astype(jnp.float32) if hasattr(self, "output") else jnp.zeros((len(x), 2 * x.shape[-1]))
-        return Vectors(
-            vectors(self.double_image, 6), vectors(self.double_text, 6), vectors(self.single, 3), output.reshape(len(x), 2, -1)
-        )
+        return Vectors(vectors(self.double_image, 6), vectors(self.double_text, 6), vectors(self.single, 3), output.reshape(len(x), 2, -1))
 
 
 class Shared(nnx.Module):
@@ -181,7 +181,13 @@ class Shared(nnx.Module):
     ) -> Vectors:
         x = self.linear(nnx.silu(self.condition(time, guidance, pooled))).astype(jnp.float32)
         image, text, single, output = jnp.split(x.reshape(len(x), 17, -1), [6, 12, 15], axis=1)
-        return Vectors(*(s[None] + offset[...][:, None] for s, offset in zip((image, text, single), (self.double_image, self.double_text, self.single))), output)
+        return Vectors(
+            *(
+                s[None] + offset[...][:, None]
+                for s, offset in zip((image, text, single), (self.double_image, self.double_text, self.single))
+            ),
+            output,
+        )
 
 
 class Static(nnx.Module):

@@ -57,7 +57,10 @@ class HashEncoder:
 
     def words(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFKC", text).casefold()
-        return re.findall(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s]", text)
+        return re.findall(
+            r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s]",
+            text,
+        )
 
     def count(self, text: str) -> int:
         return len(self.words(text)) + 1
@@ -74,7 +77,9 @@ class HashEncoder:
         words = self.words(text)
         if len(words) >= self.limit and not cut:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            raise TextError(f"The prompt {shown!r} has {len(words) + 1} tokens, and the limit is {self.limit}: shorten it, or raise text.length.")
+            raise TextError(
+                f"The prompt {shown!r} has {len(words) + 1} tokens, and the limit is {self.limit}: shorten it, or raise text.length."
+            )
         words = [*words[: self.limit - 1], self.END]
         grams = [[w, f"{a} {w}", f"{w} {b}"] for a, w, b in zip(["", *words], words, [*words[1:], ""])]
         return np.stack([sum(_gaussian(g, self.dim) for g in row) / np.sqrt(3, dtype=np.float32) for row in grams])

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,17 +171,18 @@ def layout(model: config.Model) -> tuple[dict[str, tuple[int, ...]], dict[str, S
         if not row.when(model) or any(path not in leaves for path in paths):
             continue
         covered.update(paths)
-        count = leaves[paths[0]].shape[0] if "{i}" in row.native else None
-        for i in range(count) if count is not None else [None]:
+        stacked = "{i}" in row.native
+        join = partial(_join, row, 0 if stacked else None, model=model)
+        shape = jax.eval_shape(join, {path: leaves[path] for path in paths}).shape
+        for i in range(leaves[paths[0]].shape[0]) if stacked else [None]:
             name = row.native.format(i=i)
-            shapes[name] = jax.eval_shape(lambda: _join(row, i, {p: jax.numpy.zeros(leaves[p].shape) for p in paths}, model)).shape
-            sources[name] = Source(row, i)
+            shapes[name], sources[name] = shape, Source(row, i)
     if missing := set(leaves) - covered:
         raise AssertionError(f"The table has no row for {sorted(missing)}.")
     return shapes, sources
 
 
-def _join(row: Row, index: int | None, leaves: Mapping, model: config.Model):
+def _join(row: Row, index: int | None, leaves: Mapping, *, model: config.Model):
     """The native tensor from our leaves; works on NumPy and (abstract) JAX arrays."""
     xs = []
     for path, kind in row.parts:
@@ -216,7 +218,9 @@ def read(path: str | Path, model: config.Model | None = None, shardings: Params 
     model = detect(shapes, file.metadata, file.path) if model is None else model
     for marker in ("__x0__", "__sequential__"):
         if marker in shapes and marker not in markers(model):
-            raise CheckpointError(f"{path} is marked {marker}, but a model without that was asked for: set model.prediction or model.text_ids.")
+            raise CheckpointError(
+                f"{path} is marked {marker}, but a model without that was asked for: set model.prediction or model.text_ids."
+            )
     return model, from_native(model, shapes, lambda name: file[names[name]], file.path, shardings)
 
 
@@ -241,7 +245,9 @@ def from_native(
             value = _split(row, path, tensor(name), expected[name], leaves)
             out[... if index is None else index] = value.reshape(out.shape if index is None else out.shape[1:])
         if not np.isfinite(out).all():
-            raise CheckpointError(f"{origin}: {by_path[path][0][0]} (or one of its stack) holds values that are not finite: the file is damaged.")
+            raise CheckpointError(
+                f"{origin}: {by_path[path][0][0]} (or one of its stack) holds values that are not finite: the file is damaged."
+            )
         if placed[path] is None:
             return jax.numpy.asarray(out)
         return jax.make_array_from_callback(out.shape, placed[path], lambda part: out[part])
@@ -252,7 +258,10 @@ def from_native(
 
 def _split(row: Row, path: str, tensor: np.ndarray, shape: tuple[int, ...], leaves: Mapping) -> np.ndarray:
     """The part of a native tensor that belongs to `path`, in our order of axes."""
-    sizes = [math.prod(leaves[p].shape[1:] if "{i}" in row.native else leaves[p].shape) * shape[row.axis] // math.prod(shape) for p, _ in row.parts]
+    sizes = [
+        math.prod(leaves[p].shape[1:] if "{i}" in row.native else leaves[p].shape) * shape[row.axis] // math.prod(shape)
+        for p, _ in row.parts
+    ]
     at = [p for p, _ in row.parts].index(path)
     if len(row.parts) > 1:
         tensor = np.take(tensor, range(sum(sizes[:at]), sum(sizes[: at + 1])), axis=row.axis)
@@ -272,7 +281,7 @@ def write(path: str | Path, model: config.Model, params: Params, dtype: str = "f
             return np.zeros(0, np.float32)
         row, index = sources[name]
         parts = {p: np.asarray(leaves[p] if index is None else leaves[p][index]) for p, _ in row.parts}
-        return _join(row, None, parts, model)
+        return _join(row, None, parts, model=model)
 
     dtypes = {n: DTYPES["float32" if n not in sources or n.startswith("nerf_image_embedder.") else dtype] for n in shapes}
     write_safetensors(path, shapes, dtypes, tensor, {METADATA_KEY: json.dumps(config.to_dict(model)), **(metadata or {})})
