@@ -158,7 +158,7 @@ class Text(Section):
 class Data(Section):
     """Pictures and captions, and the batches made of them."""
 
-    source: str = "digits"  # a name in radiance.data.sources
+    source: Literal["digits"] = "digits"
     directory: str = "~/.cache/radiance"  # where prepared data sets are kept
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts

@@ -4,6 +4,7 @@ No solver evaluates the model at time 0, where x0 models divide by 0.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 from scipy.stats import beta
 
-from radiance.config import Sample
+from radiance.config import Compute, Model, Sample
 from radiance.flow import resolution_shift, shift_time
 from radiance.model.modulation import Vectors
-from radiance.model.transformer import Transformer
+from radiance.model.transformer import Params, Transformer, bind
 
 Image = Float32[Array, "b height width c"]
 
@@ -26,6 +27,26 @@ class Condition(NamedTuple):
     text: Float[Array, "b l e"]
     lengths: Int[Array, " b"]
     pooled: Float[Array, "b p"] | None = None
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "settings", "noise_scale", "height", "width"))
+def paint(
+    params: Params,
+    seeds: Int[Array, " b"],
+    positive: Condition,
+    negative: Condition | None,
+    *,
+    model: Model,
+    compute: Compute,
+    settings: Sample,
+    noise_scale: float,
+    height: int,
+    width: int,
+) -> Image:
+    """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch."""
+    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
+    times = times_of(settings, (height // model.patch) * (width // model.patch))
+    return sample(bind(model, compute, params), noise_scale * noise, times, settings, positive, negative)
 
 
 def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:

@@ -36,7 +36,7 @@ class Tensors:
         try:
             self._file = safe_open(self.path, framework="numpy")
             self.metadata: dict[str, str] = self._file.metadata() or {}
-            self.shapes: dict[str, tuple[int, ...]] = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}
+            self.shapes: dict[str, tuple[int, ...]] = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118 — not a dict
         except SafetensorError as error:
             raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}): copy or download it again.") from None
 

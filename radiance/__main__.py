@@ -1,0 +1,3 @@
+from radiance.cli import main
+
+raise SystemExit(main())

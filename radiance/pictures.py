@@ -1,0 +1,47 @@
+"""Pictures between Pillow and arrays: [height, width, 3] float32 in [-1, 1]; PNG files that say how they were made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image, PngImagePlugin
+
+Pixels = Float32[np.ndarray, "height width 3"]
+
+
+def to_array(picture: Image.Image, width: int, height: int) -> Pixels:
+    """The centre of `picture`, scaled (Lanczos) to cover width × height."""
+    picture = picture.convert("RGB")
+    scale = max(width / picture.width, height / picture.height)
+    crop_width, crop_height = width / scale, height / scale
+    left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
+    box = (left, top, left + crop_width, top + crop_height)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(picture, np.float32) / 127.5 - 1
+
+
+def to_picture(pixels: Pixels) -> Image.Image:
+    """Rounded to 8 bits; values beyond [-1, 1] are clipped."""
+    return Image.fromarray(np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8))
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures side by side, row by row, on white."""
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return sheet
+
+
+def save_png(path: str | Path, picture: Image.Image, facts: Mapping[str, Any]):
+    """Writes a PNG whose text chunks hold `facts`: texts as they are, the rest as JSON."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "PNG", pnginfo=info)

@@ -1,0 +1,98 @@
+"""From prompts to pictures with a trained model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from radiance import config
+from radiance.model.transformer import Params, visible_tokens
+from radiance.pictures import to_picture
+from radiance.sampling import Condition, paint
+from radiance.text.encoders import bucket, make_encoder
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.directory import RunDirectory
+
+
+class Picture(NamedTuple):
+    image: Image.Image
+    facts: dict[str, Any]  # prompt, seed, size, settings, model: what its PNG carries
+
+
+class Pipeline:
+    """A model with its text encoder. `pipeline(["a handwritten seven"], seeds=[1])` gives pictures."""
+
+    def __init__(self, run: config.Config, params: Params, origin: str = ""):
+        self.run, self.params, self.origin = run, params, origin
+        self.encoder = make_encoder(run.text, run.model.text_dim)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        settings: config.Sample | None = None,
+    ) -> list[Picture]:
+        """One picture per prompt and seed (0, 1, 2, … when None), of any size: whole patches are painted and cropped.
+
+        A picture depends on its prompt, seed, size and settings, not on the others. Raises TextError for a prompt over the
+        encoder's limit, before anything is painted.
+        """
+        run, settings = self.run, settings or self.run.sample
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
+        if not prompts:
+            return []
+        width, height = width or run.data.side, height or width or run.data.side
+        positive, negative = self.encode(prompts, settings.negative)
+
+        images, size = [], min(settings.batch, len(prompts))
+        for start in range(0, len(prompts), size):
+            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # a last, shorter batch is filled up
+            painted = paint(
+                self.params,
+                np.array(seeds, np.uint32)[rows],
+                Condition(positive.text[rows], positive.lengths[rows]),
+                Condition(np.repeat(negative.text, size, axis=0), np.repeat(negative.lengths, size)),
+                model=run.model,
+                compute=run.compute,
+                settings=replace(settings, negative=""),  # already encoded: another text needs no other program
+                noise_scale=run.flow.noise_scale,
+                height=-(-height // run.model.patch) * run.model.patch,
+                width=-(-width // run.model.patch) * run.model.patch,
+            )
+            images += list(np.asarray(painted)[:, :height, :width])
+        made = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
+        return [
+            Picture(to_picture(image), {"prompt": prompt, "seed": int(seed), **made}) for image, prompt, seed in zip(images, prompts, seeds)
+        ]
+
+    def encode(self, prompts: Sequence[str], negative: str) -> tuple[Condition, Condition]:
+        """Conditions of the prompts and of the one negative prompt, cut where no token is visible in any of them.
+
+        What is cut off is masked anyway: the picture is the same for less work.
+        """
+        text, lengths = self.encoder([*prompts, negative])
+        seen = int(np.max(visible_tokens(lengths, text.shape[1], self.run.model.masking)))
+        text = text[:, : bucket(seen, text.shape[1])]
+        return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])
+
+
+def load(model: str | Path, weights: str | None = None) -> Pipeline:
+    """The pipeline of a run directory, at its newest checkpoint.
+
+    weights: params, ema or ema=DECAY; the run's own choice when None. Raises ConfigError or CheckpointError when there is none.
+    """
+    directory = RunDirectory(Path(model))
+    run = directory.read_config()
+    checkpoints = Checkpoints(directory.checkpoints)
+    if checkpoints.latest is None:
+        raise config.ConfigError(f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps.")
+    which = weights or (run.sample.weights if run.optimizer.ema else "params")
+    params = checkpoints.restore_weights(checkpoints.latest, run, which)
+    return Pipeline(run, params, f"{run.name} step {checkpoints.latest} {which}")

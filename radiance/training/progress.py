@@ -1,0 +1,44 @@
+"""Progress for whoever watches: a bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_EVERY = 10.0  # seconds
+
+
+class Progress:
+    def __init__(self, start: int, steps: int, pictures: int):
+        self.steps, self.pictures, self.start, self.done = steps, pictures, start, start
+        self.began = self.told = time.monotonic()
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second since the first step of this process."""
+        return (self.done - self.start) * self.pictures / max(time.monotonic() - self.began, 1e-9)
+
+    def first_step_done(self):
+        """The first step includes compilation: it is left out of the rate."""
+        self.start, self.began = self.done, time.monotonic()
+
+    def update(self, step: int, facts: dict[str, float]):
+        self.done = step
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.set_postfix({"pictures/s": f"{self.rate:.0f}", **{k: f"{v:.4g}" for k, v in facts.items()}}, refresh=False)
+            self.bar.update(0)
+        elif facts and (time.monotonic() - self.told >= LINE_EVERY or step == self.steps):
+            self.told = time.monotonic()
+            left = (self.steps - step) * self.pictures / self.rate if self.rate else float("nan")
+            numbers = "  ".join(f"{k} {v:.4g}" for k, v in facts.items())
+            self.say(f"step {step}/{self.steps}  {numbers}  {self.rate:.0f} pictures/s  {left / 60:.1f} min left")
+
+    def say(self, line: str):
+        """A line that does not break the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

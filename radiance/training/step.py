@@ -1,0 +1,121 @@
+"""One training step and one validation, as pure functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int32
+
+from radiance import config, flow
+from radiance.model.transformer import Params, bind, init
+from radiance.training.optimizer import average, join, make_optimizer, split_frozen
+
+Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
+Metrics = dict[str, jax.Array]
+
+VALIDATION_BINS = 10
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class State:
+    """All that a run knows. Randomness and data follow from (seed, step), so there is nothing else to save."""
+
+    step: Int32[Array, ""]
+    params: Params
+    ema: dict[str, Params]  # by decay; only what is trained
+    optimizer: Any
+    skipped: Int32[Array, ""]  # steps without an update, since the start
+    skipped_in_row: Int32[Array, ""]
+
+
+def init_state(run: config.Config, params: Params | None = None) -> State:
+    """The state before the first step, from `params` or from scratch."""
+    params = init(run.model, jax.random.key(run.train.seed)) if params is None else params
+    trained, _ = split_frozen(params, run.optimizer.frozen)
+    zero = jnp.zeros((), jnp.int32)
+    ema = {str(decay): jax.tree.map(jnp.copy, trained) for decay in run.optimizer.ema}
+    return State(zero, params, ema, make_optimizer(run.optimizer, run.train.steps).init(trained), zero, zero)
+
+
+def make_step(run: config.Config) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The training step of a run. A step whose loss or gradient is not finite changes nothing but the count."""
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+
+    def loss_of(trained: Params, frozen: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+        losses = picture_losses(run, join(trained, frozen), part)
+        return flow.weighted_mean(losses, part["weight"]), losses.mean()
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        trained, frozen = split_frozen(state.params, run.optimizer.frozen)
+        batch = with_noise(run, batch, jax.random.fold_in(jax.random.key(run.train.seed), state.step))
+        gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, frozen, batch, run.optimizer.accumulate)
+        norm = optax.global_norm(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+        moved = optax.apply_updates(trained, updates)
+        new = (moved, average(state.ema, moved, state.step), optimizer_state)
+
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept, ema, optimizer_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (trained, state.ema, state.optimizer))
+        skipped = (~good).astype(jnp.int32)
+        state = State(
+            state.step + 1, join(kept, frozen), ema, optimizer_state, state.skipped + skipped, (state.skipped_in_row + 1) * skipped
+        )
+        metrics = {"loss": loss, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, metrics
+
+    return step
+
+
+def with_noise(run: config.Config, batch: Batch, key: jax.Array) -> Batch:
+    """The batch with its times and noise, paired over the whole batch as the config's coupling says."""
+    noise_key, time_key = jax.random.split(key)
+    image = batch["image"]
+    count, height, width, _ = image.shape
+    noise = run.flow.noise_scale * jax.random.normal(noise_key, image.shape)
+    if run.flow.coupling == "optimal_transport":
+        noise = noise[flow.transport(image, noise, run.flow.coupling_cost)]
+    tokens = (height // run.model.patch) * (width // run.model.patch)
+    names = ("image", "text", "lengths", "weight")
+    return {n: batch[n] for n in names} | {"noise": noise, "time": flow.draw_times(time_key, run.flow, count, tokens)}
+
+
+def picture_losses(run: config.Config, params: Params, batch: Batch) -> Float32[Array, " b"]:
+    """Velocity loss of every picture of a batch that has `noise` and `time`."""
+    image, noise, time = batch["image"], batch["noise"], batch["time"]
+    model = bind(run.model, run.compute, params)
+    velocity = model(flow.mix(image, noise, time), batch["text"], batch["lengths"], time, divisor=flow.bounded(run.flow, time))
+    return flow.squared_error(velocity, flow.velocity_target(run.flow, run.model.prediction, image, noise, time))
+
+
+def accumulated(value_and_grad: Callable, trained: Params, frozen: Params, batch: Batch, parts: int) -> tuple[Params, jax.Array]:
+    """Gradient and loss of the batch, computed in `parts` equal parts and averaged in float32."""
+    if parts == 1:
+        (_, loss), gradients = value_and_grad(trained, frozen, batch)
+        return gradients, loss
+    # Part j takes rows j, j + parts, …: so every device works on every part of a batch in pieces.
+    batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, part):
+        (_, loss), gradients = value_and_grad(trained, frozen, part)
+        return jax.tree.map(lambda t, x: t + x / parts, total, (gradients, loss)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+    (gradients, loss), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), batch)
+    return gradients, loss
+
+
+def validation_losses(run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""]) -> Float32[Array, "b bins"]:
+    """Loss of every picture at one time in each of ten equal bins. Times and noise depend on `seed` and the row alone."""
+    count = len(batch["image"])
+
+    def at_bin(i):
+        noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(run.train.seed), seed), i))
+        noise = run.flow.noise_scale * jax.random.normal(noise_key, batch["image"].shape)
+        time = (i + jax.random.uniform(time_key, (count,))) / VALIDATION_BINS
+        return picture_losses(run, params, batch | {"noise": noise, "time": time})
+
+    return jax.lax.map(at_bin, jnp.arange(VALIDATION_BINS)).T

@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from radiance.model.attention import attention, position_ids, rope_table, rotate
+from radiance.model.transformer import visible_tokens
+
+N, L, HEADS, SIZE = 6, 7, 2, 8  # image tokens, text tokens
+LENGTHS = np.array([1, 3, 6, 7, 0], np.int32)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def pair_masked(q, k, v, kept):
+    """The specification, float64: text first, and a pair attends when both ends are kept."""
+    swap = np.r_[N : N + L, :N]
+    q, k, v = (np.asarray(x, np.float64)[:, swap] for x in (q, k, v))
+    ends = np.concatenate([np.arange(L) < kept[:, None], np.ones((len(kept), N), bool)], axis=1)
+    mask = ends[:, None, :, None] & ends[:, None, None, :]
+    logits = np.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(q.shape[-1])
+    weights = np.where(mask, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0)
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)  # rows of hidden tokens are all zero
+    return np.einsum("bhqs,bshk->bqhk", weights, v)[:, np.argsort(swap)], ends[:, np.argsort(swap)]
+
+
+@pytest.mark.parametrize("masking", ["one_pad", "strict", "off"])
+def test_a_length_masks_as_the_pair_mask_does(masking):
+    q, k, v = (normal(len(LENGTHS), N + L, HEADS, SIZE, seed=s) for s in range(3))
+    kept = {"one_pad": np.minimum(LENGTHS + 1, L), "strict": LENGTHS, "off": np.full_like(LENGTHS, L)}[masking]
+    visible = np.asarray(visible_tokens(jnp.asarray(LENGTHS), L, masking))
+    np.testing.assert_array_equal(visible, kept)
+    ours = np.asarray(attention(q, k, v, jnp.asarray(N + visible)))
+    expected, read = pair_masked(q, k, v, kept)
+    np.testing.assert_allclose(ours[read], expected[read], atol=2e-6)
+    assert np.isfinite(ours).all()
+    if masking == "off":
+        np.testing.assert_array_equal(ours, attention(q, k, v, None))
+
+
+def test_what_lies_beyond_the_length_has_no_influence_and_no_gradient():
+    q, k, v = (normal(len(LENGTHS), N + L, HEADS, SIZE, seed=s) for s in range(3))
+    kv_len = jnp.asarray(N + LENGTHS)
+    hidden = np.arange(N + L) >= np.asarray(kv_len)[:, None]
+
+    @jax.jit
+    def run(k, v):
+        return jax.vjp(lambda k, v: attention(q, k, v, kv_len), k, v)
+
+    out, pull = run(k, v)
+    for gradient in pull(jnp.ones_like(out)):
+        assert np.isfinite(gradient).all()
+        assert (np.asarray(gradient)[hidden] == 0).all()
+        assert (np.asarray(gradient)[~hidden] != 0).any()
+    k[hidden], v[hidden] = 1e4, -3e4
+    np.testing.assert_array_equal(run(k, v)[0], out)
+    k[0, N] += 1  # the first text token is visible
+    assert np.abs(run(k, v)[0][0] - out[0]).max() > 1e-3
+
+
+def test_position_ids():
+    ids = position_ids(2, 3, registers=1, text=3, sequential=False)
+    assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]] + 4 * [[0, 0, 0]]
+    assert position_ids(1, 1, registers=2, text=3, sequential=True)[1:].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]]
+
+
+@pytest.mark.parametrize("axes", [(4, 10, 10), (16, 56, 56), (0, 2, 6)])
+def test_rope_turns_pairs_as_complex_numbers(axes):
+    theta = 10_000.0
+    ids = np.concatenate([position_ids(3, 5, 1, 4, True), [[511, 0, 0], [0, 127, 63]]])
+    x = normal(2, len(ids), 3, sum(axes))
+    expected = np.empty(x.shape)
+    for n, position in enumerate(ids):
+        at = 0
+        for place, size in zip(position, axes):
+            for i in range(size // 2):
+                turn = np.exp(1j * place * theta ** (-2 * i / size))
+                pair = (x[:, n, :, at].astype(np.float64) + 1j * x[:, n, :, at + 1]) * turn
+                expected[:, n, :, at], expected[:, n, :, at + 1] = pair.real, pair.imag
+                at += 2
+    np.testing.assert_allclose(rotate(jnp.asarray(x), rope_table(ids, axes, theta)), expected, atol=1e-6)
+
+
+def test_rope_makes_scores_depend_on_distance_alone():
+    ids = np.array([[0, 1, 2], [3, 4, 0], [0, 1 + 5, 2 + 7], [3, 4 + 5, 0 + 7]])
+    q, k = (jnp.broadcast_to(normal(1, 1, 1, 24, seed=s), (1, 4, 1, 24)) for s in range(2))
+    q, k = (rotate(x, rope_table(ids, (4, 10, 10), 100.0)) for x in (q, k))
+    near, far = jnp.vdot(q[0, 0], k[0, 1]), jnp.vdot(q[0, 2], k[0, 3])
+    np.testing.assert_allclose(near, far, atol=1e-5)
+    assert abs(near - jnp.vdot(q[0, 0], k[0, 3])) > 1e-2
+
+
+def test_rope_works_in_float32_on_bfloat16():
+    table = rope_table(position_ids(3, 5, 0, 4, True), (4, 10, 10), 10_000.0)
+    x = jnp.asarray(normal(1, 19, 2, 24), jnp.bfloat16)
+    turned = rotate(x, table)
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(turned, rotate(x.astype(jnp.float32), table).astype(jnp.bfloat16))

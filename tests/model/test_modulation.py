@@ -1,0 +1,111 @@
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from toys import FLOAT32, QUICK, toy_model, toy_params
+
+from radiance.model.modulation import index_table, make_modulation, sinusoid, split_vectors
+from radiance.model.transformer import bind
+
+KINDS = {
+    "approximator": dict(),
+    "per_block": dict(modulation="per_block", pooled_dim=5, guidance_embed=True, head="linear"),
+    "per_block_nerf": dict(modulation="per_block"),
+    "shared": dict(modulation="shared", pooled_dim=5),
+    "none": dict(modulation="none"),
+}
+TIME = np.array([0.25, 0.5, 1.0], np.float32)
+
+
+@partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+def run(model, params, time, guidance=None, pooled=None):
+    return bind(model, FLOAT32, params).modulation(time, guidance, pooled)
+
+
+def pooled_of(model):
+    return np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32) if model.pooled_dim else None
+
+
+@pytest.mark.parametrize("count, width", [(344, 32), (11, 8)])
+def test_index_table_is_rounded_as_the_reference_rounds(count, width):
+    half = width // 2
+    expected, naive = np.empty((2, count, width))
+    for j in range(half):
+        exponent = np.float32(np.float32(-math.log(10_000.0)) * np.float32(j)) / np.float32(half)
+        frequency = np.float32(math.exp(float(exponent)))
+        for m in range(count):
+            angle = float(np.float32(np.float32(1000 * m) * frequency))
+            expected[m, [j, half + j]] = math.cos(angle), math.sin(angle)
+            exact = 1000 * m * 10_000.0 ** (-j / half)
+            naive[m, [j, half + j]] = math.cos(exact), math.sin(exact)
+    table = index_table(count, width)
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, atol=1e-7)
+    if count == 344:
+        assert np.abs(table - naive).max() > 1e-3  # the rounding can be seen
+
+
+def test_sinusoid_has_cosines_then_sines_of_a_thousand_times():
+    x, half = np.array([0.0, 0.001, 0.25, 1.0], np.float32), 8
+    angles = np.outer(1000 * x.astype(np.float64), [10_000.0 ** (-j / half) for j in range(half)])
+    np.testing.assert_allclose(sinusoid(jnp.asarray(x), 16), np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=1e-4)
+
+
+def test_order_of_the_vectors():
+    doubles, singles, b = 2, 3, 2
+    count = 3 * singles + 12 * doubles + 2
+    assert count == toy_model(double_blocks=doubles, single_blocks=singles).vectors
+    x = np.arange(count)[None, :, None] + 1000 * np.arange(b)[:, None, None] + np.zeros((1, 1, 4))
+    vectors = split_vectors(jnp.asarray(x, jnp.float32), doubles, singles)
+    for sample in range(b):
+        at = iter(range(1000 * sample, 1000 * sample + count))
+        for kind, blocks, each in ((vectors.single, singles, 3), (vectors.double_image, doubles, 6), (vectors.double_text, doubles, 6)):
+            for block in range(blocks):
+                assert kind[block, sample, :, 0].tolist() == [next(at) for _ in range(each)]
+        assert vectors.output[sample, :, 0].tolist() == [next(at), next(at)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_vectors_are_zero(kind):
+    model = toy_model(**KINDS[kind])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def fresh(key):
+        return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(TIME, jnp.ones(3), pooled_of(model))
+
+    vectors = fresh(jax.random.key(0))
+    d, rows = model.hidden, 1 if kind == "none" else 3
+    assert [x.shape for x in vectors] == [(2, rows, 6, d), (2, rows, 6, d), (3, rows, 3, d), (rows, 2, d)]
+    assert all(x.dtype == jnp.float32 and (np.asarray(x) == 0).all() for x in vectors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_vectors_depend_on(kind):
+    model = toy_model(**KINDS[kind])
+    params, pooled = toy_params(model), pooled_of(model)
+
+    def moved(**changes):
+        arguments = dict(time=TIME, guidance=np.zeros(3, np.float32), pooled=pooled) | changes
+        shifts = [np.abs(x - y).max() for x, y in zip(run(model, params, **arguments), base)]
+        return shifts[:-1] if kind == "per_block_nerf" else shifts  # nothing reads the last pair: it is zero
+
+    base = run(model, params, TIME, np.zeros(3, np.float32), pooled)
+    if kind == "none":
+        assert max(moved(time=TIME / 2)) == 0
+        return
+    assert min(moved(time=TIME / 2)) > 1e-3
+    assert max(moved(guidance=None)) == 0
+    read = model.modulation == "approximator" or model.guidance_embed
+    assert min(moved(guidance=np.full(3, 2.0, np.float32))) > 1e-3 if read else max(moved(guidance=np.full(3, 2.0, np.float32))) == 0
+    if model.pooled_dim:
+        assert min(moved(pooled=-pooled)) > 1e-3
+        with pytest.raises(ValueError, match="pooled_dim"):
+            run(model, params, TIME)
+    # every sample has its own vectors
+    second = run(model, params, TIME[1:2], np.zeros(1, np.float32), None if pooled is None else pooled[1:2])
+    for x, y in zip(second, base):
+        np.testing.assert_allclose(x, y[..., 1:2, :, :], atol=1e-5)

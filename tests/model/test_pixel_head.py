@@ -1,0 +1,121 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import FLOAT32, QUICK, toy_model, toy_params
+
+from radiance.model.pixel_head import cosine_features, fold, unfold, unit_columns
+from radiance.model.transformer import bind
+
+ROWS, COLUMNS, B = 2, 3, 2
+N = ROWS * COLUMNS
+MODEL = toy_model(double_blocks=0, single_blocks=1, modulation="none")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def head_inputs(model=MODEL):
+    return normal(B, N, model.hidden), normal(B, ROWS * model.patch, COLUMNS * model.patch, 3, seed=1)
+
+
+def loss_of(model, tile, params, tokens, image):
+    """Velocity and Σ w·velocity, with their gradients to the head's parameters, the tokens and the picture."""
+    weights = normal(*image.shape, seed=2)
+
+    def loss(head, tokens, image):
+        predicted = bind(model, replace(FLOAT32, head_tile=tile), params | dict(head=head)).head(tokens, image)
+        velocity = predicted if model.prediction == "velocity" else (image - predicted) / 0.3
+        return jnp.vdot(weights, velocity), velocity
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)
+    (_, velocity), gradient = run(params["head"], tokens, image)
+    return velocity, gradient
+
+
+def test_unfold_order_and_the_way_back():
+    image, p = normal(2, 8, 12, 5), 4
+    patches = unfold(jnp.asarray(image), p)
+    assert patches.shape == (2, 6, 16, 5)
+    for row in range(8):
+        for column in range(12):
+            at = patches[:, (row // p) * 3 + column // p, (row % p) * p + column % p]
+            np.testing.assert_array_equal(at, image[:, row, column])
+    np.testing.assert_array_equal(fold(patches, 8, 12, p), image)
+
+
+@pytest.mark.parametrize("patch, freqs", [(4, 3), (16, 8)])
+def test_cosine_features(patch, freqs):
+    features = cosine_features(patch, freqs)
+    assert features.dtype == np.float32
+    expected = np.empty((patch * patch, freqs * freqs))
+    for row in range(patch):
+        for column in range(patch):
+            x, y = column / (patch - 1), row / (patch - 1)
+            for fx in range(freqs):
+                for fy in range(freqs):
+                    value = np.cos(np.pi * fx * x) * np.cos(np.pi * fy * y) / (1 + fx * fy)
+                    expected[row * patch + column, fx * freqs + fy] = value
+    np.testing.assert_allclose(features, expected, atol=1e-6)
+
+
+def test_unit_columns():
+    w = normal(2, 5, 3).astype(np.float64)
+    w[0, :, 1] = 0
+    w[1, :, 2] *= 1e-14  # shorter than the floor of 1e-12
+    ours = np.asarray(unit_columns(jnp.asarray(w, jnp.float32)))
+    np.testing.assert_allclose(ours, w / np.maximum(np.linalg.norm(w, axis=-2, keepdims=True), 1e-12), atol=1e-6)
+    gradient = jax.grad(lambda w: unit_columns(w).sum())(jnp.asarray(w, jnp.float32))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.fixture(scope="module")
+def untiled():
+    """One patch after another would be exact; all at once is the comparison, itself checked in test_transformer."""
+    params = toy_params(MODEL)
+    return {p: loss_of(replace(MODEL, prediction=p), 0, params, *head_inputs()) for p in ("velocity", "x0")}
+
+
+@pytest.mark.parametrize("tile, prediction", [(t, "velocity") for t in (1, 3, 5, N, N + 4)] + [(t, "x0") for t in (1, 5, N + 4)])
+def test_tiles_change_nothing(untiled, tile, prediction):
+    tiled = loss_of(replace(MODEL, prediction=prediction), tile, toy_params(MODEL), *head_inputs())
+    for path, ours in jax.tree_util.tree_leaves_with_path(tiled):
+        expected = dict(jax.tree_util.tree_leaves_with_path(untiled[prediction]))[path]
+        assert np.abs(expected).max() > 0, path
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * float(np.abs(expected).max()), err_msg=str(path))
+
+
+def test_patches_do_not_see_each_other_before_the_convolution():
+    model = replace(MODEL, head="nerf_linear")
+    params, (tokens, image) = toy_params(model), head_inputs()
+    head = jax.jit(lambda tokens, image: bind(model, FLOAT32, params).head(tokens, image), compiler_options=QUICK)
+    before = head(tokens, image)
+    tokens[:, 4] += 1  # second row, second column
+    image[:, 4:, :4] += 1  # second row, first column
+    changed = np.abs(head(tokens, image) - before).max(axis=(0, 3)).reshape(ROWS, 4, COLUMNS, 4).max(axis=(1, 3)) > 1e-4
+    assert changed.tolist() == [[False, False, False], [True, True, False]]
+
+
+def test_gradient_is_finite_when_nothing_is_generated():
+    params = toy_params(MODEL)
+    blocks = params["head"]["blocks"]
+    silent = params | dict(
+        head=params["head"] | dict(blocks=blocks | dict(param_generator=jax.tree.map(jnp.zeros_like, blocks["param_generator"])))
+    )
+    _, gradient = loss_of(MODEL, 3, silent, *head_inputs())
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert np.abs(gradient[0]["embedder"]["kernel"]).max() > 0
+
+
+def test_bfloat16_head_paints_in_float32():
+    """The embedder and the last layer see float32: a change of the picture that bfloat16 cannot hold comes through."""
+    model = replace(MODEL, nerf_depth=1)
+    params, (tokens, image) = toy_params(model), head_inputs()
+    module = bind(model, replace(FLOAT32, dtype="bfloat16"), params)
+    out = jax.jit(lambda tokens, image: module.head(tokens, image))(jnp.asarray(tokens, jnp.bfloat16), image)
+    assert out.dtype == jnp.float32
+    assert module.head.embedder(jnp.ones((1, 12), jnp.float32)).dtype == jnp.float32
+    assert (np.asarray(out) != np.asarray(out.astype(jnp.bfloat16), np.float32)).any()
