@@ -1,4 +1,4 @@
-"""`radiance train · sample · verify` (also `python -m radiance`)."""
+"""`radiance train · sample · report · verify` (also `python -m radiance`)."""
 
 import argparse
 import importlib
@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
     sample.set_defaults(run=_sample)
 
+    report = verbs.add_parser("report", help="write a run's report.html", description=_report.__doc__)
+    report.add_argument("run_directory", metavar="RUN", type=Path)
+    report.set_defaults(run=_report)
+
     verify = verbs.add_parser("verify", help="compare with golden files", description=_verify.__doc__)
     verify.add_argument("files", nargs="+", metavar="FILE")
     verify.set_defaults(run=_verify)
@@ -52,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     """Trains an experiment in its run directory; the same command goes on where it stopped. Exit code 143 after SIGTERM."""
+    from radiance.evaluation.report import write_report
     from radiance.training.loop import train
 
     run = config.override(experiment(options.experiment), options.changes)
@@ -59,7 +64,7 @@ def _train(options: argparse.Namespace) -> int:
     if reached < run.train.steps:
         print(f"Stopped at step {reached} with a checkpoint: the same command goes on.", file=sys.stderr)
         return 143
-    print(f"{run.directory} is trained for {reached} steps.")
+    print(f"{run.directory} is trained for {reached} steps; see {write_report(run.directory)}.")
     return 0
 
 
@@ -82,6 +87,14 @@ def _sample(options: argparse.Namespace) -> int:
     sheet = contact_sheet([p.image for p in pictures], columns)
     save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": config.to_dict(settings)})
     print(f"{len(pictures)} pictures and sheet.png are in {options.out}.")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Writes report.html into the run directory: curves, pictures, config."""
+    from radiance.evaluation.report import write_report
+
+    print(write_report(options.run_directory))
     return 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from radiance.config import Compute, Model, Sample
-from radiance.model.transformer import bind, init
+from radiance.model.transformer import abstract, bind
 from radiance.sampling import Condition, guide, integrate, sample, times_of
 from radiance.text.encoders import bucket
 
@@ -141,7 +141,7 @@ def test_second_order_is_better_for_the_same_work(solver, steps, schedule):
 
 @each_solver
 @each_schedule
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("steps", [1, 5])
 def test_single_point_is_reached_and_time_zero_never_evaluated(solver, schedule, steps):
     """A constant x̂: every solver ends on it, whatever the number of steps."""
     point = np.linspace(-1, 1, 16, dtype=np.float32).reshape(NOISE.shape)
@@ -247,15 +247,25 @@ TINY = dict(
 COMPUTE = Compute(dtype="float32")
 
 
+# Many small programs that run once: XLA's optimizations cost more than they give.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
+
 @lru_cache
 def network(**changes):
-    """A tiny model and parameters under which nothing is zero."""
-    model = Model(**TINY | changes)
-    random = np.random.RandomState(1)
-    return model, jax.tree.map(lambda x: np.float32(x + 0.1 * random.standard_normal(x.shape)), init(model, jax.random.key(0)))
+    """A tiny model, and parameters under which nothing is zero (drawn in NumPy, as compiling `init` takes seconds)."""
+    model, random = Model(**TINY | changes), np.random.RandomState(1)
+
+    def draw(path, x):
+        noise = 0.1 * random.standard_normal(x.shape)
+        if path[-1].key == "kernel":
+            return np.float32(noise + random.standard_normal(x.shape) / np.sqrt(x.shape[-2]))
+        return np.float32(noise + (path[-1].key == "scale"))
+
+    return model, jax.tree.map_with_path(draw, abstract(model))
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(quick_jit, static_argnames="model")
 def predict(model, params, x, condition, t):
     """One call of the model, which computes its own modulation."""
     return bind(model, COMPUTE, params)(x, condition.text, condition.lengths, jnp.full(len(x), t), None, condition.pooled)
@@ -271,7 +281,7 @@ def condition(seed, lengths, room=16, pooled=0):
 POSITIVE, NEGATIVE = condition(2, (3, 9, 1)), condition(3, (1, 2, 1))
 
 
-@partial(jax.jit, static_argnames=("model", "settings"))
+@partial(quick_jit, static_argnames=("model", "settings"))
 def sampled(model, params, noise, settings, positive, negative=None):
     return sample(bind(model, COMPUTE, params), noise, times_of(settings, 4), settings, positive, negative)
 
@@ -291,7 +301,7 @@ def looped(model, params, noise, settings, positive, negative=None):
     return plain(velocity, noise, times_of(settings, 4), settings.solver)
 
 
-def close(x, expected, tolerance=2e-5):
+def close(x, expected, tolerance=1e-5):
     np.testing.assert_allclose(x, expected, atol=tolerance * np.abs(expected).max())
 
 
@@ -304,8 +314,16 @@ GUIDANCE = {
 }
 
 
-@each_solver
-@pytest.mark.parametrize("where", GUIDANCE)
+@pytest.mark.parametrize(
+    "solver, where",
+    [
+        *(("heun", where) for where in GUIDANCE),
+        ("euler", "everywhere"),
+        ("euler", "early"),
+        ("dpmpp_2m", "everywhere"),
+        ("dpmpp_2m", "early"),
+    ],
+)
 def test_sample_is_a_loop_of_model_calls(solver, where):
     settings = Sample(solver=solver, steps=4, **GUIDANCE[where])
     inputs = (*network(prediction="x0"), pictures(5), settings, POSITIVE, None if where == "nowhere" else NEGATIVE)
@@ -313,12 +331,11 @@ def test_sample_is_a_loop_of_model_calls(solver, where):
 
 
 @pytest.mark.parametrize("changes", [dict(modulation="per_block", pooled_dim=5), dict(modulation="none")], ids=["pooled", "timeless"])
-@pytest.mark.parametrize("where", ["late", "nowhere"])
-def test_sample_with_other_modulations(changes, where):
+def test_sample_with_other_modulations(changes):
     """A pooled text makes the modulation differ from picture to picture; without time it is one for all."""
     pooled = changes.get("pooled_dim", 0)
     positive, negative = condition(2, (3, 9, 1), pooled=pooled), condition(3, (1, 2, 1), pooled=pooled)
-    inputs = (*network(**changes), pictures(5), Sample(solver="heun", steps=4, **GUIDANCE[where]), positive, negative)
+    inputs = (*network(**changes), pictures(5), Sample(steps=4, **GUIDANCE["early"]), positive, negative)
     close(sampled(*inputs), looped(*inputs))
 
 
@@ -332,19 +349,16 @@ def test_settings_of_guidance_matter():
 
 
 def test_negative_is_needed_only_for_guidance():
-    model, noise = bind(network()[0], COMPUTE, network()[1]), pictures(5)
-    times = times_of(Sample(steps=4), 4)
-    with pytest.raises(ValueError, match="negative"):
-        sample(model, noise, times, Sample(steps=4, guidance=2.0), POSITIVE)
-    with pytest.raises(ValueError, match="negative"):
-        sample(model, noise, times, Sample(steps=4, guidance=2.0, unguided_steps=3), POSITIVE)
-    unguided = sampled(*network(), noise, Sample(steps=4, guidance=1.0), POSITIVE)
-    close(sampled(*network(), noise, Sample(steps=4, guidance=2.0, unguided_steps=4), POSITIVE), unguided, 1e-6)
+    model, noise, times = bind(network()[0], COMPUTE, network()[1]), pictures(5), times_of(Sample(steps=4), 4)
+    for settings in (Sample(steps=4, guidance=2.0), Sample(steps=4, guidance=2.0, unguided_steps=3)):
+        with pytest.raises(ValueError, match="negative"):
+            sample(model, noise, times, settings, POSITIVE)
+    inputs = (*network(prediction="x0"), noise, Sample(solver="heun", steps=4, guidance=2.0, unguided_steps=4), POSITIVE)
+    close(sampled(*inputs), looped(*inputs))
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m"])
-def test_pictures_do_not_depend_on_their_neighbours(solver):
-    settings = Sample(solver=solver, steps=4, **GUIDANCE["late"])
+def test_pictures_do_not_depend_on_their_neighbours():
+    settings = Sample(solver="heun", steps=4, **GUIDANCE["late"])
     inputs = (pictures(5), POSITIVE, NEGATIVE)
     together = sampled(*network(prediction="x0"), inputs[0], settings, *inputs[1:])
     for i in range(3):
@@ -352,39 +366,32 @@ def test_pictures_do_not_depend_on_their_neighbours(solver):
         close(sampled(*network(prediction="x0"), noise, settings, positive, negative)[0], together[i])
 
 
-@pytest.mark.parametrize("modulation", ["approximator", "per_block", "shared", "none"])
+@pytest.mark.parametrize("modulation", ["approximator", "per_block"])
 def test_modulation_at_hand_is_the_modulation_computed(modulation):
     model, params = network(modulation=modulation)
 
-    @jax.jit
-    def both(x, t):
+    @quick_jit
+    def at_hand(x, t):
         network = bind(model, COMPUTE, params)
-        text, lengths = POSITIVE.text, POSITIVE.lengths
-        vectors = [network.modulation(jnp.full((rows,), t), None, None) for rows in (1, 3)]
-        return network(x, text, lengths, jnp.full(3, t)), *(network(x, text, lengths, jnp.full(3, t), vectors=v) for v in vectors)
+        vectors = network.modulation(jnp.full((1,), t), None, None)
+        # The time given beside the vectors must not matter to a velocity model.
+        return network(x, POSITIVE.text, POSITIVE.lengths, jnp.zeros(3), vectors=vectors)
 
-    computed, one_row, all_rows = both(pictures(5), jnp.float32(0.7))
-    close(one_row, computed, 1e-6)
-    close(all_rows, computed, 1e-6)
-    if modulation != "none":
-        assert np.abs(computed - both(pictures(5), jnp.float32(0.2))[0]).max() > 1e-3
+    early, late = (predict(model, params, pictures(5), POSITIVE, t) for t in (0.7, 0.2))
+    close(at_hand(pictures(5), 0.7), early, 1e-6)
+    assert np.abs(early - late).max() > 1e-2
 
 
-@pytest.mark.parametrize("masking, padding", [("one_pad", 1), ("strict", 0)])
-@pytest.mark.parametrize("text_ids", ["zero", "sequential"])
+@pytest.mark.parametrize("masking, padding, text_ids", [("one_pad", 1, "sequential"), ("strict", 0, "zero")])
 def test_cutting_text_to_a_bucket_changes_nothing(masking, padding, text_ids):
     """The bucket must hold the visible tokens: the longest text, and its one padding token where that is seen."""
     inputs = (*network(masking=masking, text_ids=text_ids), pictures(5))
-    for longest in (9, 15, 16):
-        long = condition(4, (3, longest, 1), room=48)
-        room = bucket(longest + padding, 48)
-        assert room == (32 if longest + padding > 16 else 16)
-        whole = predict(*inputs, long, 0.7)
-        close(predict(*inputs, long._replace(text=long.text[:, :room]), 0.7), whole, 3e-6)
-        short = predict(
-            *inputs,
-            long._replace(text=long.text[:, : longest + padding - 1], lengths=jnp.minimum(long.lengths, longest + padding - 1)),
-            0.7,
-        )
-        assert np.abs(short[1] - whole[1]).max() > 1e-4  # one token less is another prompt
-        close(short[[0, 2]], whole[jnp.array([0, 2])], 3e-6)
+    for longest in (15, 16):
+        text = condition(4, (3, longest, 1), room=48)
+        visible = longest + padding
+        assert bucket(visible, 48) == (32 if visible > 16 else 16)
+        whole = predict(*inputs, text, 0.7)
+        close(predict(*inputs, text._replace(text=text.text[:, : bucket(visible, 48)]), 0.7), whole, 3e-6)
+    cut = Condition(text.text[:, : visible - 1], jnp.minimum(text.lengths, visible - 1))
+    change = np.abs(predict(*inputs, cut, 0.7) - whole).max(axis=(1, 2, 3))
+    assert (change > 1e-4).tolist() == [False, True, False]  # one token fewer is another prompt, for the one it was cut from

@@ -48,10 +48,12 @@ class Checkpoints:
         return State(params=parts["params"], ema=parts["ema"], optimizer=parts["optimizer"], **parts["progress"])
 
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
-        """Only the weights: `which` is params, ema (the largest decay) or ema=DECAY."""
+        """Only the weights, on the first device unless `shardings` says otherwise: `which` is params, ema (the largest decay) or
+        ema=DECAY."""
         like = abstract(run.model)
-        if shardings is not None:
-            like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         trained, _ = split_frozen(like, run.optimizer.frozen)
         decays = [str(d) for d in run.optimizer.ema]
         decay = which.partition("=")[2] or (max(decays, key=float) if decays else "")

@@ -53,7 +53,7 @@ def make_step(run: config.Config) -> Callable[[State, Batch], tuple[State, Metri
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
         batch = with_noise(run, batch, jax.random.fold_in(jax.random.key(run.train.seed), state.step))
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, frozen, batch, run.optimizer.accumulate)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
         moved = optax.apply_updates(trained, updates)
         new = (moved, average(state.ema, moved, state.step), optimizer_state)

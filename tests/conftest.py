@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+# Before JAX is imported, and for the processes that tests start: programs are compiled once and kept, for compiling is what
+# takes the time at toy size.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory) -> str:
+    """Where data sets are prepared, once a session."""
+    return str(tmp_path_factory.mktemp("data"))

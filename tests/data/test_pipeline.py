@@ -1,0 +1,120 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import toy_run
+
+from radiance import config
+from radiance.data import datasets
+from radiance.data.datasets import DataError, Example, describe, open_source
+from radiance.data.pipeline import Batches, fixed_batches
+from radiance.text.encoders import HashEncoder
+
+
+class Numbers:
+    """Pictures whose grey says their index."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return Example(Image.new("RGB", (10, 6), (index, index, index)), (f"number {index}", f"picture {index}"), {"number": index})
+
+    def fingerprint(self):
+        return str(self.count)
+
+
+def make(count=20, batch=6, host=0, hosts=1, seed=3, dropout=0.0, steps=50):
+    data = config.Data(side=4, batch=batch, caption_dropout=dropout, threads=2)
+    return Batches(Numbers(count), data, HashEncoder(8, 6), seed, steps, host, hosts)
+
+
+def numbers(batch):
+    return np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int)
+
+
+def test_batches_follow_from_seed_and_step():
+    a, b, other = make(), make(), make(seed=4)
+    assert all(np.array_equal(a[7][k], b[7][k]) for k in a[7])
+    assert not np.array_equal(a[7]["image"], other[7]["image"])
+
+
+def test_every_epoch_is_another_permutation():
+    batches = make(count=18)
+    epochs = [np.concatenate([numbers(batches[3 * epoch + i]) for i in range(3)]) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(18)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_hosts_together_read_the_same_batch(hosts):
+    whole = make(dropout=0.5)[4]
+    parts = [make(host=h, hosts=hosts, dropout=0.5)[4] for h in range(hosts)]
+    for name in ("image", "text", "lengths"):
+        assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
+def test_a_batch_that_hosts_cannot_share():
+    with pytest.raises(config.ConfigError, match="data.batch=6 does not divide over 4 hosts"):
+        make(hosts=4)
+
+
+def test_reading_ahead_changes_nothing():
+    batches = make(steps=9)
+    ahead = list(batches.start(5))
+    assert len(ahead) == 4
+    assert all(np.array_equal(x["image"], batches[5 + i]["image"]) for i, x in enumerate(ahead))
+
+
+def test_captions_are_drawn_and_dropped_by_position():
+    batches = make(count=20, batch=20, dropout=0.25, steps=200)
+    lengths = np.concatenate([batches[i]["lengths"] for i in range(100)])
+    assert abs((lengths == 1).mean() - 0.25) < 0.03  # the empty prompt is its end alone
+    texts = batches.encoder(["number 3", "picture 3"])[0]
+    drawn = [batches[i]["text"][numbers(batches[i]) == 3][0] for i in range(30)]
+    assert {next((j for j in (0, 1) if np.array_equal(x, texts[j])), None) for x in drawn} == {0, 1, None}
+
+
+def test_captions_over_the_limit_are_cut_and_counted():
+    batches = make()
+    batches.encoder = HashEncoder(8, 2)
+    assert batches[0]["cut"] == 6 and batches[0]["lengths"].max() == 2
+
+
+def test_fixed_batches_weigh_each_picture_once():
+    data = config.Data(side=4, batch=8)
+    batches = fixed_batches(Numbers(20), data, HashEncoder(8, 6), 18)
+    seen = np.concatenate([numbers(b)[b["weight"] > 0] for b in batches])
+    assert sorted(seen) == list(range(18)) and {len(b["image"]) for b in batches} == {8}
+
+
+def test_digits(data_directory):
+    run = toy_run("unused", data_directory)
+    train, validation = (open_source(run.data, split) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (1498, 299)
+    example = train[0]
+    assert example.picture.size == (32, 32) and example.attributes["digit"] in range(10)
+    assert len(set(example.captions)) == 5 and all(isinstance(c, str) for c in example.captions)
+    told = describe(train, run.data, "train")
+    assert told["count"] == 1498 and len(told["hash"]) == 64 and told["hash"] != validation.fingerprint()
+
+
+def test_an_empty_data_set(data_directory, monkeypatch):
+    monkeypatch.setattr(datasets.TfdsSource, "__len__", lambda self: 0)
+    with pytest.raises(DataError, match="train split of digits .* is empty"):
+        open_source(config.Data(directory=data_directory), "train")
+
+
+@pytest.mark.slow
+def test_no_tensorflow(data_directory):
+    code = (
+        "import sys; from radiance import config; from radiance.data.datasets import open_source;"
+        f"open_source(config.Data(directory={data_directory!r}), 'train')[0]; sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,402 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import FLOAT32, QUICK, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
+
+from radiance import config
+from radiance.model import transformer
+
+# --- the specification (architecture.md) in float64: one sample at a time, text first, every pair masked ----------------
+
+
+def sinusoid(x, width):
+    """Angles are rounded to float32 on the way, as published; they are large."""
+    half = width // 2
+    rounded = np.exp(((np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32)) / np.float32(half)).astype(np.float64)).astype(
+        np.float32
+    )
+    angles = (np.float32(1000) * np.float32(x) * rounded).astype(np.float64)
+    return np.concatenate([np.cos(angles), np.sin(angles)])
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def rms(x, p):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * p["scale"]
+
+
+def modulated(x, shift, scale):
+    x = x - x.mean(axis=-1, keepdims=True)
+    return (1 + scale) * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) + shift
+
+
+def dense(x, p):
+    return x @ p["kernel"].reshape(x.shape[-1], -1) + np.ravel(p.get("bias", 0))
+
+
+def mlp(x, p, act=gelu):
+    return dense(act(dense(x, p["linear_in"])), p["linear_out"])
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def oracle_vectors(model, p, time, guidance, pooled):
+    doubles, singles = model.double_blocks, model.single_blocks
+    if model.modulation == "none":
+        return SimpleNamespace(image=p["double_image"], text=p["double_text"], single=p["single"], output=p["output"])
+    if model.modulation == "approximator":
+        k = model.approximator_dim
+        condition = np.concatenate([sinusoid(time, k // 4), sinusoid(guidance, k // 4)])
+        rows = []
+        for index in range(model.vectors):
+            x = dense(np.concatenate([condition, sinusoid(index, k // 2)]), p["proj_in"])
+            for i in range(model.approximator_depth):
+                layer = at(p["layers"], i)
+                x = x + mlp(rms(x, layer["norm"]), layer, silu)
+            rows.append(dense(x, p["proj_out"]))
+        cuts = np.cumsum([3 * singles, 6 * doubles, 6 * doubles])
+        single, image, text, output = np.split(np.stack(rows), cuts)
+        return SimpleNamespace(
+            image=image.reshape(doubles, 6, -1), text=text.reshape(doubles, 6, -1), single=single.reshape(singles, 3, -1), output=output
+        )
+    x = mlp(sinusoid(time, 256), p["condition"]["time"], silu)
+    if model.guidance_embed:
+        x = x + mlp(sinusoid(guidance, 256), p["condition"]["guidance"], silu)
+    if model.pooled_dim:
+        x = x + mlp(pooled, p["condition"]["pooled"], silu)
+    x = silu(x)
+    if model.modulation == "shared":
+        image, text, single, output = np.split(dense(x, p["linear"]).reshape(17, -1), [6, 12, 15])
+        return SimpleNamespace(image=image + p["double_image"], text=text + p["double_text"], single=single + p["single"], output=output)
+    stacked = {k: [dense(x, at(p[f], i)).reshape(n, -1) for i in range(blocks)] for k, f, n, blocks in (
+        ("image", "double_image", 6, doubles), ("text", "double_text", 6, doubles), ("single", "single", 3, singles))}  # fmt: skip
+    return SimpleNamespace(**stacked, output=dense(x, p["output"]).reshape(2, -1) if "output" in p else None)
+
+
+def oracle_sample(model, p, image, text, length, time, guidance, pooled):
+    v = oracle_vectors(model, p["modulation"], time, guidance, pooled)
+    side, (height, width, channels) = model.patch, image.shape
+    grid = [(r, c) for r in range(height // side) for c in range(width // side)]
+
+    def patches(image, side):
+        return np.stack([image[r * side : (r + 1) * side, c * side : (c + 1) * side].reshape(-1) for r, c in grid])
+
+    half = model.patch_embed == "conv_half"
+    x = dense(patches(image[::2, ::2], side // 2) if half else patches(image, side), p["patch_embed"])
+    y = dense(text, p["text_embed"])
+    kept = {"one_pad": np.arange(len(y)) <= length, "strict": np.arange(len(y)) < length, "off": np.full(len(y), True)}[model.masking]
+    ids = [(j if model.text_ids == "sequential" else 0, 0, 0) for j in range(len(y))]
+    if model.registers:
+        y, kept, ids = np.concatenate([p["registers"], y]), np.r_[[True] * model.registers, kept], [(0, 0, 0)] * model.registers + ids
+    words = len(y)
+    ids, kept = np.array(ids + [(0, r, c) for r, c in grid]), np.r_[kept, [True] * len(x)]
+    angles = [np.outer(ids[:, a], model.rope_theta ** (-np.arange(0, s, 2) / s)) for a, s in enumerate(model.rope_axes)]
+    turns = np.exp(1j * np.concatenate(angles, axis=1))[:, None]
+
+    def turned(x):
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * turns
+        return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+
+    def project(x, p):
+        q, k, v = dense(x, p["qkv"]).reshape(len(x), 3, model.heads, -1).swapaxes(0, 1)
+        return rms(q, p["query_norm"]), rms(k, p["key_norm"]), v
+
+    def attention(q, k, v):
+        logits = np.einsum("qhk,shk->hqs", turned(q), turned(k)) / np.sqrt(model.head_dim)
+        weights = np.where(np.outer(kept, kept), np.exp(logits), 0)
+        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
+        return np.einsum("hqs,shk->qhk", weights, v).reshape(len(q), -1)
+
+    for i in range(model.double_blocks):
+        sides, m = (at(p["double"]["text"], i), at(p["double"]["image"], i)), (v.text[i], v.image[i])
+        qkv = [project(modulated(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, sides)]
+        a = attention(*(np.concatenate(pair) for pair in zip(*qkv)))
+        y, x = (z + w[2] * dense(z_a, s["attention"]["proj"]) for z, z_a, w, s in zip((y, x), (a[:words], a[words:]), m, sides))
+        y, x = (z + w[5] * mlp(modulated(z, w[3], w[4]), s["mlp"]) for z, w, s in zip((y, x), m, sides))
+    joint = np.concatenate([y, x])
+    for i in range(model.single_blocks):
+        s, w = at(p["single"], i), v.single[i]
+        z = modulated(joint, w[0], w[1])
+        joint = joint + w[2] * (dense(attention(*project(z, s["attention"])), s["attention"]["proj"]) + mlp(z, s["mlp"]))
+    tokens, head = joint[words:], p["head"]
+
+    out = np.empty_like(image)
+    if model.head == "linear":
+        painted = dense(modulated(tokens, *v.output), head["linear"]).reshape(len(grid), side, side, channels)
+    else:
+        axis, f = np.linspace(0, 1, side), np.arange(model.nerf_freqs)
+        waves = np.array([
+            [np.cos(np.pi * fx * axis[c]) * np.cos(np.pi * fy * axis[r]) / (1 + fx * fy) for fx in f for fy in f]
+            for r in range(side) for c in range(side)
+        ])  # fmt: skip
+        painted = []
+        for token, pixels in zip(tokens, patches(image, side).reshape(len(grid), side * side, channels)):
+            n = dense(np.concatenate([pixels, waves], axis=1), head["embedder"])
+            for i in range(model.nerf_depth):
+                block, inner = at(head["blocks"], i), model.nerf_hidden * model.nerf_mlp_ratio
+                made = dense(token, block["param_generator"]).reshape(3, -1)
+                gate, value, back = (g.reshape(s) for g, s in zip(made, 2 * [(model.nerf_hidden, inner)] + [(inner, model.nerf_hidden)]))
+                gate, value, back = (g / np.maximum(np.linalg.norm(g, axis=0), 1e-12) for g in (gate, value, back))
+                z = rms(n, block["norm"])
+                n = n + (silu(z @ gate) * (z @ value)) @ back
+            painted.append(rms(n, head["norm"]).reshape(side, side, -1))
+        out = np.empty((height, width, model.nerf_hidden))
+    for (r, c), patch in zip(grid, painted):
+        out[r * side : (r + 1) * side, c * side : (c + 1) * side] = patch
+    if model.head == "nerf_linear":
+        out = dense(out, head["linear"])
+    if model.head == "nerf_conv":
+        padded = np.pad(out, [(1, 1), (1, 1), (0, 0)])
+        windows = ((i, j, padded[i : i + height, j : j + width]) for i in range(3) for j in range(3))
+        out = sum(window @ head["conv"]["kernel"][i, j] for i, j, window in windows) + head["conv"]["bias"]
+    return out if model.prediction == "velocity" else (image - out) / time
+
+
+def oracle(model, params, inputs):
+    p, inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, inputs))
+    b = len(inputs["time"])
+    guidance = np.zeros(b) if inputs["guidance"] is None else inputs["guidance"]
+    pooled = [None] * b if inputs["pooled"] is None else inputs["pooled"]
+    rows = zip(*(inputs[k] for k in ("image", "text", "lengths", "time")), guidance, pooled)
+    return np.stack([oracle_sample(model, p, *row) for row in rows])
+
+
+def assert_near(ours, expected, tolerance=1e-5):
+    assert np.isfinite(ours).all()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+VARIANTS = {
+    "one_pad": dict(),
+    "strict": dict(masking="strict", head="nerf_linear"),
+    "registers": dict(registers=2, modulation="none"),
+    "sequential": dict(text_ids="sequential", prediction="x0"),
+    "conv_half": dict(patch_embed="conv_half", prediction="x0", modulation="shared", pooled_dim=5),
+    "linear": dict(head="linear"),
+    "per_block": dict(modulation="per_block", pooled_dim=5, guidance_embed=True),
+    "flux": dict(modulation="per_block", pooled_dim=5, head="linear", patch=1, channels=8, masking="off"),
+    "no_doubles": dict(double_blocks=0, modulation="shared", head="linear", mlp_ratio=2.5),
+    "no_singles": dict(single_blocks=0, modulation="none", head="linear", masking="strict", registers=1, text_ids="sequential"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_agrees_with_the_specification(variant):
+    model = toy_model(**VARIANTS[variant])
+    inputs = toy_inputs(model)
+    ours = apply(model, toy_params(model), inputs)
+    assert ours.shape == inputs["image"].shape and ours.dtype == jnp.float32
+    assert_near(ours, oracle(model, toy_params(model), inputs), 2e-5)
+
+
+# --- text lengths -------------------------------------------------------------------------------------------------------
+
+MASKED = ["one_pad", "strict", "registers", "sequential", "linear", "per_block"]
+
+
+def padding(model, inputs):
+    """Where text is hidden, [b, l]."""
+    return np.arange(inputs["text"].shape[1]) >= inputs["lengths"][:, None] + (model.masking == "one_pad")
+
+
+@pytest.mark.parametrize("variant", MASKED)
+def test_samples_of_a_batch_do_not_meet(variant):
+    model = toy_model(**VARIANTS[variant])
+    inputs = toy_inputs(model)
+    together = apply(model, toy_params(model), inputs)
+    for i in range(len(together)):
+        assert_near(apply(model, toy_params(model), rows_of(inputs, slice(i, i + 1)))[0], together[i])
+
+
+@pytest.mark.parametrize("variant", MASKED)
+def test_padded_text_has_no_influence(variant):
+    model = toy_model(**VARIANTS[variant])
+    params, inputs = toy_params(model), toy_inputs(model, lengths=(1, 3, 4))
+    hidden = padding(model, inputs)
+    before = np.asarray(apply(model, params, inputs))
+    for garbage in (0, 1e30, np.nan, np.inf):
+        text = np.where(hidden[..., None], np.float32(garbage), inputs["text"])
+        np.testing.assert_array_equal(apply(model, params, inputs | dict(text=text)), before)
+    longest = int((~hidden).sum(axis=1).max())
+    assert longest == (5 if model.masking == "one_pad" else 4)
+    assert_near(apply(model, params, inputs | dict(text=inputs["text"][:, :longest])), before)
+    # the last visible row is not padding: for one_pad that is the one padding token that is kept
+    text = inputs["text"].copy()
+    text[np.arange(3), (~hidden).sum(axis=1) - 1] += 1
+    moved = np.abs(apply(model, params, inputs | dict(text=text)) - before).max(axis=(1, 2, 3))
+    assert (moved > 1e-4).all()
+
+
+def test_without_masking_padding_counts():
+    model = toy_model(**VARIANTS["flux"])
+    inputs = toy_inputs(model)
+    before = apply(model, toy_params(model), inputs)
+    text = np.where((np.arange(6) >= inputs["lengths"][:, None] + 1)[..., None], 0, inputs["text"])
+    moved = np.abs(apply(model, toy_params(model), inputs | dict(text=text)) - before).max(axis=(1, 2, 3))
+    assert (moved[:2] > 1e-3).all() and moved[2] == 0  # the third text is full
+    np.testing.assert_array_equal(apply(model, toy_params(model), inputs | dict(lengths=np.full(3, 6, np.int32))), before)
+
+
+FULL = dict(registers=2, text_ids="sequential")
+SMALL = dict(masking="strict", head="linear", modulation="none")
+
+
+@pytest.mark.parametrize("changes", [FULL, SMALL])
+def test_padded_text_has_no_gradient(changes):
+    model = toy_model(**changes)
+    params, inputs = toy_params(model), toy_inputs(model)
+    hidden, weights = padding(model, inputs), weights_of(inputs)
+    loss, (to_params, to_image, to_text) = gradients(model, params, inputs, weights)
+    assert (np.asarray(to_text)[hidden] == 0).all()
+    assert (np.abs(np.asarray(to_text)[~hidden]).max(axis=-1) > 0).all()
+    dirty = inputs | dict(text=np.where(hidden[..., None], np.float32(np.nan), inputs["text"]))
+    loss_dirty, again = gradients(model, params, dirty, weights)
+    assert loss == loss_dirty
+    jax.tree.map(np.testing.assert_array_equal, again[:2], (to_params, to_image))
+    assert (np.asarray(again[2])[hidden] == 0).all()
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(inputs):
+    return np.random.default_rng(5).standard_normal(inputs["image"].shape, np.float32)
+
+
+@pytest.mark.parametrize("changes", [FULL, SMALL])
+def test_gradients_are_the_slopes_of_the_specification(changes):
+    """Central differences of the float64 oracle, along a random direction in each part of the model, the picture and the text."""
+    model = toy_model(**changes)
+    params, inputs = toy_params(model), toy_inputs(model)
+    weights = weights_of(inputs)
+    _, (to_params, to_image, to_text) = gradients(model, params, inputs, weights)
+    tree = dict(params=params, image=inputs["image"], text=inputs["text"])
+    slopes = dict(params=to_params, image=to_image, text=to_text)
+    draw, h = np.random.default_rng(6), 1e-4
+
+    def loss(tree):
+        return np.vdot(weights, oracle(model, tree["params"], inputs | dict(image=tree["image"], text=tree["text"])))
+
+    parts = [("params", name) for name in params] + [("image",), ("text",)]
+    for part in parts:
+
+        def inside(path):
+            return tuple(k.key for k in path)[: len(part)] == part
+
+        way = jax.tree_util.tree_map_with_path(lambda path, x: draw.standard_normal(x.shape) * inside(path), tree)
+        up, down = (jax.tree.map(lambda x, d: np.asarray(x, np.float64) + sign * h * d, tree, way) for sign in (1, -1))
+        expected = (loss(up) - loss(down)) / (2 * h)
+        ours = sum(np.vdot(np.asarray(g, np.float64), d) for g, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way)))
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3, err_msg=str(part))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(remat):
+    model = toy_model(**SMALL)
+    inputs = toy_inputs(model)
+    arguments = model, toy_params(model), inputs, weights_of(inputs)
+    expected, ours = gradients(*arguments), gradients(*arguments, replace(FLOAT32, remat=remat))
+    jax.tree.map(lambda x, y: assert_near(x, y, 1e-4), ours, expected)
+
+
+DEPTH_0 = pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="PerBlock reshapes an empty stack with -1")
+
+# --- how it is run ------------------------------------------------------------------------------------------------------
+
+
+def instructions(lowered):
+    return sum(" = " in line for line in lowered.as_text().splitlines())
+
+
+@pytest.mark.parametrize("what", ["init", "forward", "gradient"])
+def test_depth_costs_no_instructions(what):
+    def count(doubles, singles):
+        model = toy_model(double_blocks=doubles, single_blocks=singles)
+        inputs, params = toy_inputs(model), transformer.abstract(model)
+        if what == "init":
+            return instructions(transformer.init.lower(model, jax.random.key(0)))
+        if what == "forward":
+            return instructions(apply.lower(model, params, inputs))
+        return instructions(gradients.lower(model, params, inputs, inputs["image"], replace(FLOAT32, remat="full")))
+
+    shallow, deep = count(2, 4), count(19, 38)
+    assert shallow > 100
+    assert deep <= 1.2 * shallow
+
+
+def test_fresh_parameters():
+    model = toy_model(head="linear")
+    params, again, other = (transformer.init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))  # rbg compiles faster
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal((*x.shape, x.dtype), (*y.shape, y.dtype)), params, transformer.abstract(model))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    kernel = params["single"]["attention"]["qkv"]["kernel"]
+    assert (kernel[0] != kernel[1]).all() and (kernel != other["single"]["attention"]["qkv"]["kernel"]).all()
+    np.testing.assert_allclose(kernel.std() * np.sqrt(model.hidden), 1, rtol=0.05)  # unit variance is kept
+    assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert (np.asarray(apply(model, params, toy_inputs(model))) == 0).all()
+
+
+@pytest.mark.parametrize("modulation", ["approximator", "none", "shared", pytest.param("per_block", marks=DEPTH_0)])
+@pytest.mark.parametrize("absent", ["double_blocks", "single_blocks"])
+def test_a_kind_of_block_may_be_absent(modulation, absent):
+    model = toy_model(modulation=modulation, **{absent: 0})
+    params, inputs = transformer.abstract(model), toy_inputs(model)
+    assert absent.split("_")[0] not in params
+    out = jax.eval_shape(lambda params, inputs: transformer.bind(model, FLOAT32, params)(**inputs), params, inputs)
+    assert out.shape == inputs["image"].shape
+
+
+def test_vectors_made_beforehand_change_nothing():
+    model = toy_model(head="linear")
+    params, inputs = toy_params(model), toy_inputs(model)
+    inputs |= dict(time=np.full(3, 0.6, np.float32), guidance=np.full(3, 2, np.float32))
+
+    @jax.jit
+    def given(params, inputs):
+        module = transformer.bind(model, FLOAT32, params)
+        vectors = module.modulation(jnp.asarray(inputs["time"][:1]), jnp.asarray(inputs["guidance"][:1]), None)
+        return module(**(inputs | dict(time=jnp.full(3, 0.1), guidance=None)), vectors=vectors)
+
+    assert_near(given(params, inputs), apply(model, params, inputs))
+
+
+def test_x0_is_divided_by_time_or_by_what_is_given():
+    model = toy_model(head="linear", prediction="x0")
+    params, inputs = toy_params(model), toy_inputs(model)
+    picture = apply(replace(model, prediction="velocity"), params, inputs)
+    time = inputs["time"][:, None, None, None]
+    assert_near(apply(model, params, inputs), (inputs["image"] - picture) / time)
+    divisor = np.array([0.5, 1.5, 1.0], np.float32)
+    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=divisor), compiler_options=QUICK)(inputs)
+    assert_near(ours, (inputs["image"] - picture) / divisor[:, None, None, None])
+
+
+@pytest.mark.parametrize("height, width", [(8, 10), (6, 8)])
+def test_a_picture_that_does_not_divide_is_refused(height, width):
+    model = toy_model()
+    inputs = toy_inputs(model) | dict(image=np.zeros((3, height, width, 3), np.float32))
+    with pytest.raises(ValueError, match=f"{width}×{height} .* patches of 4") as error:
+        jax.eval_shape(lambda inputs: transformer.bind(model, FLOAT32, transformer.abstract(model))(**inputs), inputs)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["one_pad", "linear"])
+def test_bfloat16_stays_near(variant):
+    model = toy_model(**VARIANTS[variant])
+    params, inputs = toy_params(model), toy_inputs(model)
+    exact, ours = apply(model, params, inputs), apply(model, params, inputs, config.Compute(dtype="bfloat16"))
+    assert ours.dtype == jnp.float32
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 0.06

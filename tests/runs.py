@@ -1,0 +1,58 @@
+"""Runs of seconds, for tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from toys import toy_model
+
+from radiance import config
+
+
+def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
+    sizes = dict(hidden=32, rope_axes=(4, 6, 6), double_blocks=1, single_blocks=1, text_dim=16, prediction="x0")
+    run = config.Config(
+        name="toy",
+        output=str(output),
+        model=toy_model(**(sizes | model)),
+        compute=config.Compute(dtype="float32"),
+        text=config.Text(length=8),
+        data=config.Data(directory=data_directory, side=8, batch=8, threads=1),
+        optimizer=config.Optimizer(learning_rate=1e-3, warmup_steps=2, ema=(0.9, 0.99)),
+        train=config.Train(
+            steps=8, log_every=2, validate_every=4, validate_pictures=10, sample_every=8, checkpoint_every=3,
+            sample_prompts=("a handwritten one", "the digit 2"),
+        ),
+        sample=config.Sample(steps=2, guidance=2.0),
+    )  # fmt: skip
+    return config.override(run, changes)
+
+
+def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
+    """`radiance train` of that run in a process of its own."""
+    path = Path(run.output) / "experiment.py"
+    path.write_text(f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n")
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "radiance", "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    if wait:
+        process.output = process.communicate(timeout=300)[0]
+    return process
+
+
+def metrics(run: config.Config) -> list[dict]:
+    """What a run measured, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("pictures_per_second", "input_wait_seconds")} for row in rows]
+
+
+def same(a, b) -> bool:
+    """Bit for bit, over trees."""
+    import jax
+
+    x, y = jax.tree.leaves(a), jax.tree.leaves(b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(np.array_equal(np.asarray(p), np.asarray(q)) for p, q in zip(x, y))

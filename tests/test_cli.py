@@ -1,0 +1,116 @@
+"""What a user sees: results, and one clear sentence for each thing that is wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import toy_run
+
+from radiance import config
+from radiance.cli import experiment, main
+from radiance.training.loop import train
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_directory):
+    run = toy_run(tmp_path_factory.mktemp("cli"), data_directory, "train.steps=2")
+    assert train(run) == 2
+    return run.directory
+
+
+def told(capsys, *arguments) -> str:
+    """The one line on stderr of a command that fails."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("radiance: "), lines
+    return lines[0]
+
+
+def test_verify(capsys):
+    assert main(["verify", str(GOLDEN / "radiance_v.safetensors")]) == 0
+    assert "velocity" in capsys.readouterr().out
+
+
+def test_verify_fails_on_another_result(capsys, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from radiance.weights.files import Tensors
+
+    tensors = load_file(GOLDEN / "chroma_latent.safetensors")
+    tensors["velocity"] = tensors["velocity"] * 1.001
+    save_file(tensors, tmp_path / "off.safetensors", Tensors(GOLDEN / "chroma_latent.safetensors").metadata)
+    assert main(["verify", str(tmp_path / "off.safetensors")]) == 1
+    assert "TOO FAR" in capsys.readouterr().out
+
+
+def test_sample(trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a handwritten one\n\nthe digit 2\n")
+    out = tmp_path / "out"
+    assert (
+        main(["sample", str(trained), "guidance=1", "--prompts", str(prompts), "--seeds", "0-1,7", "--size", "12x8", "--out", str(out)])
+        == 0
+    )
+    files = sorted(p.name for p in out.iterdir())
+    assert files == [*(f"{i:05d}_seed{s}.png" for i, s in enumerate([0, 1, 7, 0, 1, 7])), "sheet.png"]
+    picture = Image.open(out / "00005_seed7.png")
+    assert picture.size == (12, 8) and picture.text["prompt"] == "the digit 2" and "params" not in picture.text["model"]
+    assert np.asarray(picture).std() > 0
+
+
+def test_experiments(tmp_path):
+    run = experiment("experiments/quickstart.py")
+    assert run.name == "quickstart"
+    file = tmp_path / "arms.py"
+    file.write_text(
+        "from radiance import config as c\nARMS = {'none': ['model.modulation=none']}\n\n\ndef config():\n    return c.Config()\n"
+    )
+    arm = experiment(f"{file}:none")
+    assert arm.model.modulation == "none" and arm.name == "run-none"
+    with pytest.raises(config.ConfigError, match="has no arm 'nine': it has none"):
+        experiment(f"{file}:nine")
+    with pytest.raises(config.ConfigError, match="There is no experiment file"):
+        experiment("experiments/quickstrat.py")
+    with pytest.raises(config.ConfigError, match="There is no experiment nothing.here"):
+        experiment("nothing.here")
+
+
+def test_unknown_keys_and_names(capsys):
+    assert "did you mean 'learning_rate'?" in told(capsys, "train", "experiments/quickstart.py", "optimizer.learning_rte=1")
+    assert "did you mean 'chroma1-radiance'" in told(capsys, "train", "experiments/quickstart.py", "model=chroma1-radianse")
+    assert "did you mean 'parabola'?" in told(capsys, "train", "experiments/quickstart.py", "flow.time_law=parabol")
+    assert "a whole number is expected" in told(capsys, "train", "experiments/quickstart.py", "train.steps=many")
+    assert "not of the form key=value" in told(capsys, "train", "experiments/quickstart.py", "faster")
+
+
+def test_sizes_that_do_not_divide(capsys):
+    assert "does not divide into model.heads=5" in told(capsys, "train", "experiments/quickstart.py", "model.heads=5")
+    assert "whole patches" in told(capsys, "train", "experiments/quickstart.py", "data.side=18")
+    assert "does not divide into 3 parts" in told(capsys, "train", "experiments/quickstart.py", "optimizer.accumulate=3").replace(
+        "optimizer.accumulate=3 parts", "3 parts"
+    )
+    assert "there are 1" in told(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
+
+
+def test_prompts(capsys, trained, tmp_path):
+    assert "nothing to paint" in told(capsys, "sample", trained)
+    assert "has 21 tokens, and the limit is 8" in told(capsys, "sample", trained, "--prompt", "one " * 20)
+    assert "is not a run directory" in told(capsys, "sample", tmp_path, "--prompt", "one")
+    assert "No such file" in told(capsys, "sample", trained, "--prompts", tmp_path / "missing.txt")
+    assert "did you mean 'guidance'" in told(capsys, "sample", trained, "guidence=2", "--prompt", "one")
+
+
+def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
+    whole = (GOLDEN / "radiance_v.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in told(capsys, "verify", tmp_path / "short.safetensors")
+    (tmp_path / "foreign.safetensors").write_bytes(b"hello world, this is no checkpoint at all")
+    assert "not a whole safetensors file" in told(capsys, "verify", tmp_path / "foreign.safetensors")
+    assert "There is no file" in told(capsys, "verify", tmp_path / "missing.safetensors")
+    init = f"train.init={GOLDEN / 'radiance_v.safetensors'}"
+    message = told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path}", f"data.directory={data_directory}", init)
+    assert "does not hold this model" in message
+    assert "is not a run directory" in told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path / 'b'}", "train.init=nowhere")

@@ -1,0 +1,93 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import toy_run
+from toys import toy_params
+
+from radiance import config
+from radiance.pictures import contact_sheet, save_png, to_array, to_picture
+from radiance.pipeline import Pipeline, load
+from radiance.text.encoders import TextError
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    run = toy_run("unused", "unused", "text.length=40", "sample.batch=3")
+    return Pipeline(run, jax.tree.map(lambda x: x, toy_params(run.model)), "toy")
+
+
+def pixels(picture):
+    return np.asarray(picture.image, int)
+
+
+def test_pictures_do_not_depend_on_their_neighbours(pipeline):
+    prompts = ["a one", "two and three and four", "", "five", "a long row of words about nothing at all"]
+    together = pipeline(prompts, seeds=[4, 5, 6, 7, 8])
+    for i in (0, 3, 4):
+        alone = pipeline([prompts[i]], seeds=[4 + i])
+        assert np.abs(pixels(alone[0]) - pixels(together[i])).max() <= 1
+    assert np.abs(pixels(together[0]) - pixels(pipeline(["a one"], seeds=[9])[0])).max() > 5
+
+
+def test_any_size(pipeline):
+    picture = pipeline(["a one"], width=13, height=7)[0]
+    assert picture.image.size == (13, 7)
+    whole = pipeline(["a one"], width=16, height=8)[0]
+    assert np.array_equal(pixels(picture), pixels(whole)[:7, :13])
+
+
+def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
+    positive, negative = pipeline.encode(["a one"], "")
+    assert positive.text.shape[1] == 16 and negative.text.shape[1] == 16
+    cut = pipeline(["a one"])
+    monkeypatch.setattr("radiance.pipeline.bucket", lambda tokens, limit: limit)
+    assert pipeline.encode(["a one"], "")[0].text.shape[1] == 40
+    assert np.abs(pixels(pipeline(["a one"])[0]) - pixels(cut[0])).max() <= 1
+
+
+def test_the_negative_prompt_and_settings_count(pipeline):
+    plain = pixels(pipeline(["a one"])[0])
+    for change in ("negative=bad", "guidance=1", "solver=heun", "steps=3", "schedule=shifted"):
+        settings = config.override(pipeline.run.sample, [change])
+        assert np.abs(pixels(pipeline(["a one"], settings=settings)[0]) - plain).max() > 0, change
+
+
+def test_a_png_says_how_it_was_made(pipeline, tmp_path):
+    picture = pipeline(["a ünï one"], seeds=[3])[0]
+    save_png(tmp_path / "a" / "x.png", picture.image, picture.facts)
+    text = Image.open(tmp_path / "a" / "x.png").text
+    assert text["prompt"] == "a ünï one" and json.loads(text["seed"]) == 3 and json.loads(text["size"]) == [8, 8]
+    assert json.loads(text["settings"])["guidance"] == 2.0 and text["model"] == "toy"
+
+
+def test_a_prompt_over_the_limit_is_told_before_any_work(pipeline):
+    with pytest.raises(TextError, match="has 61 tokens, and the limit is 40"):
+        pipeline(["one", "word " * 60])
+
+
+def test_seeds_are_one_a_prompt(pipeline):
+    with pytest.raises(ValueError, match="2 prompts need as many seeds"):
+        pipeline(["a", "b"], seeds=[1])
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    with pytest.raises(config.ConfigError, match="is not a run directory"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json(config.Config()))
+    with pytest.raises(config.ConfigError, match="has no checkpoint yet"):
+        load(tmp_path)
+
+
+def test_pictures_and_arrays():
+    draw = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(to_picture(to_array(Image.fromarray(draw), 12, 9))), draw)
+    wide = Image.fromarray(
+        np.concatenate([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4, 3), np.uint8)], 1)
+    )
+    assert to_array(wide, 4, 4).min() > 0.9  # the centre
+    sheet = contact_sheet([Image.new("RGB", (5, 4))] * 7, 3, gap=1)
+    assert sheet.size == (3 * 6 + 1, 3 * 5 + 1)
+    assert np.array_equal(np.asarray(to_picture(np.full((1, 1, 3), 7.0)))[0, 0], [255] * 3)

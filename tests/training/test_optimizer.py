@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from radiance import config
+from radiance.training.optimizer import average, join, learning_rate, make_optimizer, split_frozen
+
+TREE = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}}}
+
+
+def test_learning_rate_rises_then_stays_or_falls():
+    constant = learning_rate(config.Optimizer(learning_rate=1.0, warmup_steps=4), 100)
+    assert [float(constant(i)) for i in (0, 1, 3, 4, 99)] == pytest.approx([0.2, 0.4, 0.8, 1, 1])
+    cosine = learning_rate(config.Optimizer(learning_rate=1.0, warmup_steps=4, decay="cosine"), 104)
+    assert [float(cosine(i)) for i in (4, 54, 104)] == pytest.approx([1, 0.5, 0], abs=1e-6)
+
+
+def test_adamw_against_numpy():
+    settings = config.Optimizer(learning_rate=0.1, warmup_steps=0, beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=2.0)
+    optimizer, draw = make_optimizer(settings, 10), np.random.default_rng(0)
+    params = {"x": {"kernel": jnp.asarray(draw.normal(size=5)), "bias": jnp.asarray(draw.normal(size=2))}}
+    ours, state = params, optimizer.init(params)
+    theirs = {k: np.asarray(v, np.float64) for k, v in params["x"].items()}
+    m, v = ({k: np.zeros_like(x) for k, x in theirs.items()} for _ in range(2))
+    for t in range(1, 5):
+        g = {k: 3 * draw.normal(size=x.shape) for k, x in theirs.items()}
+        updates, state = optimizer.update({"x": jax.tree.map(jnp.asarray, g)}, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+        for k in theirs:
+            clipped = g[k] * min(1, 2.0 / norm)
+            m[k], v[k] = 0.8 * m[k] + 0.2 * clipped, 0.9 * v[k] + 0.1 * clipped**2
+            step = (m[k] / (1 - 0.8**t)) / (np.sqrt(v[k] / (1 - 0.9**t)) + 1e-8)
+            theirs[k] = theirs[k] - 0.1 * (step + (0.3 * theirs[k] if k == "kernel" else 0))
+    for k in theirs:
+        np.testing.assert_allclose(ours["x"][k], theirs[k], rtol=1e-4)
+
+
+def test_parts_are_split_and_joined():
+    trained, frozen = split_frozen(TREE, ("b/c", "a/bias"))
+    assert set(trained) == {"a", "b"} and set(trained["b"]) == {"d"} and set(trained["a"]) == {"kernel"}
+    assert set(frozen["b"]) == {"c"} and set(frozen["a"]) == {"bias"}
+    assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(TREE)
+    assert split_frozen(TREE, ()) == (TREE, {})
+
+
+def test_a_frozen_name_is_a_whole_part_of_a_path():
+    with pytest.raises(config.ConfigError, match="optimizer.frozen names b/cc, .* not in the model"):
+        split_frozen(TREE, ("b/c", "b/cc"))
+    with pytest.raises(config.ConfigError, match="nothing to train"):
+        split_frozen(TREE, ("a", "b"))
+
+
+def test_averages_ramp_up_to_their_decay():
+    ema = {"0.5": {"w": jnp.zeros(1)}, "0.9": {"w": jnp.zeros(1)}}
+    expected = {"0.5": 0.0, "0.9": 0.0}
+    for step in range(40):
+        ema = average(ema, {"w": jnp.full(1, float(step))}, jnp.int32(step))
+        for decay in expected:
+            d = min(float(decay), (1 + step) / (10 + step))
+            expected[decay] = d * expected[decay] + (1 - d) * step
+    for decay in expected:
+        np.testing.assert_allclose(ema[decay]["w"], expected[decay], rtol=1e-5)

@@ -1,0 +1,173 @@
+"""Whole runs: what is written, and that a run cut short goes on as if it had not been."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from runs import command, metrics, same, toy_run
+
+from radiance import config
+from radiance.evaluation.report import write_report
+from radiance.training import loop
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.loop import TrainingError, load_weights, train
+from radiance.training.step import init_state
+from radiance.weights import native
+from radiance.weights.files import CheckpointError
+
+pytestmark = pytest.mark.slow
+
+
+def final_state(run):
+    like = jax.eval_shape(lambda: init_state(run))
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    state = checkpoints.restore(checkpoints.latest, like)
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data_directory):
+    """A run of 8 steps in its own process."""
+    run = toy_run(tmp_path_factory.mktemp("unbroken"), data_directory)
+    process = command(run)
+    assert process.returncode == 0, process.output
+    return run, process.output
+
+
+def test_the_run_directory(unbroken):
+    run, output = unbroken
+    d = run.directory
+    assert config.from_json(config.Config, (d / "config.json").read_text()) == run
+    assert "radiance" in (d / "command.txt").read_text()
+    environment = json.loads((d / "environment.json").read_text())
+    assert environment["packages"]["jax"] == jax.__version__ and environment["devices"]
+    assert json.loads((d / "data.json").read_text())["train"]["count"] == 1498
+    assert sorted(int(p.name) for p in (d / "checkpoints").iterdir()) == [3, 6, 8]
+    assert [p.name for p in (d / "samples").iterdir()] == ["00000008.png"]
+    assert (d / "report.html").read_text().startswith("<!doctype html>") and list((d / "tensorboard").iterdir())
+    rows = metrics(run)
+    assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8]
+    assert [r["step"] for r in rows if "validation_bins" in r] == [4, 8]
+    assert "from scratch" in output and "trained for 8 steps" in output
+
+
+@pytest.mark.parametrize("kills", [(2, 5)])
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(unbroken, tmp_path, data_directory, kills):
+    """kill -9 while it steps and while it saves; then the same command."""
+    run = toy_run(tmp_path, data_directory)
+    for step in kills:
+        process = command(run, wait=False)
+        reached(run, step, process)
+        time.sleep(0.05 * step)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = command(run)
+    assert process.returncode == 0, process.output
+    assert same(final_state(run), final_state(unbroken[0]))
+    assert metrics(run) == metrics(unbroken[0])
+
+
+def reached(run, step, process):
+    file = run.directory / "metrics.jsonl"
+    for _ in range(3000):
+        if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 9)):
+            return
+        if process.poll() is not None:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run did not get there")
+
+
+def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
+    run = toy_run(tmp_path, data_directory, "train.checkpoint_every=1000")
+    process = command(run, wait=False)
+    reached(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 143 and "the same command goes on" in output, output
+    stopped = Checkpoints(run.directory / "checkpoints").latest
+    assert 2 <= stopped < 8
+    process = command(run)
+    assert f"going on from step {stopped}" in process.output
+    assert same(final_state(run), final_state(unbroken[0])) and metrics(run) == metrics(unbroken[0])
+
+
+def test_two_meshes_agree(unbroken, tmp_path, data_directory):
+    run = toy_run(tmp_path, data_directory, "mesh.data=2", "mesh.fsdp=2")
+    process = command(run, devices=4)
+    assert process.returncode == 0, process.output
+    a, b = final_state(run), final_state(unbroken[0])
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+    for x, y in zip(metrics(run), metrics(unbroken[0])):
+        np.testing.assert_allclose([*x.values()][1], [*y.values()][1], rtol=1e-3)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_directory):
+    run = toy_run(tmp_path, data_directory, "train.steps=4")
+    assert command(run).returncode == 0
+    longer = config.override(run, ["train.steps=8", "mesh.fsdp=2"])
+    process = command(longer, devices=2)
+    assert process.returncode == 0 and "going on from step 4" in process.output, process.output
+    for x, y in zip(jax.tree.leaves(final_state(longer).params), jax.tree.leaves(final_state(unbroken[0]).params)):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+
+
+def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, data_directory):
+    run, _ = unbroken
+    average = load_weights(str(run.directory), run)
+    assert same(average, final_state(run).ema["0.99"])
+    file = tmp_path / "model.safetensors"
+    native.write(file, run.model, average)
+    assert same(load_weights(str(file), run), average)
+    second = config.override(run, ["name=second", f"output={tmp_path}", f"train.init={file}", "train.steps=1"])
+    process = command(second)
+    assert process.returncode == 0 and f"from the weights of {file}" in process.output, process.output
+    other = config.override(run, ["model.mlp_ratio=3"])
+    with pytest.raises(config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
+        load_weights(str(run.directory), other)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load_weights(str(file), other)
+
+
+def test_a_finished_run_stays_finished(unbroken):
+    run, _ = unbroken
+    before = metrics(run)
+    assert train(run) == 8 and metrics(run) == before
+    assert write_report(run.directory).is_file()
+
+
+def test_a_directory_of_another_config_is_refused(unbroken):
+    with pytest.raises(config.ConfigError, match="optimizer.learning_rate was 0.001, now 0.002.*another name="):
+        train(config.override(unbroken[0], ["optimizer.learning_rate=2e-3"]))
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, monkeypatch):
+    run = toy_run(tmp_path, data_directory, "train.skip_limit=3", "train.steps=50", "train.checkpoint_every=2")
+    pure = loop.make_step
+
+    def broken(settings):
+        step = pure(settings)
+        return lambda state, batch: step(state, batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])})
+
+    monkeypatch.setattr(loop, "make_step", broken)
+    with pytest.raises(TrainingError, match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good"):
+        train(run)
+    state = final_state(run)
+    assert int(state.step) == 6 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    run = toy_run(tmp_path, data_directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0))
+    with pytest.raises(CheckpointError, match="GB free, and .* GB are needed: make room"):
+        train(run)
+    assert not run.directory.joinpath("metrics.jsonl").exists()  # nothing was done in vain
