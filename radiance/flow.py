@@ -48,7 +48,8 @@ def time_quantile(flow: Flow, u: Float32[Array, "*b"], tokens: int) -> Float32[A
         # The distribution function is a cubic in t − ½ with three real roots; this is the middle one.
         p, q = 3 * PEAK / CURVE, 3 * AREA * (u - 0.5) / CURVE
         amplitude = 2 * math.sqrt(p / 3)
-        return 0.5 + amplitude * jnp.sin(jnp.arcsin(3 * q / (p * amplitude)) / 3)
+        t = 0.5 + amplitude * jnp.sin(jnp.arcsin(3 * q / (p * amplitude)) / 3)
+        return jnp.clip(t, 0, 1)  # rounding may step over the ends
     if flow.time_law == "logistic":
         return shift_time(u, _mean(flow, tokens), flow.time_scale)
     return jax.nn.sigmoid(_mean(flow, tokens) + flow.time_scale * ndtri(u))

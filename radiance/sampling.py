@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 from scipy.stats import beta
 
-from radiance.config import Compute, Model, Sample
+from radiance.config import Compute, ConfigError, Model, Sample
 from radiance.flow import resolution_shift, shift_time
 from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, Transformer, bind
@@ -63,7 +63,10 @@ def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
         times = beta.ppf(uniform, *settings.beta)
     else:
         times = uniform
-    return times.astype(np.float32)
+    times = times.astype(np.float32)
+    if (np.diff(times) >= 0).any():
+        raise ConfigError(f"sample.beta={settings.beta} with {settings.steps} steps repeats a time: take fewer steps or larger numbers.")
+    return times
 
 
 def sample(
@@ -76,7 +79,7 @@ def sample(
 ) -> Image:
     """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`.
 
-    negative: what guidance leads away from; needed unless `settings.guidance` is 1. Guidance is
+    negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
     v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
     """
     use = _guided(times, settings)
@@ -127,7 +130,8 @@ def integrate(
     """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last.
 
     euler; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
-    for α = 1 − t, σ = t: second order at one evaluation a step; first and last step are of first order).
+    for α = 1 − t, σ = t: second order at one evaluation a step; the steps at times 1 and 0, where λ is infinite, and the one after
+    time 1 are of first order).
     """
     steps = len(times) - 1
     guided = np.zeros((steps, 2), bool) if guided is None else guided
@@ -165,11 +169,13 @@ def integrate(
 
 
 def _guided(times: np.ndarray, settings: Sample) -> np.ndarray:
-    """[steps, 2]: whether guidance is on at the start of a step, and at its end (for solvers that look there too)."""
+    """[steps, 2]: whether guidance is on at the start of a step, and at its end (as at its start where the solver does not look there)."""
     low, high = settings.guidance_interval
     inside = (times >= low) & (times <= high) & (settings.guidance != 1)
     late = np.arange(len(times) - 1) >= settings.unguided_steps
-    return np.stack([late & inside[:-1], late & inside[1:]], axis=1)
+    start = late & inside[:-1]
+    end = np.where((settings.solver == "heun") & (times[1:] > 0), late & inside[1:], start)
+    return np.stack([start, end], axis=1)
 
 
 def _first(vectors: Vectors, count: int) -> Vectors:

@@ -15,6 +15,8 @@ from jaxtyping import Float32, Int32
 
 from radiance import config
 
+# Thai, kana, Han and Hangul letters
+UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
 BUCKET = 16  # texts are cut to multiples of this, so that few shapes are compiled
 
 
@@ -57,10 +59,7 @@ class HashEncoder:
 
     def words(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFKC", text).casefold()
-        return re.findall(
-            r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff])|\w+|[^\w\s]",
-            text,
-        )
+        return re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]", text)
 
     def count(self, text: str) -> int:
         return len(self.words(text)) + 1
@@ -87,5 +86,5 @@ class HashEncoder:
 
 @lru_cache(maxsize=65536)
 def _gaussian(gram: str, dim: int) -> Float32[np.ndarray, " d"]:
-    seed = np.frombuffer(hashlib.blake2b(gram.encode(), digest_size=16).digest(), "<u4")
+    seed = np.frombuffer(hashlib.blake2b(gram.encode(errors="surrogatepass"), digest_size=16).digest(), "<u4")
     return np.random.RandomState(seed).standard_normal(dim).astype(np.float32)

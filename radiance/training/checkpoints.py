@@ -44,16 +44,16 @@ class Checkpoints:
     def restore(self, step: int, like: State) -> State:
         """The state of that step, on the devices and in the shapes of the abstract state `like`."""
         with _told(f"The checkpoint of step {step}", self.directory, "read"):
-            parts = self._checkpointer.load_checkpointables(step, _parts(like))
+            parts = self._checkpointer.load_checkpointables(step, _parts(_placed(like)))
         return State(params=parts["params"], ema=parts["ema"], optimizer=parts["optimizer"], **parts["progress"])
 
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
         """Only the weights, on the first device unless `shardings` says otherwise: `which` is params, ema (the largest decay) or
         ema=DECAY."""
         like = abstract(run.model)
-        if shardings is None:
-            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        if shardings is not None:
+            like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        like = _placed(like)
         trained, _ = split_frozen(like, run.optimizer.frozen)
         decays = [str(d) for d in run.optimizer.ema]
         decay = which.partition("=")[2] or (max(decays, key=float) if decays else "")
@@ -79,6 +79,12 @@ class Checkpoints:
 def _parts(state: State) -> dict:
     progress = {"step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
     return {"params": state.params, "ema": state.ema, "optimizer": state.optimizer, "progress": progress}
+
+
+def _placed(like):
+    """Shapes with a place each: the first device, where none is given (Orbax would put them where they were when saved)."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), like)
 
 
 class _told:

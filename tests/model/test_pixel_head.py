@@ -135,3 +135,5 @@ def test_bfloat16_head_reads_and_paints_in_float32():
     assert jnp.bfloat16(0.75) == jnp.bfloat16(0.75 + 2**-10)
     assert np.abs(here - there).max() > 1e-3
     assert (here != here.astype(jnp.bfloat16)).mean() > 0.9
+    painted = jax.eval_shape(lambda: bind(MODEL, compute, params).head.tiles(tokens, unfold(jnp.asarray(image), MODEL.patch)))
+    assert painted.dtype == jnp.float32

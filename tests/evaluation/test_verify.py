@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from radiance import config
+from radiance.evaluation.verify import verify
+from radiance.weights import native
+from radiance.weights.files import CheckpointError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = {
+    "chroma1_base": "chroma1-base",
+    "chroma1_radiance": "chroma1-radiance",
+    "chroma1_radiance_x0": "chroma1-radiance-x0",
+    "chroma1_radiance_x0_patch32": "chroma1-radiance-x0-patch32",
+    "flux1_schnell": "flux1-schnell",
+}
+PARAMETERS = {"chroma1_base": 8.900e9, "flux1_schnell": 11.891e9}  # the pixel models: 9.506e9
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_agrees_with_the_published_code(path):
+    results = verify(path)
+    assert {r.output for r in results} == {"velocity", "sampled"} & set(load_file(path))
+    for r in results:
+        assert r.good, r
+        if r.output == "velocity":
+            assert r.error < 2e-5, r
+
+
+def test_all_golden_files_are_there():
+    assert len(list(GOLDEN.glob("*.safetensors"))) == 7
+    assert {path.name.removesuffix(".keys.json") for path in GOLDEN.glob("*.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("what", ["velocity", "params.double_blocks.1.txt_mlp.0.bias", "nan"])
+def test_a_small_difference_is_seen(what, tmp_path):
+    """One number of the reference, or of the weights, off by a thousandth."""
+    path = GOLDEN / "flux_modulation.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    if what == "nan":
+        tensors["velocity"].flat[5] = np.nan
+    else:
+        tensors[what].flat[5] += 1e-3 * np.abs(tensors["velocity"]).max() if what == "velocity" else 0.1
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    (result,) = verify(tmp_path / "x.safetensors")
+    assert not result.good, result
+
+
+def test_another_file_is_refused(tmp_path):
+    save_file({"velocity": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="not a golden file"):
+        verify(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_full_size_keys(file):
+    published = {name: tuple(shape) for name, shape in json.loads((GOLDEN / f"{file}.keys.json").read_text()).items()}
+    model = config.MODELS[NAMES[file]]
+    shapes, sources = native.layout(model)
+    assert shapes == published
+    assert set(sources) == {name for name in shapes if not name.startswith("__")}
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert round(count / 1e6) == round(PARAMETERS.get(file, 9.506e9) / 1e6)
+    assert native.detect(published) == model
