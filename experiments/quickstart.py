@@ -22,11 +22,11 @@ def config() -> c.Config:
     return c.Config(
         name="quickstart",
         model=c.Model(
-            patch=4, hidden=192, heads=6, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
-            approximator_hidden=128, approximator_depth=3, nerf_hidden=16, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=4, prediction="x0",
+            patch=4, hidden=128, heads=4, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
+            approximator_hidden=64, approximator_depth=2, nerf_hidden=16, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=4, prediction="x0",
         ),
         compute=c.Compute(dtype="float32", head_tile=0),
-        text=c.Text(encoder="hash", length=12),
+        text=c.Text(encoder="hash", length=10),
         data=c.Data(source="digits", side=16, batch=64, caption_dropout=0.1, threads=1),
         flow=c.Flow(time_law="parabola"),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema=(0.99,)),

@@ -93,8 +93,9 @@ class Model(Section):
             sum(self.rope_axes) == self.head_dim,
             f"model.rope_axes={self.rope_axes} add up to {sum(self.rope_axes)}, but a head has {self.head_dim} channels (model.hidden / model.heads): make them equal.",
         )
+        _require(self.mlp_ratio > 0 and self.rope_theta > 0, "model.mlp_ratio and model.rope_theta must be positive.")
         _require(
-            float(self.mlp_ratio * self.hidden).is_integer(),
+            abs(self.mlp_ratio * self.hidden - self.mlp_hidden) < 1e-6,
             f"model.mlp_ratio={self.mlp_ratio} times model.hidden={self.hidden} is not a whole number.",
         )
         _require(
@@ -123,7 +124,7 @@ class Model(Section):
 
     @property
     def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
+        return round(self.hidden * self.mlp_ratio)
 
     @property
     def vectors(self) -> int:
@@ -361,6 +362,7 @@ def to_dict(config: Section) -> dict[str, Any]:
 
 def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
     """The inverse of `to_dict`. Missing keys take their defaults; unknown ones raise ConfigError."""
+    _require(isinstance(values, Mapping), f"{kind.__name__} must be an object with keys, not {values!r}.")
     made = {}
     for key, value in values.items():
         sub = _field_type(kind, key, key)

@@ -159,7 +159,7 @@ class PerBlock(nnx.Module):
         def vectors(layers: nnx.Linear, count: int):
             # One layer at a time: with sharded weights only one block's are gathered at once.
             y = jax.lax.map(lambda layer: layer(x).astype(jnp.float32), layers)
-            return y.reshape(y.shape[0], len(x), count, -1)
+            return y.reshape(y.shape[0], len(x), count, x.shape[-1])
 
         output = self.output(x).astype(jnp.float32) if hasattr(self, "output") else jnp.zeros((len(x), 2 * x.shape[-1]))
         return Vectors(vectors(self.double_image, 6), vectors(self.double_text, 6), vectors(self.single, 3), output.reshape(len(x), 2, -1))

@@ -5,7 +5,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -28,10 +28,11 @@ class Tensors:
         if not self.path.is_file():
             raise CheckpointError(f"There is no file {self.path}.")
         with self.path.open("rb") as file:
-            start = file.read(4)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+            start = file.read(9)
+        # A safetensors file starts with the length of its header, which may look like anything, and then the header's "{".
+        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise CheckpointError(f"{self.path} is a PyTorch pickle, which can run code when loaded: save it as safetensors first.")
-        if start == b"GGUF":
+        if start[8:] != b"{" and start[:4] == b"GGUF":
             raise CheckpointError(f"{self.path} is a GGUF file, which is not a safetensors checkpoint.")
         try:
             self._file = safe_open(self.path, framework="numpy")
@@ -41,7 +42,11 @@ class Tensors:
             raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}): copy or download it again.") from None
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._file.get_tensor(key)
+        try:
+            return self._file.get_tensor(key)
+        except AttributeError:  # NumPy has no such type
+            kind = self._file.get_slice(key).get_dtype()
+            raise CheckpointError(f"{self.path}: {key} is of type {kind}, which is not read: convert the file to BF16 first.") from None
 
 
 def write_safetensors(
@@ -64,12 +69,14 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     require_space(path.parent, offset + len(text) + 8)
     with replacing(path) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, shape in shapes.items():
-            array = np.ascontiguousarray(tensor(key), dtype=dtypes[key]).reshape(shape)
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(tensor(key), dtype=dtypes[key]).reshape(shape)
+            if not np.isfinite(array).all():
+                raise CheckpointError(f"{key} has values that {array.dtype} cannot hold: write {path} in float32 or bfloat16.")
             file.write(array.tobytes())
 
 
@@ -78,12 +85,14 @@ def replacing(path: Path):
     """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error.strerror or error}): nothing was changed.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def require_space(directory: Path, needed: int):

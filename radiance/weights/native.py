@@ -22,7 +22,8 @@ from radiance.weights.files import DTYPES, CheckpointError, Tensors, write_safet
 Shapes = Mapping[str, tuple[int, ...]]
 
 METADATA_KEY = "radiance.model"
-MARKERS = ("__x0__", "__32x32__", "__sequential__")
+# Empty tensors by which readers know the variant, and the setting that each stands for.
+MARKERS = {"__x0__": "prediction", "__32x32__": "patch", "__sequential__": "text_ids"}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "params.")
 
 
@@ -155,7 +156,7 @@ class Source(NamedTuple):
 
 
 def markers(model: config.Model) -> list[str]:
-    """Empty tensors by which readers know the variant."""
+    """The markers of a model."""
     there = (model.prediction == "x0", model.patch == 32 or model.patch_embed == "conv_half", model.text_ids == "sequential")
     return [name for name, yes in zip(MARKERS, there) if yes]
 
@@ -172,6 +173,8 @@ def layout(model: config.Model) -> tuple[dict[str, tuple[int, ...]], dict[str, S
             continue
         covered.update(paths)
         stacked = "{i}" in row.native
+        if stacked and leaves[paths[0]].shape[0] == 0:
+            continue  # a model without blocks of this kind
         join = partial(_join, row, 0 if stacked else None, model=model)
         shape = jax.eval_shape(join, {path: leaves[path] for path in paths}).shape
         for i in range(leaves[paths[0]].shape[0]) if stacked else [None]:
@@ -216,11 +219,9 @@ def read(path: str | Path, model: config.Model | None = None, shardings: Params 
     names = canonical_names(file.shapes)
     shapes = {name: file.shapes[key] for name, key in names.items()}
     model = detect(shapes, file.metadata, file.path) if model is None else model
-    for marker in ("__x0__", "__sequential__"):
+    for marker, setting in MARKERS.items():
         if marker in shapes and marker not in markers(model):
-            raise CheckpointError(
-                f"{path} is marked {marker}, but a model without that was asked for: set model.prediction or model.text_ids."
-            )
+            raise CheckpointError(f"{path} is marked {marker}, but a model without that was asked for: set model.{setting}.")
     return model, from_native(model, shapes, lambda name: file[names[name]], file.path, shardings)
 
 
@@ -306,11 +307,11 @@ def canonical_names(keys: Mapping[str, object]) -> dict[str, str]:
     prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
     names = {}
     for key in keys:
-        if not key.startswith(prefix):
+        if not key.startswith(prefix) and key not in MARKERS:
             continue
         name = key.removeprefix(prefix)
         parts = name.split(".")
-        if parts[-1] == "weight" and (parts[-2].endswith("norm") or parts[-3:-2] == ["norms"]):
+        if len(parts) > 1 and parts[-1] == "weight" and (parts[-2].endswith("norm") or parts[-3:-2] == ["norms"]):
             name = name.removesuffix("weight") + "scale"
         names[name] = key
     return names
@@ -326,7 +327,10 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None, origin: ob
     Raises CheckpointError when the tensors are not those of a Chroma, Radiance or FLUX model.
     """
     if METADATA_KEY in (metadata or {}):
-        return replace(config.from_json(config.Model, metadata[METADATA_KEY]), **known)
+        try:
+            return replace(config.from_json(config.Model, metadata[METADATA_KEY]), **known)
+        except config.ConfigError as error:
+            raise CheckpointError(f"{origin} describes its model in a way this version does not know. {error}") from None
     if "txt_in.weight" not in shapes or not any(n.startswith(("double_blocks.0.", "single_blocks.0.")) for n in shapes):
         raise CheckpointError(f"{origin} is not a Chroma, Radiance or FLUX checkpoint: it has no txt_in.weight or no blocks.")
     try:
@@ -335,6 +339,8 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None, origin: ob
         raise CheckpointError(f"{origin} looks like a Chroma checkpoint, but has no {error.args[0]}: the file is not whole.") from None
     except config.ConfigError as error:
         raise CheckpointError(f"{origin}: the sizes of its tensors do not make a model. {error}") from None
+    except (ValueError, IndexError):  # a tensor with more or fewer axes than it should have
+        raise CheckpointError(f"{origin} has the names of a Chroma checkpoint, but its tensors are of other kinds (quantised?).") from None
 
 
 def _detect(shapes: Shapes, known: Mapping) -> config.Model:

@@ -76,7 +76,6 @@ def test_written_and_read_is_the_same(variant, tmp_path):
     assert all(stored[m].shape == (0,) and stored[m].dtype == np.float32 for m in markers)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="layout takes block 0 of an empty stack of learned vectors")
 @pytest.mark.parametrize("modulation", ["shared", "none"])
 @pytest.mark.parametrize("absent", ["double_blocks", "single_blocks"])
 def test_learned_vectors_of_absent_blocks(modulation, absent, tmp_path):
@@ -199,7 +198,6 @@ def test_markers_contradict_what_is_asked_for(tmp_path):
         assert_same(native.read(path, model)[1], toy_params(MODEL))  # files without markers are about, so a user may say it
 
 
-@pytest.mark.xfail(strict=True, reason="read checks __x0__ and __sequential__ only; all shapes of conv_half at 2p fit conv at p")
 def test_a_patch32_file_is_not_read_as_patch16(tmp_path):
     model = toy_model(patch=8, patch_embed="conv_half")
     native.write(tmp_path / "x.safetensors", model, toy_params(model))
@@ -236,7 +234,6 @@ def test_files_that_cannot_be_read(written, tmp_path):
             native.read(path, MODEL)
 
 
-@pytest.mark.xfail(strict=True, raises=CheckpointError, reason="the first byte, 0x80, is that of a header length here, not of a pickle")
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
     path = tmp_path / "x.safetensors"
     for room in range(256):
@@ -262,13 +259,12 @@ def test_foreign_safetensors(tmp_path):
 FOREIGN = {
     "a name without dots": lambda tensors: ({"weight": np.zeros(3, np.float32)}, None),  # IndexError in canonical_names
     "flat quantised weights": lambda tensors: ({k: v.reshape(-1) for k, v in tensors.items()}, None),  # ValueError in _detect
-    "float8": lambda tensors: (tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)}, OURS),  # AttributeError
-    "settings of another version": lambda tensors: (tensors, {native.METADATA_KEY: '{"hiden": 3}'}),  # ConfigError
+    "float8": lambda tensors: (tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)}, OURS),
+    "settings of another version": lambda tensors: (tensors, {native.METADATA_KEY: '{"hiden": 3}'}),
 }
 OURS = {native.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
 
 
-@pytest.mark.xfail(strict=True, reason="errors of other kinds escape")
 @pytest.mark.parametrize("case", FOREIGN)
 def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
     tensors, metadata = FOREIGN[case](load_file(written))
@@ -282,7 +278,6 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
     assert case == "float8"  # which could be read as well
 
 
-@pytest.mark.xfail(strict=True, reason="canonical_names drops what lacks the prefix, markers too")
 def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
     native.write(path, model, toy_params(model))
@@ -291,7 +286,6 @@ def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
         native.read(path, MODEL)
 
 
-@pytest.mark.xfail(strict=True, reason="infinities are written, and refused when read")
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_values_too_large_for_float16_are_not_written(tmp_path):
     params = toy_params(MODEL)
@@ -362,7 +356,6 @@ def test_a_replaced_file_that_cannot_take_its_name(written, monkeypatch):
     assert written.read_bytes() == before and list(written.parent.iterdir()) == [written]
 
 
-@pytest.mark.xfail(strict=True, reason="the directory is made before its disk is asked for room")
 def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", disk_with(1))
     with pytest.raises(CheckpointError):
@@ -370,7 +363,6 @@ def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="making the directory is outside the block that translates OSError")
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError):
