@@ -6,36 +6,16 @@ checked when it is built. Experiments return one from `config()`; the command li
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import types
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from radiance.sections import ConfigError, Section, differences, from_dict, from_json, meant, override, require, to_dict, to_json
 
-class ConfigError(ValueError):
-    """A setting that cannot work; the message says which one and what to do."""
-
-
-class Section:
-    """Base of all sections: checks the type of every field, then the section's own `check`."""
-
-    def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _coerce(f"{type(self).__name__.lower()}.{f.name}", getattr(self, f.name), hints[f.name]))
-        self.check()
-
-    def check(self):
-        """Raises ConfigError when the fields contradict each other."""
-
-
-def _require(condition: bool, message: str):
-    if not condition:
-        raise ConfigError(message)
+__all__ = [
+    "Compute", "Config", "ConfigError", "Data", "Flow", "MODELS", "Mesh", "Model", "Optimizer", "Sample", "Section", "Text", "Train",
+    "differences", "from_dict", "from_json", "override", "to_dict", "to_json",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,49 +54,56 @@ class Model(Section):
             "channels", "patch", "hidden", "heads", "text_dim", "approximator_hidden", "approximator_depth",
             "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1.")
         for name in ("double_blocks", "single_blocks", "registers", "pooled_dim"):
-            _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}: it cannot be negative.")
-        _require(
+            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}: it cannot be negative.")
+        require(
             self.double_blocks + self.single_blocks >= 1,
             "model.double_blocks and model.single_blocks are both 0: a model needs at least one block.",
         )
-        _require(
+        require(
             self.hidden % self.heads == 0,
             f"model.hidden={self.hidden} does not divide into model.heads={self.heads} heads: change one of them.",
         )
-        _require(
+        require(
             len(self.rope_axes) == 3 and all(a >= 0 and a % 2 == 0 for a in self.rope_axes),
             f"model.rope_axes={self.rope_axes}: three even numbers are needed (text index, row, column).",
         )
-        _require(
+        require(
             sum(self.rope_axes) == self.head_dim,
             f"model.rope_axes={self.rope_axes} add up to {sum(self.rope_axes)}, but a head has {self.head_dim} channels (model.hidden / model.heads): make them equal.",
         )
-        _require(self.mlp_ratio > 0 and self.rope_theta > 0, "model.mlp_ratio and model.rope_theta must be positive.")
-        _require(
+        require(self.mlp_ratio > 0 and self.rope_theta > 0, "model.mlp_ratio and model.rope_theta must be positive.")
+        require(
             abs(self.mlp_ratio * self.hidden - self.mlp_hidden) < 1e-6,
             f"model.mlp_ratio={self.mlp_ratio} times model.hidden={self.hidden} is not a whole number.",
         )
-        _require(
+        require(
             self.approximator_dim % 8 == 0 and self.approximator_dim > 0,
             f"model.approximator_dim={self.approximator_dim} must be a positive multiple of 8.",
         )
-        _require(
+        require(
             self.patch_embed == "conv" or self.patch % 2 == 0, f"model.patch_embed=conv_half needs an even model.patch, not {self.patch}."
         )
-        _require(
+        require(
             self.patch > 1 or self.head == "linear",
             f"model.head={self.head} paints the pixels of a patch, but model.patch is 1: use model.head=linear.",
         )
-        _require(
+        require(
             self.pooled_dim == 0 or self.modulation in ("per_block", "shared"),
             f"model.pooled_dim={self.pooled_dim} is read only by modulation per_block and shared, not {self.modulation}: set it to 0.",
         )
-        _require(
+        require(
             not self.guidance_embed or self.modulation in ("per_block", "shared"),
             f"model.guidance_embed is for modulation per_block and shared; {self.modulation} does not use it: set it to false.",
         )
+
+    @classmethod
+    def named(cls, name: str) -> Model:
+        """A published model, or one of the sizes for research. Raises ConfigError with the nearest name."""
+        if name not in MODELS:
+            raise ConfigError(f"There is no model named {name!r}{meant(name, MODELS) or '.'} The names are {', '.join(MODELS)}.")
+        return MODELS[name]
 
     @property
     def head_dim(self) -> int:
@@ -141,7 +128,7 @@ class Compute(Section):
     head_tile: int = 512  # tokens of a picture that the NeRF head paints at a time; 0 for all at once
 
     def check(self):
-        _require(self.head_tile >= 0, f"compute.head_tile={self.head_tile}: give a number of tokens, or 0 for all at once.")
+        require(self.head_tile >= 0, f"compute.head_tile={self.head_tile}: give a number of tokens, or 0 for all at once.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ class Text(Section):
     length: int = 64  # longest caption in tokens, end-of-sequence included; T5 models use 512
 
     def check(self):
-        _require(self.length >= 2, f"text.length={self.length}: captions need room for a word and the end of the sequence, so at least 2.")
+        require(self.length >= 2, f"text.length={self.length}: captions need room for a word and the end of the sequence, so at least 2.")
 
 
 @dataclass(frozen=True)
@@ -167,8 +154,8 @@ class Data(Section):
     threads: int = 4  # readers ahead of the trainer
 
     def check(self):
-        _require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
-        _require(0 <= self.caption_dropout <= 1, f"data.caption_dropout={self.caption_dropout} must lie between 0 and 1.")
+        require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
+        require(0 <= self.caption_dropout <= 1, f"data.caption_dropout={self.caption_dropout} must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -185,10 +172,10 @@ class Flow(Section):
     coupling_cost: Literal["cosine", "euclidean"] = "cosine"
 
     def check(self):
-        _require(self.time_scale > 0, f"flow.time_scale={self.time_scale} must be positive.")
-        _require(self.noise_scale > 0, f"flow.noise_scale={self.noise_scale} must be positive.")
-        _require(self.epsilon > 0, f"flow.epsilon={self.epsilon} must be positive: it keeps the loss of x0 models finite at t = 0.")
-        _require(
+        require(self.time_scale > 0, f"flow.time_scale={self.time_scale} must be positive.")
+        require(self.noise_scale > 0, f"flow.noise_scale={self.noise_scale} must be positive.")
+        require(self.epsilon > 0, f"flow.epsilon={self.epsilon} must be positive: it keeps the loss of x0 models finite at t = 0.")
+        require(
             self.time_mean is None or self.time_law in ("logistic", "logit_normal"),
             f"flow.time_mean has no meaning for flow.time_law={self.time_law}: leave it none.",
         )
@@ -211,15 +198,15 @@ class Optimizer(Section):
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
 
     def check(self):
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
-        _require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate} must be at least 1.")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).")
-        _require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
-        _require(
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate} must be at least 1.")
+        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).")
+        require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
+        require(
             all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1)."
         )
-        _require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
-        _require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
+        require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
+        require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
 
 
 @dataclass(frozen=True)
@@ -241,9 +228,9 @@ class Train(Section):
 
     def check(self):
         for name in ("steps", "log_every", "validate_every", "validate_pictures", "sample_every", "checkpoint_every", "keep", "skip_limit"):
-            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
-        _require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
-        _require(self.keep_every >= 0, "train.keep_every cannot be negative.")
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
+        require(self.keep_every >= 0, "train.keep_every cannot be negative.")
 
 
 @dataclass(frozen=True)
@@ -264,14 +251,14 @@ class Sample(Section):
     batch: int = 8  # pictures at a time
 
     def check(self):
-        _require(self.steps >= 1, f"sample.steps={self.steps} must be at least 1.")
-        _require(self.batch >= 1, f"sample.batch={self.batch} must be at least 1.")
-        _require(self.guidance >= 0, f"sample.guidance={self.guidance} cannot be negative.")
-        _require(all(b > 0 for b in self.beta), f"sample.beta={self.beta}: both numbers must be positive.")
+        require(self.steps >= 1, f"sample.steps={self.steps} must be at least 1.")
+        require(self.batch >= 1, f"sample.batch={self.batch} must be at least 1.")
+        require(self.guidance >= 0, f"sample.guidance={self.guidance} cannot be negative.")
+        require(all(b > 0 for b in self.beta), f"sample.beta={self.beta}: both numbers must be positive.")
         low, high = self.guidance_interval
-        _require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
-        _require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
-        _require(
+        require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
+        require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
+        require(
             self.weights in ("params", "ema") or self.weights.startswith("ema="),
             f"sample.weights={self.weights!r}: say params, ema or ema=DECAY.",
         )
@@ -287,7 +274,7 @@ class Mesh(Section):
 
     def check(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(
+        require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh={sizes}: sizes are at least 1, and one of them may be -1.",
         )
@@ -310,12 +297,12 @@ class Config(Section):
     mesh: Mesh = field(default_factory=Mesh)
 
     def check(self):
-        _require(self.name != "" and "/" not in self.name, f"name={self.name!r} must be the name of one folder.")
-        _require(
+        require(self.name != "" and "/" not in self.name, f"name={self.name!r} must be the name of one folder.")
+        require(
             self.data.side % self.model.patch == 0,
             f"data.side={self.data.side} is not a multiple of model.patch={self.model.patch}: pictures must divide into whole patches.",
         )
-        _require(
+        require(
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
         )
@@ -323,126 +310,6 @@ class Config(Section):
     @property
     def directory(self) -> Path:
         return Path(self.output).expanduser() / self.name
-
-
-# --- overrides and JSON -----------------------------------------------------------------------------------------------
-
-S = TypeVar("S", bound=Section)
-
-
-def override(config: S, changes: Iterable[str]) -> S:
-    """`config` with `section.key=value` changes, in order; values are read as the field's type.
-
-    `model=NAME` puts a named model in. Raises ConfigError for an unknown key (with the nearest one) or an unfit value.
-    """
-    # All changes of a section are made before it is checked, so that two that belong together (hidden and heads) can both be made.
-    tree = to_dict(config)
-    for change in changes:
-        key, separator, text = change.partition("=")
-        _require(bool(separator), f"{change!r} is not of the form key=value.")
-        *parents, last = key.split(".")
-        node, section = tree, type(config)
-        for part in parents:
-            section = _field_type(section, part, key)
-            _require(isinstance(section, type) and issubclass(section, Section), f"{key!r}: {part!r} is a value, not a section.")
-            node = node[part]
-        kind = _field_type(section, last, key)
-        if isinstance(kind, type) and issubclass(kind, Section):
-            _require(kind is Model, f"{key!r} is a section: set one of its keys, such as {key}.{dataclasses.fields(kind)[0].name}.")
-            node[last] = to_dict(named_model(text))
-        else:
-            node[last] = _parse(key, text, kind)
-    return from_dict(type(config), tree)
-
-
-def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain dicts, ready for JSON."""
-    return {f.name: to_dict(v) if isinstance(v := getattr(config, f.name), Section) else v for f in dataclasses.fields(config)}
-
-
-def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
-    """The inverse of `to_dict`. Missing keys take their defaults; unknown ones raise ConfigError."""
-    _require(isinstance(values, Mapping), f"{kind.__name__} must be an object with keys, not {values!r}.")
-    made = {}
-    for key, value in values.items():
-        sub = _field_type(kind, key, key)
-        made[key] = from_dict(sub, value) if isinstance(sub, type) and issubclass(sub, Section) else value
-    return kind(**made)
-
-
-def to_json(config: Section) -> str:
-    return json.dumps(to_dict(config), indent=2) + "\n"
-
-
-def from_json(kind: type[S], text: str) -> S:
-    try:
-        return from_dict(kind, json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"The config is not JSON: {error}.") from None
-
-
-def differences(a: Section, b: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
-    found = {}
-    for f in dataclasses.fields(a):
-        x, y, key = getattr(a, f.name), getattr(b, f.name), prefix + f.name
-        if isinstance(x, Section):
-            found |= differences(x, y, key + ".")
-        elif x != y:
-            found[key] = (x, y)
-    return found
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
-
-
-def _field_type(section: type, name: str, key: str) -> Any:
-    hints = get_type_hints(section)
-    if name not in hints:
-        raise ConfigError(f"Unknown key {key!r}{_meant(name, hints) or '.'} {section.__name__} has {', '.join(hints)}.")
-    return hints[name]
-
-
-def _parse(key: str, text: str, kind: Any) -> Any:
-    """A command-line word as the plain value that `_coerce` will check."""
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if text.lower() in ("none", "null"):
-            return None
-        return _parse(key, text, next(a for a in get_args(kind) if a is not type(None)))
-    if origin is tuple:
-        item = get_args(kind)[0]
-        return tuple(_parse(key, part.strip(), item) for part in text.strip("()[]").split(",") if part.strip())
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ConfigError(f"{key}={text!r}: {'a whole number' if kind is int else 'a number'} is expected.") from None
-    return text
-
-
-def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """The value as `kind` (lists become tuples, whole numbers floats), or ConfigError."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{key}={value!r}{_meant(str(value), args) or ' is not known;'} the choices are {', '.join(args)}.")
-        return value
-    if origin in (Union, types.UnionType):
-        return None if value is None else _coerce(key, value, next(a for a in args if a is not type(None)))
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{key}={value!r}: a list is expected.")
-        _require(args[-1] is Ellipsis or len(value) == len(args), f"{key}={value!r}: {len(args)} values are expected.")
-        return tuple(_coerce(key, v, args[0]) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{key}={value!r}: {kind.__name__} is expected.")
-    return value
 
 
 # --- named models -----------------------------------------------------------------------------------------------------
@@ -474,10 +341,3 @@ MODELS: dict[str, Model] = {
         nerf_hidden=64, nerf_mlp_ratio=2, nerf_depth=3, prediction="x0",
     ),
 }  # fmt: skip
-
-
-def named_model(name: str) -> Model:
-    """The model of that name. Raises ConfigError with the nearest names."""
-    if name not in MODELS:
-        raise ConfigError(f"There is no model named {name!r}{_meant(name, MODELS)}; the names are {', '.join(MODELS)}.")
-    return MODELS[name]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -78,7 +79,7 @@ class Pipeline:
         What is cut off is masked anyway: the picture is the same for less work.
         """
         text, lengths = self.encoder([*prompts, negative])
-        seen = int(np.max(visible_tokens(lengths, text.shape[1], self.run.model.masking)))
+        seen = int(visible_tokens(jnp.asarray(lengths), text.shape[1], self.run.model.masking).max())
         text = text[:, : bucket(seen, text.shape[1])]
         return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])
 

@@ -8,6 +8,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest
+from jaxtyping import install_import_hook
+
+# The shapes in the signatures are checked at every call of a test.
+install_import_hook([f"radiance.{room}" for room in ("model", "pictures")], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_named_models():
     assert override(SMALL, ["model=small"]).model == config.MODELS["small"]
     assert override(SMALL, ["model=small", "model.registers=4"]).model == dataclasses.replace(config.MODELS["small"], registers=4)
     for name, model in config.MODELS.items():
-        assert config.named_model(name) is model
+        assert config.Model.named(name) is model
         assert model.head_dim * model.heads == model.hidden
     assert config.MODELS["chroma1-radiance"] == Model()
     assert Model().vectors == 344
@@ -88,7 +88,7 @@ def test_named_models():
         ("model.qqqqqq=3", "Unknown key 'model.qqqqqq'. Model has channels, "),
         ("steps=3", "Unknown key 'steps'"),
         ("train.steps", "not of the form key=value"),
-        ("train=3", "'train' is a section"),
+        ("train=3", "train=3 does not say which setting: write train.KEY=value, such as train.steps="),
         ("train.steps.more=3", "'steps' is a value, not a section"),
         ("train.steps=many", "train.steps='many': a whole number"),
         ("train.steps=1.5", "train.steps='1.5': a whole number"),

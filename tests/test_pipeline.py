@@ -90,4 +90,4 @@ def test_pictures_and_arrays():
     assert to_array(wide, 4, 4).min() > 0.9  # the centre
     sheet = contact_sheet([Image.new("RGB", (5, 4))] * 7, 3, gap=1)
     assert sheet.size == (3 * 6 + 1, 3 * 5 + 1)
-    assert np.array_equal(np.asarray(to_picture(np.full((1, 1, 3), 7.0)))[0, 0], [255] * 3)
+    assert np.array_equal(np.asarray(to_picture(np.full((1, 1, 3), 7, np.float32)))[0, 0], [255] * 3)

@@ -19,11 +19,11 @@ def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
     return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def modulate(x: Float[Array, "b n d"], shift: Float32[Array, "b d"], scale: Float32[Array, "b d"]) -> Float[Array, "b n d"]:
+def modulate(x: Float[Array, "b n d"], shift: Float32[Array, "#b d"], scale: Float32[Array, "#b d"]) -> Float[Array, "b n d"]:
     return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).astype(x.dtype)
 
 
-def gated(x: Float[Array, "b n d"], gate: Float32[Array, "b d"], f: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+def gated(x: Float[Array, "b n d"], gate: Float32[Array, "#b d"], f: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     return x + gate[:, None].astype(x.dtype) * f
 
 
@@ -58,10 +58,12 @@ class Stream(nnx.Module):
         self.attention = SelfAttention(model, dtype, rngs)
         self.mlp = MLP(model, dtype, rngs)
 
-    def open(self, x: Float[Array, "b n d"], vectors: Float32[Array, "b 6 d"]) -> tuple[Float[Array, "b n h k"], ...]:
+    def open(self, x: Float[Array, "b n d"], vectors: Float32[Array, "#b 6 d"]) -> tuple[Float[Array, "b n h k"], ...]:
         return self.attention.project(modulate(x, vectors[:, 0], vectors[:, 1]))
 
-    def close(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"], vectors: Float32[Array, "b 6 d"]) -> Float[Array, "b n d"]:
+    def close(
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"], vectors: Float32[Array, "#b 6 d"]
+    ) -> Float[Array, "b n d"]:
         x = gated(x, vectors[:, 2], self.attention.proj(attended))
         return gated(x, vectors[:, 5], self.mlp(modulate(x, vectors[:, 3], vectors[:, 4])))
 
@@ -77,8 +79,8 @@ class DoubleBlock(nnx.Module):
         self,
         image: Float[Array, "b n d"],
         text: Float[Array, "b l d"],
-        image_vectors: Float32[Array, "b 6 d"],
-        text_vectors: Float32[Array, "b 6 d"],
+        image_vectors: Float32[Array, "#b 6 d"],
+        text_vectors: Float32[Array, "#b 6 d"],
         rope: Float32[Array, "2 joint 1 half"],
         kv_len: Int[Array, " b"] | None,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b l d"]]:
@@ -99,7 +101,7 @@ class SingleBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        vectors: Float32[Array, "b 3 d"],
+        vectors: Float32[Array, "#b 3 d"],
         rope: Float32[Array, "2 n 1 half"],
         kv_len: Int[Array, " b"] | None,
     ) -> Float[Array, "b n d"]:

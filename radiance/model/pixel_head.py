@@ -117,7 +117,7 @@ class LinearHead(nnx.Module):
         self.linear = nnx.Linear(model.hidden, model.patch**2 * model.channels, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "b n d"], output_vectors: Float32[Array, "b 2 d"], height: int, width: int
+        self, tokens: Float[Array, "b n d"], output_vectors: Float32[Array, "#b 2 d"], height: int, width: int
     ) -> Float32[Array, "b height width c"]:
         x = self.linear(modulate(tokens.astype(jnp.float32), output_vectors[:, 0], output_vectors[:, 1]))
         return fold(x.reshape(*x.shape[:2], self.patch**2, -1), height, width, self.patch)

@@ -70,7 +70,7 @@ class Transformer(nnx.Module):
         y, visible = self.embed_text(text, lengths)
         n, words = x.shape[1], y.shape[1]
         ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
-        rope = rope_table(ids, model.rope_axes, model.rope_theta)
+        rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
         kv_len = None if model.masking == "off" else n + words - text.shape[1] + visible
 
         def double(carry, block_vectors):

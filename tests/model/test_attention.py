@@ -3,8 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radiance.model.attention import attention, position_ids, rope_table, rotate
+from radiance.model import attention as room
+from radiance.model.attention import position_ids, rope_table
 from radiance.model.transformer import visible_tokens
+
+
+def attention(q, k, v, kv_len):
+    return room.attention(*map(jnp.asarray, (q, k, v)), kv_len)
+
+
+def rotate(x, table):
+    return room.rotate(jnp.asarray(x), jnp.asarray(table))
+
 
 N, L, HEADS, SIZE = 6, 7, 2, 8  # image tokens, text tokens
 LENGTHS = np.array([1, 3, 6, 7, 0], np.int32)

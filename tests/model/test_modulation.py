@@ -27,7 +27,7 @@ def run(model, params, time, guidance=None, pooled=None):
 
 
 def pooled_of(model):
-    return np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32) if model.pooled_dim else None
+    return jnp.asarray(np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32)) if model.pooled_dim else None
 
 
 @pytest.mark.parametrize("count, width", [(344, 32), (11, 8)])
@@ -75,7 +75,7 @@ def test_fresh_vectors_are_zero(kind):
 
     @partial(jax.jit, compiler_options=QUICK)
     def fresh(key):
-        return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(TIME, jnp.ones(3), pooled_of(model))
+        return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(jnp.asarray(TIME), jnp.ones(3), pooled_of(model))
 
     vectors = fresh(jax.random.key(0))
     d, rows = model.hidden, 1 if kind == "none" else 3

@@ -381,7 +381,9 @@ def test_x0_is_divided_by_time_or_by_what_is_given():
     time = inputs["time"][:, None, None, None]
     assert_near(apply(model, params, inputs), (inputs["image"] - picture) / time)
     divisor = np.array([0.5, 1.5, 1.0], np.float32)
-    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=divisor), compiler_options=QUICK)(inputs)
+    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=jnp.asarray(divisor)), compiler_options=QUICK)(
+        inputs
+    )
     assert_near(ours, (inputs["image"] - picture) / divisor[:, None, None, None])
 
 
