@@ -11,7 +11,7 @@ from radiance.model.transformer import Params, abstract, bind
 
 FLOAT32 = config.Compute(dtype="float32")
 # For the CPU: toys compile three times as fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 
 
 def toy_model(**changes) -> config.Model:
