@@ -18,8 +18,8 @@ from radiance import config as c
 from radiance.cli import main as radiance
 from radiance.data.datasets import open_source
 from radiance.data.digits import NAMES
+from radiance.models import load
 from radiance.pictures import contact_sheet, save_png, to_array
-from radiance.pipeline import load
 
 
 def config() -> c.Config:

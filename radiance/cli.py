@@ -12,7 +12,7 @@ from radiance import config
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is told in one sentence, with exit code 2."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     from radiance.data.datasets import DataError
     from radiance.text.encoders import TextError
     from radiance.training.loop import TrainingError
@@ -23,6 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (config.ConfigError, CheckpointError, DataError, TextError, TrainingError, ImportError, OSError) as error:
         print(f"radiance: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse, with key=value changes allowed among and behind the flags too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "changes") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.changes += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
     run = config.override(experiment(options.experiment), options.changes)
     reached = train(run)
     if reached < run.train.steps:
-        print(f"Stopped at step {reached} with a checkpoint: the same command goes on.", file=sys.stderr)
+        print(f"Stopped at step {reached}: the same command goes on.", file=sys.stderr)
         return 143
     print(f"{run.directory} is trained for {reached} steps; see {write_report(run.directory)}.")
     return 0
@@ -70,19 +81,26 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     """Paints every prompt with every seed. The PNGs carry prompt, seed and settings."""
+    from tqdm import tqdm
+
+    from radiance.models import load
     from radiance.pictures import contact_sheet, save_png
-    from radiance.pipeline import load
+    from radiance.training.directory import RunDirectory
 
     prompts = options.prompt + ([line for line in options.prompts.read_text().splitlines() if line.strip()] if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
-    pipeline = load(options.model)
-    settings = config.override(pipeline.run.sample, options.changes)
+    settings = config.override(RunDirectory(Path(options.model)).read_config().sample, options.changes)
+    pipeline = load(options.model, settings.weights)
     width, height = options.size or (None, None)
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    pictures = pipeline([p for p, _ in jobs], [s for _, s in jobs], width, height, settings)
-    for i, picture in enumerate(pictures):
-        save_png(options.out / f"{i:05d}_seed{picture.facts['seed']}.png", picture.image, picture.facts)
+    if any(options.out.glob("*.png")):
+        raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
+    painted = pipeline.paint([p for p, _ in jobs], [s for _, s in jobs], width, height, settings)
+    pictures = []
+    for picture in tqdm(painted, total=len(jobs), unit="picture", disable=None):  # disable=None: no bar in a log
+        save_png(options.out / f"{len(pictures):05d}_seed{picture.facts['seed']}.png", picture.image, picture.facts)
+        pictures.append(picture)
     columns = len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10)
     sheet = contact_sheet([p.image for p in pictures], columns)
     save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": config.to_dict(settings)})
@@ -112,18 +130,21 @@ def _verify(options: argparse.Namespace) -> int:
 
 def experiment(name: str) -> config.Config:
     """The config of EXPERIMENT[:ARM]: a file or dotted module with `config()`, and in `ARMS` the changes that each arm makes."""
-    where, _, arm = name.partition(":")
+    where, _, arm = name.rpartition(":") if ":" in name else (name, "", "")
     path = Path(where)
     if path.suffix == ".py":
         if not path.is_file():
             raise config.ConfigError(f"There is no experiment file {path}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
+        sys.path.insert(0, str(Path.cwd()))  # an installed command does not look there
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
+            if error.name is None or not where.startswith(error.name):
+                raise  # the experiment is there, and misses something itself
             raise config.ConfigError(f"There is no experiment {where}: give a file such as experiments/quickstart.py ({error}).") from None
     if not hasattr(module, "config"):
         raise config.ConfigError(f"{where} is no experiment: it has no config().")

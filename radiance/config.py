@@ -215,7 +215,6 @@ class Train(Section):
 
     steps: int = 100_000
     seed: int = 0
-    init: str = ""  # a checkpoint file or a run directory to start the weights from
     log_every: int = 10
     validate_every: int = 1000
     validate_pictures: int = 256
@@ -286,6 +285,7 @@ class Config(Section):
 
     name: str = "run"
     output: str = "runs"  # the run directory is output/name
+    init: str = ""  # a checkpoint file or a run directory to start the weights from
     model: Model = field(default_factory=Model)
     compute: Compute = field(default_factory=Compute)
     text: Text = field(default_factory=Text)
@@ -305,6 +305,11 @@ class Config(Section):
         require(
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
+        )
+
+        require(
+            self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
+            f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
         )
 
     @property

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 Pixels = Float32[np.ndarray, "height width 3"]
 
 
 def to_array(picture: Image.Image, width: int, height: int) -> Pixels:
-    """The centre of `picture`, scaled (Lanczos) to cover width × height."""
+    """The centre of `picture`, upright and over white, scaled (Lanczos) to cover width × height."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
     scale = max(width / picture.width, height / picture.height)
     crop_width, crop_height = width / scale, height / scale

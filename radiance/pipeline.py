@@ -1,8 +1,7 @@
-"""From prompts to pictures with a trained model."""
+"""From prompts to pictures with a model and its text encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,9 +12,7 @@ from radiance import config
 from radiance.model.transformer import Params, visible_tokens
 from radiance.pictures import to_picture
 from radiance.sampling import Condition, paint
-from radiance.text.encoders import bucket, make_encoder
-from radiance.training.checkpoints import Checkpoints
-from radiance.training.directory import RunDirectory
+from radiance.text.encoders import Encoder, bucket, make_encoder
 
 
 class Picture(NamedTuple):
@@ -24,20 +21,24 @@ class Picture(NamedTuple):
 
 
 class Pipeline:
-    """A model with its text encoder. `pipeline(["a handwritten seven"], seeds=[1])` gives pictures."""
+    """`pipeline(["a handwritten seven"], seeds=[1])` gives pictures."""
 
-    def __init__(self, run: config.Config, params: Params, origin: str = ""):
+    def __init__(self, run: config.Config, params: Params, origin: str = "", encoder: Encoder | None = None):
         self.run, self.params, self.origin = run, params, origin
-        self.encoder = make_encoder(run.text, run.model.text_dim)
+        self.encoder = encoder or make_encoder(run.text, run.model.text_dim)
 
-    def __call__(
+    def __call__(self, prompts: Sequence[str], *arguments, **named) -> list[Picture]:
+        """The list of what `paint` yields."""
+        return list(self.paint(prompts, *arguments, **named))
+
+    def paint(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int] | None = None,
         width: int | None = None,
         height: int | None = None,
         settings: config.Sample | None = None,
-    ) -> list[Picture]:
+    ) -> Iterator[Picture]:
         """One picture per prompt and seed (0, 1, 2, … when None), of any size: whole patches are painted and cropped.
 
         A picture depends on its prompt, seed, size and settings, not on the others. Raises TextError for a prompt over the
@@ -48,11 +49,12 @@ class Pipeline:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
         if not prompts:
-            return []
+            return
         width, height = width or run.data.side, height or width or run.data.side
         positive, negative = self.encode(prompts, settings.negative)
+        facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
 
-        images, size = [], min(settings.batch, len(prompts))
+        size = min(settings.batch, len(prompts))
         for start in range(0, len(prompts), size):
             rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # a last, shorter batch is filled up
             painted = paint(
@@ -67,11 +69,8 @@ class Pipeline:
                 height=-(-height // run.model.patch) * run.model.patch,
                 width=-(-width // run.model.patch) * run.model.patch,
             )
-            images += list(np.asarray(painted)[:, :height, :width])
-        made = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
-        return [
-            Picture(to_picture(image), {"prompt": prompt, "seed": int(seed), **made}) for image, prompt, seed in zip(images, prompts, seeds)
-        ]
+            for i, image in zip(range(start, min(start + size, len(prompts))), np.asarray(painted)):
+                yield Picture(to_picture(image[:height, :width]), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
 
     def encode(self, prompts: Sequence[str], negative: str) -> tuple[Condition, Condition]:
         """Conditions of the prompts and of the one negative prompt, cut where no token is visible in any of them.
@@ -82,18 +81,3 @@ class Pipeline:
         seen = int(visible_tokens(jnp.asarray(lengths), text.shape[1], self.run.model.masking).max())
         text = text[:, : bucket(seen, text.shape[1])]
         return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])
-
-
-def load(model: str | Path, weights: str | None = None) -> Pipeline:
-    """The pipeline of a run directory, at its newest checkpoint.
-
-    weights: params, ema or ema=DECAY; the run's own choice when None. Raises ConfigError or CheckpointError when there is none.
-    """
-    directory = RunDirectory(Path(model))
-    run = directory.read_config()
-    checkpoints = Checkpoints(directory.checkpoints)
-    if checkpoints.latest is None:
-        raise config.ConfigError(f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps.")
-    which = weights or (run.sample.weights if run.optimizer.ema else "params")
-    params = checkpoints.restore_weights(checkpoints.latest, run, which)
-    return Pipeline(run, params, f"{run.name} step {checkpoints.latest} {which}")

@@ -128,6 +128,11 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return _parse(key, text, next(a for a in get_args(kind) if a is not type(None)))
     if origin is tuple:
         item = get_args(kind)[0]
+        if item is str and text.startswith("["):  # texts may hold commas
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError:
+                raise ConfigError(f'{key}={text}: this list is not JSON: write ["one", "two"].') from None
         return tuple(_parse(key, part.strip(), item) for part in text.strip("()[]").split(",") if part.strip())
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"

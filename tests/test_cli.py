@@ -61,6 +61,42 @@ def test_sample(trained, tmp_path, capsys):
     assert np.asarray(picture).std() > 0
 
 
+def test_sample_with_changes_behind_the_flags(trained, tmp_path):
+    """As the README writes it; and the weights that are asked for are those that paint."""
+    pixels = {}
+    for weights in ("ema=0.9", "params"):
+        out = tmp_path / weights
+        command = [
+            "sample",
+            str(trained),
+            "--prompt",
+            "a handwritten seven",
+            "--size",
+            "8x8",
+            "--out",
+            str(out),
+            f"weights={weights}",
+            "guidance=3",
+        ]
+        assert main(command) == 0
+        picture = Image.open(out / "00000_seed0.png")
+        assert picture.text["model"].endswith(weights) and '"guidance": 3.0' in picture.text["settings"]
+        pixels[weights] = np.asarray(picture, int)
+    assert np.abs(pixels["params"] - pixels["ema=0.9"]).max() > 0
+
+
+def test_pictures_are_not_overwritten(capsys, trained, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "mine.png")
+    assert "holds pictures already" in told(capsys, "sample", trained, "--prompt", "one", "--out", tmp_path)
+
+
+def test_a_dotted_experiment(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.py").write_text("from radiance import config as c\n\n\ndef config():\n    return c.Config(name='mine')\n")
+    monkeypatch.chdir(tmp_path)
+    assert experiment("mine.small").name == "mine"
+
+
 def test_experiments(tmp_path):
     run = experiment("experiments/quickstart.py")
     assert run.name == "quickstart"
@@ -84,6 +120,7 @@ def test_unknown_keys_and_names(capsys):
     assert "did you mean 'parabola'?" in told(capsys, "train", "experiments/quickstart.py", "flow.time_law=parabol")
     assert "a whole number is expected" in told(capsys, "train", "experiments/quickstart.py", "train.steps=many")
     assert "not of the form key=value" in told(capsys, "train", "experiments/quickstart.py", "faster")
+    assert "name one of them" in told(capsys, "train", "experiments/quickstart.py", "sample.weights=ema=0.5")
 
 
 def test_sizes_that_do_not_divide(capsys):
@@ -110,7 +147,7 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
     (tmp_path / "foreign.safetensors").write_bytes(b"hello world, this is no checkpoint at all")
     assert "not a whole safetensors file" in told(capsys, "verify", tmp_path / "foreign.safetensors")
     assert "There is no file" in told(capsys, "verify", tmp_path / "missing.safetensors")
-    init = f"train.init={GOLDEN / 'radiance_v.safetensors'}"
+    init = f"init={GOLDEN / 'radiance_v.safetensors'}"
     message = told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path}", f"data.directory={data_directory}", init)
     assert "does not hold this model" in message
-    assert "is not a run directory" in told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path / 'b'}", "train.init=nowhere")
+    assert "is not a run directory" in told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path / 'b'}", "init=nowhere")

@@ -44,7 +44,7 @@ def refused(match, *changes, start=SMALL):
         ("sample.shift=1.15", 1.15),
         ("sample.shift=none", None),
         ("train.sample_prompts=", ()),
-        ("train.init=", ""),
+        ("init=", ""),
     ],
 )
 def test_override_reads_the_fields_type(change, value):
@@ -66,6 +66,12 @@ def test_changes_that_belong_together_are_checked_together():
     assert override(SMALL, []) == SMALL
     assert override(SMALL, ["train.steps=5", "train.steps=6"]).train.steps == 6
     assert override(toy_model(), ["hidden=96", "heads=4"]) == toy_model(hidden=96, heads=4)  # any section
+
+
+def test_texts_with_commas_are_given_as_json():
+    assert override(SMALL, ['train.sample_prompts=["red, blue", "[x]"]']).train.sample_prompts == ("red, blue", "[x]")
+    assert override(SMALL, ["train.sample_prompts=one,two"]).train.sample_prompts == ("one", "two")
+    refused("this list is not JSON", "train.sample_prompts=[one, two]")
 
 
 def test_named_models():
@@ -116,7 +122,7 @@ def test_words_that_do_not_fit(change, match):
         (config.Train, "steps", True),
         (config.Train, "steps", "3"),
         (config.Train, "steps", None),
-        (config.Train, "init", 3),
+        (config.Config, "init", 3),
         (config.Train, "sample_prompts", "a dog"),
         (config.Train, "sample_prompts", [3]),
         (config.Optimizer, "learning_rate", "1e-4"),

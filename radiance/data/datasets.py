@@ -1,6 +1,7 @@
 """Sources: random-access sequences of captioned pictures."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +51,7 @@ def _digits(data: config.Data, split: str) -> Source:
     from radiance.data.digits import Digits
 
     builder = Digits(data_dir=str(Path(data.directory).expanduser()), file_format="array_record")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it recommends OpenCV at every start
     tfds.disable_progress_bar()  # its bars are for downloads; these take a second
     builder.download_and_prepare()
     return TfdsSource(builder, split, picture="image", captions="captions", attributes=("digit",))

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 from collections.abc import Sequence
 from math import isfinite, log10
 from pathlib import Path
@@ -22,7 +21,7 @@ def write_report(directory: Path) -> Path:
     """Writes report.html into a run directory from what lies there. Raises ConfigError when it is none."""
     run = RunDirectory(directory)
     settings = run.read_config()
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+    rows = run.read_metrics()
     training = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     bins = [r for r in rows if "validation_bins" in r]

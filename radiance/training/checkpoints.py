@@ -4,6 +4,7 @@ A save that is cut short leaves a temporary directory that nothing reads; the ch
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -15,17 +16,20 @@ from radiance.training.optimizer import join, split_frozen
 from radiance.training.step import State
 from radiance.weights.files import CheckpointError, require_space
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every step of every save
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step of every save
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, keep: int = 1, keep_every: int = 0):
+    def __init__(self, directory: Path, keep: int = 1, keep_every: int = 0, clean: bool = False):
+        """clean: remove what a killed save left behind; for the one process that writes here."""
         policies = ocp.training.preservation_policies
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.directory = Path(directory).absolute()
-        self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=policies.AnyPreservationPolicy(preserve))
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=policies.AnyPreservationPolicy(preserve), cleanup_tmp_directories=clean
+        )
 
     @property
     def latest(self) -> int | None:
@@ -48,21 +52,19 @@ class Checkpoints:
         return State(params=parts["params"], ema=parts["ema"], optimizer=parts["optimizer"], **parts["progress"])
 
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
-        """Only the weights, on the first device unless `shardings` says otherwise: `which` is params, ema (the largest decay) or
-        ema=DECAY."""
+        """Only the weights, on the first device unless `shardings` says otherwise.
+
+        which: params, ema (the largest decay; params where the run keeps none) or ema=DECAY.
+        """
         like = abstract(run.model)
         if shardings is not None:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         like = _placed(like)
         trained, _ = split_frozen(like, run.optimizer.frozen)
         decays = [str(d) for d in run.optimizer.ema]
-        decay = which.partition("=")[2] or (max(decays, key=float) if decays else "")
-        if which != "params" and decay not in decays:
-            raise CheckpointError(
-                f"The run has no average {which!r}: it has params and {', '.join(f'ema={d}' for d in decays) or 'no averages'}."
-            )
+        decay = chosen_average(which, decays)
         with _told(f"The checkpoint of step {step}", self.directory, "read"):
-            if which == "params":
+            if decay is None:
                 return self._checkpointer.load_checkpointables(step, {"params": like})["params"]
             wanted = {"ema": {d: trained for d in decays}} | ({"params": like} if run.optimizer.frozen else {})
             parts = self._checkpointer.load_checkpointables(step, wanted)
@@ -74,6 +76,19 @@ class Checkpoints:
         """Waits for what is being written."""
         with _told("The last checkpoint", self.directory):
             self._checkpointer.close()
+
+
+def chosen_average(which: str, decays: Iterable[str]) -> str | None:
+    """The decay that `which` (params, ema or ema=DECAY) means among those a run keeps; None for the weights themselves."""
+    decays = list(decays)
+    if which == "params" or (which == "ema" and not decays):
+        return None
+    decay = which.partition("=")[2] or max(decays, key=float)
+    if decay not in decays:
+        raise CheckpointError(
+            f"The run has no average {which!r}: it has params and {', '.join(f'ema={d}' for d in decays) or 'no averages'}."
+        )
+    return decay
 
 
 def _parts(state: State) -> dict:

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 
 from radiance import config
+from radiance.weights.files import replacing
 
 # What may change between a run and its continuation.
-FREE = ("output", "compute.", "sample.", "mesh.", "data.directory", "data.threads", "train.steps", "train.init") + tuple(
+FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.threads", "train.steps") + tuple(
     f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "keep", "keep_every", "skip_limit")
 )  # fmt: skip
 
@@ -34,34 +35,47 @@ class RunDirectory:
             raise config.ConfigError(f"{self.path} is not a run directory: it has no config.json.")
         return config.from_json(config.Config, file.read_text())
 
-    def open(self, run: config.Config, data: Mapping[str, Any]):
-        """Makes the directory, or checks that the run in it is this one; records the command, the environment and the data."""
+    def check(self, run: config.Config, data: Mapping[str, Any]):
+        """Raises ConfigError when the directory holds a run of another config or of other data; changes nothing."""
         if (self.path / "config.json").is_file():
-            changed = {k: v for k, v in config.differences(self.read_config(), run).items() if not k.startswith(FREE)}
+            free = FREE if run.optimizer.decay == "constant" else tuple(key for key in FREE if key != "train.steps")
+            changed = {k: v for k, v in config.differences(self.read_config(), run).items() if not k.startswith(free)}
             if changed:
                 told = ", ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
                 raise config.ConfigError(
                     f"{self.path} holds a run of another config ({told}): give this one another name=, or remove the directory."
                 )
+        if (self.path / "data.json").is_file() and json.loads((self.path / "data.json").read_text()) != data:
+            raise config.ConfigError(
+                f"{self.path} holds a run on other data (see data.json): give this one another name=, or remove the directory."
+            )
+
+    def record(self, run: config.Config, data: Mapping[str, Any], step: int):
+        """Writes down the config, the command, the data, and the environment of every start."""
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(config.to_json(run))
         with (self.path / "command.txt").open("a") as file:
             file.write(shlex.join(sys.argv) + "\n")
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         (self.path / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text()) if path.is_file() else []
+        path.write_text(json.dumps([*starts, {"from_step": step, **environment()}], indent=2) + "\n")
 
-    def cut_metrics(self, step: int):
-        """Forgets what was measured after `step`, which is going to be done again; a line cut short by a kill goes too."""
-        if not self.metrics.exists():
-            return
-        lines = []
-        for line in self.metrics.read_text().splitlines():
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All that was measured; a line cut short by a kill is left out."""
+        rows = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
             try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line + "\n")
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        self.metrics.write_text("".join(lines))
+        return rows
+
+    def cut_metrics(self, step: int):
+        """Forgets what was measured after `step`, which is going to be done again."""
+        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+        with replacing(self.metrics) as part:
+            part.write_text("".join(kept))
 
 
 class Journal:
@@ -81,8 +95,8 @@ class Journal:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         for name, value in numbers.items() if self._board else ():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+            for i, x in enumerate(value if isinstance(value, list) else [value]):
+                self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, x, step)
 
     def close(self):
         self._file.close()

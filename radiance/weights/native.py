@@ -219,6 +219,11 @@ def read(path: str | Path, model: config.Model | None = None, shardings: Params 
     names = canonical_names(file.shapes)
     shapes = {name: file.shapes[key] for name, key in names.items()}
     model = detect(shapes, file.metadata, file.path) if model is None else model
+    if METADATA_KEY in file.metadata:
+        theirs = detect(shapes, file.metadata, file.path)
+        if changed := config.differences(theirs, model, "model."):
+            told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
+            raise CheckpointError(f"{path} holds another model ({told}): make the models equal.")
     for marker, setting in MARKERS.items():
         if marker in shapes and marker not in markers(model):
             raise CheckpointError(f"{path} is marked {marker}, but a model without that was asked for: set model.{setting}.")
@@ -313,6 +318,8 @@ def canonical_names(keys: Mapping[str, object]) -> dict[str, str]:
         parts = name.split(".")
         if len(parts) > 1 and parts[-1] == "weight" and (parts[-2].endswith("norm") or parts[-3:-2] == ["norms"]):
             name = name.removesuffix("weight") + "scale"
+        if name in names:
+            raise CheckpointError(f"The tensors {names[name]} and {key} are both {name}: the file holds more than one model.")
         names[name] = key
     return names
 

@@ -37,6 +37,12 @@ def test_agrees_with_the_published_code(path, monkeypatch):
             assert r.error < 2e-5, r
 
 
+def test_coarse_rounding_is_no_excuse():
+    """bfloat16 moves its own sampled pictures far, and is not forgiven for that."""
+    results = verify(GOLDEN / "radiance_x0.safetensors", config.Compute(dtype="bfloat16"))
+    assert not any(r.good for r in results) and all(r.tolerance <= 1e-3 for r in results)
+
+
 def test_all_golden_files_are_there():
     assert len(list(GOLDEN.glob("*.safetensors"))) == 7
     assert {path.name.removesuffix(".keys.json") for path in GOLDEN.glob("*.json")} == set(NAMES)

@@ -45,7 +45,8 @@ def test_the_run_directory(unbroken):
     assert config.from_json(config.Config, (d / "config.json").read_text()) == run
     assert "radiance" in (d / "command.txt").read_text()
     environment = json.loads((d / "environment.json").read_text())
-    assert environment["packages"]["jax"] == jax.__version__ and environment["devices"]
+    assert [start["from_step"] for start in environment] == [0]
+    assert environment[0]["packages"]["jax"] == jax.__version__ and environment[0]["devices"]
     assert json.loads((d / "data.json").read_text())["train"]["count"] == 1498
     assert sorted(int(p.name) for p in (d / "checkpoints").iterdir()) == [3, 6, 8]
     assert [p.name for p in (d / "samples").iterdir()] == ["00000008.png"]
@@ -125,13 +126,13 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, data_directory):
     file = tmp_path / "model.safetensors"
     native.write(file, run.model, average)
     assert same(load_weights(str(file), run), average)
-    second = config.override(run, ["name=second", f"output={tmp_path}", f"train.init={file}", "train.steps=1"])
+    second = config.override(run, ["name=second", f"output={tmp_path}", f"init={file}", "train.steps=1"])
     process = command(second)
     assert process.returncode == 0 and f"from the weights of {file}" in process.output, process.output
     other = config.override(run, ["model.mlp_ratio=3"])
     with pytest.raises(config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_weights(str(run.directory), other)
-    with pytest.raises(CheckpointError, match="of another shape"):
+    with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_weights(str(file), other)
 
 
@@ -145,6 +146,22 @@ def test_a_finished_run_stays_finished(unbroken):
 def test_a_directory_of_another_config_is_refused(unbroken):
     with pytest.raises(config.ConfigError, match="optimizer.learning_rate was 0.001, now 0.002.*another name="):
         train(config.override(unbroken[0], ["optimizer.learning_rate=2e-3"]))
+
+
+def test_other_data_is_refused(unbroken, monkeypatch):
+    monkeypatch.setattr(loop, "describe", lambda source, data, split: {"count": 1})
+    with pytest.raises(config.ConfigError, match="holds a run on other data"):
+        train(unbroken[0])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["init=nowhere", "optimizer.frozen=nothing", "sample.schedule=beta sample.beta=0.01,0.01 sample.steps=99"]
+)
+def test_a_run_that_could_not_start_leaves_nothing(tmp_path, data_directory, wrong):
+    run = toy_run(tmp_path, data_directory, *wrong.split())
+    with pytest.raises(config.ConfigError):
+        train(run)
+    assert not (run.directory / "config.json").exists()
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, monkeypatch):
@@ -170,4 +187,4 @@ def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0))
     with pytest.raises(CheckpointError, match="GB free, and .* GB are needed: make room"):
         train(run)
-    assert not run.directory.joinpath("metrics.jsonl").exists()  # nothing was done in vain
+    assert not run.directory.exists()  # nothing was done in vain

@@ -187,20 +187,28 @@ def test_one_error_names_every_misfit(written, tmp_path):
     assert "txt_in.weight" not in text  # what fits is not named
 
 
+def plain(path):
+    """Takes our metadata off: a file as other tools write it."""
+    save_file(load_file(path), path)
+
+
 def test_markers_contradict_what_is_asked_for(tmp_path):
     for changes, marker in ((dict(prediction="x0"), "__x0__"), (dict(text_ids="sequential"), "__sequential__")):
         model, path = toy_model(**changes), tmp_path / "marked.safetensors"
         native.write(path, model, toy_params(model))
+        plain(path)
         with pytest.raises(CheckpointError, match=marker) as error:
             native.read(path, MODEL)
         sentence(error)
         native.write(path, MODEL, toy_params(MODEL))
+        plain(path)
         assert_same(native.read(path, model)[1], toy_params(MODEL))  # files without markers are about, so a user may say it
 
 
 def test_a_patch32_file_is_not_read_as_patch16(tmp_path):
     model = toy_model(patch=8, patch_embed="conv_half")
     native.write(tmp_path / "x.safetensors", model, toy_params(model))
+    plain(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="__32x32__"):
         native.read(tmp_path / "x.safetensors", MODEL)
 
@@ -276,6 +284,13 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
     except Exception as error:
         pytest.fail(f"{type(error).__name__}: {error}")
     assert case == "float8"  # which could be read as well
+
+
+def test_a_file_that_says_which_model_it_holds_is_believed(tmp_path):
+    model = toy_model(masking="strict", rope_theta=5.0)
+    native.write(tmp_path / "x.safetensors", model, toy_params(model))
+    with pytest.raises(CheckpointError, match="another model .*rope_theta is 5.0 there, 10000.0 here"):
+        native.read(tmp_path / "x.safetensors", toy_model(masking="strict"))
 
 
 def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
