@@ -65,7 +65,9 @@ def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
         times = uniform
     times = times.astype(np.float32)
     if (np.diff(times) >= 0).any():
-        raise ConfigError(f"sample.beta={settings.beta} with {settings.steps} steps repeats a time: take fewer steps or larger numbers.")
+        raise ConfigError(
+            f"sample.schedule={settings.schedule} with sample.steps={settings.steps} repeats a time: take fewer steps or a milder schedule."
+        )
     return times
 
 

@@ -47,7 +47,8 @@ S = TypeVar("S", bound=Section)
 def override(config: S, changes: Iterable[str]) -> S:
     """`config` with `section.key=value` changes, in order; values are read as the field's type.
 
-    `section=NAME` puts in one that the section keeps under that name. Raises ConfigError for an unknown key (with the nearest one) or an unfit value.
+    `section=NAME` puts in one that the section keeps under that name. Raises ConfigError for an unknown key (with the nearest one)
+    or an unfit value.
     """
     # All changes of a section are made before it is checked, so that two that belong together (hidden and heads) can both be made.
     tree = to_dict(config)

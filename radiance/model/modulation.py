@@ -62,20 +62,19 @@ class Approximator(nnx.Module):
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         keys = jax.random.split(rngs.params(), model.approximator_depth)
-        self.dim, self.shape = model.approximator_dim, (model.double_blocks, model.single_blocks)
+        self.dim, self.count, self.blocks = model.approximator_dim, model.vectors, (model.double_blocks, model.single_blocks)
         self.proj_in = nnx.Linear(model.approximator_dim, model.approximator_hidden, dtype=dtype, rngs=rngs)
         self.layers = jax.vmap(lambda key: ApproximatorLayer(model.approximator_hidden, dtype, nnx.Rngs(key)))(keys)
         self.proj_out = nnx.Linear(model.approximator_hidden, model.hidden, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None, pooled: None = None) -> Vectors:
-        doubles, singles = self.shape
-        count = 3 * singles + 12 * doubles + 2
+        count = self.count
         guidance = jnp.zeros_like(time) if guidance is None else guidance
         scalars = jnp.concatenate([sinusoid(time, self.dim // 4), sinusoid(guidance, self.dim // 4)], axis=-1)
         index = jnp.broadcast_to(index_table(count, self.dim // 2), (len(time), count, self.dim // 2))
         x = jnp.concatenate([jnp.broadcast_to(scalars[:, None], (len(time), count, self.dim // 2)), index], axis=-1)
         x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), self.proj_in(x), self.layers)
-        return split_vectors(self.proj_out(x).astype(jnp.float32), doubles, singles)
+        return split_vectors(self.proj_out(x).astype(jnp.float32), *self.blocks)
 
 
 class ApproximatorLayer(nnx.Module):

@@ -99,7 +99,7 @@ def train(run: config.Config) -> int:
             before = metrics
             if number == start + 1:
                 jax.block_until_ready(metrics)
-                progress.first_step_done()
+                progress.first_step_done(number)
 
             last = number == run.train.steps
             if number % run.train.log_every == 0 or last:

@@ -19,9 +19,10 @@ class Progress:
         """Pictures a second since the first step of this process."""
         return (self.done - self.start) * self.pictures / max(time.monotonic() - self.began, 1e-9)
 
-    def first_step_done(self):
+    def first_step_done(self, step: int):
         """The first step includes compilation: it is left out of the rate."""
-        self.start, self.began = self.done, time.monotonic()
+        self.start = self.done = step
+        self.began = time.monotonic()
 
     def update(self, step: int, facts: dict[str, float]):
         self.done = step
