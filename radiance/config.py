@@ -135,11 +135,16 @@ class Compute(Section):
 class Text(Section):
     """The text encoder."""
 
-    encoder: Literal["hash"] = "hash"
+    encoder: Literal["hash", "t5"] = "hash"
     length: int = 64  # longest caption in tokens, end-of-sequence included; T5 models use 512
+    file: str = ""  # T5's weights: safetensors (a file, an index or a folder) or GGUF
+    tokenizer: str = ""  # spiece.model or tokenizer.json; empty: found beside the weights
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of T5's weights and activations
+    cache: str = ""  # folder of an embedding cache (`radiance encode`), which is read instead of encoding
 
     def check(self):
         require(self.length >= 2, f"text.length={self.length}: captions need room for a word and the end of the sequence, so at least 2.")
+        require(self.encoder == "t5" or not self.file, f"text.file={self.file} is for text.encoder=t5: set that too.")
 
 
 @dataclass(frozen=True)

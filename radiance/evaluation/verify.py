@@ -20,7 +20,8 @@ from radiance import config
 from radiance.model.transformer import Transformer, bind
 from radiance.sampling import Condition, sample
 from radiance.weights import native
-from radiance.weights.files import CheckpointError, Tensors
+from radiance.weights.detect import canonical_names, detect
+from radiance.weights.files import CheckpointError, Tensors, open_tensors
 
 TOLERANCE = 2e-5  # of the largest value of the reference
 ROUNDINGS = 4  # errors may exceed the effect of one rounding of the input, for there are many more roundings on the way
@@ -46,13 +47,13 @@ class Agreement(NamedTuple):
 
 def verify(path: str | Path, compute: config.Compute | None = None) -> list[Agreement]:
     """Compares every output in the file, in float32 unless `compute` says otherwise. Raises CheckpointError for another kind of file."""
-    file = Tensors(path)
+    file = open_tensors(path)
     if "config" not in file.metadata or "velocity" not in file.shapes:
         raise CheckpointError(f"{path} is not a golden file: it has no config in its metadata or no velocity to compare with.")
     sizes = json.loads(file.metadata["config"])
     shapes = {name.removeprefix(PREFIX): shape for name, shape in file.shapes.items() if name.startswith(PREFIX)}
-    shapes = {name: shapes[key] for name, key in native.canonical_names(shapes).items()}
-    model = native.detect(shapes, None, path, **_known(sizes))
+    shapes = {name: shapes[key] for name, key in canonical_names(shapes).items()}
+    model = detect(shapes, None, path, **_known(sizes))
     params = native.from_native(model, shapes, lambda name: file[PREFIX + name], path)
     compute = compute or config.Compute(dtype="float32")
 

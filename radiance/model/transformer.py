@@ -18,6 +18,7 @@ from radiance.model.attention import position_ids, rope_table
 from radiance.model.blocks import DoubleBlock, SingleBlock
 from radiance.model.modulation import Vectors, make_modulation
 from radiance.model.pixel_head import LinearHead, NerfHead, unfold
+from radiance.model.stored import expanded
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -75,11 +76,11 @@ class Transformer(nnx.Module):
 
         def double(carry, block_vectors):
             block, image_vectors, text_vectors = block_vectors
-            return block(*carry, image_vectors, text_vectors, rope, kv_len), None
+            return expanded(block)(*carry, image_vectors, text_vectors, rope, kv_len), None
 
         def single(x, block_vectors):
             block, vectors = block_vectors
-            return block(x, vectors, rope, kv_len), None
+            return expanded(block)(x, vectors, rope, kv_len), None
 
         if model.double_blocks:
             (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))

@@ -29,7 +29,7 @@ from radiance.training.directory import Journal, RunDirectory
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Progress
 from radiance.training.step import State, init_state, make_step, validation_losses
-from radiance.weights import native
+from radiance.weights import checkpoint
 from radiance.weights.files import require_space
 
 
@@ -159,7 +159,7 @@ def _start(run: config.Config, checkpoints: Checkpoints, like: State, places: St
 def load_weights(path: str, run: config.Config, places: Params | None = None) -> Params:
     """Weights to start from: of a native checkpoint file, or the averaged ones of a run directory. They must be of `run.model`."""
     if Path(path).is_file():
-        return native.read(path, run.model, places)[1]
+        return checkpoint.read(path, run.model, places)[1]
     other = RunDirectory(Path(path))
     their = other.read_config()
     if changed := config.differences(their.model, run.model, "model."):

@@ -1,70 +1,187 @@
-"""Safetensors files: opened with one clear sentence when they cannot be, written tensor by tensor and never by halves."""
+"""Files of named tensors: opened with one clear sentence when they cannot be, read and written tensor by tensor, never left by halves.
+
+Reading is plain reading. A memory map would be shorter, but its pages count as resident memory, and a 19 GB file has many.
+"""
 
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-CODES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.int64): "I64"}
+Shapes = Mapping[str, tuple[int, ...]]
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+CODES = {
+    "F64": np.dtype(np.float64), "F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"],
+    "F8_E4M3": DTYPES["float8_e4m3fn"], "F8_E5M2": DTYPES["float8_e5m2"], "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+NAMES = {dtype: code for code, dtype in CODES.items()}
+# Scaled fp8 and int8 files keep beside a weight what it is multiplied by; their other notes are for computing in fp8.
+SCALES = (".scale_weight", ".weight_scale")
+NOTES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message says what was wrong and what to do."""
 
 
-class Tensors:
-    """An open safetensors file: shapes without reading, tensors one at a time."""
+class Place(NamedTuple):
+    """Where the values of a tensor lie."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise CheckpointError(f"There is no file {self.path}.")
-        with self.path.open("rb") as file:
-            start = file.read(9)
-        # A safetensors file starts with the length of its header, which may look like anything, and then the header's "{".
-        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise CheckpointError(f"{self.path} is a PyTorch pickle, which can run code when loaded: save it as safetensors first.")
-        if start[8:] != b"{" and start[:4] == b"GGUF":
-            raise CheckpointError(f"{self.path} is a GGUF file, which is not a safetensors checkpoint.")
-        try:
-            self._file = safe_open(self.path, framework="numpy")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
-            self.shapes: dict[str, tuple[int, ...]] = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}  # noqa: SIM118 — not a dict
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path} is not a whole safetensors file ({error}): copy or download it again.") from None
+    file: Path
+    offset: int
+    size: int  # bytes
+    shape: tuple[int, ...]
+    dtype: str  # as stored: F32, BF16, F8_E4M3, Q8_0, …
+
+
+class Tensors:
+    """Open tensors: names, shapes and stored types without reading; values one at a time."""
+
+    def __init__(self, path: Path, places: Mapping[str, Place], metadata: Mapping[str, str]):
+        self.path, self.metadata, self.places = path, metadata, dict(places)
+        self._scales: dict[str, Place] = {}
+        for key in [k for k in places if k.endswith(SCALES)]:
+            weight = key[: key.rindex(".")] + ".weight"
+            if weight in places:
+                self._scales[weight] = self.places.pop(key)
+        self.places = {k: p for k, p in self.places.items() if not k.endswith(NOTES)}
+        self.shapes: Shapes = {k: p.shape for k, p in self.places.items()}
+        self.dtypes: Mapping[str, str] = {k: p.dtype for k, p in self.places.items()}
 
     def __getitem__(self, key: str) -> np.ndarray:
-        try:
-            return self._file.get_tensor(key)
-        except AttributeError:  # NumPy has no such type
-            kind = self._file.get_slice(key).get_dtype()
-            raise CheckpointError(f"{self.path}: {key} is of type {kind}, which is not read: convert the file to BF16 first.") from None
+        """The values, in their stored type; quantised and scaled ones as float32."""
+        values = self.values(self.places[key])
+        if key not in self._scales:
+            return values
+        scale = self.values(self._scales[key]).astype(np.float32)
+        return values.astype(np.float32) * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.size > 1 else scale.reshape(()))
+
+    def values(self, place: Place) -> np.ndarray:
+        if place.dtype not in CODES:
+            raise CheckpointError(f"{self.path} holds values of type {place.dtype}, which is not read: convert the file to BF16 first.")
+        return self.raw(place).view(CODES[place.dtype]).reshape(place.shape)
+
+    def raw(self, place: Place) -> np.ndarray:
+        """The stored bytes."""
+        data = np.fromfile(place.file, np.uint8, place.size, offset=place.offset)
+        if len(data) < place.size:
+            raise CheckpointError(f"{place.file} became shorter while it was read: copy or download it again.")
+        return data
+
+
+def open_tensors(path: str | Path) -> Tensors:
+    """The tensors of a safetensors or GGUF file, of an index over several safetensors files, or of the folder that holds one of them.
+
+    Raises CheckpointError when there is none, when it is damaged, and for pickles, which are never opened.
+    """
+    path = _inside(Path(path))
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file starts with the length of its header, which may look like anything, and then the header's "{".
+    if start[8:] != b"{" and start[:4] == b"GGUF":
+        from radiance.weights.gguf import open_gguf
+
+        return open_gguf(path)
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise CheckpointError(
+            f"{path} is a PyTorch pickle, which can run code when it is opened: turn it into safetensors where PyTorch is installed, with "
+            f'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous() for k, v in torch.load('{path}', weights_only=True, map_location='cpu').items()}}, "
+            f"'{path.with_suffix('.safetensors')}')\"."
+        )
+    places, metadata = _header(path)
+    return Tensors(path, places, metadata)
+
+
+def _inside(path: Path) -> Path:
+    """The one file that a folder is about."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"There is no file {path}.")
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.gguf"):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(f"{path} holds {', '.join(p.name for p in found)}: name one of them.")
+    if (path / "transformer").is_dir():  # a pipeline's folder of diffusers
+        return _inside(path / "transformer")
+    raise CheckpointError(f"{path} holds no safetensors or GGUF file.")
+
+
+def _header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    """Places and metadata of a safetensors file, checked by the safetensors library."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from None
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+    places = {}
+    for key, entry in header.items():
+        if key != "__metadata__":
+            begin, end = entry["data_offsets"]
+            places[key] = Place(path, 8 + length + begin, end - begin, tuple(entry["shape"]), entry["dtype"])
+    return places, metadata
+
+
+def _open_index(path: Path) -> Tensors:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        wanted = {str(key): path.parent / Path(name).name for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} is not an index of safetensors files: it has no weight_map from tensors to files.") from None
+    places, metadata = {}, {}
+    for file in sorted(set(wanted.values())):
+        if not file.is_file():
+            raise CheckpointError(f"{path} names {file.name}, which is not beside it: copy or download that too.")
+        found, noted = _header(file)
+        places |= found
+        metadata |= noted
+    if missing := [key for key in wanted if key not in places or places[key].file != wanted[key]]:
+        raise CheckpointError(f"{path} promises {', '.join(missing[:5])}, which the files do not hold: copy or download them again.")
+    return Tensors(path, {key: places[key] for key in wanted}, metadata)
 
 
 def write_safetensors(
     path: str | Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     dtypes: Mapping[str, np.dtype],
     tensor: Callable[[str], np.ndarray],
     metadata: Mapping[str, str],
 ):
     """Writes `tensor(key)` for every key of `shapes`, in order, holding one at a time.
 
-    The file appears under its name only when it is whole. Raises CheckpointError when the disk has no room for it.
+    The file appears under its name only when it is whole. Raises CheckpointError when the disk has no room for it, and for
+    values that are not finite or that the type cannot hold.
     """
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for key, shape in shapes.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtypes[key].itemsize
-        header[key] = {"dtype": CODES[dtypes[key]], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        size = math.prod(shape) * dtypes[key].itemsize
+        header[key] = {"dtype": NAMES[dtypes[key]], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -73,11 +190,25 @@ def write_safetensors(
     with replacing(path) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, shape in shapes.items():
-            with np.errstate(over="ignore"):
-                array = np.ascontiguousarray(tensor(key), dtype=dtypes[key]).reshape(shape)
-            if not np.isfinite(array).all():
-                raise CheckpointError(f"{key} has values that {array.dtype} cannot hold: write {path} in float32 or bfloat16.")
-            file.write(array.tobytes())
+            np.ascontiguousarray(cast(tensor(key), dtypes[key], key)).reshape(shape).tofile(file)
+
+
+def cast(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
+    """`array` as `dtype`. Raises CheckpointError when values are not finite, or would not be."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = array.astype(dtype, copy=False)
+    if not finite(out):
+        if not finite(array):
+            raise CheckpointError(f"{key} holds values that are not finite: the file it comes from is damaged.")
+        raise CheckpointError(f"{key} has values that {dtype} cannot hold: write it in float32 or bfloat16.")
+    return out
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether all values are finite; of bfloat16 by its bits, which is ten times as fast."""
+    if array.dtype == DTYPES["bfloat16"]:
+        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
 
 @contextmanager

@@ -80,4 +80,4 @@ def test_full_size_keys(file):
     assert set(sources) == {name for name in shapes if not name.startswith("__")}
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert round(count / 1e6) == round(PARAMETERS.get(file, 9.506e9) / 1e6)
-    assert native.detect(published) == model
+    assert detect(published) == model

@@ -124,7 +124,7 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, data_directory):
     average = load_weights(str(run.directory), run)
     assert same(average, final_state(run).ema["0.99"])
     file = tmp_path / "model.safetensors"
-    native.write(file, run.model, average)
+    checkpoint.write(file, run.model, average)
     assert same(load_weights(str(file), run), average)
     second = config.override(run, ["name=second", f"output={tmp_path}", f"init={file}", "train.steps=1"])
     process = command(second)

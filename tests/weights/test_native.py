@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from toys import toy_model, toy_params
 
 from radiance import config
-from radiance.weights import files, native
+from radiance.weights import checkpoint, detect, files, native
 from radiance.weights.files import CheckpointError
 
 VARIANTS = {
@@ -43,7 +43,7 @@ def assert_same(params, expected):
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "model.safetensors"
-    native.write(path, MODEL, toy_params(MODEL))
+    checkpoint.write(path, MODEL, toy_params(MODEL))
     return path
 
 
@@ -61,9 +61,9 @@ def sentence(error):
 def test_written_and_read_is_the_same(variant, tmp_path):
     model = toy_model(**VARIANTS[variant])
     params, path = toy_params(model), tmp_path / "new" / "model.safetensors"
-    native.write(path, model, params)
+    checkpoint.write(path, model, params)
     for asked in (None, model):
-        found, again = native.read(path, asked)
+        found, again = checkpoint.read(path, asked)
         assert found == model
         assert_same(again, params)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -80,8 +80,8 @@ def test_written_and_read_is_the_same(variant, tmp_path):
 @pytest.mark.parametrize("absent", ["double_blocks", "single_blocks"])
 def test_learned_vectors_of_absent_blocks(modulation, absent, tmp_path):
     model = toy_model(modulation=modulation, **{absent: 0})
-    native.write(tmp_path / "x.safetensors", model, toy_params(model))
-    assert_same(native.read(tmp_path / "x.safetensors")[1], toy_params(model))
+    checkpoint.write(tmp_path / "x.safetensors", model, toy_params(model))
+    assert_same(checkpoint.read(tmp_path / "x.safetensors")[1], toy_params(model))
 
 
 def test_tensors_lie_as_published(written):
@@ -120,9 +120,9 @@ def test_a_half_precision_file_comes_back_byte_for_byte(variant, dtype, tmp_path
         for name, shape in native.layout(model)[0].items()
     }
     save_file(tensors, tmp_path / "theirs.safetensors")
-    _, params = native.read(tmp_path / "theirs.safetensors", model)
+    _, params = checkpoint.read(tmp_path / "theirs.safetensors", model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
-    native.write(tmp_path / "ours.safetensors", model, params, np.dtype(dtype).name)
+    checkpoint.write(tmp_path / "ours.safetensors", model, params, np.dtype(dtype).name)
     ours = load_file(tmp_path / "ours.safetensors")
     assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {k: (v.dtype, v.shape) for k, v in tensors.items()}
     assert all(ours[k].tobytes() == tensors[k].tobytes() for k in tensors)
@@ -130,7 +130,7 @@ def test_a_half_precision_file_comes_back_byte_for_byte(variant, dtype, tmp_path
 
 def test_metadata_and_order(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
-    native.write(path, model, toy_params(model), metadata={"step": "7"})
+    checkpoint.write(path, model, toy_params(model), metadata={"step": "7"})
     header = header_of(path)
     assert header["__metadata__"]["step"] == "7"
     assert [k for k in header if k != "__metadata__"] == list(native.layout(model)[0])
@@ -145,7 +145,7 @@ def header_of(path):
 def test_read_to_shardings(written):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = toy_params(MODEL)
-    _, again = native.read(written, shardings=jax.tree.map(lambda _: sharding, params))
+    _, again = checkpoint.read(written, shardings=jax.tree.map(lambda _: sharding, params))
     assert_same(again, params)
     assert all(x.sharding == sharding for x in jax.tree.leaves(again))
 
@@ -164,7 +164,7 @@ def test_prefixes_and_norm_weights(prefix, written, tmp_path):
     if prefix:
         renamed["vae.decoder.weight"] = np.zeros(3, np.float32)  # a checkpoint of everything holds other networks too
     save_file(renamed, tmp_path / "renamed.safetensors")
-    _, params = native.read(tmp_path / "renamed.safetensors", MODEL)
+    _, params = checkpoint.read(tmp_path / "renamed.safetensors", MODEL)
     assert_same(params, toy_params(MODEL))
 
 
@@ -178,7 +178,7 @@ def test_one_error_names_every_misfit(written, tmp_path):
     tensors["nerf_blocks.1.norm.scale"] = np.zeros((8, 1), np.float32)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError) as error:
-        native.read(tmp_path / "bad.safetensors", MODEL)
+        checkpoint.read(tmp_path / "bad.safetensors", MODEL)
     text = sentence(error)
     missing, extra, wrong = (text.index(word) for word in ("missing", "not expected", "of another shape"))
     assert all(missing < text.index(name) < extra for name in gone)
@@ -195,22 +195,22 @@ def plain(path):
 def test_markers_contradict_what_is_asked_for(tmp_path):
     for changes, marker in ((dict(prediction="x0"), "__x0__"), (dict(text_ids="sequential"), "__sequential__")):
         model, path = toy_model(**changes), tmp_path / "marked.safetensors"
-        native.write(path, model, toy_params(model))
+        checkpoint.write(path, model, toy_params(model))
         plain(path)
         with pytest.raises(CheckpointError, match=marker) as error:
-            native.read(path, MODEL)
+            checkpoint.read(path, MODEL)
         sentence(error)
-        native.write(path, MODEL, toy_params(MODEL))
+        checkpoint.write(path, MODEL, toy_params(MODEL))
         plain(path)
-        assert_same(native.read(path, model)[1], toy_params(MODEL))  # files without markers are about, so a user may say it
+        assert_same(checkpoint.read(path, model)[1], toy_params(MODEL))  # files without markers are about, so a user may say it
 
 
 def test_a_patch32_file_is_not_read_as_patch16(tmp_path):
     model = toy_model(patch=8, patch_embed="conv_half")
-    native.write(tmp_path / "x.safetensors", model, toy_params(model))
+    checkpoint.write(tmp_path / "x.safetensors", model, toy_params(model))
     plain(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="__32x32__"):
-        native.read(tmp_path / "x.safetensors", MODEL)
+        checkpoint.read(tmp_path / "x.safetensors", MODEL)
 
 
 # --- files that are none ------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_files_that_cannot_be_read(written, tmp_path):
         "text": (b"<!DOCTYPE html><html>404 not found</html>\n" * 20, "not a whole safetensors"),
         "zip pickle": (b"PK\x03\x04" + bytes(100), "pickle"),
         "old pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), "pickle"),
-        "gguf": (b"GGUF\x03\0\0\0" + bytes(100), "GGUF"),
+        "empty gguf": (b"GGUF\x03\0\0\0" + bytes(100), "not a Chroma"),
         "empty": (b"", "not a whole safetensors"),
         "short": (b"\x01\x02", "not a whole safetensors"),
     }
@@ -235,11 +235,13 @@ def test_files_that_cannot_be_read(written, tmp_path):
         path = tmp_path / "broken.safetensors"
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=expected) as error:
-            native.read(path, MODEL)
+            checkpoint.read(path, MODEL)
         assert str(path) in sentence(error), name
-    for path in (tmp_path / "absent.safetensors", tmp_path):
-        with pytest.raises(CheckpointError, match="no file"):
-            native.read(path, MODEL)
+    (tmp_path / "empty").mkdir()
+    for name, expected in {"absent.safetensors": "There is no file", "empty": "holds no safetensors", ".": "name one of them"}.items():
+        path = tmp_path / name
+        with pytest.raises(CheckpointError, match=expected):
+            checkpoint.read(path, MODEL)
 
 
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
@@ -249,18 +251,18 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
         if path.read_bytes()[0] == 0x80:
             break
     assert path.read_bytes()[0] == 0x80
-    assert files.Tensors(path).shapes == {"a": (1,)}
+    assert files.open_tensors(path).shapes == {"a": (1,)}
 
 
 def test_foreign_safetensors(tmp_path):
     path = tmp_path / "unet.safetensors"
     save_file({"model.diffusion_model.input_blocks.0.weight": np.zeros(3, np.float32)}, path)
-    with pytest.raises(CheckpointError, match="not a Chroma, Radiance or FLUX checkpoint") as error:
-        native.read(path)
+    with pytest.raises(CheckpointError, match="Stable Diffusion") as error:
+        checkpoint.read(path)
     sentence(error)
     save_file({"txt_in.weight": np.zeros((3, 2), np.float32), "double_blocks.0.x.y": np.zeros(3, np.float32)}, path)
     with pytest.raises(CheckpointError, match="double_blocks|single_blocks") as error:
-        native.read(path)
+        checkpoint.read(path)
     sentence(error)
 
 
@@ -268,9 +270,9 @@ FOREIGN = {
     "a name without dots": lambda tensors: ({"weight": np.zeros(3, np.float32)}, None),  # IndexError in canonical_names
     "flat quantised weights": lambda tensors: ({k: v.reshape(-1) for k, v in tensors.items()}, None),  # ValueError in _detect
     "float8": lambda tensors: (tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)}, OURS),
-    "settings of another version": lambda tensors: (tensors, {native.METADATA_KEY: '{"hiden": 3}'}),
+    "settings of another version": lambda tensors: (tensors, {detect.METADATA_KEY: '{"hiden": 3}'}),
 }
-OURS = {native.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
+OURS = {detect.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
 
 
 @pytest.mark.parametrize("case", FOREIGN)
@@ -278,7 +280,7 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
     tensors, metadata = FOREIGN[case](load_file(written))
     save_file(tensors, tmp_path / "foreign.safetensors", metadata)
     try:
-        native.read(tmp_path / "foreign.safetensors")
+        checkpoint.read(tmp_path / "foreign.safetensors")
     except CheckpointError:
         return
     except Exception as error:
@@ -288,17 +290,17 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
 
 def test_a_file_that_says_which_model_it_holds_is_believed(tmp_path):
     model = toy_model(masking="strict", rope_theta=5.0)
-    native.write(tmp_path / "x.safetensors", model, toy_params(model))
+    checkpoint.write(tmp_path / "x.safetensors", model, toy_params(model))
     with pytest.raises(CheckpointError, match="another model .*rope_theta is 5.0 there, 10000.0 here"):
-        native.read(tmp_path / "x.safetensors", toy_model(masking="strict"))
+        checkpoint.read(tmp_path / "x.safetensors", toy_model(masking="strict"))
 
 
 def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
-    native.write(path, model, toy_params(model))
+    checkpoint.write(path, model, toy_params(model))
     save_file({k if k.startswith("__") else f"model.diffusion_model.{k}": v for k, v in load_file(path).items()}, path)
     with pytest.raises(CheckpointError, match="__x0__"):
-        native.read(path, MODEL)
+        checkpoint.read(path, MODEL)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -306,7 +308,7 @@ def test_values_too_large_for_float16_are_not_written(tmp_path):
     params = toy_params(MODEL)
     params = params | dict(text_embed=params["text_embed"] | dict(bias=params["text_embed"]["bias"].at[0].set(1e6)))
     with pytest.raises(CheckpointError):
-        native.write(tmp_path / "x.safetensors", MODEL, params, "float16")
+        checkpoint.write(tmp_path / "x.safetensors", MODEL, params, "float16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -315,7 +317,7 @@ def test_values_that_are_not_finite(value, written, tmp_path):
     tensors["single_blocks.1.linear2.weight"][3, 60] = value
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=r"single_blocks\.\d\.linear2\.weight.* not finite") as error:
-        native.read(tmp_path / "bad.safetensors", MODEL)
+        checkpoint.read(tmp_path / "bad.safetensors", MODEL)
     sentence(error)
 
 
@@ -350,11 +352,11 @@ def test_a_full_disk_is_seen_before_writing(written, monkeypatch):
     before = written.read_bytes()
     monkeypatch.setattr(files.shutil, "disk_usage", disk_with(len(before) - 1))
     with pytest.raises(CheckpointError, match="free.*needed") as error:
-        native.write(written, MODEL, toy_params(MODEL, 1))
+        checkpoint.write(written, MODEL, toy_params(MODEL, 1))
     sentence(error)
     assert written.read_bytes() == before
     monkeypatch.setattr(files.shutil, "disk_usage", disk_with(len(before)))
-    native.write(written, MODEL, toy_params(MODEL, 1))
+    checkpoint.write(written, MODEL, toy_params(MODEL, 1))
     assert written.read_bytes() != before
     assert list(written.parent.iterdir()) == [written]
 
@@ -367,26 +369,26 @@ def test_a_replaced_file_that_cannot_take_its_name(written, monkeypatch):
 
     monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(CheckpointError, match="Permission denied"):
-        native.write(written, MODEL, toy_params(MODEL, 1))
+        checkpoint.write(written, MODEL, toy_params(MODEL, 1))
     assert written.read_bytes() == before and list(written.parent.iterdir()) == [written]
 
 
 def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", disk_with(1))
     with pytest.raises(CheckpointError):
-        native.write(tmp_path / "a" / "b.safetensors", MODEL, toy_params(MODEL))
+        checkpoint.write(tmp_path / "a" / "b.safetensors", MODEL, toy_params(MODEL))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError):
-        native.write(tmp_path / "file" / "b.safetensors", MODEL, toy_params(MODEL))
+        checkpoint.write(tmp_path / "file" / "b.safetensors", MODEL, toy_params(MODEL))
 
 
 def test_parameters_of_another_model_are_not_written(tmp_path):
     with pytest.raises((KeyError, ValueError)):
-        native.write(tmp_path / "x.safetensors", MODEL, toy_params(toy_model(hidden=96, heads=4)))
+        checkpoint.write(tmp_path / "x.safetensors", MODEL, toy_params(toy_model(hidden=96, heads=4)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -422,14 +424,14 @@ def test_detection_from_shapes(changes):
         model = replace(model, approximator_hidden=5120, approximator_depth=5)
     if model.head == "linear":
         model = replace(model, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=4, nerf_freqs=8)
-    assert native.detect(native.layout(model)[0]) == model
+    assert detect.detect(native.layout(model)[0]) == model
 
 
 def test_detection_needs_what_shapes_cannot_tell():
     shapes = native.layout(MODEL)[0]
     with pytest.raises(CheckpointError, match="Heads of 24 channels") as error:
-        native.detect(shapes)
+        detect.detect(shapes)
     sentence(error)
-    assert native.detect(shapes, rope_axes=MODEL.rope_axes) == replace(MODEL, approximator_depth=5)
-    metadata = {native.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
-    assert native.detect(shapes, metadata, rope_theta=5.0) == replace(MODEL, rope_theta=5.0)
+    assert detect.detect(shapes, rope_axes=MODEL.rope_axes) == replace(MODEL, approximator_depth=5)
+    metadata = {detect.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
+    assert detect.detect(shapes, metadata, rope_theta=5.0) == replace(MODEL, rope_theta=5.0)

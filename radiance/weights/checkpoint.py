@@ -1,0 +1,166 @@
+"""A checkpoint of a model, whatever its format: native tensors that are read when they are asked for.
+
+Formats, casts, LoRAs and surgery are functions between checkpoints, so that a 19 GB file passes through one tensor at a time.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from radiance import config
+from radiance.model.stored import BLOCK, Quantised, quantise
+from radiance.model.transformer import Params
+from radiance.weights import diffusers, native
+from radiance.weights.detect import MARKERS, METADATA_KEY, canonical_names, check_shapes, detect, markers, recognise
+from radiance.weights.files import DTYPES, CheckpointError, Shapes, Tensors, open_tensors, write_safetensors
+from radiance.weights.gguf import GgufTensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of `model` under their native names."""
+
+    model: config.Model
+    shapes: Shapes  # markers included
+    tensor: Callable[[str], np.ndarray]
+    dtypes: Mapping[str, str]  # as stored: F32, BF16, Q8_0, …
+    origin: str
+    format: str = "native"  # native, diffusers, GGUF, run
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def params(self, dtype: str = "float32", store: str | None = None, shardings: Params | None = None) -> Params:
+        """The parameter tree, made leaf by leaf.
+
+        dtype: of the leaves. store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices so, and they are expanded inside the
+        loop over the blocks. shardings: a tree like the parameters, to which they are placed; one device when None.
+        """
+        places = native.flatten(shardings) if shardings is not None else {}
+
+        def leaf(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> jax.Array | Quantised:
+            if store and is_block_matrix(path):
+                small = _quantised(path, shape, blocks, store)
+                if small is not None:
+                    return small
+                raise CheckpointError(
+                    f"{path} has {_inputs(path, shape)} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8."
+                )
+            values = native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype])
+            if path in places:
+                return jax.make_array_from_callback(shape, places[path], lambda part: values[part])
+            return jnp.asarray(values)
+
+        return native.from_native(self.model, self.shapes, self.tensor, self.origin, leaf)
+
+
+PRECISE = "head/embedder"  # float32 in the published files too
+
+
+def is_block_matrix(path: str) -> bool:
+    """Whether a leaf is one of the matrices of the blocks: nine tenths of the weights, and what may be quantised."""
+    return path.startswith(("double/", "single/")) and path.endswith("/kernel")
+
+
+def _inputs(path: str, shape: tuple[int, ...]) -> int:
+    """Of one block's kernel: an attention's way back reads heads × channels."""
+    return int(np.prod(shape[1:3])) if path.endswith("attention/proj/kernel") else shape[1]
+
+
+def _quantised(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray], store: str) -> Quantised | None:
+    inputs = _inputs(path, shape)
+    if store == "q8_0" and inputs % BLOCK:
+        return None
+    outputs = int(np.prod(shape[1:])) // inputs
+    groups = inputs // BLOCK if store == "q8_0" else 1
+    values = np.empty((shape[0], inputs, outputs), np.int8 if store in ("q8_0", "int8") else DTYPES[store])
+    scales = np.empty((shape[0], groups, outputs), np.float16 if store == "q8_0" else np.float32)
+    for i, block in enumerate(blocks):
+        values[i], scales[i] = quantise(block.reshape(inputs, outputs), store)
+    return Quantised(jnp.asarray(values), jnp.asarray(scales), shape[1:])
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: str | Path, model: config.Model | None = None, **known) -> Checkpoint:
+    """A checkpoint file (or folder) of any format: native safetensors, diffusers, GGUF; one file or several with an index.
+
+    model: what it must hold; found from metadata, names and shapes when None. known: fields of the model that the file does not
+    tell, such as text_ids="sequential". Raises CheckpointError, in which every tensor is named that is missing, not expected or
+    of another shape.
+    """
+    file = open_tensors(path)
+    if any(name.endswith(diffusers.SIGN) for name in file.shapes):
+        form, keys = "diffusers", diffusers.to_native(file.shapes)
+        known = _beside(file.path) | known
+    else:
+        form = "GGUF" if isinstance(file, GgufTensors) else "native"
+        keys = {name: (key,) for name, key in canonical_names(file.shapes).items()}
+    shapes = {name: diffusers.joined([file.shapes[key] for key in theirs]) for name, theirs in keys.items()}
+    if model is None:
+        model = detect(shapes, file.metadata, file.path, **known)
+    else:
+        recognise(shapes, file.path)
+        _check_model(model, shapes, file)
+    check_shapes(native.layout(model)[0], shapes, file.path)
+    shapes = {name: shapes.get(name, (0,)) for name in native.layout(model)[0]}  # markers as the model asks
+    return Checkpoint(
+        model,
+        shapes,
+        lambda name: diffusers.join([file[key] for key in keys[name]]) if name not in MARKERS else np.zeros(0, np.float32),
+        {name: file.dtypes[keys[name][0]] if name in keys else "F32" for name in shapes},
+        str(file.path),
+        form,
+        file.metadata,
+    )
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """What diffusers' config.json beside the weights tells."""
+    file = path.parent / "config.json"
+    try:
+        return diffusers.known(json.loads(file.read_text())) if file.is_file() else {}
+    except ValueError:
+        raise CheckpointError(f"{file} is not JSON: copy or download it again.") from None
+
+
+def _check_model(model: config.Model, shapes: Shapes, file: Tensors):
+    """Raises CheckpointError when metadata or markers say that the file holds another model."""
+    if METADATA_KEY in file.metadata:
+        theirs = detect(shapes, file.metadata, file.path)
+        if changed := config.differences(theirs, model, "model."):
+            told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
+            raise CheckpointError(f"{file.path} holds another model ({told}): make the models equal.")
+    for marker, setting in MARKERS.items():
+        if marker in shapes and marker not in markers(model):
+            raise CheckpointError(f"{file.path} is marked {marker}, but a model without that was asked for: set model.{setting}.")
+
+
+def of_params(model: config.Model, params: Params, origin: str, metadata: Mapping[str, str] | None = None) -> Checkpoint:
+    """A checkpoint of parameters that are in memory."""
+    shapes, tensor = native.to_native(model, params)
+    return Checkpoint(model, shapes, tensor, dict.fromkeys(shapes, "F32"), origin, "run", metadata or {})
+
+
+def read(path: str | Path, model: config.Model | None = None, shardings: Params | None = None) -> tuple[config.Model, Params]:
+    """Model and float32 parameters of a checkpoint, which must hold `model` when one is given. Raises CheckpointError."""
+    found = open_checkpoint(path, model)
+    return found.model, found.params(shardings=shardings)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: str | Path, model: config.Model, params: Params, dtype: str = "float32", metadata: Mapping[str, str] | None = None):
+    """Writes `params` under native names, markers first, tensor by tensor.
+
+    dtype: float32, bfloat16 or float16. As in the published files, the pixel embedder and the markers stay float32.
+    """
+    shapes, tensor = native.to_native(model, params)
+    dtypes = {n: DTYPES["float32" if n in MARKERS or n.startswith("nerf_image_embedder.") else dtype] for n in shapes}
+    write_safetensors(path, shapes, dtypes, tensor, {METADATA_KEY: json.dumps(config.to_dict(model)), **(metadata or {})})
