@@ -32,15 +32,24 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
     return config.override(run, changes)
 
 
+def environment_of(devices: int) -> dict[str, str]:
+    """Of a process that sees that many devices. They share few threads: without the second flag collectives that XLA runs side by
+    side can wait for each other for ever."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return os.environ | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"} if devices > 1 else {})
+
+
 def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
     """`radiance train` of that run in a process of its own."""
     path = Path(run.output) / "experiment.py"
     path.write_text(f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n")
     # Fake devices share few threads: without this flag collectives that XLA runs side by side can wait for each other for ever.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    environment = os.environ | ({"XLA_FLAGS": flags} if devices > 1 else {})
     process = subprocess.Popen(
-        [sys.executable, "-m", "radiance", "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [sys.executable, "-m", "radiance", "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment_of(devices),
     )
     if wait:
         process.output = process.communicate(timeout=300)[0]

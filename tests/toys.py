@@ -7,11 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from radiance import config
+from radiance.model import autoencoder
 from radiance.model.transformer import Params, abstract, bind
 
 FLOAT32 = config.Compute(dtype="float32")
-# For the CPU: toys compile three times as fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+# Every part of the network in every kind at least once.
+VARIANTS = {
+    "one_pad": dict(),
+    "strict": dict(masking="strict", head="nerf_linear"),
+    "registers": dict(registers=2, modulation="none"),
+    "sequential": dict(text_ids="sequential", prediction="x0"),
+    "conv_half": dict(patch_embed="conv_half", prediction="x0", modulation="shared", pooled_dim=5),
+    "linear": dict(head="linear"),
+    "per_block": dict(modulation="per_block", pooled_dim=5, guidance_embed=True),
+    "flux": dict(modulation="per_block", pooled_dim=5, head="linear", patch=1, channels=8, masking="off"),
+    "no_doubles": dict(double_blocks=0, modulation="shared", head="linear", mlp_ratio=2.5),
+    "no_singles": dict(single_blocks=0, modulation="none", head="linear", masking="strict", registers=1, text_ids="sequential"),
+}
 
 
 def toy_model(**changes) -> config.Model:
@@ -60,12 +74,12 @@ def rows_of(inputs: dict, index) -> dict:
     return {name: None if x is None else x[index] for name, x in inputs.items()}
 
 
-@partial(jax.jit, static_argnames=("model", "compute"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("model", "compute"))
 def apply(model: config.Model, params: Params, inputs: dict, compute: config.Compute = FLOAT32) -> jax.Array:
     return bind(model, compute, params)(**inputs)
 
 
-@partial(jax.jit, static_argnames=("model", "compute"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("model", "compute"))
 def gradients(model: config.Model, params: Params, inputs: dict, weights: jax.Array, compute: config.Compute = FLOAT32):
     """The loss Σ weights·velocity, and its gradient to (parameters, image, text)."""
 
@@ -73,3 +87,15 @@ def gradients(model: config.Model, params: Params, inputs: dict, weights: jax.Ar
         return jnp.vdot(weights, bind(model, compute, params)(**(inputs | dict(image=image, text=text))))
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2))(params, inputs["image"], inputs["text"])
+
+
+@lru_cache
+def noisy_autoencoder(sizes: autoencoder.Autoencoder, seed: int = 0) -> Params:
+    """Kernels that keep the variance, norms around 1, biases that are not zero."""
+    draw = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        noise, kind = draw.standard_normal(x.shape, np.float32), path[-1].key
+        return noise / np.sqrt(np.prod(x.shape[:-1]), dtype=np.float32) if kind == "kernel" else 0.1 * noise + (kind == "scale")
+
+    return jax.tree_util.tree_map_with_path(leaf, autoencoder.abstract(sizes))

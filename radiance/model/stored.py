@@ -1,6 +1,7 @@
 """Weights that are kept small in memory and expanded where they are used, inside the loop over the blocks.
 
-A leaf of the parameter tree may be one of these in place of an array. What is expanded lives as long as one block's work.
+A leaf of the parameter tree may be one of these in place of an array. What is expanded lives as long as one block's work. As in any
+pytree, the fields hold arrays, or whatever a transformation puts in their place.
 """
 
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ class Quantised:
     shape: of the kernel of one block, which `values` has flattened to [in, out].
     """
 
-    values: Array  # [*stack, in, out], int8 or fp8
-    scales: Array  # [*stack, in / block, out], float16 or float32
+    values: Any  # [*stack, in, out], int8 or fp8
+    scales: Any  # [*stack, in / block, out], float16 or float32
     shape: tuple[int, ...] = field(metadata=dict(static=True))
 
     def expand(self) -> Float[Array, "..."]:
@@ -43,8 +44,8 @@ class Adapted:
     """A kernel with a low-rank addition (LoRA, arXiv 2106.09685) that is not merged into it: base + down · up."""
 
     base: Any  # an array or Quantised
-    down: Float[Array, "*stack in rank"]
-    up: Float[Array, "*stack rank out"]  # times strength · alpha / rank
+    down: Any  # [*stack, in, rank]
+    up: Any  # [*stack, rank, out], times strength · alpha / rank
     shape: tuple[int, ...] = field(metadata=dict(static=True))
 
     def expand(self) -> Float[Array, "..."]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toys import FLOAT32, QUICK, toy_model, toy_params
+from toys import FLOAT32, toy_model, toy_params
 
 from radiance.model.modulation import index_table, make_modulation, sinusoid, split_vectors
 from radiance.model.transformer import bind
@@ -21,7 +21,7 @@ KINDS = {
 TIME = np.array([0.25, 0.5, 1.0], np.float32)
 
 
-@partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+@partial(jax.jit, static_argnames="model")
 def run(model, params, time, guidance=None, pooled=None):
     return bind(model, FLOAT32, params).modulation(time, guidance, pooled)
 
@@ -73,7 +73,7 @@ def test_order_of_the_vectors():
 def test_fresh_vectors_are_zero(kind):
     model = toy_model(**KINDS[kind])
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def fresh(key):
         return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(jnp.asarray(TIME), jnp.ones(3), pooled_of(model))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import FLOAT32, QUICK, toy_model, toy_params
+from toys import FLOAT32, toy_model, toy_params
 
 from radiance.model.pixel_head import cosine_features, fold, unfold, unit_columns
 from radiance.model.transformer import bind
@@ -37,7 +37,7 @@ def lower_head(model, tile, params):
 
 def run_head(model, tile, params=None):
     params = toy_params(model) if params is None else params
-    return lower_head(model, tile, params).compile(QUICK)(params["head"], *head_inputs())
+    return lower_head(model, tile, params).compile()(params["head"], *head_inputs())
 
 
 def test_unfold_order_and_the_way_back():
@@ -100,7 +100,7 @@ def test_a_tile_that_holds_all_is_no_tile(prediction):
 def test_patches_do_not_see_each_other_before_the_convolution():
     model = replace(MODEL, head="nerf_linear")
     params, (tokens, image) = toy_params(model), head_inputs()
-    head = jax.jit(lambda tokens, image: bind(model, FLOAT32, params).head(tokens, image), compiler_options=QUICK)
+    head = jax.jit(lambda tokens, image: bind(model, FLOAT32, params).head(tokens, image))
     other_tokens, other_image = tokens.copy(), image.copy()
     other_tokens[:, 4] *= -1  # second row, second column
     other_image[:, 4:, :4] += 1  # second row, first column
@@ -129,7 +129,7 @@ def test_bfloat16_head_reads_and_paints_in_float32():
     image[:] = 0.75
     tokens = jnp.asarray(tokens, jnp.bfloat16)
     compute = replace(FLOAT32, dtype="bfloat16")
-    head = jax.jit(lambda tokens, image: bind(MODEL, compute, params).head(tokens, image), compiler_options=QUICK)
+    head = jax.jit(lambda tokens, image: bind(MODEL, compute, params).head(tokens, image))
     here, there = head(tokens, image), head(tokens, image + 2**-10)
     assert here.dtype == jnp.float32
     assert jnp.bfloat16(0.75) == jnp.bfloat16(0.75 + 2**-10)

@@ -1,12 +1,11 @@
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import FLOAT32, QUICK, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
+from toys import FLOAT32, VARIANTS, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
 
 from radiance import config
 from radiance.model import transformer
@@ -179,20 +178,6 @@ def assert_near(ours, expected, tolerance=1e-5):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-VARIANTS = {
-    "one_pad": dict(),
-    "strict": dict(masking="strict", head="nerf_linear"),
-    "registers": dict(registers=2, modulation="none"),
-    "sequential": dict(text_ids="sequential", prediction="x0"),
-    "conv_half": dict(patch_embed="conv_half", prediction="x0", modulation="shared", pooled_dim=5),
-    "linear": dict(head="linear"),
-    "per_block": dict(modulation="per_block", pooled_dim=5, guidance_embed=True),
-    "flux": dict(modulation="per_block", pooled_dim=5, head="linear", patch=1, channels=8, masking="off"),
-    "no_doubles": dict(double_blocks=0, modulation="shared", head="linear", mlp_ratio=2.5),
-    "no_singles": dict(single_blocks=0, modulation="none", head="linear", masking="strict", registers=1, text_ids="sequential"),
-}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_agrees_with_the_specification(variant):
     model = toy_model(**VARIANTS[variant])
@@ -339,7 +324,7 @@ def test_depth_costs_no_instructions(what):
 
 def test_fresh_parameters():
     model = toy_model(head="linear")
-    init = jax.jit(transformer.init.__wrapped__, static_argnames="model", compiler_options=QUICK)
+    init = jax.jit(transformer.init.__wrapped__, static_argnames="model")
     params, again, other = (init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))  # rbg compiles faster
     jax.tree.map(lambda x, y: np.testing.assert_array_equal((*x.shape, x.dtype), (*y.shape, y.dtype)), params, transformer.abstract(model))
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -365,7 +350,7 @@ def test_vectors_made_beforehand_change_nothing():
     params, inputs = toy_params(model), toy_inputs(model)
     inputs |= dict(time=np.full(3, 0.6, np.float32), guidance=np.full(3, 2, np.float32))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def given(params, inputs):
         module = transformer.bind(model, FLOAT32, params)
         vectors = module.modulation(jnp.asarray(inputs["time"][:1]), jnp.asarray(inputs["guidance"][:1]), None)
@@ -381,9 +366,7 @@ def test_x0_is_divided_by_time_or_by_what_is_given():
     time = inputs["time"][:, None, None, None]
     assert_near(apply(model, params, inputs), (inputs["image"] - picture) / time)
     divisor = np.array([0.5, 1.5, 1.0], np.float32)
-    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=jnp.asarray(divisor)), compiler_options=QUICK)(
-        inputs
-    )
+    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=jnp.asarray(divisor)))(inputs)
     assert_near(ours, (inputs["image"] - picture) / divisor[:, None, None, None])
 
 

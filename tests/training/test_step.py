@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import same, toy_run
-from toys import QUICK, apply, toy_params
+from toys import apply, toy_params
 
 from radiance import config, flow
 from radiance.training.optimizer import split_frozen
 from radiance.training.step import init_state, make_step, picture_losses, validation_losses, with_noise
-
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def batch_of(run, seed=0):
@@ -34,7 +32,7 @@ def start(run):
 
 
 def test_a_step_is_pure_and_moves_everything(run):
-    step, batch = jit(make_step(run)), batch_of(run)
+    step, batch = jax.jit(make_step(run)), batch_of(run)
     a, metrics = step(start(run), batch)
     b, _ = step(start(run), batch)
     assert same(a, b) and int(a.step) == 1 and np.isfinite(metrics["loss"])
@@ -67,8 +65,8 @@ def test_the_loss_is_the_methods(run):
 
 def test_parts_of_a_batch_add_up(run):
     batch = batch_of(run) | {"weight": jnp.linspace(0, 2, run.data.batch)}
-    whole, m = jit(make_step(run))(start(run), batch)
-    parts, n = jit(make_step(config.override(run, ["optimizer.accumulate=4"])))(start(run), batch)
+    whole, m = jax.jit(make_step(run))(start(run), batch)
+    parts, n = jax.jit(make_step(config.override(run, ["optimizer.accumulate=4"])))(start(run), batch)
     np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
     first = lambda s: s.optimizer[1].mu  # noqa: E731 — moments are the gradient, clipped
@@ -80,14 +78,14 @@ def test_a_weight_of_zero_removes_a_picture(run):
     batch = batch_of(run)
     weight = jnp.ones(run.data.batch).at[0].set(0)
     changed = batch["image"].at[0].set(0.7)
-    a, _ = jit(make_step(run))(start(run), batch | {"weight": weight})
-    b, _ = jit(make_step(run))(start(run), batch | {"weight": weight, "image": changed})
+    a, _ = jax.jit(make_step(run))(start(run), batch | {"weight": weight})
+    b, _ = jax.jit(make_step(run))(start(run), batch | {"weight": weight, "image": changed})
     for x, y in zip(jax.tree.leaves(a.optimizer[1].mu), jax.tree.leaves(b.optimizer[1].mu)):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(run):
-    step, batch = jit(make_step(run)), batch_of(run)
+    step, batch = jax.jit(make_step(run)), batch_of(run)
     state, _ = step(start(run), batch)
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, bad)
@@ -99,7 +97,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(run):
 
 def test_frozen_parts_stay_and_cost_no_moments(run):
     frozen = config.override(run, ["optimizer.frozen=modulation,double/image"])
-    state, _ = jit(make_step(frozen))(start(frozen), batch_of(run))
+    state, _ = jax.jit(make_step(frozen))(start(frozen), batch_of(run))
     before = start(frozen).params
     assert same(state.params["modulation"], before["modulation"]) and same(state.params["double"]["image"], before["double"]["image"])
     assert not same(state.params["double"]["text"], before["double"]["text"])
@@ -109,18 +107,18 @@ def test_frozen_parts_stay_and_cost_no_moments(run):
 
 def test_remat_and_head_tiles_change_nothing(run):
     batch = batch_of(run)
-    plain, _ = jit(make_step(run))(start(run), batch)
+    plain, _ = jax.jit(make_step(run))(start(run), batch)
     for change in ("compute.remat=full", "compute.remat=dots", "compute.head_tile=3"):
-        other, _ = jit(make_step(config.override(run, [change])))(start(run), batch)
+        other, _ = jax.jit(make_step(config.override(run, [change])))(start(run), batch)
         for x, y in zip(jax.tree.leaves(plain.optimizer[1].mu), jax.tree.leaves(other.optimizer[1].mu)):
             np.testing.assert_allclose(x, y, atol=2e-5, err_msg=change)
 
 
 def test_bfloat16_keeps_float32_masters(run):
     half = config.override(run, ["compute.dtype=bfloat16"])
-    state, metrics = jit(make_step(half))(start(half), batch_of(run))
+    state, metrics = jax.jit(make_step(half))(start(half), batch_of(run))
     assert {x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer[1].mu))} == {jnp.dtype("float32")}
-    full = jit(make_step(run))(start(run), batch_of(run))[1]
+    full = jax.jit(make_step(run))(start(run), batch_of(run))[1]
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.05)
 
 
@@ -135,7 +133,7 @@ def test_optimal_transport_pairs_the_batch(run):
 
 
 def test_validation_is_fixed_and_binned(run):
-    validate = jit(partial(validation_losses, run))
+    validate = jax.jit(partial(validation_losses, run))
     params, batch = toy_params(run.model), batch_of(run)
     losses = validate(params, batch, jnp.int32(0))
     assert losses.shape == (run.data.batch, 10) and np.isfinite(losses).all()
@@ -149,5 +147,5 @@ def test_validation_is_fixed_and_binned(run):
 @pytest.mark.parametrize("head", ["linear", "nerf_linear"])
 def test_every_variant_takes_a_step(modulation, head):
     run = toy_run("unused", "unused", modulation=modulation, head=head, registers=2, masking="off", prediction="velocity")
-    _, metrics = jit(make_step(run))(start(run), batch_of(run))
+    _, metrics = jax.jit(make_step(run))(start(run), batch_of(run))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])

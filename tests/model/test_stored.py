@@ -1,0 +1,121 @@
+"""Small storage: what is expanded, when, and how far from what was stored."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import apply, toy_inputs, toy_model, toy_params
+
+from radiance import config
+from radiance.model.stored import STORES, Adapted, Quantised, expanded, quantise
+from radiance.model.transformer import bind
+from radiance.weights.checkpoint import is_block_matrix, of_params
+from radiance.weights.files import CheckpointError
+from radiance.weights.native import flatten
+
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
+MODEL = toy_model(**SIZES)
+# rms error of a Gaussian matrix of 64 inputs
+ERRORS = {"q8_0": 5.3e-3, "int8": 5.9e-3, "float8_e4m3fn": 2.7e-2}
+
+
+def small(x):
+    return isinstance(x, Quantised)
+
+
+def whole(params):
+    """Every stored leaf as an array."""
+    return jax.tree.map(lambda x: x.expand() if small(x) else x, params, is_leaf=small)
+
+
+def matrix(shape=(64, 96)):
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def relative(a, b):
+    return float(np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_errors(store):
+    values, scales = quantise(matrix(), store)
+    found = Quantised(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).expand()
+    assert found.shape == (64, 2, 48)
+    assert relative(found.reshape(64, 96), matrix()) == pytest.approx(ERRORS[store], rel=0.1)
+
+
+def test_q8_0_is_ggmls():
+    """Bit for bit, zeros and a whole block of them too."""
+    x = matrix()
+    x[32:, 5] = 0
+    x[3] = 0
+    values, scales = quantise(x, "q8_0")
+    theirs = gguf.quants.quantize(np.ascontiguousarray(x.T), gguf.GGMLQuantizationType.Q8_0).reshape(96, 2, 34)
+    np.testing.assert_array_equal(theirs[..., :2].copy().view(np.float16)[..., 0], scales.T)
+    np.testing.assert_array_equal(theirs[..., 2:].view(np.int8).reshape(96, 64), values.T)
+
+
+def test_what_was_fp8_stays_as_it_is():
+    x = matrix().astype(jnp.float8_e4m3fn)
+    values, scales = quantise(x.astype(np.float32), "float8_e4m3fn")
+    np.testing.assert_array_equal(Quantised(values, jnp.asarray(scales), x.shape).expand(), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_no_inputs_no_harm(store):
+    values, scales = quantise(np.zeros((32, 3)), store)
+    np.testing.assert_array_equal(Quantised(values, jnp.asarray(scales), (32, 3)).expand(), np.zeros((32, 3)))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_the_network_computes_with_what_is_expanded(store):
+    exact = toy_params(MODEL)
+    params = of_params(MODEL, exact, "toy").params(store=store)
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=small)[0]
+    assert {"/".join(key.key for key in path) for path, x in leaves if small(x)} == set(filter(is_block_matrix, flatten(exact)))
+    inputs = toy_inputs(MODEL)
+    stored, expected = apply(MODEL, params, inputs), apply(MODEL, whole(params), inputs)
+    np.testing.assert_allclose(stored, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert relative(stored, np.asarray(apply(MODEL, exact, inputs))) < 4 * ERRORS[store]
+
+
+def test_sizes():
+    """q8_0 takes 34 bytes for 32 weights; int8 and fp8 a byte each and four for an output."""
+    params = of_params(MODEL, toy_params(MODEL), "toy")
+    count = sum(x.size for path, x in flatten(toy_params(MODEL)).items() if is_block_matrix(path))
+    for store, per_weight in (("q8_0", 34 / 32), ("int8", 1.04), ("float8_e4m3fn", 1.04)):
+        leaves = [x for x in jax.tree.leaves(params.params(store=store), is_leaf=small) if small(x)]
+        found = sum(x.values.nbytes + x.scales.nbytes for x in leaves)
+        assert found == pytest.approx(per_weight * count, rel=0.02)
+
+
+def test_one_block_is_expanded_at_a_time():
+    """Twelve more blocks need as much room for what is computed: their matrices never stand there together."""
+
+    def room(depth):
+        model = toy_model(double_blocks=1, single_blocks=depth, head="linear", **(SIZES | dict(hidden=256, rope_axes=(16, 56, 56))))
+        params = of_params(model, toy_params(model), "toy").params(store="q8_0")
+        program = jax.jit(lambda p, x: bind(model, config.Compute(dtype="float32"), p)(**x)).lower(params, toy_inputs(model))
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
+    assert room(16) - room(4) < 2 * block
+
+
+def test_blocks_that_do_not_divide():
+    with pytest.raises(ValueError, match="48 inputs do not divide into blocks of 32"):
+        quantise(np.zeros((48, 3)), "q8_0")
+    model = toy_model()
+    with pytest.raises(CheckpointError, match="48 inputs.*use int8"):
+        of_params(model, toy_params(model), "toy").params(store="q8_0")
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_adapted(quantised):
+    x, down, up = matrix(), matrix((64, 3)), matrix((3, 96))
+    base = Quantised(*map(jnp.asarray, quantise(x, "int8")), (64, 96)) if quantised else jnp.asarray(x)
+    found = expanded({"a": Adapted(base, jnp.asarray(down), jnp.asarray(up), (64, 96)), "b": jnp.ones(2)})
+    expected = (np.asarray(base.expand()) if quantised else x) + down @ up
+    np.testing.assert_allclose(found["a"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["b"], np.ones(2))
