@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from radiance.sections import ConfigError, Section, differences, from_dict, from_json, meant, override, require, to_dict, to_json
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "Flow", "MODELS", "Mesh", "Model", "Optimizer", "Sample", "Section", "Text", "Train",
-    "differences", "from_dict", "from_json", "override", "to_dict", "to_json",
+    "Compute", "Config", "ConfigError", "Data", "Flow", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Preset", "Sample", "Section", "Text", "Train",
+    "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
 ]  # fmt: skip
 
 
@@ -151,7 +151,9 @@ class Text(Section):
 class Data(Section):
     """Pictures and captions, and the batches made of them."""
 
-    source: Literal["digits"] = "digits"
+    source: Literal["digits", "folder"] = "digits"
+    path: str = ""  # of source=folder: a folder of pictures with captions, its subfolders included
+    validation: float = 0.05  # of source=folder: share of the pictures that are held out, chosen by their names
     directory: str = "~/.cache/radiance"  # where prepared data sets are kept
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts
@@ -161,6 +163,8 @@ class Data(Section):
     def check(self):
         require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
         require(0 <= self.caption_dropout <= 1, f"data.caption_dropout={self.caption_dropout} must lie between 0 and 1.")
+        require(0 < self.validation < 1, f"data.validation={self.validation} must lie between 0 and 1: it is a share of the pictures.")
+        require(self.source == "folder" or not self.path, f"data.path={self.path} is for data.source=folder: set that too.")
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,11 @@ class Sample(Section):
     guidance_rescale: float = 0.0  # 0 none, 1 the spread of the conditional prediction (arXiv 2305.08891)
     weights: str = "ema"  # ema (the largest decay), ema=DECAY, or params
     batch: int = 8  # pictures at a time
+
+    @classmethod
+    def named(cls, name: str) -> Sample:
+        """The recommended settings of a published model. Raises ConfigError with the nearest name."""
+        return preset(name).sample
 
     def check(self):
         require(self.steps >= 1, f"sample.steps={self.steps} must be at least 1.")
@@ -351,3 +360,37 @@ MODELS: dict[str, Model] = {
         nerf_hidden=64, nerf_mlp_ratio=2, nerf_depth=3, prediction="x0",
     ),
 }  # fmt: skip
+
+
+# --- how the published models are sampled -----------------------------------------------------------------------------
+
+
+class Preset(NamedTuple):
+    sample: Sample
+    side: int  # of the pictures it was made for, in pixels
+
+
+_BETA = Sample(schedule="beta", beta=(0.4, 0.4))
+PRESETS: dict[str, Preset] = {
+    "radiance": Preset(Sample(steps=28, guidance=4.0, schedule="shifted"), 512),  # the schedule it was trained with
+    "radiance-x0": Preset(replace(_BETA, steps=30, guidance=3.5), 1024),  # the authors' ComfyUI template
+    "radiance-x0-patch32": Preset(replace(_BETA, steps=30, guidance=3.5), 1024),
+    "chroma-base": Preset(replace(_BETA, steps=26, guidance=4.0), 512),  # its users' guide
+    "chroma-hd": Preset(replace(_BETA, steps=26, guidance=4.0), 1024),
+    "chroma-flash": Preset(Sample(solver="heun", steps=8, guidance=1.0), 1024),  # distilled: no guidance
+}
+
+
+def preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}{meant(name, PRESETS) or '.'} The presets are {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def preset_for(model: Model) -> str:
+    """The name of the settings that suit a published model best, as far as its sizes tell."""
+    if model.patch == 1:
+        return "chroma-hd"
+    if model.prediction == "velocity":
+        return "radiance"
+    return "radiance-x0" if model.patch == 16 else "radiance-x0-patch32"

@@ -15,16 +15,19 @@ from radiance import config
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# The first rule whose pattern is found in a parameter's path says how its last axes lie; stacked layers have one axis more.
+# The first rule whose pattern is found in a parameter's path says how its last axes lie; stacked layers have one axis more. T5 has
+# rules of its own only where it has leaves of its own.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/qkv/kernel$", ("fsdp", None, "tensor", None)),
     (r"attention/qkv/bias$", (None, "tensor", None)),
+    (r"attention/[qkv]/kernel$", ("fsdp", "tensor", None)),
     (r"attention/proj/kernel$", ("tensor", None, "fsdp")),
-    (r"mlp/linear_in/kernel$", ("fsdp", "tensor")),
+    (r"mlp/(linear_in|gate)/kernel$", ("fsdp", "tensor")),
     (r"mlp/linear_in/bias$", ("tensor",)),
     (r"mlp/linear_out/kernel$", ("tensor", "fsdp")),
     (r"head/blocks/param_generator/kernel$", ("fsdp", "tensor")),
     (r"head/blocks/param_generator/bias$", ("tensor",)),
+    (r"^embedding$", (None, "fsdp")),
     (r"(modulation|patch_embed|text_embed|head/linear)\b.*/kernel$", (None, "fsdp")),
 )
 

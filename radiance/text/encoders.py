@@ -1,42 +1,106 @@
-"""Text in, (embeddings [b, l, d], lengths [b]) out: the interface of all encoders, and one that needs no download.
+"""Text in, (embeddings [b, l, d], lengths [b]) out: the interface of all encoders, one that needs no download, and T5.
 
-`lengths` counts real tokens, the end of the sequence included. Rows beyond it hold whatever the encoder gives for padding.
+`lengths` counts real tokens, the end of the sequence included. The row behind them is a padding token's, which the published
+models see (`masking: one_pad`); T5 computes it with the real tokens in view, so it is not the same in every text. The rows behind
+that one, which only `masking: off` sees, repeat it.
 """
 
 import hashlib
 import re
+import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Int32
 
 from radiance import config
+from radiance.text import t5
+from radiance.text.tokenizers import PAD, open_tokenizer
+from radiance.weights.files import DTYPES
 
 # Thai, kana, Han and Hangul letters
 UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
 BUCKET = 16  # texts are cut to multiples of this, so that few shapes are compiled
+TOKENS = 4096  # of a batch of T5; the attention of 64 heads then takes at most half a gigabyte
 
 
 class TextError(ValueError):
     """A prompt that cannot be encoded; the message says which and what to do."""
 
 
-class Encoder(Protocol):
-    dim: int
+class Encoded(NamedTuple):
+    """One text."""
+
+    rows: Float[np.ndarray, "n d"]  # of the real tokens and of one padding token, as far as the limit goes; not to be written to
+    length: int  # real tokens
+
+
+class Encoder:
+    """What all encoders have. A subclass gives `count` and `encode`."""
+
+    dim: int  # of the embeddings
     limit: int  # tokens
+    dtype: np.dtype  # of the embeddings
+    identity: str  # a hash of what the embeddings depend on besides the text and the limit
 
     def count(self, text: str) -> int:
         """Tokens of `text`, end-of-sequence included, without a limit."""
+        raise NotImplementedError
 
-    def __call__(self, texts: Sequence[str], cut: bool = False) -> tuple[Float32[np.ndarray, "b l d"], Int32[np.ndarray, " b"]]:
+    def encode(self, texts: Sequence[str], cut: bool = False) -> list[Encoded]:
+        """The embeddings without padding but the first. Raises TextError for a text over the limit, unless `cut`."""
+        raise NotImplementedError
+
+    def __call__(self, texts: Sequence[str], cut: bool = False) -> tuple[Float[np.ndarray, "b l d"], Int32[np.ndarray, " b"]]:
         """Embeddings padded to the limit, and lengths. Raises TextError for a text over the limit, unless `cut`."""
+        return self.pad(self.encode(texts, cut), self.limit)
+
+    def pad(self, encoded: Sequence[Encoded], width: int) -> tuple[Float[np.ndarray, "b {width} d"], Int32[np.ndarray, " b"]]:
+        """Embeddings in one array, and lengths; `width` must hold the real tokens of each.
+
+        At 512 tokens of 4096 numbers a text takes 4 MB in bfloat16: who needs no more than the visible ones pads to fewer.
+        """
+        embeddings = np.empty((len(encoded), width, self.dim), self.dtype)
+        for out, (rows, _) in zip(embeddings, encoded):
+            out[: len(rows)], out[len(rows) :] = rows[:width], rows[-1]
+        return embeddings, np.array([length for _, length in encoded], np.int32)
+
+    def check(self, text: str, count: int, cut: bool):
+        """Raises TextError for a text of `count` tokens that is over the limit and must not be cut."""
+        if count > self.limit and not cut:
+            raise TextError(
+                f"The prompt {shown(text)} has {count} tokens, and the limit is {self.limit}: shorten it, or raise text.length."
+            )
 
 
-def make_encoder(text: config.Text, dim: int) -> Encoder:
-    return {"hash": HashEncoder}[text.encoder](dim, text.length)
+def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t5.Params] | None = None) -> Encoder:
+    """The encoder of a config; with `text.cache`, one that looks texts up there and encodes those it does not find.
+
+    dim: the model's `text_dim`; ConfigError when the encoder has another. shardings: gives the places of T5's parameters.
+    """
+    from radiance.text.cache import CachedEncoder  # which is an Encoder itself
+
+    if text.encoder == "t5" and not text.file and not text.cache:
+        raise config.ConfigError(
+            "text.encoder=t5 needs T5's weights (text.file=FILE.safetensors or .gguf) or embeddings that `radiance encode` made (text.cache=FOLDER)."
+        )
+    encoder: Encoder | None = None
+    if text.encoder == "hash":
+        encoder = HashEncoder(dim, text.length)
+    elif text.file:
+        encoder = T5Encoder(text.file, text.tokenizer, text.length, text.dtype, shardings)
+    if text.cache:
+        encoder = CachedEncoder(text.cache, text.length, encoder)
+    if encoder.dim != dim:
+        origin = text.file or text.cache
+        raise config.ConfigError(
+            f"{origin} gives embeddings of {encoder.dim} numbers, but model.text_dim is {dim}: set model.text_dim={encoder.dim}, or give another."
+        )
+    return encoder
 
 
 def bucket(tokens: int, limit: int) -> int:
@@ -44,7 +108,16 @@ def bucket(tokens: int, limit: int) -> int:
     return min(-(-tokens // BUCKET) * BUCKET, limit)
 
 
-class HashEncoder:
+def shown(text: str) -> str:
+    """A text as an error names it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+class HashEncoder(Encoder):
     """Each word, with its neighbours as n-grams, to fixed Gaussian vectors: any language, no vocabulary, nothing learned.
 
     Row i is the sum of the vectors of word i, of the pair before it and of the pair after it, scaled to unit variance. The pairs
@@ -55,7 +128,8 @@ class HashEncoder:
     END, PAD = "</s>", "<pad>"
 
     def __init__(self, dim: int, limit: int):
-        self.dim, self.limit = dim, limit
+        self.dim, self.limit, self.dtype = dim, limit, DTYPES["float32"]
+        self.identity = digest("hash", dim)
 
     def words(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFKC", text).casefold()
@@ -64,27 +138,80 @@ class HashEncoder:
     def count(self, text: str) -> int:
         return len(self.words(text)) + 1
 
-    def __call__(self, texts: Sequence[str], cut: bool = False) -> tuple[Float32[np.ndarray, "b l d"], Int32[np.ndarray, " b"]]:
-        rows = [self._encode(text, cut) for text in texts]
-        embeddings = np.empty((len(rows), self.limit, self.dim), np.float32)
-        for out, row in zip(embeddings, rows):
-            out[: len(row)], out[len(row) :] = row, _gaussian(self.PAD, self.dim)
-        return embeddings, np.array([len(row) for row in rows], np.int32)
+    def encode(self, texts: Sequence[str], cut: bool = False) -> list[Encoded]:
+        return [self._encode(text, cut) for text in texts]
 
     @lru_cache(maxsize=4096)  # noqa: B019 — one encoder lives as long as its run
-    def _encode(self, text: str, cut: bool) -> Float32[np.ndarray, "n d"]:
+    def _encode(self, text: str, cut: bool) -> Encoded:
         words = self.words(text)
-        if len(words) >= self.limit and not cut:
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            raise TextError(
-                f"The prompt {shown!r} has {len(words) + 1} tokens, and the limit is {self.limit}: shorten it, or raise text.length."
-            )
+        self.check(text, len(words) + 1, cut)
         words = [*words[: self.limit - 1], self.END]
         grams = [[w, f"{a} {w}", f"{w} {b}"] for a, w, b in zip(["", *words], words, [*words[1:], ""])]
-        return np.stack([sum(_gaussian(g, self.dim) for g in row) / np.sqrt(3, dtype=np.float32) for row in grams])
+        rows = [sum(_gaussian(g, self.dim) for g in row) / np.sqrt(3, dtype=np.float32) for row in grams]
+        return Encoded(np.stack([*rows, _gaussian(self.PAD, self.dim)][: self.limit]), len(words))
 
 
 @lru_cache(maxsize=65536)
-def _gaussian(gram: str, dim: int) -> Float32[np.ndarray, " d"]:
+def _gaussian(gram: str, dim: int) -> Float[np.ndarray, " d"]:
     seed = np.frombuffer(hashlib.blake2b(gram.encode(errors="surrogatepass"), digest_size=16).digest(), "<u4")
     return np.random.RandomState(seed).standard_normal(dim).astype(np.float32)
+
+
+class T5Encoder(Encoder):
+    """T5 v1.1's last layer, its padding masked as Chroma's is (FLUX's own pipelines let T5 read the padding).
+
+    Texts of like length are encoded together, in arrays of few shapes. The file's header and the tokenizer are read at once, and
+    their faults told; the weights are loaded by the first text. Safe to call from several threads, which take turns.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        tokenizer: str | Path = "",
+        limit: int = 512,
+        dtype: str = "bfloat16",
+        shardings: Callable[[t5.Params], t5.Params] | None = None,
+    ):
+        self.weights = t5.Weights(Path(file).expanduser())
+        self.tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
+        if self.tokenizer.size > self.weights.t5.vocabulary:
+            raise config.ConfigError(
+                f"{self.tokenizer.path} has {self.tokenizer.size} tokens, and {self.weights.file.path} vectors for {self.weights.t5.vocabulary}: "
+                "give the tokenizer of that model as text.tokenizer."
+            )
+        self.dim, self.limit, self.dtype = self.weights.t5.hidden, limit, DTYPES[dtype]
+        self.identity = digest("t5", self.weights.fingerprint(), self.tokenizer.identity, dtype)
+        self._shardings = shardings
+        self._params: t5.Params | None = None
+        self._turn = threading.Lock()
+
+    def count(self, text: str) -> int:
+        return len(self.tokenizer(text))
+
+    def encode(self, texts: Sequence[str], cut: bool = False) -> list[Encoded]:
+        groups: dict[int, dict[str, list[int]]] = {}
+        for text in texts:
+            ids = self.tokenizer(text)
+            self.check(text, len(ids), cut)
+            ids = [*ids[:-1][: self.limit - 1], ids[-1]]
+            # one more, for the padding token that the transformer sees
+            groups.setdefault(bucket(len(ids) + 1, self.limit), {})[text] = ids
+        found: dict[str, Encoded] = {}
+        with self._turn:
+            for width, ids in sorted(groups.items()):
+                size, members = max(TOKENS // width, 1), list(ids)
+                for start in range(0, len(members), size):
+                    part = members[start : start + size]
+                    found |= zip(part, self._run([ids[text] for text in part], width))
+        return [found[text] for text in texts]
+
+    def _run(self, texts: list[list[int]], width: int) -> list[Encoded]:
+        """Of texts that fit into `width`; their number is filled up to a power of two."""
+        if self._params is None:
+            self._params = self.weights.load(self.dtype.name, self._shardings)
+        ids = np.full((1 << (len(texts) - 1).bit_length(), width), PAD, np.int32)
+        lengths = np.ones(len(ids), np.int32)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], lengths[row] = text, len(text)
+        rows = np.asarray(t5.encode(self.weights.t5, self.dtype.name, self._params, ids, lengths))
+        return [Encoded(row[: length + 1], int(length)) for row, length in zip(rows, lengths[: len(texts)])]

@@ -1,15 +1,22 @@
-"""The hash encoder: its scheme pinned, and what conditioning needs of it."""
+"""The hash encoder: its scheme pinned, and what conditioning needs of it. And T5 behind the same interface."""
 
 import hashlib
 import os
 import subprocess
 import sys
+import threading
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from toy_t5 import CAPTIONS, TOY, torch_tensors, toy_folder, train_tokenizer
 
-from radiance.config import Text
-from radiance.text.encoders import HashEncoder, TextError, bucket, make_encoder
+from radiance.config import ConfigError, Text
+from radiance.text import encoders, t5
+from radiance.text.encoders import HashEncoder, T5Encoder, TextError, bucket, make_encoder
+from radiance.weights.files import CheckpointError
 
 
 def rows(text, dim=8, limit=32, cut=False):
@@ -213,3 +220,192 @@ def test_cut_keeps_the_first_words_and_the_end():
 def test_bucket():
     cases = [(1, 64), (15, 64), (16, 64), (17, 64), (33, 64), (64, 64), (17, 20), (40, 40), (512, 512)]
     assert [bucket(*case) for case in cases] == [16, 16, 16, 32, 48, 64, 20, 40, 512]
+
+
+# --- T5 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_folder(tmp_path_factory.mktemp("model") / "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def toy(folder):
+    return T5Encoder(folder, limit=40, dtype="float32")
+
+
+def alone(encoder, text):
+    """Vectors of one text and two padding tokens, by one call of the network."""
+    ids = encoder.tokenizer(text)
+    padded = np.array([[*ids, 0, 0]], np.int32)
+    return np.asarray(t5.encode(TOY, "float32", encoder.weights.load("float32"), padded, np.array([len(ids)], np.int32)))[0]
+
+
+def test_t5_shapes_and_types(toy, folder):
+    embeddings, lengths = toy(["a red cat", "", "two cats"])
+    assert embeddings.shape == (3, 40, TOY.hidden) and embeddings.dtype == np.float32
+    assert lengths.dtype == np.int32 and lengths.tolist() == [toy.count(text) for text in ("a red cat", "", "two cats")]
+    assert (toy.dim, toy.limit, lengths[1]) == (TOY.hidden, 40, 1)
+    half = T5Encoder(folder, limit=40)
+    found, _ = half(["a red cat", "", "two cats"])
+    assert found.dtype == half.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), embeddings, atol=0.1)
+    none, lengths = toy([])
+    assert none.shape == (0, 40, TOY.hidden) and lengths.shape == (0,)
+
+
+def test_t5_rows(toy):
+    """The real tokens and the first padding token are T5's; the rows behind repeat that one, so that they do not depend on shapes."""
+    texts = ["a red cat", "", CAPTIONS[0], "the dog", " ".join(["a"] * 15)]
+    embeddings, lengths = toy(texts)
+    assert lengths[-1] == 16  # a whole bucket: the padding token takes another
+    assert len({bucket(n + 1, 40) for n in lengths}) > 1
+    for text, rows, length, encoded in zip(texts, embeddings, lengths, toy.encode(texts)):
+        expected = alone(toy, text)
+        np.testing.assert_allclose(rows[: length + 1], expected[: length + 1], atol=1e-5)
+        assert (rows[length:] == rows[length]).all()
+        assert encoded.length == length
+        np.testing.assert_array_equal(encoded.rows, rows[: length + 1])
+    assert np.abs(embeddings[0, -1] - embeddings[1, -1]).max() > 0.1  # padding that looks at the text
+
+
+def test_t5_text_that_fills_the_limit(toy, folder):
+    text = CAPTIONS[0]
+    full = T5Encoder(folder, limit=toy.count(text), dtype="float32")
+    (encoded,) = full.encode([text])
+    assert encoded.rows.shape == (full.limit, TOY.hidden) and encoded.length == full.limit
+    np.testing.assert_allclose(encoded.rows, alone(toy, text)[:-2], atol=1e-5)
+
+
+def test_t5_many_texts_in_few_shapes(toy, monkeypatch):
+    """Each in its place, twins encoded once, and no batch above the bound."""
+    shapes, run = [], t5.encode
+
+    def recorded(sizes, dtype, params, ids, lengths):
+        shapes.append(ids.shape)
+        return run(sizes, dtype, params, ids, lengths)
+
+    monkeypatch.setattr(encoders, "TOKENS", 128)
+    monkeypatch.setattr(encoders.t5, "encode", recorded)
+    texts = [("cat " * (i % 7 + 1) + "dog " * (i // 7)).strip() for i in range(28)] + ["cat", "cat dog"] * 9
+    embeddings, lengths = toy(texts)
+    assert len(set(texts)) == 28
+    assert sum(rows for rows, _ in shapes) < 28 * 1.5
+    assert all(rows * width <= 128 and rows.bit_count() == 1 and width in (16, 32, 40) for rows, width in shapes)
+    assert len(set(shapes)) <= 6
+    for text, rows, length in zip(texts, embeddings, lengths):
+        assert length == toy.count(text)
+        np.testing.assert_allclose(rows[length - 1], embeddings[texts.index(text), length - 1], atol=0)
+    for i in (0, 13, 27):
+        expected = alone(toy, texts[i])
+        np.testing.assert_allclose(embeddings[i, : lengths[i] + 1], expected[: lengths[i] + 1], atol=1e-5)
+
+
+def test_t5_over_the_limit(folder):
+    small = T5Encoder(folder, limit=8, dtype="float32")
+    text = "two cats and three dogs, playing"
+    with pytest.raises(TextError) as caught:
+        small(["a cat", text])
+    assert f"{small.count(text)} tokens" in str(caught.value) and "limit is 8" in str(caught.value) and small._params is None
+    (encoded,) = small.encode([text], cut=True)
+    assert encoded.length == 8 and encoded.rows.shape == (8, TOY.hidden)
+    ids = np.array([[*small.tokenizer(text)[:7], 1]], np.int32)
+    expected = t5.encode(TOY, "float32", small.weights.load("float32"), ids, np.array([8], np.int32))
+    np.testing.assert_allclose(encoded.rows, expected[0], atol=1e-5)
+
+
+def test_t5_from_many_threads(folder):
+    encoder, found = T5Encoder(folder, limit=16, dtype="float32"), {}
+
+    def work(i):
+        found[i] = encoder([f"cat {i}"])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(6):
+        np.testing.assert_array_equal(found[i], encoder([f"cat {i}"])[0])
+
+
+def test_t5_shardings_reach_the_weights(folder):
+    asked = []
+
+    def shardings(tree):
+        asked.append(tree)
+        return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
+
+    encoder = make_encoder(Text(encoder="t5", file=str(folder), length=16), TOY.hidden, shardings)
+    assert not asked  # nothing is loaded before the first text
+    encoder(["a cat"])
+    assert len(asked) == 1
+
+
+def test_identity(folder, tmp_path):
+    """It changes with whatever the embeddings depend on, and with nothing else."""
+    base = T5Encoder(folder).identity
+    assert T5Encoder(folder / "model.safetensors", folder / "spiece.model", limit=40).identity == base
+    other = toy_folder(tmp_path / "weights", seed=1)
+    retrained = toy_folder(tmp_path / "tokenizer")
+    train_tokenizer(retrained / "spiece.model", CAPTIONS[:4])
+    nearly = tmp_path / "nearly.safetensors"
+    tensors = torch_tensors()
+    tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"][5, 7] *= 1.01
+    save_file(tensors, nearly)
+    found = {
+        base, T5Encoder(folder, dtype="float32").identity, T5Encoder(other).identity, T5Encoder(retrained).identity,
+        T5Encoder(nearly, folder).identity, HashEncoder(8, 16).identity, HashEncoder(9, 16).identity,
+    }  # fmt: skip
+    assert len(found) == 7
+    assert HashEncoder(8, 16).identity == HashEncoder(8, 32).identity
+
+
+def test_pad_to_fewer_tokens(toy):
+    """As wide as what is visible: the real tokens (`strict`), or those and one of padding."""
+    texts = ["a red cat", "", "two cats"]
+    for encoder in (toy, HashEncoder(8, 40)):
+        embeddings, lengths = encoder(texts)
+        for width in (lengths.max(), lengths.max() + 1, 32):
+            found, again = encoder.pad(encoder.encode(texts), width)
+            np.testing.assert_array_equal(found, embeddings[:, :width])
+            np.testing.assert_array_equal(again, lengths)
+
+
+# --- settings that cannot be ------------------------------------------------------------------------------------------
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and text.endswith((".", "?"))
+    return text
+
+
+def test_t5_settings(folder, tmp_path):
+    def made(dim=TOY.hidden, **settings):
+        return make_encoder(Text(encoder="t5", length=16, **settings), dim)
+
+    assert isinstance(made(file=str(folder)), T5Encoder)
+    with pytest.raises(ConfigError) as error:
+        made()
+    assert all(part in sentence(error) for part in ("text.file", "text.cache", "radiance encode"))
+    with pytest.raises(ConfigError) as error:
+        made(dim=4096, file=str(folder))
+    assert f"embeddings of {TOY.hidden} numbers, but model.text_dim is 4096" in sentence(error)
+    with pytest.raises(CheckpointError) as error:
+        made(file=str(tmp_path / "absent.safetensors"))
+    assert "absent.safetensors" in sentence(error)
+    save_file(torch_tensors(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        made(file=str(tmp_path))
+    assert "text.tokenizer" in sentence(error)
+    assert made(file=str(tmp_path), tokenizer=str(folder)).count("a cat") == made(file=str(folder)).count("a cat")
+
+
+def test_t5_tokenizer_of_a_larger_model(folder, tmp_path):
+    small = t5.T5(vocabulary=100, hidden=16, layers=1, heads=2, head_dim=4, mlp_hidden=8)
+    save_file(torch_tensors(small), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError) as error:
+        T5Encoder(tmp_path, folder)
+    assert "160 tokens" in sentence(error) and "vectors for 100" in str(error.value)

@@ -1,0 +1,424 @@
+"""The T5 encoder: its formulae against NumPy and against transformers, and its weights from every kind of file."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+from runs import environment_of
+from safetensors.numpy import save_file
+from toy_t5 import TOY, torch_tensors
+
+from radiance.sections import ConfigError
+from radiance.text import t5
+from radiance.text.t5 import T5, Weights, position_buckets
+from radiance.weights.files import CheckpointError
+
+LENGTHS = np.array([1, 4, 17, 40], np.int32)
+GGUF = {row.torch: row.gguf for row in t5.TABLE}
+
+
+def token_ids(lengths=LENGTHS, width=40, vocabulary=TOY.vocabulary):
+    ids = np.random.default_rng(5).integers(3, vocabulary, (len(lengths), width), np.int32)
+    for row, length in zip(ids, lengths):
+        row[length - 1], row[length:] = 1, 0
+    return ids
+
+
+def apply(params, ids, lengths, sizes=TOY, dtype="float32"):
+    run = jax.jit(lambda p, i, n: t5.bind(sizes, dtype, p)(i, n))
+    return np.asarray(run(params, ids, lengths))
+
+
+def saved(folder, tensors, name="model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("t5"), torch_tensors())
+
+
+@pytest.fixture(scope="module")
+def params(file):
+    return Weights(file).load("float32")
+
+
+def relative(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def sentence(error):
+    """The message, which must be one line that ends."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith((".", "?"))
+    return text
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def bucket_by_definition(distance):
+    """Raffel et al.'s rule, a number at a time: 32 buckets, the upper 16 for keys that come later."""
+    first, n = (16 if distance > 0 else 0), abs(distance)
+    if n < 8:
+        return first + n
+    return first + min(8 + math.floor(round(math.log2(n / 8) * 2, 9)), 15)  # 8 more buckets up to 128 = 8 · 2⁴
+
+
+def test_position_buckets():
+    table = position_buckets(300, 32)
+    expected = [[bucket_by_definition(key - query) for key in range(300)] for query in (0, 150, 299)]
+    np.testing.assert_array_equal(table[[0, 150, 299]], expected)
+    assert table[0, [0, 1, 7, 8, 11, 12, 15, 16, 63, 64, 90, 91, 299]].tolist() == [0, 17, 23, 24, 24, 25, 25, 26, 29, 30, 30, 31, 31]
+    assert table[16, 0] == 10 and (table < 32).all()
+
+
+def oracle(tensors, ids, sizes=TOY):
+    """One text without padding, in float64, from the tensors as PyTorch keeps them."""
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * tensors[name]
+
+    def heads(x, name):
+        return (x @ tensors[name].T.astype(np.float64)).reshape(len(x), sizes.heads, sizes.head_dim)
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    table = [[bucket_by_definition(k - q) for k in range(len(ids))] for q in range(len(ids))]
+    bias = tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][np.array(table)]
+    x = tensors["shared.weight"][ids].astype(np.float64)
+    for i in range(sizes.layers):
+        attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        y = norm(x, f"{attention}.layer_norm.weight")
+        q, k, v = (heads(y, f"{attention}.SelfAttention.{name}.weight") for name in "qkv")
+        logits = np.einsum("qhc,khc->qkh", q, k) + bias
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        attended = np.einsum("qkh,khc->qhc", weights / weights.sum(1, keepdims=True), v).reshape(len(ids), -1)
+        x = x + attended @ tensors[f"{attention}.SelfAttention.o.weight"].T
+        y = norm(x, f"{mlp}.layer_norm.weight")
+        gate, value = (y @ tensors[f"{mlp}.DenseReluDense.{name}.weight"].T for name in ("wi_0", "wi_1"))
+        x = x + (gelu(gate) * value) @ tensors[f"{mlp}.DenseReluDense.wo.weight"].T
+    return norm(x, "encoder.final_layer_norm.weight")
+
+
+def test_formulae(params):
+    """Texts of several lengths in one batch, each as if it were alone."""
+    ids = token_ids()
+    found = apply(params, ids, LENGTHS)
+    for row, text, length in zip(found, ids, LENGTHS):
+        assert relative(row[:length], oracle(torch_tensors(), text[:length])) < 1e-5
+
+
+def test_padding(params):
+    """What stands in a row of padding comes from the real tokens and its position: not from how many follow, not from their ids."""
+    ids = token_ids()
+    found = apply(params, ids, LENGTHS)
+    assert np.isfinite(found).all()
+    longer = np.pad(ids, [(0, 0), (0, 24)])
+    np.testing.assert_allclose(apply(params, longer, LENGTHS)[:, :40], found, atol=2e-5)
+    other = np.where(np.arange(40) > LENGTHS[:, None], 7, ids)  # the first padding token stays
+    changed = apply(params, other, LENGTHS)
+    first = np.arange(40) <= LENGTHS[:, None]
+    np.testing.assert_array_equal(changed[first], found[first])
+    assert np.abs(changed - found)[~first].max() > 0.1
+    # and it does come from the real tokens
+    assert np.abs(found[0, 1] - found[1, 4]).max() > 0.1
+
+
+def test_bfloat16_is_close(file):
+    weights, ids = Weights(file), token_ids()
+    exact = apply(weights.load("float32"), ids, LENGTHS)
+    found = apply(weights.load("bfloat16"), ids, LENGTHS, dtype="bfloat16")
+    assert found.dtype == np.float32  # until the very end
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    print(f"relative error of bfloat16: {error:.1e}")
+    assert 1e-4 < error < 0.012
+
+
+def test_the_stream_between_blocks_is_not_rounded(file):
+    """With embeddings 30 times as large as what the blocks add, what they add is still right to a percent."""
+    weights, ids = Weights(file), token_ids()
+    table = 30 * np.asarray(weights.load("bfloat16")["embedding"]).astype(np.float32)
+    params = {dtype: weights.load(dtype) | {"embedding": table} for dtype in ("float32", "bfloat16")}
+    exact, found = (apply(params[dtype], ids, LENGTHS, dtype=dtype) for dtype in params)
+    x = table[ids]
+    without = x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.asarray(params["float32"]["norm"]["scale"])
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact - without) < 0.02
+
+
+def test_encode_rounds_at_the_end(file):
+    weights, ids = Weights(file), token_ids()
+    params = weights.load("bfloat16")
+    found = np.asarray(t5.encode(TOY, "bfloat16", params, ids, LENGTHS))
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), apply(params, ids, LENGTHS, dtype="bfloat16"), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("seed", [0, 1])
+def test_transformers(tmp_path, seed):
+    """T5EncoderModel, its weights through its own file, on rows of tokens and of padding alike: it too lets padding look at the
+    real tokens alone."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference")
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    theirs = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=TOY.vocabulary, d_model=TOY.hidden, d_kv=TOY.head_dim, d_ff=TOY.mlp_hidden, num_layers=TOY.layers,
+            num_heads=TOY.heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        )
+    ).eval()  # fmt: skip
+    state = {name: torch.from_numpy(x) for name, x in torch_tensors(seed=seed, spread=1.5).items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected
+    theirs.save_pretrained(tmp_path)
+    lengths = np.array([1, 7, 130, 150], np.int32)
+    ids = token_ids(lengths, 150)
+    with torch.no_grad():
+        mask = torch.from_numpy(np.arange(150) < lengths[:, None]).long()
+        expected = theirs(input_ids=torch.from_numpy(ids).long(), attention_mask=mask).last_hidden_state.numpy()
+    weights = Weights(tmp_path)
+    assert weights.t5 == TOY
+    error = relative(apply(weights.load("float32"), ids, lengths), expected)
+    print(f"largest relative difference from transformers: {error:.1e}")
+    assert error < 2e-5
+
+
+# --- where it comes from ----------------------------------------------------------------------------------------------
+
+
+def test_tree(file, params):
+    """Kernels are [in, *out], attention split into heads, the blocks on axis 0."""
+    tensors, q = torch_tensors(), params["blocks"]["attention"]["q"]["kernel"]
+    assert Weights(file).t5 == TOY
+    assert q.shape == (3, 32, 4, 6)
+    stored = tensors["encoder.block.2.layer.0.SelfAttention.q.weight"]
+    assert q[2, 30, 3, 5] == stored[3 * 6 + 5, 30]
+    proj = params["blocks"]["attention"]["proj"]["kernel"]
+    assert proj.shape == (3, 4, 6, 32) and proj[1, 2, 4, 9] == tensors["encoder.block.1.layer.0.SelfAttention.o.weight"][9, 2 * 6 + 4]
+    np.testing.assert_array_equal(
+        params["blocks"]["mlp"]["gate"]["kernel"][0], tensors["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].T
+    )
+    assert sum(x.size for x in jax.tree.leaves(params)) == sum(x.size for x in tensors.values())
+    half = Weights(file).load("bfloat16")
+    kinds = {x.dtype.name for x in (half["embedding"], *jax.tree.leaves(half["blocks"]["mlp"]["gate"]))}
+    assert kinds == {"bfloat16"} and half["position_bias"].dtype == half["blocks"]["mlp"]["norm"]["scale"].dtype == np.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), half) == jax.tree.map(lambda x: (x.shape, x.dtype), t5.abstract(TOY, "bfloat16"))
+
+
+def as_gguf(path, tensors):
+    """llama.cpp's names, large tensors as float16."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "t5encoder")
+    writer.add_string("general.name", "toy")
+    for name, x in tensors.items():
+        digits = [part for part in name.split(".") if part.isdigit()]
+        pattern = name if name in GGUF else name.replace(f"block.{digits[0]}.", "block.{i}.")
+        writer.add_tensor(GGUF[pattern].format(i=digits[0] if digits else ""), x.astype(np.float16) if x.size > 1000 else x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_holds_the_same(tmp_path):
+    tensors = {name: x.astype(np.float16).astype(np.float32) for name, x in torch_tensors().items()}
+    ours = Weights(saved(tmp_path, tensors))
+    theirs = Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+    assert theirs.t5 == ours.t5 == TOY
+    assert_same(theirs.load("float32"), ours.load("float32"))
+
+
+def test_fp8_with_scales(tmp_path):
+    """As ComfyUI's files of T5 are: what a weight is multiplied by lies beside it, and the file is marked."""
+    tensors, expected = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, {}
+    for name, x in torch_tensors().items():
+        expected[name] = tensors[name] = x
+        if "SelfAttention." in name and "bias" not in name:
+            scale = np.float32(np.abs(x).max() / 448)
+            tensors |= {name: (x / scale).astype(ml_dtypes.float8_e4m3fn), name.replace(".weight", ".scale_weight"): scale.reshape(1)}
+            expected[name] = tensors[name].astype(np.float32) * scale
+    found = Weights(saved(tmp_path, tensors)).load("float32")
+    assert_same(found, Weights(saved(tmp_path, expected, "plain.safetensors")).load("float32"))
+
+
+@pytest.mark.parametrize("prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder."])
+def test_prefixes(tmp_path, params, prefix):
+    """Files of a whole pipeline: what is not T5's is left alone."""
+    tensors = {prefix + name: x for name, x in torch_tensors().items()}
+    tensors |= {"model.diffusion_model.img_in.weight": np.ones(3, np.float32), "text_encoders.t5xxl.logit_scale": np.ones(1, np.float32)}
+    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+
+
+@pytest.mark.parametrize(
+    "names", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"], ["decoder.embed_tokens.weight"]]
+)
+def test_names_of_the_embedding(tmp_path, params, names):
+    tensors = torch_tensors()
+    embedding = tensors.pop("shared.weight")
+    tensors |= {name: embedding.copy() for name in names}
+    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+
+
+def test_decoder_is_left_alone(tmp_path, params):
+    extra = ("decoder.block.0.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight", "lm_head.weight")
+    tensors = torch_tensors() | {name: np.ones((2, 2), np.float32) for name in extra}
+    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+
+
+def test_several_files(tmp_path, params, file):
+    tensors = torch_tensors()
+    parts = {"model-1.safetensors": list(tensors)[::2], "model-2.safetensors": list(tensors)[1::2]}
+    for name, keys in parts.items():
+        saved(tmp_path, {key: tensors[key] for key in keys}, name)
+    index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = Weights(tmp_path)
+    assert_same(found.load("float32"), params)
+    assert found.fingerprint() == Weights(file).fingerprint()
+
+
+def test_leaves_go_where_they_are_told(file, params):
+    asked = []
+
+    def shardings(tree):
+        asked.append(tree)
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
+
+    assert_same(Weights(file).load("float32", shardings), params)
+    assert jax.tree.structure(asked[0]) == jax.tree.structure(params)
+
+
+@pytest.mark.slow
+def test_on_a_mesh(file, params):
+    """Four devices hold the matrices in parts and give the same rows as one."""
+    script = f"""
+import sys, jax, numpy as np
+from functools import partial
+from radiance import config
+from radiance.sharding import make_mesh, shardings
+from radiance.text import t5
+
+params = t5.Weights({str(file)!r}).load("float32", partial(shardings, mesh=make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))))
+for path in (("blocks", "attention", "q"), ("blocks", "attention", "proj"), ("blocks", "mlp", "gate"), ("blocks", "mlp", "linear_out")):
+    leaf = params
+    for part in (*path, "kernel"):
+        leaf = leaf[part]
+    assert 4 * leaf.addressable_shards[0].data.size == leaf.size, path
+ids, lengths = (np.array(x, np.int32) for x in {(token_ids().tolist(), LENGTHS.tolist())!r})
+np.save(sys.stdout.buffer, np.asarray(t5.encode(t5.T5(**{vars(TOY)!r}), "float32", params, ids, lengths)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment_of(4), capture_output=True, check=True)
+    np.testing.assert_allclose(np.load(io.BytesIO(done.stdout)), apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
+
+
+def test_fingerprint_knows_every_weight(tmp_path, file):
+    expected, tensors = Weights(file).fingerprint(), torch_tensors()
+    seen = {expected}
+    for name in ("shared.weight", "encoder.block.2.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight"):
+        changed = tensors | {name: tensors[name].copy()}
+        changed[name].reshape(-1)[17] += 1e-3
+        seen.add(Weights(saved(tmp_path, changed)).fingerprint())
+    seen.add(Weights(saved(tmp_path, {name: x.astype(np.float16) for name, x in tensors.items()})).fingerprint())
+    assert len(seen) == 5
+    prefixed = saved(tmp_path, {f"t5xxl.transformer.{name}": x for name, x in reversed(tensors.items())})
+    assert Weights(prefixed).fingerprint() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux' /proc")
+def test_loading_holds_no_second_copy(tmp_path):
+    """In bfloat16 half of a float32 file is held, and the largest leaf, but never the float32 whole."""
+    sizes = T5(vocabulary=1000, hidden=512, layers=12, heads=8, head_dim=64, mlp_hidden=1024)
+    path = saved(tmp_path, torch_tensors(sizes))
+    script = f"""
+import jax
+from radiance.text.t5 import Weights
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+jax.block_until_ready(jax.numpy.ones(3) + 1)
+weights = Weights({str(path)!r})
+before = peak()
+params = jax.block_until_ready(weights.load("bfloat16"))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True)
+    held = int(done.stdout) * 1024 / path.stat().st_size
+    assert held < 0.85  # 0.5 for the parameters, 0.1 for the largest leaf
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new): x for name, x in tensors.items()}
+
+
+def without(tensors, *names):
+    return {name: x for name, x in tensors.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda t: without(renamed(t, "wi_0", "wi"), *(n for n in t if "wi_1" in n)), ["T5 v1.0", "T5 v1.1"]),
+        (lambda t: {"img_in.weight": np.ones((2, 2), np.float32)}, ["no T5 encoder", "T5 v1.1"]),
+        (lambda t: t | {f"a.{n}": x for n, x in t.items()}, ["more than one T5"]),
+        (lambda t: without(t, "encoder.block.1.layer.1.layer_norm.weight", "encoder.final_layer_norm.weight"),
+         ["missing", "block.1.layer.1.layer_norm", "final_layer_norm"]),
+        (lambda t: without(t, "shared.weight"), ["shared.weight", "not whole"]),
+        (lambda t: without(t, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"), ["relative_attention_bias", "not whole"]),
+        (lambda t: t | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((32, 4), np.float32)},
+         ["not expected", "block.1.layer.0.SelfAttention.relative_attention_bias"]),
+        (lambda t: t | {"encoder.block.1.layer.0.SelfAttention.k.weight": np.ones((24, 31), np.float32)}, ["k.weight is [24, 31], not [24, 32]"]),
+        (lambda t: t | {"shared.weight": np.ones(5, np.float32)}, ["of other kinds"]),
+        (lambda t: t | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((7, 4), np.float32)}, ["of other kinds"]),
+        (lambda t: t | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((32, 0), np.float32)}, ["of other kinds"]),
+    ],
+)  # fmt: skip
+def test_refused_when_opened(tmp_path, change, told):
+    path = saved(tmp_path, change(torch_tensors()))
+    with pytest.raises(CheckpointError) as error:
+        Weights(path)
+    assert all(part in sentence(error) for part in [str(path), *told])
+
+
+def test_gguf_of_the_old_kind(tmp_path):
+    tensors = {name: x for name, x in torch_tensors().items() if "wi_0" not in name}
+    with pytest.raises(CheckpointError) as error:
+        Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+    assert "T5 v1.0" in sentence(error)
+
+
+def test_values_that_are_not_finite(tmp_path):
+    tensors = torch_tensors()
+    tensors["encoder.block.1.layer.0.SelfAttention.v.weight"][3, 4] = np.nan
+    weights = Weights(saved(tmp_path, tensors))
+    with pytest.raises(CheckpointError) as error:
+        weights.load("bfloat16")
+    assert "encoder.block.1.layer.0.SelfAttention.v.weight" in sentence(error) and "damaged" in str(error.value)
+
+
+def test_sizes():
+    assert T5() == T5(32128, 4096, 24, 64, 64, 10240, 32)
+    for change in ({"layers": 0}, {"buckets": 30}, {"buckets": 0}):
+        with pytest.raises(ConfigError):
+            T5(**change)

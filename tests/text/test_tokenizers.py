@@ -1,0 +1,178 @@
+"""T5's tokenizer from both kinds of file, and what transformers makes of the same texts."""
+
+import json
+import random
+import sys
+from functools import partial
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Their
+from tokenizers import models, normalizers, pre_tokenizers
+from toy_t5 import CAPTIONS, train_tokenizer
+
+from radiance.text.tokenizers import find, open_tokenizer
+from radiance.weights.files import CheckpointError
+
+SPACES = [chr(i) for i in range(0x3001) if chr(i).isspace()] + ["\u200b", "\u200c", "\u2060", "\ufeff", "\u00ad"]
+CONTROL = ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "<extra_id_100>", "<s>", "</S>"]
+LETTERS = [*"abcdefgh .,'!<>/▁_12", *SPACES, *CONTROL, "😀", "👨‍👩‍👧", "é", "红", "ｆ", "ﬁ", "…", "ß", "İ", "קטה", "\x00", "\x1f"]
+TEXTS = [
+    *CAPTIONS, "", " ", "  two   cats ", "two\ncats\tand\r\ndogs", "A CAT", "cafe\u0301", "two\x85cats", "😀 cat 😀😀", "红色方块", "x" * 3000,
+    "a </s> b", "a</s>b", "<pad>", "</s></s>", "<extra_id_3> cat<extra_id_0>", "<unk> a", "a<s>b", "a < b > c / d",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def as_json(spiece, tmp_path_factory):
+    """The same model as Hugging Face writes it, but for the normaliser; with truncation and padding left on."""
+    model = SentencePieceProcessor(model_file=str(spiece))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    tokenizer = Their(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFKC()
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(99, -1, -1))])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def random_texts(count, seed=0):
+    draw = random.Random(seed)
+    return ["".join(draw.choice(LETTERS) for _ in range(draw.randint(1, 14))) for _ in range(count)]
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and text.endswith((".", "?"))
+    return text
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_end_in_the_end(spiece, as_json):
+    for path in (spiece, as_json):
+        tokenizer = open_tokenizer(path)
+        for text in TEXTS:
+            ids = tokenizer(text)
+            assert ids[-1] == 1 and all(0 <= i < tokenizer.size for i in ids)
+            if "</s>" not in text:
+                assert 1 not in ids[:-1]
+        assert tokenizer("") == tokenizer("  \n") == [1]
+        assert tokenizer("two cats") == tokenizer("  two\n cats ")
+        assert len(tokenizer("x" * 3000)) == 1 + len(tokenizer.pieces("x" * 3000)) > 1000
+
+
+def test_both_files_give_the_same(spiece, as_json):
+    a, b = open_tokenizer(spiece), open_tokenizer(as_json)
+    assert a.size == b.size
+    for text in TEXTS:
+        assert a(text) == b(text), text
+    assert a.identity != b.identity  # not the same file
+    assert a.identity == open_tokenizer(spiece.parent).identity
+
+
+def test_control_text_becomes_tokens(spiece):
+    tokenizer = open_tokenizer(spiece)
+    last = tokenizer.size - 1
+    (cat,) = tokenizer("cat")[:-1]
+    for text, expected in {
+        "</s>": [1], "<pad>": [0], "<unk>": [2], "<extra_id_0>": [last], "<extra_id_99>": [last - 99],
+        "cat</s>cat": [cat, 1, cat], "cat </s>  cat": [cat, 1, cat], "<pad><extra_id_1>cat": [0, last - 1, cat],
+    }.items():  # fmt: skip
+        assert tokenizer(text) == [*expected, 1], text
+    assert last not in tokenizer("<extra_id_100>") and 1 not in tokenizer("</S>")[:-1]
+
+
+def test_a_text_that_is_no_unicode(spiece, as_json):
+    """Half of a surrogate pair, as in a JSON string that was cut: it counts as a character nobody knows."""
+    for path in (spiece, as_json):
+        tokenizer = open_tokenizer(path)
+        assert tokenizer("cat \ud83d") == tokenizer("cat \ufffd")
+        assert tokenizer("cat \ud83d\ude00") == tokenizer("cat 😀")
+
+
+@pytest.mark.reference
+def test_transformers(spiece, tmp_path):
+    """T5Tokenizer, which is backed by the tokenizers package, on texts that try to make it differ; then its own tokenizer.json."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    theirs = transformers.T5Tokenizer.from_pretrained(str(spiece.parent))
+    theirs.save_pretrained(tmp_path)
+    sentencepiece, json_file = open_tokenizer(spiece), open_tokenizer(tmp_path)
+    assert (sentencepiece.path.name, json_file.path.name) == ("spiece.model", "tokenizer.json")
+    assert sentencepiece.size == json_file.size == len(theirs)
+    for text in [*TEXTS, *random_texts(3000), *(f"a{space}b {space}cat{space}" for space in SPACES)]:
+        expected = theirs(text).input_ids
+        assert sentencepiece(text) == json_file(text) == expected, repr(text)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["spiece.model", "tokenizer.json", "tokenizer_2/spiece.model", "tokenizer/tokenizer.json"])
+def test_found_in_a_folder(tmp_path, place):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert find(tmp_path) == path
+
+
+def test_found_beside_the_text_encoder(tmp_path):
+    for name in ("text_encoder_2", "tokenizer_2", "tokenizer"):
+        (tmp_path / name).mkdir()
+    for name in ("tokenizer_2", "tokenizer"):
+        (tmp_path / name / "tokenizer.json").touch()
+    assert find(tmp_path / "text_encoder_2") == tmp_path / "tokenizer_2" / "tokenizer.json"
+    assert find(tmp_path / "tokenizer") == tmp_path / "tokenizer" / "tokenizer.json"
+
+
+def test_kind_is_known_by_content(spiece, as_json, tmp_path):
+    for number, path in enumerate((spiece, as_json)):
+        other = tmp_path / f"tokenizer{number}.bin"
+        other.write_bytes(path.read_bytes())
+        assert open_tokenizer(other)("two cats") == open_tokenizer(path)("two cats")
+
+
+def test_what_is_refused(spiece, as_json, tmp_path):
+    bad = tmp_path / "bad"
+    model = json.loads(as_json.read_text())
+    cases = {
+        "cut short": spiece.read_bytes()[:500],
+        "empty": b"",
+        "no protobuf": b"not a model at all",
+        "JSON cut short": as_json.read_bytes()[:500],
+        "another JSON": b'{"weight_map": {}}',
+        "no UTF-8": b'{"\xff": 1}',
+    }
+    for name, data in cases.items():
+        bad.write_bytes(data)
+        with pytest.raises(CheckpointError) as error:
+            open_tokenizer(bad)
+        assert str(bad) in sentence(error) and "whole one" in str(error.value), name
+    model["added_tokens"] = []
+    model["model"]["vocab"][:2] = [["<s>", 0.0], ["<pad>", 0.0]]
+    bad.write_text(json.dumps(model))
+    with pytest.raises(CheckpointError) as error:
+        open_tokenizer(bad)
+    assert "not a tokenizer of T5" in sentence(error) and "<pad> is 1" in str(error.value)
+    for path in (tmp_path / "absent.model", tmp_path):
+        with pytest.raises(CheckpointError) as error:
+            open_tokenizer(path)
+        assert "There is no" in sentence(error)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "tokenizers"])
+def test_a_package_that_is_not_there(spiece, as_json, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    wanting = partial(open_tokenizer, spiece if package == "sentencepiece" else as_json)
+    with pytest.raises(ImportError, match=r"pip install 'radiance\[text\]'"):
+        wanting()
