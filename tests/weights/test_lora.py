@@ -1,0 +1,517 @@
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from toys import apply, rows_of, toy_inputs, toy_model, toy_params
+
+from radiance import config
+from radiance.model.stored import Adapted, Quantised
+from radiance.weights import checkpoint, diffusers, lora, native
+from radiance.weights.files import CheckpointError
+from radiance.weights.lora import Lora, Pair
+
+MODEL = toy_model()
+LATENT = toy_model(head="linear", patch=1, channels=8)
+BF16 = ml_dtypes.bfloat16
+
+
+def shapes_of(model, blocks_only=False):
+    """Native module → shape of its weight."""
+    shapes = {n.removesuffix(".weight"): s for n, s in native.layout(model)[0].items() if n.endswith(".weight") and len(s) > 1}
+    return {m: s for m, s in shapes.items() if not blocks_only or (m.startswith(("double", "single")) and "mod" not in m)}
+
+
+def toy_lora(model=MODEL, modules=None, seed=0, size=0.1, scale=None):
+    """Pairs for `modules` (all when None), of ranks 1 to 4 and scales that are not 1."""
+    draw, shapes = np.random.default_rng(seed), shapes_of(model)
+    pairs = {}
+    for i, module in enumerate(modules or shapes):
+        out, rank, inputs = shapes[module][0], 1 + i % 4, int(np.prod(shapes[module][1:]))
+        down, up = draw.standard_normal((rank, inputs), np.float32), draw.standard_normal((out, rank), np.float32)
+        pairs[module] = Pair(size * down, size * up, (0.5 + i % 3) if scale is None else scale)
+    return Lora(model, pairs)
+
+
+def assert_same(found, expected):
+    assert found.pairs.keys() == expected.pairs.keys()
+    for module, (down, up, scale) in expected.pairs.items():
+        np.testing.assert_array_equal(found.pairs[module].down, down, err_msg=module)
+        np.testing.assert_array_equal(found.pairs[module].up, up, err_msg=module)
+        assert found.pairs[module].scale == pytest.approx(scale, rel=1e-6)
+
+
+def in_memory(model=MODEL, seed=0, dtype=np.float32, stored="F32"):
+    """A checkpoint of toy weights in a type, and how often each tensor was asked for."""
+    shapes, tensor = native.to_native(model, toy_params(model, seed))
+    asked = Counter()
+
+    def counted(name):
+        asked[name] += 1
+        return tensor(name).astype(dtype)
+
+    return checkpoint.Checkpoint(model, shapes, counted, dict.fromkeys(shapes, stored), "toy"), asked
+
+
+def relative(found, expected):
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def sentence(error):
+    """The message, which must be one line that ends."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+# Module → keys of down and up.
+NAMINGS = {
+    "ai-toolkit, diffusion-pipe": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "bare": ("{}.lora_A.weight", "{}.lora_B.weight"),
+    "peft": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
+    "peft, with prefix": ("base_model.model.diffusion_model.{}.lora_A.weight", "base_model.model.diffusion_model.{}.lora_B.weight"),
+    "kohya": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
+    "lycoris": ("lycoris_{_}.lora_down.weight", "lycoris_{_}.lora_up.weight"),
+    "lodestone flow": ("{}.lora.lora_A", "{}.lora.lora_B"),
+    "lodestone RamTorchRun": ("{}.lora_A", "{}.lora_B"),
+}
+
+
+def spelt(key, module):
+    return key.replace("{_}", module.replace(".", "_")).replace("{}", module)
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_gives_the_same(naming, alpha, tmp_path):
+    modules = [m for m, shape in shapes_of(MODEL).items() if len(shape) == 2]
+    expected = toy_lora(modules=modules, scale=None if alpha else 1.0)
+    tensors = {}
+    for module, (down, up, scale) in expected.pairs.items():
+        tensors |= {spelt(key, module): half for key, half in zip(NAMINGS[naming], (down, up))}
+        if alpha:
+            key = NAMINGS[naming][0].partition(".lora")[0] + ".alpha"
+            tensors[spelt(key, module)] = np.array(scale * len(down), np.float32).reshape([(), (1,)][len(tensors) % 2])
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert_same(lora.read(tmp_path / "lora.safetensors", MODEL), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(head="linear", patch=1, channels=8),
+        dict(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off"),
+        dict(modulation="shared", head="nerf_linear"),
+        dict(double_blocks=12, single_blocks=12),
+    ],
+    ids=str,
+)
+def test_underscored_names_are_not_ambiguous(changes):
+    model = toy_model(**changes)
+    theirs = Counter()
+    for module in shapes_of(model):
+        try:
+            names = diffusers.theirs(f"{module}.weight")
+        except KeyError:
+            names = ()
+        # `distilled_guidance_layer.in_proj` has the same name in both layouts.
+        theirs.update({module.replace(".", "_"), *(n.removesuffix(".weight").replace(".", "_") for n in names)})
+    assert max(theirs.values()) == 1
+    assert lora._spellings(native.layout(model)[0]).keys() == theirs.keys()
+
+
+D, MLP = LATENT.hidden, LATENT.mlp_hidden
+# Their module → native module and its rows.
+THEIRS = {
+    "transformer_blocks.1.attn.to_q": ("double_blocks.1.img_attn.qkv", 0, D),
+    "transformer_blocks.1.attn.to_k": ("double_blocks.1.img_attn.qkv", D, 2 * D),
+    "transformer_blocks.1.attn.to_v": ("double_blocks.1.img_attn.qkv", 2 * D, 3 * D),
+    "transformer_blocks.0.attn.add_q_proj": ("double_blocks.0.txt_attn.qkv", 0, D),
+    "transformer_blocks.0.attn.add_v_proj": ("double_blocks.0.txt_attn.qkv", 2 * D, 3 * D),
+    "transformer_blocks.0.attn.to_out.0": ("double_blocks.0.img_attn.proj", 0, D),
+    "transformer_blocks.1.ff_context.net.0.proj": ("double_blocks.1.txt_mlp.0", 0, MLP),
+    "single_transformer_blocks.2.attn.to_q": ("single_blocks.2.linear1", 0, D),
+    "single_transformer_blocks.2.attn.to_k": ("single_blocks.2.linear1", D, 2 * D),
+    "single_transformer_blocks.2.attn.to_v": ("single_blocks.2.linear1", 2 * D, 3 * D),
+    "single_transformer_blocks.2.proj_mlp": ("single_blocks.2.linear1", 3 * D, 3 * D + MLP),
+    "single_transformer_blocks.0.attn.to_v": ("single_blocks.0.linear1", 2 * D, 3 * D),
+    "single_transformer_blocks.0.proj_out": ("single_blocks.0.linear2", 0, D),
+    "x_embedder": ("img_in", 0, D),
+    "proj_out": ("final_layer.linear", 0, 8),
+}
+
+
+@pytest.mark.parametrize(
+    "down_key, up_key",
+    [
+        ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
+        ("lora_transformer_{_}.lora_down.weight", "lora_transformer_{_}.lora_up.weight"),
+    ],
+)
+def test_diffusers_parts_become_one_module(down_key, up_key, tmp_path):
+    draw, tensors, ranks = np.random.default_rng(0), {}, Counter()
+    deltas = {m: np.zeros(shape) for m, shape in shapes_of(LATENT).items()}
+    for i, (theirs, (module, a, b)) in enumerate(THEIRS.items()):
+        rank = 1 + i % 3
+        ranks[module] += rank
+        down, up = draw.standard_normal((rank, deltas[module].shape[1]), np.float32), draw.standard_normal((b - a, rank), np.float32)
+        tensors |= {spelt(down_key, theirs): down, spelt(up_key, theirs): up}
+        if i % 2:
+            tensors[spelt(down_key.partition(".lora_")[0] + ".alpha", theirs)] = np.float32(0.75 * rank)
+        deltas[module][a:b] = (0.75 if i % 2 else 1) * up.astype(float) @ down
+    save_file({k: np.asarray(v) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
+    found = lora.read(tmp_path / "lora.safetensors", LATENT)
+    assert {m: len(pair.down) for m, pair in found.pairs.items()} == ranks
+    for module, pair in found.pairs.items():
+        np.testing.assert_allclose(pair.matrix(), deltas[module], rtol=1e-5, atol=1e-6)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [MODEL, LATENT], ids=["pixels", "latent"])
+@pytest.mark.parametrize("names", lora.NAMINGS)
+def test_written_and_read_is_the_same(names, model, tmp_path):
+    path, expected = tmp_path / "new" / "lora.safetensors", toy_lora(model)
+    lora.write(path, expected, names, "float32")
+    assert_same(lora.read(path, model), expected)
+    lora.write(path, expected, names)
+    found = lora.read(path, model)
+    for module, pair in expected.pairs.items():
+        np.testing.assert_array_equal(found.pairs[module].up, pair.up.astype(BF16).astype(np.float32))
+        assert found.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_written_names(tmp_path):
+    path, model = tmp_path / "lora.safetensors", toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"]).model
+    written = toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"])
+    lora.write(path, written)
+    stored = load_file(path)
+    assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {
+        "diffusion_model.double_blocks.1.img_mlp.0.lora_A.weight": ((1, 48), BF16),
+        "diffusion_model.double_blocks.1.img_mlp.0.lora_B.weight": ((192, 1), BF16),
+        "diffusion_model.double_blocks.1.img_mlp.0.alpha": ((), np.float32),
+        "diffusion_model.img_in_patch.lora_A.weight": ((2, 3, 4, 4), BF16),
+        "diffusion_model.img_in_patch.lora_B.weight": ((48, 2, 1, 1), BF16),
+        "diffusion_model.img_in_patch.alpha": ((), np.float32),
+    }
+    assert stored["diffusion_model.img_in_patch.alpha"] == 1.5 * 2
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["rank"] == "1, 2"
+        assert config.from_json(config.Model, file.metadata()[lora.BASE_KEY]) == model
+    lora.write(path, written, "kohya", "float16")
+    assert {k.partition(".")[0] for k in load_file(path)} == {"lora_unet_double_blocks_1_img_mlp_0", "lora_unet_img_in_patch"}
+    assert {k.partition(".")[2] for k in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    with pytest.raises(CheckpointError, match="namings are peft, kohya") as error:
+        lora.write(path, written, "onnx")
+    sentence(error)
+    with pytest.raises(CheckpointError, match="is a LoRA: give it as --lora"):
+        checkpoint.open_checkpoint(path)
+
+
+# --- files that are refused ---------------------------------------------------------------------------------------------
+
+GOOD = {"double_blocks.0.img_attn.proj.lora_A.weight": np.ones((2, 48), np.float32), "double_blocks.0.img_attn.proj.lora_B.weight": np.ones((48, 2), np.float32)}  # fmt: skip
+A, B = GOOD
+X = "double_blocks.0.img_attn.proj"
+REFUSED = {
+    "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this a DoRA"),
+    "DoRA of peft": (GOOD | {f"{X}.lora_magnitude_vector": np.ones(48)}, "DoRA"),
+    "LoHa": ({f"lora_unet_{X.replace('.', '_')}.hada_w1_a": np.ones((2, 2))}, "hada_w1_a is of another kind.*extract the difference"),
+    "LoKr": ({f"diffusion_model.{X}.lokr_w1": np.ones((2, 2))}, "lokr_w1 is of another kind"),
+    "LoCon's middle": (GOOD | {f"{X}.lora_mid.weight": np.ones((2, 2, 3, 3))}, "lora_mid.weight is of another kind"),
+    "text encoder of kohya": (GOOD | {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))}, "lora_te1_encoder_q.*not applied"),
+    "text encoder of diffusers": (GOOD | {"text_encoder.q.lora_A.weight": np.ones((2, 4))}, "text_encoder.q.*not applied"),
+    "a trained norm": (GOOD | {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(24)}, "query_norm.scale is no part of a LoRA"),
+    "fused parts": (GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))}, "lora_As is no part of a LoRA"),
+    "a whole difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is no part"),
+    "another model": (GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))}, r"blocks\.7.*has not"),
+    "FLUX": (GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))}, "img_mod_lin.*has not: give the model"),
+    "half a pair": ({A: GOOD[A]}, rf"{A} without the pair's up"),
+    "the other half": ({B: GOOD[B], f"{X}.alpha": np.ones(())}, rf"{X}\.\w+.* and {X}\.\w+.* without the pair's down"),
+    "alpha alone": (GOOD | {"txt_in.alpha": np.ones(())}, "txt_in.alpha without"),
+    "two ranks": (GOOD | {B: np.ones((48, 3))}, r"lora_B.weight is \[48, 3\].*rank 2.*\[48, 2\]"),
+    "another width": (GOOD | {A: np.ones((2, 64))}, r"lora_A.weight is \[2, 64\].*\[2, 48\]"),
+    "a convolution": (GOOD | {A: np.ones((2, 48, 3, 3))}, r"lora_A.weight is \[2, 48, 3, 3\]"),
+    "a convolution up": (GOOD | {B: np.ones((48, 2, 3, 3))}, r"lora_B.weight is \[48, 2, 3, 3\]"),
+    "no rank": ({A: np.ones((0, 48)), B: np.ones((48, 0))}, "rank 0"),
+    "a number": (GOOD | {A: np.ones(())}, r"lora_A.weight is \[\]"),
+    "a vector": (GOOD | {A: np.ones(2)}, r"lora_A.weight is \[2\]"),
+    "alpha of many": (GOOD | {f"{X}.alpha": np.ones(2)}, r"alpha is \[2\]"),
+    "not a number": (GOOD | {A: np.full((2, 48), np.nan)}, f"{A} holds values that are not finite"),
+    "infinite": (GOOD | {f"{X}.alpha": np.array(np.inf)}, "alpha holds values that are not finite"),
+    "two adapters": (GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]}, "same half of a pair"),
+    "whole and in parts": (
+        {"double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)), "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48))},
+        "as a whole and in parts",
+    ),
+    "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "txt_in.weight is no part of a LoRA"),
+    "nothing": ({}, "no tensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, tmp_path):
+    tensors, expected = REFUSED[case]
+    save_file({k: np.asarray(v, np.float32) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=expected) as error:
+        lora.read(tmp_path / "lora.safetensors", MODEL)
+    assert str(tmp_path / "lora.safetensors") in sentence(error)
+
+
+def test_one_by_one_convolutions_are_linear(tmp_path):
+    tensors = {A: GOOD[A].reshape(2, 48, 1, 1), B: GOOD[B].reshape(48, 2, 1, 1)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert_same(lora.read(tmp_path / "lora.safetensors", MODEL), Lora(MODEL, {X: Pair(GOOD[A], GOOD[B])}))
+
+
+def test_a_lora_of_another_model_is_not_used():
+    wide = toy_lora(toy_model(hidden=96, heads=4), ["double_blocks.0.img_attn.proj"])
+    more = toy_lora(toy_model(double_blocks=5), ["double_blocks.4.img_attn.proj"])
+    for other in (wide, more):
+        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model has not") as error:
+            lora.merged(in_memory()[0], other)
+        sentence(error)
+        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model has not"):
+            lora.applied(toy_params(MODEL), MODEL, [(other, 1.0)])
+    # One of a model that differs in no module fits.
+    lora.merged(in_memory(toy_model(prediction="x0"))[0], toy_lora())
+
+
+# --- merging ------------------------------------------------------------------------------------------------------------
+
+
+def test_merging_adds_the_product():
+    whole, asked = in_memory()
+    added = toy_lora(modules=[m for i, m in enumerate(shapes_of(MODEL)) if i % 2])
+    changed = lora.merged(whole, added, -0.7)
+    assert not asked  # nothing is read before it is asked for
+    assert (changed.model, changed.shapes, changed.dtypes) == (whole.model, whole.shapes, whole.dtypes)
+    for name, shape in whole.shapes.items():
+        before, after = whole.tensor(name), changed.tensor(name)
+        down, up, scale = added.pairs.get(name.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1)), 1.0))
+        delta = np.einsum("or,ri->oi", up.astype(float), down) * -0.7 * scale
+        assert after.dtype == before.dtype and after.shape == shape
+        np.testing.assert_allclose(after, before + (delta.reshape(shape) if delta.size > 1 else 0), rtol=1e-6, atol=1e-6)
+    assert max(asked.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "dtype, stored, result, bound",
+    [
+        (np.float32, "F32", "F32", 2e-7),
+        (np.float16, "F16", "F16", 1e-3),
+        (BF16, "BF16", "BF16", 8e-3),
+        (np.float32, "Q8_0", "BF16", 8e-3),
+        (ml_dtypes.float8_e4m3fn, "F8_E4M3", "BF16", 8e-3),
+    ],
+)
+def test_the_opposite_strength_takes_it_out(dtype, stored, result, bound):
+    whole, added = in_memory(dtype=dtype, stored=stored)[0], toy_lora()
+    changed = lora.merged(whole, added, 1.5)
+    back = lora.merged(changed, added, -1.5)
+    for name in whole.shapes:
+        expected = result if name.removesuffix(".weight") in added.pairs else stored
+        assert changed.dtypes[name] == expected
+        before, after = whole.tensor(name).astype(np.float32), back.tensor(name)
+        assert after.dtype == (checkpoint.DTYPES["bfloat16"] if expected == "BF16" else np.dtype(dtype))
+        if before.size:
+            # Each of the two roundings is relative to the sum.
+            largest = max(np.abs(before).max(), np.abs(changed.tensor(name).astype(np.float32)).max())
+            assert np.abs(after.astype(np.float32) - before).max() <= bound * largest, name
+
+
+def test_a_sum_that_its_type_cannot_hold():
+    whole, added = in_memory(dtype=np.float16, stored="F16")[0], toy_lora(size=1000.0)
+    with pytest.raises(CheckpointError, match="float16 cannot hold"):
+        lora.merged(whole, added).tensor("txt_in.weight")
+
+
+# --- beside the weights -------------------------------------------------------------------------------------------------
+
+
+CASES = {
+    "pixels": (dict(), None),
+    "latent": (dict(head="linear", patch=1, channels=8), None),
+    "flux": (dict(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off"), None),
+    "attention of some single blocks": (dict(), ["single_blocks.0.linear1", "single_blocks.2.linear1"]),
+    "one way back": (dict(), ["single_blocks.1.linear2", "double_blocks.1.txt_attn.proj"]),
+    "conv_half": (dict(patch=8, patch_embed="conv_half"), ["img_in_patch", "nerf_blocks.1.param_generator", "nerf_final_layer_conv.conv"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_applied_is_merged(case):
+    changes, modules = CASES[case]
+    model = toy_model(**changes)
+    inputs = rows_of(toy_inputs(model), slice(2))
+    first, second = toy_lora(model, modules), toy_lora(model, seed=1)
+    whole = in_memory(model)[0]
+    params = whole.params()
+    plain = apply(model, params, inputs)
+    for loras in ([(first, 0.8)], [(first, 0.8), (second, -0.5)]):
+        changed = whole
+        for one, strength in loras:
+            changed = lora.merged(changed, one, strength)
+        expected = apply(model, changed.params(), inputs)
+        found = apply(model, lora.applied(params, model, loras), inputs)
+        assert relative(found, expected) < 2e-5
+        assert relative(plain, expected) > 1e-2
+    back = apply(model, lora.applied(params, model, [(first, 0.0)]), inputs)
+    np.testing.assert_array_equal(back, plain)
+
+
+def test_what_is_applied_lies_beside_the_weights():
+    params = toy_params(MODEL)
+    rank3 = Pair(np.ones((3, 48), np.float32), np.ones((3 * 48 + 192, 3), np.float32), 2.0)
+    rank1 = Pair(np.ones((1, 48), np.float32), np.ones((3 * 48 + 192, 1), np.float32))
+    attention_only = rank1._replace(up=np.concatenate([np.ones((3 * 48, 1), np.float32), np.zeros((192, 1), np.float32)]))
+    added = Lora(MODEL, {"single_blocks.0.linear1": rank1, "single_blocks.2.linear1": rank3})
+    changed = lora.applied(params, MODEL, [(added, 0.5)])
+    after = changed["single"]["attention"]["qkv"]["kernel"]
+    assert isinstance(after, Adapted) and after.base is params["single"]["attention"]["qkv"]["kernel"]
+    assert after.down.shape == (3, 48, 3) and after.up.shape == (3, 3, 144)
+    np.testing.assert_array_equal(np.unique(after.up[0], axis=1)[:, 0], [0.5, 0, 0])
+    np.testing.assert_array_equal(after.up[1], 0)
+    np.testing.assert_array_equal(after.up[2], 1)
+    again = lora.applied(params, MODEL, [(added, 1.5)])["single"]["attention"]["qkv"]["kernel"]
+    assert again.base is after.base
+    np.testing.assert_array_equal(again.up, 3 * after.up)
+    # All other leaves are the same arrays.
+    same = jax.tree.map(lambda x, y: x is y, params, changed, is_leaf=lambda x: isinstance(x, Adapted))
+    assert sum(not x for x in jax.tree.leaves(same)) == 2
+    half = lora.applied(params, MODEL, [(Lora(MODEL, {"single_blocks.1.linear1": attention_only}), 1.0)])
+    assert half["single"]["mlp"]["linear_in"]["kernel"] is params["single"]["mlp"]["linear_in"]["kernel"]
+    with pytest.raises(ValueError, match="have LoRAs already"):
+        lora.applied(changed, MODEL, [(added, 1.0)])
+
+
+@pytest.mark.parametrize("store", ["int8", "q8_0", "float8_e4m3fn"])
+def test_applied_to_quantised_weights(store):
+    model = toy_model(hidden=64, rope_axes=(8, 12, 12))  # 32 divides the inputs, as q8_0 needs
+    params = in_memory(model)[0].params(store=store)
+    added, inputs = toy_lora(model), rows_of(toy_inputs(model), slice(2))
+    changed = lora.applied(params, model, [(added, 0.8)])
+    kernel = changed["single"]["mlp"]["linear_out"]["kernel"]
+    assert isinstance(kernel.base, Quantised) and kernel.base is params["single"]["mlp"]["linear_out"]["kernel"]
+    expanded = jax.tree.map(lambda x: x.expand() if isinstance(x, Quantised) else x, params, is_leaf=lambda x: isinstance(x, Quantised))
+    expected = lora.merged(checkpoint.of_params(model, expanded, "expanded"), added, 0.8).params()
+    assert relative(apply(model, changed, inputs), apply(model, expected, inputs)) < 2e-5
+
+
+def test_applied_in_bfloat16():
+    compute = config.Compute(dtype="bfloat16")
+    whole, added, inputs = in_memory()[0], toy_lora(), rows_of(toy_inputs(MODEL), slice(2))
+    params = whole.params("bfloat16")
+    changed = lora.applied(params, MODEL, [(added, 0.8)])
+    assert changed["double"]["image"]["mlp"]["linear_in"]["kernel"].base.dtype == jnp.bfloat16
+    assert changed["text_embed"]["kernel"].dtype == jnp.bfloat16
+    exact = apply(MODEL, lora.merged(whole, added, 0.8).params(), inputs)
+    merged = apply(MODEL, lora.merged(whole, added, 0.8).params("bfloat16"), inputs, compute)
+    beside = apply(MODEL, changed, inputs, compute)
+    assert relative(beside, exact) < 1.5 * relative(merged, exact)
+
+
+# --- extraction ---------------------------------------------------------------------------------------------------------
+
+
+def difference(a, b, module):
+    return (b.tensor(f"{module}.weight").astype(np.float64) - a.tensor(f"{module}.weight")).reshape(len(b.tensor(f"{module}.weight")), -1)
+
+
+@pytest.mark.parametrize("rank", [1000, 5])
+def test_extraction_is_the_nearest_of_its_rank(rank):
+    a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
+    seen = []
+    found, kept, in_all, left = lora.extract(a, b, rank, progress=seen.append)
+    assert found.pairs.keys() == shapes_of(MODEL, blocks_only=True).keys() and found.model == MODEL
+    part = whole = 0
+    for module, pair in found.pairs.items():
+        u, s, v = np.linalg.svd(difference(a, b, module), full_matrices=False)
+        nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert len(pair.down) == min(rank, len(s)) and pair.scale == 1
+        assert np.abs(pair.matrix() - nearest).max() < 1e-6 * s[0]
+        np.testing.assert_allclose(np.linalg.norm(pair.down), np.linalg.norm(pair.up), rtol=1e-5)
+        assert kept[module] == pytest.approx(np.square(s[:rank]).sum() / np.square(s).sum(), abs=1e-7)
+        part, whole = part + np.square(s[:rank]).sum(), whole + np.square(s).sum()
+    assert in_all == pytest.approx(part / whole, abs=1e-7)
+    assert sum(seen) == sum(int(np.prod(shape)) for shape in a.shapes.values())
+    # All that differs is in the one or the other.
+    assert left.keys() == {n for n in a.shapes if n.removesuffix(".weight") not in found.pairs}
+    bias = a.tensor("txt_in.bias")
+    assert left["txt_in.bias"] == pytest.approx(np.linalg.norm(b.tensor("txt_in.bias") - bias) / np.linalg.norm(bias), rel=1e-5)
+    if rank == 1000:
+        assert in_all == pytest.approx(1, abs=1e-12)
+        changed = lora.merged(a, found)
+        for module in found.pairs:
+            np.testing.assert_allclose(changed.tensor(f"{module}.weight"), b.tensor(f"{module}.weight"), rtol=0, atol=1e-6)
+
+
+def test_what_was_merged_is_extracted():
+    a, added = in_memory()[0], toy_lora(modules=[*shapes_of(MODEL, blocks_only=True)][::3])
+    found, kept, in_all, left = lora.extract(a, lora.merged(a, added, 0.5), 8)
+    assert found.pairs.keys() == added.pairs.keys() == kept.keys() and not left
+    for module, pair in added.pairs.items():
+        np.testing.assert_allclose(found.pairs[module].matrix(), pair.matrix(0.5), rtol=0, atol=1e-6)
+    assert in_all == pytest.approx(1, abs=1e-9)
+
+
+def test_modules_of_choice_but_never_the_approximator(tmp_path):
+    a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
+    found = lora.extract(a, b, 1000, modules=lambda module: True)
+    expected = {m for m in shapes_of(MODEL) if not m.startswith(("distilled_guidance_layer", "nerf_image_embedder"))}
+    assert found.lora.pairs.keys() == expected and "img_in_patch" in expected
+    assert {"distilled_guidance_layer.in_proj.weight", "nerf_image_embedder.embedder.0.weight"} <= found.left.keys()
+    lora.write(tmp_path / "lora.safetensors", found.lora, dtype="float32")
+    changed = lora.merged(a, lora.read(tmp_path / "lora.safetensors", MODEL))
+    for module in expected:
+        np.testing.assert_allclose(changed.tensor(f"{module}.weight"), b.tensor(f"{module}.weight"), rtol=0, atol=1e-6)
+
+
+def test_extraction_of_what_cannot_be():
+    a = in_memory()[0]
+    broken = replace(a, tensor=lambda name: a.tensor(name) * (np.nan if name == "txt_in.weight" else 1))
+    cases = [
+        (in_memory(toy_model(masking="strict"))[0], 4, "different models .*masking is 'one_pad' and 'strict'"),
+        (in_memory()[0], 4, "nothing to extract"),
+        (in_memory(seed=1)[0], 0, "rank 0"),
+        (broken, 4, "txt_in.weight holds values that are not finite"),
+    ]
+    for b, rank, expected in cases:
+        with pytest.raises(CheckpointError, match=expected) as error:
+            lora.extract(a, b, rank)
+        sentence(error)
+
+
+# --- with PyTorch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.reference
+def test_peft_reads_what_is_written(tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with PEFT, which needs PyTorch")
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    module = "single_blocks.2.linear1"
+    written = toy_lora(modules=[module])
+    lora.write(tmp_path / "lora.safetensors", written, dtype="float32")
+    tensors = {k.removeprefix("diffusion_model."): torch.from_numpy(v) for k, v in load_file(tmp_path / "lora.safetensors").items()}
+    alpha = tensors.pop(f"{module}.alpha")
+    net = torch.nn.Module()
+    net.single_blocks = torch.nn.ModuleList([torch.nn.Module() for _ in range(3)])
+    layer = net.single_blocks[2].linear1 = torch.nn.Linear(48, 3 * 48 + 192)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 48), np.float32))
+    plain = layer(x).detach().numpy()
+    rank = len(written.pairs[module].down)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha.item(), target_modules=[module]), net)
+    assert not peft.set_peft_model_state_dict(net, tensors).unexpected_keys
+    found = net.single_blocks[2].linear1(x).detach().numpy()
+    np.testing.assert_allclose(found, plain + x.numpy() @ written.pairs[module].matrix().T, rtol=1e-4, atol=1e-5)
