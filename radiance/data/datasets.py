@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,20 +22,25 @@ class Example(NamedTuple):
 
 
 class Source(Protocol):
+    skipped: Mapping[str, int]  # pictures that could not be used, by kind
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions alone, for who needs no pixels."""
 
     def fingerprint(self) -> str:
         """A hash of the contents."""
 
 
 def open_source(data: config.Data, split: str) -> Source:
-    """The source that the config names, prepared on first use. Raises DataError when it is empty.
+    """The source that the config names, prepared on first use. Raises DataError when it is empty, and ConfigError when there is no such folder.
 
     split: train or validation.
     """
-    source = {"digits": _digits}[data.source](data, split)
+    source = {"digits": _digits, "folder": _folder}[data.source](data, split)
     if len(source) == 0:
         raise DataError(f"The {split} split of {data.source} in {data.directory} is empty: there is nothing to learn from.")
     return source
@@ -42,7 +48,7 @@ def open_source(data: config.Data, split: str) -> Source:
 
 def describe(source: Source, data: config.Data, split: str) -> dict[str, Any]:
     """What a run directory records of its data."""
-    return {"source": data.source, "split": split, "count": len(source), "hash": source.fingerprint()}
+    return {"source": data.source, "split": split, "count": len(source), "hash": source.fingerprint(), "skipped": dict(source.skipped)}
 
 
 def _digits(data: config.Data, split: str) -> Source:
@@ -57,6 +63,14 @@ def _digits(data: config.Data, split: str) -> Source:
     return TfdsSource(builder, split, picture="image", captions="captions", attributes=("digit",))
 
 
+def _folder(data: config.Data, split: str) -> Source:
+    from radiance.data.folder import Folder
+
+    if not data.path:
+        raise config.ConfigError("data.source=folder needs data.path=FOLDER: a folder of pictures with captions.")
+    return Folder(data.path, split, validation=data.validation, side=data.side, threads=data.threads)
+
+
 class TfdsSource:
     """A split of a prepared TensorFlow Dataset, read without TensorFlow."""
 
@@ -64,6 +78,7 @@ class TfdsSource:
         self.builder, self.split = builder, split
         self.keys = (picture, captions, attributes)
         self.data = builder.as_data_source(split=split)
+        self.skipped: Mapping[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -72,6 +87,9 @@ class TfdsSource:
         picture, captions, attributes = self.keys
         row = self.data[index]
         return Example(Image.fromarray(row[picture]), tuple(c.decode() for c in row[captions]), {name: row[name] for name in attributes})
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self[index].captions
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -1,0 +1,465 @@
+"""Folders of pictures as people have them: what is read, what is left out, and that neither changes by itself."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import toy_run
+
+from radiance import config
+from radiance.data.datasets import DataError, describe, open_source
+from radiance.data.folder import EDGE, Folder, held_out
+from radiance.data.pipeline import Batches
+from radiance.pictures import to_array
+from radiance.text.encoders import HashEncoder
+from radiance.training.loop import train
+
+
+def save(path, *captions, size=(12, 10), colour=(200, 30, 60), **how):
+    """A picture, with its captions beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **how)
+    if captions:
+        path.with_suffix(".txt").write_text("\n".join(captions))
+
+
+def fill(folder, count=40):
+    for i in range(count):
+        save(folder / f"{i:02d}.png", f"picture {i}", colour=(i, i, i))
+    return folder
+
+
+def opened(folder, split="train", validation=1e-9, side=8):
+    """By default everything is for training."""
+    return Folder(folder, split, validation=validation, side=side, threads=2)
+
+
+def names(source):
+    return [entry.file.name for entry in source.entries]
+
+
+def listing(folder, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# --- what is read -------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_in_order_of_names(tmp_path):
+    for i, name in enumerate(("b/x.jpg", "a.png", "B.JPEG", "c.d.webp", "b/a.bmp", "e.gif", "b.PNG")):
+        save(tmp_path / name, f"caption {i}")
+    (tmp_path / "really_a_jpeg.png").write_bytes((tmp_path / "B.JPEG").read_bytes())
+    (tmp_path / "really_a_jpeg.txt").write_text("a caption")
+    source = opened(tmp_path)
+    assert names(source) == sorted(names(source))
+    assert set(names(source)) == {"b/x.jpg", "a.png", "B.JPEG", "c.d.webp", "b/a.bmp", "e.gif", "b.PNG", "really_a_jpeg.png"}
+    example = source[names(source).index("c.d.webp")]
+    assert example.captions == ("caption 3",) and example.picture.size == (12, 10) and example.attributes == {}
+    assert source.skipped == {}
+
+
+def test_captions_beside_the_picture(tmp_path):
+    captions = {
+        "plain": (b"a red square", ("a red square",)),
+        "several": (b"one\n\n  two \nthree\n", ("one", "two", "three")),
+        "windows": (b"\xef\xbb\xbfa caf\xc3\xa9\r\nsecond line\r\n", ("a café", "second line")),
+        "scripts": ("猫と犬\nкот 🐈".encode(), ("猫と犬", "кот 🐈")),
+    }
+    for name, (content, _) in captions.items():
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    source = opened(tmp_path)
+    assert {e.file.name: e.captions for e in source.entries} == {f"{name}.png": told for name, (_, told) in captions.items()}
+    assert source.captions(0) == source[0].captions
+
+
+def test_captions_of_metadata(tmp_path):
+    for name in ("a.png", "b.png", "sub/c.png", "sub/deep/d.png", "both.png"):
+        save(tmp_path / name)
+    save(tmp_path / "no_suffix.png")
+    (tmp_path / "no_suffix.png").rename(tmp_path / "no_suffix")
+    (tmp_path / "both.txt").write_text("beside")
+    listing(
+        tmp_path,
+        {"file_name": "a.png", "text": "of a", "id": 3},
+        {"file_name": "b.png", "text": None, "caption": "of b"},
+        {"file_name": "b.png", "caption": ["again b", "and again"]},
+        {"file_name": "both.png", "text": "listed"},
+        {"file_name": "no_suffix", "text": "named by the list alone"},
+    )
+    listing(tmp_path / "sub", {"file_name": "./c.png", "text": "of c\u2028in two lines"}, {"file_name": "deep/d.png", "text": "of d"})
+    with (tmp_path / "metadata.jsonl").open("rb+") as file:
+        content = file.read().replace(b"\n", b"\r\n")
+        file.seek(0)
+        file.write(b"\xef\xbb\xbf" + content + b"\r\n")
+    source = opened(tmp_path)
+    assert dict(zip(names(source), (e.captions for e in source.entries))) == {
+        "a.png": ("of a",),
+        "b.png": ("of b", "again b", "and again"),
+        "both.png": ("beside",),
+        "no_suffix": ("named by the list alone",),
+        "sub/c.png": ("of c\u2028in two lines",),
+        "sub/deep/d.png": ("of d",),
+    }
+    assert source.skipped == {}
+
+
+def test_odd_names(tmp_path):
+    odd = ["with space.png", "猫.png", "new\nline.png", "quote'\".png", "%41#?.png", "-rf.png"]
+    for name in odd:
+        save(tmp_path / name, f"caption of {name!r}")
+    decomposed = "cafe\u0301.png"  # as macOS spells it
+    save(tmp_path / decomposed)
+    listing(tmp_path, {"file_name": "café.png", "text": "a café"})
+    undecodable = os.fsencode(tmp_path) + b"/\xff\xfe.png"
+    try:
+        shutil.copy(tmp_path / "猫.png", undecodable)
+        shutil.copy(tmp_path / "猫.txt", undecodable[:-4] + b".txt")
+    except OSError:
+        pytest.skip("this file system takes only names in Unicode")
+    source = opened(tmp_path)
+    assert set(names(source)) == {*odd, "café.png", os.fsdecode(b"\xff\xfe.png")}
+    assert len(source.fingerprint()) == 64 and all(source[i].picture.size == (12, 10) for i in range(len(source)))
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    save(tmp_path / "real" / "sub" / "a.png", "a caption")
+    (tmp_path / "real" / "sub" / "up").symlink_to(tmp_path / "real", target_is_directory=True)
+    (tmp_path / "real" / "self").symlink_to("self")
+    (tmp_path / "real" / "circle.png").symlink_to("circle.png")
+    save(tmp_path / "elsewhere" / "b.png", "another caption")
+    (tmp_path / "real" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    source = opened(tmp_path / "real")
+    assert names(source) == ["again/b.png", "sub/a.png"] and source.skipped == {"no caption": 1}
+    (tmp_path / "real" / "circle.txt").write_text("a caption")
+    assert opened(tmp_path / "real").skipped == {"unreadable file": 1}
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    save(tmp_path / "a.png", "a caption")
+    for name in (".trash/b.png", "._a.png"):
+        save(tmp_path / name, "hidden")
+    (tmp_path / "README.md").write_text("about these pictures")
+    (tmp_path / "notes.txt").write_text("nothing's caption")
+    source = opened(tmp_path)
+    assert names(source) == ["a.png"] and source.skipped == {}
+
+
+def test_pixels_come_upright_transparent_and_not_clipped(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    save(tmp_path / "turned.jpg", "turned", size=(20, 10), exif=exif)
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).quantize().save(tmp_path / "clear.png", transparency=0)
+    (tmp_path / "clear.txt").write_text("nothing")
+    Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "grey.png")
+    (tmp_path / "grey.txt").write_text("sixteen bits of grey")
+    clear, grey, turned = opened(tmp_path)
+    assert (to_array(clear.picture, 10, 10) == 1).all()  # over white
+    assert grey.picture.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
+    assert turned.picture.size == (10, 20)
+
+
+# --- what is left out ---------------------------------------------------------------------------------------------------
+
+
+def gif(**how):
+    frames = [Image.new("RGB", (12, 10), colour) for colour in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, save_all=True, append_images=frames[1:], **how)
+    return file.getvalue()
+
+
+def png(width, height):
+    """The head of a PNG that claims that size."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+UNFIT = {
+    "no picture": ("x.png", b"<!DOCTYPE html>404", b"a caption", "not a picture"),
+    "empty file": ("x.jpg", b"", b"a caption", "not a picture"),
+    "another format inside": ("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"a caption", "not a picture"),
+    "another format": ("x.HEIC", b"ftypheic", b"a caption", "format that is not read"),
+    "animated gif": ("x.gif", gif(format="GIF"), b"a caption", "animated"),
+    "animated png": ("x.png", gif(format="PNG"), b"a caption", "animated"),
+    "animated webp": ("x.webp", gif(format="WEBP"), b"a caption", "animated"),
+    "large": ("x.png", png(10_000, 9_000), b"a caption", "too large"),
+    "absurd": ("x.png", png(2**20, 2**20), b"a caption", "too large"),
+    "small": ("x.png", png(500, 3), b"a caption", "too small"),
+    "no caption": ("x.png", png(10, 10), None, "no caption"),
+    "empty caption": ("x.png", png(10, 10), b"\xef\xbb\xbf \r\n\t\n", "empty caption"),
+    "utf-16": ("x.png", png(10, 10), "a caption".encode("utf-16"), "caption not in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
+    name, content, caption, kind = UNFIT[case]
+    fill(tmp_path, 3)
+    for i in range(5):
+        path = tmp_path / f"{i}{name}"
+        path.write_bytes(content)
+        if caption is not None:
+            path.with_suffix(".txt").write_bytes(caption)
+    source = opened(tmp_path)
+    assert names(source) == ["00.png", "01.png", "02.png"] and source.skipped == {kind: 5}
+    assert capsys.readouterr().err == f"{tmp_path}, train: 3 pictures; left out: 5 × {kind} ('0{name}', '1{name}', '2{name}').\n"
+    assert not recwarn.list
+    described = describe(source, config.Data(source="folder", path=str(tmp_path)), "train")
+    assert json.loads(json.dumps(described)) == described and described["skipped"] == {kind: 5}
+
+
+def test_a_photograph_with_a_preview_is_not_animated(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(gif(format="MPO"))
+    (tmp_path / "photo.txt").write_text("a photograph")
+    assert opened(tmp_path)[0].picture.getpixel((0, 0))[0] > 200
+
+
+def test_lines_of_metadata_that_say_nothing(tmp_path):
+    fill(tmp_path, 2)
+    save(tmp_path / "nothing_said.png")
+    save(tmp_path / "surrogate.png")
+    lines = [
+        "{", "[1]", "7", '{"text": "no name"}', '{"file_name": 5, "text": "x"}', '{"file_name": "00.png", "text": {"en": "x"}}',
+        '{"file_name": "00.png", "text": ["x", 3]}', "[" * 100_000, '{"file_name": "nothing_said.png", "text": ""}',
+        '{"file_name": "gone.png", "text": "x"}', '{"file_name": "../outside.png", "text": "x"}', '{"file_name": "/etc/passwd", "text": "x"}',
+        '{"file_name": "surrogate.png", "text": "\\ud800"}', "",
+    ]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = opened(tmp_path)
+    assert source.captions(0) == ("picture 0",) and len(source) == 2
+    assert source.skipped == {"bad line of metadata.jsonl": 8, "missing file": 3, "empty caption": 1, "caption not in UTF-8": 1}
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    fill(tmp_path, 2)
+    save(tmp_path / "closed" / "a.png", "a caption")
+    scan = os.scandir
+
+    def denied(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)  # root may list everything
+    source = opened(tmp_path)
+    assert len(source) == 2 and source.skipped == {"closed folder": 1}
+
+
+def test_nothing_to_learn_from(tmp_path):
+    with pytest.raises(config.ConfigError, match="data.path=nowhere is not a folder"):
+        opened("nowhere")
+    with pytest.raises(DataError, match=r"train split .* is empty \(left out: none; in the other split: 0\): put pictures"):
+        opened(tmp_path)
+    save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"left out: 1 × no caption \('a.png'\); in the other split: 0") as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
+    fill(tmp_path, 3)
+    with pytest.raises(DataError, match=r"validation split .* is empty \(left out: none; in the other split: 4\).* data.validation=1e-09"):
+        opened(tmp_path, "validation")
+
+
+def test_settings_that_contradict():
+    with pytest.raises(config.ConfigError, match="data.path=x is for data.source=folder: set that too"):
+        config.Data(path="x")
+    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path=FOLDER"):
+        open_source(config.Data(source="folder"), "train")
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(config.ConfigError, match="data.validation"):
+            config.Data(source="folder", path="x", validation=share)
+
+
+# --- pictures that turn out broken --------------------------------------------------------------------------------------
+
+
+def broken_folder(folder):
+    """Five pictures whose pixels say their number; 1, 3 and 4 are cut short behind their heads."""
+    draw = np.random.default_rng(0)
+    for i in range(5):
+        pixels = draw.integers(0, 256, (64, 64, 3), np.uint8)
+        pixels[0, 0] = i
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+        if i in (1, 3, 4):
+            content = (folder / f"{i}.png").read_bytes()
+            (folder / f"{i}.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def test_a_broken_picture_gives_its_place_to_the_next(tmp_path, capsys):
+    source = opened(broken_folder(tmp_path))
+    assert len(source) == 5 and source.skipped == {}
+    for _ in range(2):
+        examples = [source[i] for i in range(5)]
+        assert [e.picture.getpixel((0, 0))[0] for e in examples] == [0, 2, 2, 0, 0]
+        assert [e.captions for e in examples] == [(f"picture {i}",) for i in (0, 2, 2, 0, 0)]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all("cannot be decoded" in line and "in its place" in line for line in told)
+    assert "1.png" in told[0] and told[2].endswith("So far 3 were broken.")
+    assert source.broken == {1, 3, 4}
+
+
+def test_many_threads_read_the_same(tmp_path, capsys):
+    source = opened(broken_folder(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda i: source[i % 5].picture.getpixel((0, 0))[0], range(200)))
+    assert seen == [0, 2, 2, 0, 0] * 40
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_an_orientation_that_cannot_be_read(tmp_path):
+    save(tmp_path / "a.png", "a caption", exif=b"Exif\0\0no TIFF", size=(12, 8))
+    source = opened(tmp_path)
+    assert to_array(source[0].picture, 12, 8).shape == (8, 12, 3) and not source.broken
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif"])
+def test_no_broken_file_ends_a_run(suffix, tmp_path):
+    """Files cut short and with wrong bytes: each is left out, gives its place to the next, or is painted from."""
+    draw = np.random.default_rng(0)
+    exif = {"exif": Image.Exif()} if suffix in (".png", ".jpg", ".webp") else {}
+    file = io.BytesIO()
+    Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(file, Image.registered_extensions()[suffix], **exif)
+    whole = file.getvalue()
+    for i in range(150):
+        content = bytearray(whole[: draw.integers(len(whole))] if i % 3 == 0 else whole)
+        for place in draw.integers(0, max(min(len(content), 200), 1), draw.integers(4)):
+            content[place : place + 1] = draw.bytes(1)
+        (tmp_path / f"{i}{suffix}").write_bytes(content)
+        (tmp_path / f"{i}.txt").write_text("a caption")
+    source = opened(tmp_path)
+    for i in range(len(source)):
+        assert to_array(source[i].picture, 8, 8).shape == (8, 8, 3)
+    assert source.broken or suffix == ".webp"  # whose head is checked against the whole
+    assert 0 < len(source) < 150 and sum(source.skipped.values()) == 150 - len(source)
+
+
+def test_all_are_broken(tmp_path):
+    broken_folder(tmp_path)
+    for i in (0, 2):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(DataError, match="None of the 3 pictures of .* can be decoded"):
+        opened(tmp_path)[0]
+
+
+def test_a_file_that_goes_while_it_is_needed(tmp_path):
+    source = opened(fill(tmp_path, 2))
+    (tmp_path / "01.png").unlink()
+    with pytest.raises(DataError, match="01.png was there at the start and cannot be read now"):
+        source[1]
+
+
+# --- that it stays the same ---------------------------------------------------------------------------------------------
+
+
+def test_no_picture_ever_changes_its_split(tmp_path):
+    fill(tmp_path)
+    before = {split: set(names(opened(tmp_path, split, 0.3))) for split in ("train", "validation")}
+    assert before["train"] | before["validation"] == {f"{i:02d}.png" for i in range(40)}
+    assert not before["train"] & before["validation"] and 4 <= len(before["validation"]) <= 20
+    for i in range(40):
+        save(tmp_path / "more" / f"{i}.png", "another")
+    for i in range(0, 40, 2):
+        (tmp_path / f"{i:02d}.png").unlink()
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    for split, old in before.items():
+        now = set(names(opened(moved, split, 0.3)))
+        assert {name for name in now if "/" not in name} == {name for name in old if int(name[:2]) % 2}
+    assert held_out("a/b.png", 0.5) == held_out("a/b.webp", 0.5)
+    assert before["validation"] <= {f"{i:02d}.png" for i in range(40) if held_out(f"{i:02d}.png", 0.6)}  # a larger share only adds
+
+
+def test_the_split_is_known_for_ever():
+    """Runs of other versions and machines must agree."""
+    assert [i for i in range(40) if held_out(f"{i:02d}.png", 0.2)] == SPLIT
+    assert abs(sum(held_out(f"{i}.jpg", 0.05) for i in range(20_000)) / 20_000 - 0.05) < 0.005
+
+
+SPLIT = [4, 14, 16, 21, 25, 30, 38]
+
+
+def test_fingerprint(tmp_path):
+    first = fill(tmp_path / "first", 4)
+    large = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    Image.fromarray(large).save(first / "large.bmp")
+    (first / "large.txt").write_text("noise")
+    before = opened(first).fingerprint()
+    again = shutil.copytree(first, tmp_path / "elsewhere" / "second", copy_function=shutil.copy)
+    assert opened(again).fingerprint() == before
+
+    def changed(change):
+        folder = shutil.copytree(first, tmp_path / "changed", dirs_exist_ok=False)
+        change(folder)
+        now = opened(folder).fingerprint()
+        shutil.rmtree(folder)
+        return now != before
+
+    def poke(place):
+        def change(folder):
+            content = bytearray((folder / "large.bmp").read_bytes())
+            content[place] ^= 1
+            (folder / "large.bmp").write_bytes(content)
+
+        return change
+
+    assert len((first / "large.bmp").read_bytes()) > 2 * EDGE
+    assert changed(lambda f: (f / "00.txt").write_text("another caption"))
+    assert changed(lambda f: (f / "00.txt").write_text("picture\n0"))
+    assert changed(lambda f: (f / "00.png").rename(f / "0.png") and (f / "00.txt").rename(f / "0.txt"))
+    assert changed(lambda f: save(f / "00.png", "picture 0", colour="white"))
+    assert changed(lambda f: (f / "03.png").unlink())
+    assert changed(poke(EDGE - 1)) and changed(poke(-EDGE)) and changed(poke(-1))
+    assert not changed(lambda f: os.utime(f / "00.png", (1, 1)))
+    assert not changed(poke(2 * EDGE))  # the middle of large files is not read
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_batches(tmp_path):
+    source = opened(fill(tmp_path, 20))
+    batches = Batches(source, config.Data(side=8, batch=5, caption_dropout=0), HashEncoder(8, 6), 0, 10)
+    ahead = list(batches.start(0))
+    seen = [np.rint((b["image"][:, 0, 0, 0] + 1) * 127.5).astype(int) for b in ahead[:4]]
+    assert sorted(np.concatenate(seen)) == list(range(20))
+    assert all(np.array_equal(b["image"], batches[i]["image"]) for i, b in enumerate(ahead))
+
+
+def test_a_file_that_goes_ends_the_run_with_its_sentence(tmp_path):
+    batches = Batches(opened(fill(tmp_path, 8)), config.Data(side=8, batch=8), HashEncoder(8, 6), 0, 10)
+    (tmp_path / "03.png").unlink()
+    with pytest.raises(DataError, match="03.png was there at the start"):
+        list(batches.start(0))
+
+
+@pytest.mark.slow
+def test_a_run_on_a_folder(tmp_path):
+    """It records what it left out, goes on when the folder has moved, and refuses one that has changed."""
+    fill(tmp_path / "pictures")
+    save(tmp_path / "pictures" / "no_caption.png")
+    changes = "data.source=folder data.validation=0.2 data.batch=4 train.checkpoint_every=1 train.sample_prompts=[] sample.steps=1"
+    run = toy_run(tmp_path, "unused", *changes.split(), f"data.path={tmp_path / 'pictures'}", "train.steps=2")
+    assert train(run) == 2
+    data = json.loads((run.directory / "data.json").read_text())
+    assert data["train"]["count"] + data["validation"]["count"] == 40
+    assert data["train"]["skipped"] | data["validation"]["skipped"] == {"no caption": 1}
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    moved = config.override(run, [f"data.path={tmp_path / 'moved'}", "train.steps=3"])
+    assert train(moved) == 3
+    save(tmp_path / "moved" / "new.png", "a new one")
+    with pytest.raises(config.ConfigError, match="other data"):
+        train(moved)
