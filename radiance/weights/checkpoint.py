@@ -107,13 +107,13 @@ def open_checkpoint(path: str | Path, model: config.Model | None = None, **known
     else:
         recognise(shapes, file.path)
         _check_model(model, shapes, file)
-    check_shapes(native.layout(model)[0], shapes, file.path)
-    shapes = {name: shapes.get(name, (0,)) for name in native.layout(model)[0]}  # markers as the model asks
+    expected = native.layout(model)[0]
+    check_shapes(expected, shapes, file.path)
     return Checkpoint(
         model,
-        shapes,
+        expected,  # with the markers that the model asks for
         lambda name: diffusers.join([file[key] for key in keys[name]]) if name not in MARKERS else np.zeros(0, np.float32),
-        {name: file.dtypes[keys[name][0]] if name in keys else "F32" for name in shapes},
+        {name: file.dtypes[keys[name][0]] if name in keys else "F32" for name in expected},
         str(file.path),
         form,
         file.metadata,
@@ -125,7 +125,7 @@ def _beside(path: Path) -> dict[str, Any]:
     file = path.parent / "config.json"
     try:
         return diffusers.known(json.loads(file.read_text())) if file.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not JSON: copy or download it again.") from None
 
 

@@ -79,9 +79,14 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None, origin: ob
     """
     if METADATA_KEY in (metadata or {}):
         try:
-            return replace(config.from_json(config.Model, metadata[METADATA_KEY]), **known)
-        except config.ConfigError as error:
-            raise CheckpointError(f"{origin} describes its model in a way this version does not know. {error}") from None
+            model = replace(config.from_json(config.Model, metadata[METADATA_KEY]), **known)
+        except (ValueError, OverflowError, RecursionError) as error:  # numbers without end, lists without end
+            told = str(error).rstrip(".")
+            raise CheckpointError(f"{origin} describes its model in a way this version does not know: {told}.") from None
+        # Before the model is laid out, block by block.
+        if max(model.double_blocks, model.single_blocks, model.approximator_depth, model.nerf_depth) > max(len(shapes), 64):
+            raise CheckpointError(f"{origin} describes a model that is deeper than its {len(shapes)} tensors can be: it is damaged.")
+        return model
     recognise(shapes, origin)
     try:
         return _detect(shapes, known)
@@ -89,7 +94,7 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None, origin: ob
         raise CheckpointError(f"{origin} looks like a Chroma checkpoint, but has no {error.args[0]}: the file is not whole.") from None
     except config.ConfigError as error:
         raise CheckpointError(f"{origin}: the sizes of its tensors do not make a model. {error}") from None
-    except (ValueError, IndexError):  # a tensor with more or fewer axes than it should have
+    except (ValueError, IndexError, ArithmeticError):  # a tensor with more, fewer or empty axes
         raise CheckpointError(f"{origin} has the names of a Chroma checkpoint, but its tensors are of other kinds (quantised?).") from None
 
 

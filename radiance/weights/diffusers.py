@@ -92,7 +92,12 @@ def _counter(native: str) -> Iterator[int]:
 
 
 def joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of tensors one below the other."""
+    """The shape of tensors one below the other. Raises CheckpointError when they do not fit."""
+    if len(shapes) == 1:
+        return shapes[0]
+    if any(s[1:] != shapes[0][1:] or not s for s in shapes):
+        told = ", ".join(str(list(s)) for s in shapes)
+        raise CheckpointError(f"The diffusers checkpoint has parts of one matrix that do not fit to each other, of shapes {told}.")
     return (sum(s[0] for s in shapes), *shapes[0][1:])
 
 
@@ -137,7 +142,7 @@ def class_config(model: config.Model) -> dict[str, Any]:
     }
 
 
-def known(their_config: Mapping[str, Any]) -> dict[str, Any]:
+def known(their_config: Any) -> dict[str, Any]:
     """What their config.json says that shapes do not."""
-    axes = their_config.get("axes_dims_rope")
+    axes = their_config.get("axes_dims_rope") if isinstance(their_config, Mapping) else None
     return {"rope_axes": tuple(axes)} if isinstance(axes, list) else {}

@@ -35,10 +35,17 @@ NAMES = {dtype: code for code, dtype in CODES.items()}
 # Scaled fp8 and int8 files keep beside a weight what it is multiplied by; their other notes are for computing in fp8.
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+AXES = 8  # of a tensor at most
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the message says what was wrong and what to do."""
+    """A checkpoint that cannot be read or does not fit; the message says what was wrong and what to do.
+
+    It is one line, whatever the names in a file are.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class Place(NamedTuple):
@@ -57,10 +64,19 @@ class Tensors:
     def __init__(self, path: Path, places: Mapping[str, Place], metadata: Mapping[str, str]):
         self.path, self.metadata, self.places = path, metadata, dict(places)
         self._scales: dict[str, Place] = {}
-        for key in [k for k in places if k.endswith(SCALES)]:
-            weight = key[: key.rindex(".")] + ".weight"
-            if weight in places:
+        for key, place in places.items():
+            # What has no values may claim any shape; NumPy must be able to make it all the same.
+            if len(place.shape) > AXES or math.prod(max(1, n) for n in place.shape) >= 1 << 48:
+                raise CheckpointError(f"{path} holds {key} of shape {list(place.shape)}: it is damaged.")
+            weight = key[: key.rfind(".")] + ".weight"
+            if key.endswith(SCALES) and weight in places:
                 self._scales[weight] = self.places.pop(key)
+                rows = places[weight].shape[:1]
+                if math.prod(place.shape) not in (1, *rows):
+                    raise CheckpointError(
+                        f"{path} holds {key} of shape {list(place.shape)}, and one scale of all or of each of the {list(rows)} rows is "
+                        f"read: convert the file to BF16 first."
+                    )
         self.places = {k: p for k, p in self.places.items() if not k.endswith(NOTES)}
         self.shapes: Shapes = {k: p.shape for k, p in self.places.items()}
         self.dtypes: Mapping[str, str] = {k: p.dtype for k, p in self.places.items()}
@@ -138,12 +154,15 @@ def _header(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from None
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(length))
+        header = file.read(length)
     places = {}
-    for key, entry in header.items():
-        if key != "__metadata__":
-            begin, end = entry["data_offsets"]
-            places[key] = Place(path, 8 + length + begin, end - begin, tuple(entry["shape"]), entry["dtype"])
+    try:
+        for key, entry in json.loads(header).items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                places[key] = Place(path, 8 + length + begin, end - begin, tuple(entry["shape"]), entry["dtype"])
+    except (ValueError, TypeError):  # JSON that the library reads in ways of its own, which no tool writes
+        raise CheckpointError(f"{path} is not a whole safetensors file (its header is unusual): copy or download it again.") from None
     return places, metadata
 
 

@@ -6,13 +6,14 @@ The package quantises and dequantises.
 
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from radiance.weights.files import CODES, DTYPES, CheckpointError, Place, Shapes, Tensors, cast, replacing, require_space
+from radiance.weights.files import AXES, CODES, DTYPES, CheckpointError, Place, Shapes, Tensors, cast, replacing, require_space
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -78,10 +79,12 @@ class GgufTensors(Tensors):
     def values(self, place: Place) -> np.ndarray:
         if place.dtype in CODES:
             return super().values(place)
-        quants = package().quants
+        gguf = package()
+        if place.size == 0:
+            return np.zeros(place.shape, np.float32)
         try:
             rows = self.raw(place).reshape(*place.shape[:-1], -1)
-            return quants.dequantize(rows, package().GGMLQuantizationType[place.dtype]).reshape(place.shape)
+            return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[place.dtype]).reshape(place.shape)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path} holds values of type {place.dtype}, which the gguf package cannot expand: take another quantisation."
@@ -110,11 +113,12 @@ def open_gguf(path: Path) -> GgufTensors:
     end = 0
     for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
         dtype, size = _size(path, name, shape, kind)
-        if offset < end or start + offset + size > reader.size or name in places:
+        if (size and offset < end) or start + offset + size > reader.size or name in places:
             raise CheckpointError(f"{path} is not a whole GGUF file: {name} overlaps another tensor or lies beyond the end.")
-        end = offset + size
+        end = max(end, offset + size)
         original = metadata.get(f"{SHAPE_KEY}{name}", list(shape))
-        if not isinstance(original, list) or prod(x for x in original if isinstance(x, int)) != prod(shape):
+        fits = isinstance(original, list) and all(isinstance(n, int) and n >= 0 for n in original) and prod(original) == prod(shape)
+        if not fits:
             raise CheckpointError(f"{path} says that {name} has the shape {original}, which does not fit its {list(shape)}: it is damaged.")
         places[name] = Place(path, start + offset, size, tuple(original), dtype)
     return GgufTensors(path, places, {k: str(v) for k, v in metadata.items() if not isinstance(v, list)})
@@ -122,7 +126,7 @@ def open_gguf(path: Path) -> GgufTensors:
 
 def _info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     name, axes = reader.text(), reader.number("<I")
-    if axes > 8:
+    if axes > AXES:
         raise CheckpointError(f"{reader.path} holds a tensor of {axes} axes: it is damaged.")
     shape = tuple(reader.number("<Q") for _ in range(axes))[::-1]
     return name, shape, reader.number("<I"), reader.number("<Q")
@@ -150,7 +154,7 @@ def write_gguf(
     tensor: Callable[[str], np.ndarray],
     metadata: Mapping[str, str],
 ):
-    """Writes `tensor(key)` for every key of `shapes`, in order, holding one at a time; whole or not at all.
+    """Writes `tensor(key)`, already `encoded`, for every key of `shapes`, in order, holding one at a time; whole or not at all.
 
     dtypes: float32, float16, bfloat16, q8_0 or q4_0 for each. The architecture is `flux`, as ComfyUI-GGUF has no other name for
     Chroma's tensors.
@@ -171,12 +175,12 @@ def write_gguf(
             total += bytes_ + 256
             writer.add_tensor_info(key, shape, np.dtype(np.float32), bytes_, raw_dtype=kind)
         require_space(path.parent, total)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for key in shapes:
-            writer.write_tensor_data(encoded(tensor(key), dtypes[key], key))
-        writer.close()
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for key in shapes:
+                writer.write_tensor_data(tensor(key))
 
 
 def encoded(array: np.ndarray, dtype: str, key: str) -> np.ndarray:
@@ -186,3 +190,9 @@ def encoded(array: np.ndarray, dtype: str, key: str) -> np.ndarray:
         return out.view(np.uint16) if dtype == "bfloat16" else out
     gguf = package()
     return gguf.quants.quantize(cast(array, DTYPES["float32"], key), gguf.GGMLQuantizationType[dtype.upper()])
+
+
+def decoded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse of `encoded` for quantised types, as float32."""
+    gguf = package()
+    return gguf.quants.dequantize(array, gguf.GGMLQuantizationType[dtype.upper()])

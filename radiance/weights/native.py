@@ -262,9 +262,3 @@ def to_native(model: config.Model, params: Params) -> tuple[Shapes, Callable[[st
         return _join(row, None, parts, model=model)
 
     return shapes, tensor
-
-
-def __getattr__(name):  # moved to checkpoint
-    from radiance.weights import checkpoint
-
-    return {"read": checkpoint.read, "write": checkpoint.write}[name]

@@ -1,0 +1,247 @@
+import errno
+import struct
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from toy_files import sentence
+
+from radiance.weights import files
+from radiance.weights.files import CODES, CheckpointError, open_tensors
+from radiance.weights.gguf import PLAIN, decoded, encoded, open_gguf, write_gguf
+
+KINDS = gguf.GGMLQuantizationType
+TRAITS = {kind: kind.name for kind in KINDS if kind.value not in PLAIN}  # quantised types
+EXPANDED = [kind for kind in TRAITS if kind in gguf.quants._type_traits and kind.name != "Q1_0"]
+
+
+def theirs(path, tensors, **texts):
+    """A file by the package's writer; tensors are arrays, or (kind, bytes of rows)."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for key, value in texts.items():
+        writer.add_string(key, value)
+    for name, x in tensors.items():
+        if isinstance(x, tuple):
+            writer.add_tensor(name, x[1], raw_dtype=x[0])
+        else:
+            writer.add_tensor(name, x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def text(word: str) -> bytes:
+    return struct.pack("<Q", len(word.encode())) + word.encode()
+
+
+def info(name="x", shape=(32,), kind=0, offset=0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset)
+
+
+def raw(path, infos=(), pairs=(), data=b"", version=3, counts=None, alignment=32):
+    """A file byte by byte; counts: of tensors and pairs, where they shall be wrong."""
+    counts = counts or (len(infos), len(pairs))
+    header = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(pairs) + b"".join(infos)
+    path.write_bytes(header + bytes(-len(header) % alignment) + data)
+    return path
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EXPANDED, ids=lambda kind: kind.name)
+def test_every_quantised_type_is_expanded(kind, tmp_path):
+    """Random bytes are blocks of some weights, though not of good ones."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(kind.value).integers(0, 256, (6, 3 * size), np.uint8)
+    tensors = open_gguf(theirs(tmp_path / "x.gguf", {"a": np.ones(3, np.float32), "x.weight": (kind, rows)}))
+    assert tensors.dtypes == {"a": "F32", "x.weight": kind.name} and tensors.shapes["x.weight"] == (6, 3 * block)
+    with np.errstate(all="ignore"):
+        values = tensors["x.weight"]
+        np.testing.assert_array_equal(values, gguf.quants.dequantize(rows, kind))  # NaN equals NaN here
+    assert values.dtype == np.float32
+
+
+def test_all_types_that_the_package_expands_are_there():
+    assert len(EXPANDED) >= 22 and {"Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"} <= {kind.name for kind in EXPANDED}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRAITS if kind not in EXPANDED], ids=lambda kind: kind.name)
+def test_what_the_package_cannot_expand_is_told(kind, tmp_path):
+    rows = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    tensors = open_gguf(theirs(tmp_path / "x.gguf", {"x": (kind, rows)}))
+    with pytest.raises(CheckpointError, match=f"of type {kind.name}, which the gguf package cannot expand") as error:
+        tensors["x"]
+    sentence(error)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_types(kind, tmp_path):
+    dtype = CODES[PLAIN[kind]]
+    values = np.arange(-6, 6).reshape(3, 4).astype(dtype)
+    path = raw(tmp_path / "x.gguf", [info(shape=(3, 4), kind=kind)], data=values.tobytes())
+    tensors = open_tensors(path)
+    assert tensors["x"].dtype == dtype and tensors.dtypes["x"] == KINDS(kind).name
+    np.testing.assert_array_equal(tensors["x"], values)
+
+
+def test_version_2_and_metadata(tmp_path):
+    """Of long arrays only the beginning is kept, and what lies behind them is found all the same."""
+    pairs = [
+        text("words") + struct.pack("<IIQ", 9, 8, 100) + b"".join(text(f"w{i}") for i in range(100)),
+        text("numbers") + struct.pack("<IIQ", 9, 12, 200) + bytes(1600),
+        text("name") + struct.pack("<I", 8) + text("zwölf"),
+        text("half") + struct.pack("<If", 6, 0.5),
+        text("yes") + struct.pack("<I?", 7, True),
+        text("general.alignment") + struct.pack("<II", 4, 64),
+    ]
+    infos = [info("far", (2,), offset=64), info("near", (1, 1)), info("empty", (0,), offset=64)]
+    data = np.float32(7).tobytes() + bytes(60) + np.array([1, 2], np.float32).tobytes()
+    tensors = open_gguf(raw(tmp_path / "x.gguf", infos, pairs, data, version=2, alignment=64))
+    assert tensors.metadata == {"name": "zwölf", "half": "0.5", "yes": "True", "general.alignment": "64"}
+    assert tensors["far"].tolist() == [1, 2] and tensors["near"].tolist() == [[7]] and tensors["empty"].shape == (0,)
+
+
+def test_shapes_that_comfyui_folded(tmp_path):
+    """Its converter lays a convolution's axes together so that blocks fit, and notes what they were."""
+    original = text("comfy.gguf.orig_shape.x") + struct.pack("<IIQ4i", 9, 5, 4, 2, 3, 4, 4)
+    values = np.arange(96, dtype=np.float32)
+    path = raw(tmp_path / "x.gguf", [info(shape=(3, 32))], [original], values.tobytes())
+    np.testing.assert_array_equal(open_gguf(path)["x"], values.reshape(2, 3, 4, 4))
+
+
+# --- files that are none ------------------------------------------------------------------------------------------------
+
+SHAPE = "comfy.gguf.orig_shape.x"
+BAD = {
+    "version 1": (dict(version=1), "of version 1, and 2 and 3 are read"),
+    "big-endian": (dict(version=3 << 24), "little-endian"),
+    "tensors without end": (dict(counts=(1 << 60, 0)), "cut short or absurd"),
+    "pairs without end": (dict(counts=(0, 1 << 60)), "cut short or absurd"),
+    "a text without end": (dict(pairs=[struct.pack("<Q", 1 << 62)]), "cut short or absurd"),
+    "an array without end": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 12, 1 << 61)]), "cut short or absurd"),
+    "an array of arrays": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 9, 1)]), r"of an unknown type \(9, 9\)"),
+    "a value of no type": (dict(pairs=[text("a") + struct.pack("<IIQ", 13, 1, 1)]), "of an unknown type"),
+    "alignment 0": (dict(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]), "aligned to 0"),
+    "alignment word": (dict(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("a")]), "aligned to a"),
+    "many axes": (dict(infos=[text("x") + struct.pack("<I", 9) + bytes(100)]), "of 9 axes"),
+    "axes without end": (dict(infos=[info(shape=(1 << 63, 1 << 63))]), "overlaps another tensor or lies beyond the end"),
+    "empty axes without end": (dict(infos=[info(shape=(0, 1 << 63))]), "it is damaged"),
+    "beyond the end": (dict(infos=[info(shape=(33,))]), "x overlaps another tensor or lies beyond the end"),
+    "offset beyond the end": (dict(infos=[info(offset=1 << 63)]), "lies beyond the end"),
+    "overlap": (dict(infos=[info("a", (20,)), info("b", (4,), offset=64)]), "b overlaps another"),
+    "one name twice": (dict(infos=[info("a", (4,)), info("a", (4,), offset=64)]), "a overlaps another"),
+    "no such type": (dict(infos=[info(kind=99)]), r"in a type \(99\) that the gguf package does not know"),
+    "removed type": (dict(infos=[info(kind=4)]), r"in a type \(4\)"),
+    "part of a block": (dict(infos=[info(shape=(31,), kind=8)]), r"shape \[31\] in blocks of 32, which do not fit"),
+    "a block without axes": (dict(infos=[info(shape=(), kind=8)]), r"shape \[\] in blocks of 32"),
+    "original shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, 4, 9)]), r"has the shape \[4, 9\], which"),
+    "negative shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, -4, -8)]), r"has the shape \[-4, -8\]"),
+    "original words": (dict(infos=[info(shape=(1,))], pairs=[text(SHAPE) + struct.pack("<IIQ", 9, 8, 1) + text("a")]), r"shape \['a'\]"),
+    "original number": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<II", 4, 32)]), "has the shape 32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_files_that_cannot_be_read(case, tmp_path):
+    changes, told = BAD[case]
+    path = raw(tmp_path / "x.gguf", **({"data": bytes(128)} | changes))
+    with pytest.raises(CheckpointError, match=told) as error:
+        open_tensors(path)
+    assert str(path) in sentence(error)
+
+
+def test_a_file_cut_off_anywhere(tmp_path):
+    path = theirs(tmp_path / "x.gguf", {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.float16)}, note="yes")
+    whole = path.read_bytes()
+    end = open_gguf(path).places["b"]
+    for length in range(9, end.offset + end.size):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError) as error:
+            open_tensors(path)
+        sentence(error)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+SHAPES = {"__x0__": (0,), "one": (1,), "bias": (7,), "conv": (2, 3, 4, 4), "half": (3, 5), "bf": (4, 6), "q8": (5, 64), "q4": (6, 96)}
+TYPES = {
+    "__x0__": "float32", "one": "float32", "bias": "float32", "conv": "float32", "half": "float16", "bf": "bfloat16", "q8": "q8_0",
+    "q4": "q4_0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def values():
+    draw = np.random.default_rng(0)
+    return {name: draw.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def write(path, values):
+    write_gguf(path, SHAPES, TYPES, lambda name: encoded(values[name], TYPES[name], name), {"radiance.note": "zwölf"})
+    return path
+
+
+def test_the_packages_reader_reads_what_was_written(values, tmp_path):
+    reader = gguf.GGUFReader(write(tmp_path / "new" / "x.gguf", values))
+    assert reader.get_field("general.architecture").contents() == "flux"
+    assert reader.get_field("general.quantization_version").contents() == gguf.GGML_QUANT_VERSION
+    assert reader.get_field("radiance.note").contents() == "zwölf"
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+    assert [t.name for t in reader.tensors] == list(SHAPES)
+    for t in reader.tensors:
+        assert t.tensor_type.name == kinds[TYPES[t.name]] and tuple(int(n) for n in t.shape)[::-1] == SHAPES[t.name]
+        assert t.data_offset % 32 == 0
+        read = gguf.quants.dequantize(t.data, t.tensor_type).reshape(SHAPES[t.name])
+        exact = values[t.name]
+        if TYPES[t.name] in ("q8_0", "q4_0"):
+            np.testing.assert_array_equal(read, decoded(encoded(exact, TYPES[t.name], ""), TYPES[t.name]))
+            assert 0 < np.abs(read - exact).max() < (0.02 if t.name == "q8" else 0.4)
+        else:
+            np.testing.assert_array_equal(read, exact.astype(files.DTYPES[TYPES[t.name]]).astype(np.float32))
+
+
+def test_our_reader_reads_what_was_written(values, tmp_path):
+    path = write(tmp_path / "x.gguf", values)
+    tensors = open_tensors(path)
+    assert tensors.shapes == SHAPES and tensors.metadata["radiance.note"] == "zwölf"
+    for t in gguf.GGUFReader(path).tensors:
+        place = tensors.places[t.name]
+        assert (place.offset, place.size, place.dtype) == (t.data_offset, t.n_bytes, t.tensor_type.name)
+    assert tensors["bf"].dtype == ml_dtypes.bfloat16 and tensors["half"].dtype == np.float16
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyError("leaf"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", ["__x0__", "half", "q4"])
+def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatch):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"old")
+
+    class Failing(dict):
+        def __getitem__(self, name):
+            if name == at:
+                raise failure
+            return super().__getitem__(name)
+
+    with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as error:
+        write(path, Failing(values))
+    if isinstance(failure, OSError):
+        assert "No space left on device" in sentence(error)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_full_disk_is_seen_before_writing(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda directory: type("Usage", (), {"free": 100}))
+    with pytest.raises(CheckpointError, match="free.*needed") as error:
+        write(tmp_path / "x.gguf", dict.fromkeys(values))
+    sentence(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_are_not_written(values):
+    for dtype in ("float32", "bfloat16", "float16", "q8_0", "q4_0"):
+        with pytest.raises(CheckpointError, match="not finite"):
+            encoded(np.full((2, 32), np.inf, np.float32), dtype, "x")
