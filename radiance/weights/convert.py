@@ -1,0 +1,216 @@
+"""Writing a checkpoint in a format and a type, and telling what was done."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from radiance import config
+from radiance.model.stored import BLOCK
+from radiance.weights import diffusers
+from radiance.weights.checkpoint import Checkpoint
+from radiance.weights.detect import MARKERS, METADATA_KEY
+from radiance.weights.files import DTYPES, CheckpointError, cast, replacing, write_safetensors
+from radiance.weights.gguf import QUANTISED, decoded, encoded, write_gguf
+
+FORMATS = ("native", "diffusers", "gguf", "torch")
+ENDINGS = {".safetensors": "native", ".gguf": "gguf"}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
+# What may be stored coarsely. All else is a small share of the weights and a large one of the damage: norms, biases, input and
+# text projections, the approximator, everything NeRF.
+BLOCK_MATRIX = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight$")
+PARTS = (
+    ("markers", r"__"),
+    ("modulation", r"distilled_guidance_layer|time_in|guidance_in|vector_in|.*_mod\.|.*\.modulation|final_layer\.(adaLN|offset)|shared_modulation"),
+    ("double blocks", r"double_blocks"),
+    ("single blocks", r"single_blocks"),
+    ("NeRF head", r"nerf_"),
+    ("output layer", r"final_layer"),
+    ("input", r""),
+)  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a native tensor belongs to."""
+    return next(part for part, pattern in PARTS if re.match(pattern, name))
+
+
+def stored_as(name: str, shape: tuple[int, ...], stored: str, dtype: str | None, gguf: bool) -> str:
+    """The type in which a tensor is written: `dtype`, or its own when None, but never one that is too coarse for it."""
+    if name in MARKERS or name.startswith("nerf_image_embedder.") or (gguf and len(shape) == 1):
+        return "float32"
+    if dtype is None:
+        return {"F32": "float32", "F64": "float32", "F16": "float16"}.get(stored, "bfloat16")
+    if dtype in QUANTISED:
+        return dtype if BLOCK_MATRIX.match(name) and shape[-1] % BLOCK == 0 else "bfloat16"
+    if DTYPES[dtype].itemsize == 1:
+        return dtype if BLOCK_MATRIX.match(name) else "bfloat16"
+    return dtype
+
+
+@dataclass
+class Line:
+    """What was written of one part of the network in one type."""
+
+    part: str
+    before: str
+    after: str
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    squares: float = 0.0
+    errors: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Root mean square of what rounding changed, relative to that of the values."""
+        return float(np.sqrt(self.errors / self.squares)) if self.squares else 0.0
+
+
+@dataclass
+class Report:
+    path: Path
+    model: config.Model
+    lines: dict[tuple[str, str, str], Line] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("part", "from", "to", "tensors", "parameters", "size", "rms error")]
+        for x in self.lines.values():
+            told = f"{x.error:.1e}" if x.error else "exact"
+            rows.append((x.part, x.before, x.after, f"{x.tensors}", f"{x.parameters:,}", f"{x.bytes / 1e6:,.3f} MB", told))
+        return table(rows, left=3)
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Rows in columns, the first `left` of which are words."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i < left else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    to: str | None = None,
+    dtype: str | None = None,
+    empty_markers: bool = True,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Report:
+    """Writes `checkpoint` to `path`, tensor by tensor, whole or not at all.
+
+    to: native or gguf (a file), diffusers or torch (a new folder); what the path's ending says when None. dtype: float32, bfloat16, float16, float8_e4m3fn, and in GGUF
+    q8_0 and q4_0; each tensor's own when None. Quantised are the blocks' matrices alone. empty_markers: markers have no values,
+    as published; ggml's readers need one value. progress: called with the parameters that were written. Raises CheckpointError.
+    """
+    path = Path(path)
+    to = to or format_of(path)
+    if to not in FORMATS:
+        raise CheckpointError(f"There is no format {to!r}: the formats are {', '.join(FORMATS)}.")
+    if dtype is not None and dtype not in DTYPES | dict.fromkeys(QUANTISED):
+        raise CheckpointError(f"There is no type {dtype!r}: the types are {', '.join((*DTYPES, *QUANTISED))}.")
+    if dtype in QUANTISED and to != "gguf":
+        raise CheckpointError(f"{dtype} is a type of GGUF files: write --to gguf, or a name that ends in .gguf.")
+    if to == "gguf" and dtype is not None and dtype not in QUANTISED and DTYPES[dtype].itemsize == 1:
+        raise CheckpointError(f"GGUF has no {dtype}: use q8_0.")
+    if to == "diffusers":
+        diffusers.check(checkpoint.model)
+
+    shapes = {name: (1,) if name in MARKERS and not empty_markers else shape for name, shape in checkpoint.shapes.items()}
+    types = {name: stored_as(name, shape, checkpoint.dtypes[name], dtype, to == "gguf") for name, shape in shapes.items()}
+    report = Report(path, checkpoint.model)
+
+    def tensor(name: str) -> np.ndarray:
+        """The values as they are written; what that changes goes into the report."""
+        if name in MARKERS:
+            return np.zeros(shapes[name], np.float32)
+        values = checkpoint.tensor(name)
+        written = encoded(values, types[name], name) if to == "gguf" else cast(values, DTYPES[types[name]], name)
+        key = (part_of(name), checkpoint.dtypes[name], types[name])
+        line = report.lines.setdefault(key, Line(*key))
+        line.tensors, line.parameters, line.bytes = line.tensors + 1, line.parameters + values.size, line.bytes + written.nbytes
+        if not exact(values.dtype, types[name]):
+            before = values.astype(np.float32)
+            after = decoded(written, types[name]) if types[name] in QUANTISED else written.view(DTYPES[types[name]]).astype(np.float32)
+            line.squares += float(np.vdot(before, before))
+            line.errors += float(np.vdot(before - after, before - after))
+        progress(values.size)
+        return written
+
+    metadata = {k: v for k, v in checkpoint.metadata.items() if k.startswith("radiance.")}
+    metadata |= {METADATA_KEY: json.dumps(config.to_dict(checkpoint.model)), "radiance.origin": checkpoint.origin}
+    if to == "gguf":
+        write_gguf(path, shapes, types, tensor, metadata)
+    elif to == "native":
+        _write(path, shapes, types, tensor, metadata)
+    else:
+        with new_folder(path) as folder:
+            if to == "diffusers":
+                _write_diffusers(folder, checkpoint.model, shapes, types, tensor, metadata)
+            else:
+                _write_torch(folder, checkpoint.model, shapes, types, tensor, metadata)
+    return report
+
+
+def format_of(path: Path) -> str:
+    """By its ending. Raises CheckpointError where that does not say it."""
+    if path.suffix not in ENDINGS:
+        raise CheckpointError(f"{path} does not say in what format to write: end it in {' or '.join(ENDINGS)}, or give --to.")
+    return ENDINGS[path.suffix]
+
+
+def exact(given: np.dtype, written: str) -> bool:
+    """Whether no value can be rounded on the way."""
+    return written in DTYPES and (given == DTYPES[written] or (written == "float32" and np.can_cast(given, np.float32)))
+
+
+def _write(path: Path, shapes, types: Mapping[str, str], tensor, metadata: Mapping[str, str]):
+    write_safetensors(path, shapes, {name: DTYPES[kind] for name, kind in types.items()}, tensor, {"format": "pt", **metadata})
+
+
+def _write_diffusers(folder: Path, model: config.Model, shapes, types, tensor, metadata):
+    """`diffusion_pytorch_model.safetensors` and `config.json`."""
+    held: dict[str, np.ndarray] = {}
+    places = {theirs: (name, rows) for name in shapes for theirs, (rows, _) in diffusers.parts(name, shapes[name], model).items()}
+
+    def part(theirs: str) -> np.ndarray:
+        name, rows = places[theirs]
+        if name not in held:
+            held.clear()
+            held[name] = tensor(name)
+        return held[name][rows]
+
+    their_shapes = {theirs: shape for name in shapes for theirs, (_, shape) in diffusers.parts(name, shapes[name], model).items()}
+    their_types = {theirs: types[name] for theirs, (name, _) in places.items()}
+    _write(folder / "diffusion_pytorch_model.safetensors", their_shapes, their_types, part, metadata)
+    (folder / "config.json").write_text(json.dumps(diffusers.class_config(model), indent=2) + "\n")
+
+
+def _write_torch(folder: Path, model: config.Model, shapes, types, tensor, metadata):
+    """The native file, the model's settings, and the two programs that read them without us."""
+    _write(folder / "model.safetensors", shapes, types, tensor, metadata)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(model), indent=2) + "\n")
+    here = Path(__file__).parent
+    shutil.copy(here / "torch_model.py", folder / "model.py")
+    shutil.copy(here / "torch_sample.py", folder / "sample.py")
+
+
+@contextmanager
+def new_folder(path: Path):
+    """A temporary folder beside `path` that takes its name when the block ends well, and is gone when it does not."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} is there already: give the name of a new folder.")
+    with replacing(path) as part:
+        part.mkdir()
+        try:
+            yield part
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+        if path.is_dir():
+            path.rmdir()

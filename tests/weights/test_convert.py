@@ -1,0 +1,228 @@
+"""Between formats and types: what must be exact is exact to the byte, and what is rounded is as far off as theory says."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from toy_files import LATENT, PIXELS, published, save, sentence, stored
+from toys import toy_model
+
+from radiance import config
+from radiance.weights.checkpoint import open_checkpoint
+from radiance.weights.convert import BLOCK_MATRIX, FORMATS, convert, part_of
+from radiance.weights.detect import MARKERS
+from radiance.weights.files import CheckpointError, open_tensors
+
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
+X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=1, **SIZES)
+FLUX = toy_model(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off", **SIZES)
+MODELS = {"pixels": PIXELS, "x0_patch32": X0_PATCH32, "flux": FLUX, "latent": LATENT}
+WEIGHTS = {"native": "out.safetensors", "diffusers": "out", "gguf": "out.gguf", "torch": "out"}
+
+
+def written(folder, model=PIXELS, dtype="bfloat16"):
+    return save(folder / "in.safetensors", published(model, dtype), model)
+
+
+# --- exact --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "model, to", [(name, to) for name in MODELS for to in FORMATS if to != "diffusers" or name == "latent"], ids=lambda x: x
+)
+def test_there_and_back_is_the_same_file(model, to, dtype, tmp_path):
+    source = written(tmp_path, MODELS[model], dtype)
+    there, back = tmp_path / WEIGHTS[to], tmp_path / "back.safetensors"
+    report = convert(open_checkpoint(source), there, to)
+    found = open_checkpoint(there)
+    assert found.model == MODELS[model] and found.metadata["radiance.origin"] == str(source)
+    convert(found, back)
+    if to == "gguf":  # where vectors are float32, which changes no value
+        types = {name: x.dtype for name, x in load_file(source).items()}
+        save(back, {name: x.astype(types[name]) for name, x in load_file(back).items()})
+    assert stored(back) == stored(source)
+    assert str(report).count("exact") == len(report.lines) and "e-" not in str(report)
+
+
+def test_a_file_may_be_converted_onto_itself(tmp_path):
+    source = written(tmp_path)
+    convert(open_checkpoint(source), source, dtype="float32")
+    assert {x.dtype.name for x in load_file(source).values()} == {"float32"}
+    assert open_checkpoint(source).model == PIXELS
+
+
+def test_markers(tmp_path):
+    source = written(tmp_path, X0_PATCH32)
+    for to, empty, size in (("native", True, 0), ("gguf", True, 0), ("gguf", False, 1)):
+        path = tmp_path / f"out{size}.{'gguf' if to == 'gguf' else 'safetensors'}"
+        convert(open_checkpoint(source), path, to, empty_markers=empty)
+        if to == "native":
+            found = {name: x.shape for name, x in load_file(path).items()}
+        else:
+            found = {x.name: tuple(map(int, x.shape)) for x in gguf.GGUFReader(path).tensors}
+        assert {name: found[name] for name in MARKERS} == dict.fromkeys(MARKERS, (size,))
+        assert open_checkpoint(path).model == X0_PATCH32
+
+
+def test_gguf_is_read_by_the_package_tensor_for_tensor(tmp_path):
+    tensors = published(X0_PATCH32)
+    convert(open_checkpoint(save(tmp_path / "in.safetensors", tensors, X0_PATCH32)), tmp_path / "out.gguf")
+    # its own reader, and its own expansion
+    found = {x.name: gguf.quants.dequantize(x.data, x.tensor_type) for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors if x.n_elements}
+    assert set(found) == {name for name, x in tensors.items() if x.size}
+    for name, x in found.items():
+        np.testing.assert_array_equal(x.reshape(tensors[name].shape), tensors[name].astype(np.float32))
+
+
+# --- rounded ------------------------------------------------------------------------------------------------------------
+
+
+def uniform(step, values) -> float:
+    """Of values that lie anywhere between two steps: relative root mean square."""
+    return float(np.sqrt(np.mean(np.square(step)) / 12) / np.sqrt(np.mean(np.square(values))))
+
+
+def steps_of_floats(values, mantissa: int, least: int):
+    """Between neighbours, for normal and (below 2**least) subnormal numbers."""
+    return np.exp2(np.maximum(np.floor(np.log2(np.abs(values))), least) - mantissa)
+
+
+THEORY = {
+    "bfloat16": lambda blocks: uniform(steps_of_floats(blocks, 7, -126), blocks),
+    "float16": lambda blocks: uniform(steps_of_floats(blocks, 10, -14), blocks),
+    "float8_e4m3fn": lambda blocks: uniform(steps_of_floats(blocks, 3, -6), blocks),
+    "q8_0": lambda blocks: uniform(np.abs(blocks).max(axis=-1) / 127, blocks),
+    "q4_0": lambda blocks: uniform(np.abs(blocks).max(axis=-1) / 8, blocks),
+}
+
+
+@pytest.mark.parametrize("dtype", THEORY)
+def test_errors_are_what_theory_says(dtype, tmp_path):
+    """And what is told of them is so."""
+    tensors = published(LATENT, "float32")
+    source = save(tmp_path / "in.safetensors", tensors, LATENT)
+    path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
+    report = convert(open_checkpoint(source), path, "gguf" if dtype.startswith("q") else "native", dtype)
+    names = [name for name in tensors if BLOCK_MATRIX.match(name)]
+    blocks = np.concatenate([tensors[name].reshape(-1, 32) for name in names])
+    found = open_checkpoint(path)
+    error = np.concatenate([found.tensor(name).astype(np.float32).reshape(-1, 32) for name in names]) - blocks
+    measured = float(np.linalg.norm(error) / np.linalg.norm(blocks))
+    # 4 bits lie on one side of zero once more than on the other: half of the largest values are one step off the last.
+    assert measured == pytest.approx(THEORY[dtype](blocks), rel=0.15 if dtype == "q4_0" else 0.03)
+    lines = [line for line in report.lines.values() if line.part in ("double blocks", "single blocks") and line.after == dtype]
+    told = np.sqrt(sum(x.errors for x in lines) / sum(x.squares for x in lines))
+    assert told == pytest.approx(measured, rel=0.02)  # it counts the blocks' few vectors too
+    print(f"{dtype}: relative rms error {measured:.2e}, in theory {THEORY[dtype](blocks):.2e}")
+
+
+# name → the type it has in files of coarse ones
+PRECISE = {
+    "__x0__": "float32",
+    "nerf_image_embedder.embedder.0.weight": "float32",
+    "img_in_patch.weight": "bfloat16",
+    "txt_in.weight": "bfloat16",
+    "distilled_guidance_layer.layers.0.in_layer.weight": "bfloat16",
+    "nerf_blocks.0.param_generator.weight": "bfloat16",
+    "nerf_final_layer_conv.conv.weight": "bfloat16",
+    "double_blocks.0.img_attn.qkv.weight": None,
+    "double_blocks.1.txt_mlp.2.weight": None,
+    "single_blocks.2.linear2.weight": None,
+}
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "float8_e4m3fn"])
+def test_what_must_stay_precise(dtype, tmp_path):
+    path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
+    convert(open_checkpoint(written(tmp_path, X0_PATCH32)), path, "gguf" if dtype.startswith("q") else "native", dtype)
+    found = open_checkpoint(path).dtypes
+    names = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "float8_e4m3fn": "F8_E4M3"}
+    assert {name: found[name] for name in PRECISE} == {name: names[kind or dtype] for name, kind in PRECISE.items()}
+    vectors = "F32" if dtype.startswith("q") else "BF16"  # of one axis: float32 in GGUF, as its readers expect
+    assert found["double_blocks.0.img_attn.qkv.bias"] == found["single_blocks.0.norm.query_norm.scale"] == vectors
+    coarse = {name for name, kind in found.items() if kind == names[dtype]}
+    assert coarse == {name for name in found if BLOCK_MATRIX.match(name)}
+
+
+def test_a_matrix_that_blocks_do_not_divide_stays_whole(tmp_path):
+    model = toy_model(hidden=48)  # and 192 in the MLP
+    convert(open_checkpoint(written(tmp_path, model)), tmp_path / "out.gguf", "gguf", "q8_0")
+    found = open_checkpoint(tmp_path / "out.gguf").dtypes
+    assert found["double_blocks.0.img_mlp.0.weight"] == "BF16" and found["double_blocks.0.img_mlp.2.weight"] == "Q8_0"
+
+
+# --- what is told, and what is refused ------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_everything(tmp_path):
+    done = []
+    report = convert(open_checkpoint(written(tmp_path)), tmp_path / "out.safetensors", dtype="float8_e4m3fn", progress=done.append)
+    file = open_tensors(tmp_path / "out.safetensors")
+    tensors = {name: file[name] for name in file.shapes}
+    assert sum(done) == sum(x.parameters for x in report.lines.values()) == sum(x.size for x in tensors.values())
+    assert sum(x.tensors for x in report.lines.values()) == len(tensors)
+    assert sum(x.bytes for x in report.lines.values()) == sum(x.nbytes for x in tensors.values())
+    table = str(report).splitlines()
+    assert table[0].split() == ["part", "from", "to", "tensors", "parameters", "size", "rms", "error"] and len(table) == 1 + len(
+        report.lines
+    )
+    assert any(line.startswith("double blocks  BF16  float8_e4m3fn") and line.endswith("e-02") for line in table)
+
+
+def test_every_tensor_has_a_part():
+    assert part_of("double_blocks.3.img_mod.lin.weight") == part_of("distilled_guidance_layer.norms.0.scale") == "modulation"
+    assert (part_of("txt_in.bias"), part_of("nerf_blocks.0.norm.scale"), part_of("__x0__")) == ("input", "NeRF head", "markers")
+
+
+@pytest.mark.parametrize(
+    "to, dtype, told",
+    [
+        ("onnx", None, "'onnx'.*native, diffusers, gguf, torch"),
+        ("native", "int3", "'int3'.*q4_0"),
+        ("native", "q8_0", "type of GGUF files"),
+        ("gguf", "float8_e4m3fn", "q8_0"),
+        ("diffusers", None, "diffusers"),
+    ],
+)
+def test_what_cannot_be_written(to, dtype, told, tmp_path):
+    source = open_checkpoint(written(tmp_path))
+    with pytest.raises(CheckpointError, match=told) as error:
+        convert(source, tmp_path / "out", to, dtype)
+    sentence(error)
+    assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_damaged_value_leaves_nothing(to, tmp_path):
+    tensors = published(LATENT, "float32")
+    tensors["single_blocks.2.linear1.weight"][3, 5] = np.nan  # one of the last
+    source = open_checkpoint(save(tmp_path / "in.safetensors", tensors, LATENT))
+    with pytest.raises(CheckpointError, match="single_blocks.2.linear1.weight holds values that are not finite") as error:
+        convert(source, tmp_path / WEIGHTS[to], to)
+    sentence(error)
+    assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_folder_in_use_is_not_written_to(tmp_path):
+    source = open_checkpoint(written(tmp_path, LATENT))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    for to in ("torch", "diffusers"):
+        with pytest.raises(CheckpointError, match="is there already") as error:
+            convert(source, tmp_path / "out", to)
+        sentence(error)
+    assert [x.name for x in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    (tmp_path / "out" / "thesis.tex").unlink()
+    convert(source, tmp_path / "out", "torch")  # an empty one will do
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["config.json", "model.py", "model.safetensors", "sample.py"]
+    assert config.from_json(config.Model, (tmp_path / "out" / "config.json").read_text()) == LATENT
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.safetensors", "out"]
+
+
+def test_diffusers_config(tmp_path):
+    convert(open_checkpoint(written(tmp_path, LATENT)), tmp_path / "out", "diffusers")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["_class_name"] == "ChromaTransformer2DModel" and told["num_layers"] == 2 and told["axes_dims_rope"] == [4, 14, 14]

@@ -1,0 +1,403 @@
+"""The PyTorch module against the JAX model and the golden files, and the script that users run beside it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from toys import FLOAT32, VARIANTS, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed.")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file as save_torch  # noqa: E402
+
+from radiance import config  # noqa: E402
+from radiance.evaluation import verify  # noqa: E402
+from radiance.model.modulation import frequencies, index_table  # noqa: E402
+from radiance.model.transformer import bind  # noqa: E402
+from radiance.pictures import to_picture  # noqa: E402
+from radiance.sampling import Condition, sample, times_of  # noqa: E402
+from radiance.weights import checkpoint, torch_model  # noqa: E402
+from radiance.weights.detect import canonical_names, detect  # noqa: E402
+from radiance.weights.files import open_tensors  # noqa: E402
+
+sys.modules["model"] = torch_model  # the name that it has beside the script
+from radiance.weights import torch_sample  # noqa: E402
+
+pytestmark = pytest.mark.reference
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+FILES = {"model.py": Path(torch_model.__file__), "sample.py": Path(torch_model.__file__).with_name("torch_sample.py")}
+MORE = VARIANTS | {"latent": dict(head="linear", patch=1, channels=8, rope_theta=100.0)}
+FULL = dict(registers=2, text_ids="sequential")
+SMALL = dict(masking="strict", head="linear", modulation="none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """JAX has the other core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def export(folder, model, params):
+    """config.json and model.safetensors, as `convert` writes them."""
+    (folder / "config.json").write_text(config.to_json(model))
+    checkpoint.write(folder / "model.safetensors", model, jax.tree.map(np.asarray, params))
+    return folder
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    return lambda model, **arguments: torch_model.load(export(tmp_path, model, toy_params(model)), **arguments)
+
+
+def to_torch(inputs):
+    """Channels first."""
+    inputs = {name: None if x is None else torch.from_numpy(x.copy()) for name, x in inputs.items()}
+    return inputs | dict(image=inputs["image"].permute(0, 3, 1, 2).contiguous())
+
+
+def run(module, inputs):
+    with torch.no_grad():
+        return module(**to_torch(inputs)).permute(0, 2, 3, 1).numpy()
+
+
+def assert_near(ours, expected, tolerance=2e-5):
+    ours, expected = np.asarray(ours), np.asarray(expected)
+    assert ours.shape == expected.shape and np.isfinite(ours).all()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", MORE)
+def test_agrees_with_our_model(variant, loaded):
+    model = toy_model(**MORE[variant])
+    inputs = toy_inputs(model)
+    assert_near(run(loaded(model, head_tile=4), inputs), apply(model, toy_params(model), inputs))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_agrees_with_the_published_code(path):
+    file = open_tensors(path)
+    shapes = {name.removeprefix(verify.PREFIX): shape for name, shape in file.shapes.items() if name.startswith(verify.PREFIX)}
+    names = canonical_names(shapes)
+    sizes = json.loads(file.metadata["config"])
+    model = detect({name: shapes[key] for name, key in names.items()}, None, path, **verify._known(sizes))
+    module = torch_model.Transformer(config.to_dict(model))
+    module.load_state_dict({name: torch.from_numpy(file[verify.PREFIX + key]) for name, key in names.items()})
+
+    positive, negative = verify._condition(file), verify._condition(file, "neg_") if "neg_text" in file.shapes else None
+    inputs = dict(zip(("text", "lengths", "pooled"), positive)) | dict(image=verify._image(file, sizes), time=file["timestep"])
+    inputs = to_torch({name: x if x is None else np.asarray(x) for name, x in inputs.items()})
+    with torch.no_grad():
+        velocity = module(**inputs, guidance=torch.from_numpy(file["guidance"]) if "guidance" in file.shapes else None)
+    stored = velocity.permute(0, 2, 3, 1).reshape(file["velocity"].shape) if "tokens" in file.shapes else velocity
+    assert_near(stored, file["velocity"])
+    if negative is None:
+        return
+    condition = [torch.from_numpy(np.array(x)) for x in (*positive[:2], *negative[:2])]
+    sampled = torch_sample.sample(module, inputs["image"], *condition, times=file["schedule"], guidance=3.5, unguided_steps=2)
+    assert_near(sampled, file["sampled"], verify.CEILING)  # rounding alone moves some of these by 2e-4: see verify.py
+
+
+@pytest.mark.parametrize("changes", [FULL, SMALL, dict(VARIANTS["conv_half"], guidance_embed=True)])
+def test_gradients_agree(changes, loaded, tmp_path):
+    model = toy_model(**changes)
+    params, inputs = toy_params(model), toy_inputs(model)
+    weights = np.random.default_rng(5).standard_normal(inputs["image"].shape, np.float32)
+    _, (to_params, to_image, to_text) = gradients(model, params, inputs, weights)
+    checkpoint.write(tmp_path / "gradient.safetensors", model, jax.tree.map(np.asarray, to_params))
+    expected = load_file(tmp_path / "gradient.safetensors")
+    for recompute in (False, True):
+        module, tensors = loaded(model, head_tile=4), to_torch(inputs)
+        module.recompute = recompute
+        image, text = tensors["image"].requires_grad_(), tensors["text"].requires_grad_()
+        (module(**tensors) * to_torch(dict(image=weights))["image"]).sum().backward()
+        assert_near(image.grad.permute(0, 2, 3, 1), to_image)
+        assert_near(text.grad, to_text)
+        for name, parameter in module.named_parameters():
+            unused = parameter.grad is None
+            assert_near(torch.zeros_like(parameter) if unused else parameter.grad, expected[name])
+            assert not unused or name == "final_layer.modulation_offset", name
+
+
+def test_tables():
+    for count in (1, 7, 8, 16, 128):
+        np.testing.assert_array_equal(torch_model.frequencies(count), frequencies(count))
+    for count, width in ((344, 32), (11, 8), (50, 12)):
+        np.testing.assert_allclose(torch_model.sinusoid(torch.arange(count), width), index_table(count, width), atol=2e-7)
+
+
+# --- batches of ragged text ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["one_pad", "no_singles", "latent"])
+def test_padded_text_has_no_influence_and_samples_do_not_meet(variant, loaded):
+    model = toy_model(**MORE[variant])
+    module, inputs = loaded(model), toy_inputs(model, lengths=(0, 3, 4))
+    hidden = np.arange(6) >= inputs["lengths"][:, None] + (model.masking == "one_pad")
+    before = run(module, inputs)
+    for i in range(3):
+        assert_near(run(module, rows_of(inputs, slice(i, i + 1)))[0], before[i])
+    for garbage in (1e30, np.nan):
+        dirty = to_torch(inputs | dict(text=np.where(hidden[..., None], np.float32(garbage), inputs["text"])))
+        text = dirty["text"].requires_grad_()
+        velocity = module(**dirty)
+        np.testing.assert_array_equal(velocity.detach().permute(0, 2, 3, 1), before)
+        module.zero_grad()
+        velocity.square().sum().backward()
+        assert (text.grad[hidden] == 0).all() and (text.grad[~hidden] != 0).any(dim=-1).all()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_sizes_and_the_divisor(loaded):
+    model = toy_model(prediction="x0", head="linear", modulation="none")
+    module, inputs = loaded(model), toy_inputs(model)
+    tensors = to_torch(inputs)
+    with torch.no_grad():
+        once, twice = module(**tensors), module(**tensors, divisor=2 * tensors["time"])
+    assert_near(2 * twice, once, 1e-6)
+    with pytest.raises(ValueError, match="12×7 does not divide into patches of 4"):
+        module(**tensors | dict(image=tensors["image"][:, :, :7]))
+    pooled = toy_model(modulation="shared", pooled_dim=5)
+    with pytest.raises(ValueError, match="pooled"):
+        torch_model.Transformer(config.to_dict(pooled))(**to_torch(toy_inputs(pooled) | dict(pooled=None)))
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------------------
+
+HALF = {
+    "autocast": lambda module: (module, torch.autocast("cpu", torch.bfloat16)),
+    "weights": lambda module: (module.to(torch.bfloat16), nullcontext()),
+}
+
+
+@pytest.mark.parametrize("way", HALF)
+@pytest.mark.parametrize("variant", ["one_pad", "strict", "flux", "conv_half", "no_singles"])
+def test_bfloat16(way, variant, loaded, monkeypatch):
+    model = toy_model(**MORE[variant])
+    inputs, module = toy_inputs(model), loaded(model)
+    exact, seen = run(module, inputs), []
+
+    def spy(f):
+        def spied(x, weight, *arguments, **named):
+            out = f(x, weight, *arguments, **named)
+            seen.append((tuple(weight.shape), out.dtype))
+            return out
+
+        return spied
+
+    module, context = HALF[way](module)
+    monkeypatch.setattr(torch_model.F, "linear", spy(torch_model.F.linear))
+    monkeypatch.setattr(torch_model.F, "conv2d", spy(torch_model.F.conv2d))
+    with context:
+        ours = module(**to_torch(inputs))
+    assert ours.dtype == torch.float32
+    error = np.abs(ours.detach().permute(0, 2, 3, 1).numpy() - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.1  # it did compute in bfloat16
+    f, h = model.nerf_hidden, model.channels
+    kept = {"linear": [(model.patch**2 * h, model.hidden)], "nerf_linear": [(f, h + 9), (h, f)], "nerf_conv": [(f, h + 9), (h, f, 3, 3)]}
+    assert [shape for shape, dtype in seen if dtype == torch.float32] == kept[model.head]
+    assert torch.bfloat16 in {dtype for _, dtype in seen}
+    ours.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("way", HALF)
+def test_the_picture_is_not_rounded(way, loaded):
+    """With a head that paints nothing, an x0 model's velocity is the picture over time, to the last bit."""
+    model = toy_model(prediction="x0", head="linear")
+    module, inputs = loaded(model), to_torch(toy_inputs(model))
+    torch.nn.init.zeros_(module.final_layer.linear.weight)
+    torch.nn.init.zeros_(module.final_layer.linear.bias)
+    module, context = HALF[way](module)
+    with context, torch.no_grad():
+        assert torch.equal(module(**inputs), inputs["image"] / inputs["time"][:, None, None, None])
+
+
+def test_loaded_in_bfloat16_what_needs_float32_keeps_it(loaded):
+    module = loaded(toy_model(prediction="x0"), dtype=torch.bfloat16)
+    kept = {name for name, x in module.state_dict().items() if x.dtype == torch.float32}
+    assert kept == {"__x0__", "nerf_final_layer_conv.norm.scale"} | {
+        f"{layer}.{part}" for layer in ("nerf_image_embedder.embedder.0", "nerf_final_layer_conv.conv") for part in ("weight", "bias")
+    }
+    assert all(p.requires_grad for p in module.parameters())
+
+
+# --- there and back -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_is_read_back(tmp_path):
+    model = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=2)
+    module = torch_model.load(export(tmp_path, model, toy_params(model)))
+    with torch.no_grad():
+        module.txt_in.bias.add_(1)
+    # over the file it came from, which must not be in use
+    save_torch(module.state_dict(), tmp_path / "model.safetensors", {"radiance.model": json.dumps(module.config)})
+    found, params = checkpoint.read(tmp_path / "model.safetensors")
+    assert found == model
+    expected = toy_params(model) | dict(text_embed={k: x + (k == "bias") for k, x in toy_params(model)["text_embed"].items()})
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_settings_are_those_of_the_config():
+    hints = get_type_hints(config.Model)
+    assert {f.name for f in fields(config.Model)} == {*torch_model.NUMBERS, *torch_model.CHOICES}
+    assert {name: get_args(hints[name]) for name in torch_model.CHOICES} == torch_model.CHOICES
+    assert not any(isinstance(getattr(config.Model(), name), str) for name in torch_model.NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(depth=3, width=4), "unknown depth, width"),
+        (dict(hidden=None), "missing hidden"),
+        (dict(head="unet"), "head='unet'.*nerf_conv, nerf_linear, linear"),
+    ],
+)
+def test_a_config_that_does_not_fit(changes, message):
+    values = {name: value for name, value in (config.to_dict(toy_model()) | changes).items() if value is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        torch_model.Transformer(values)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    export(tmp_path, toy_model(), toy_params(toy_model()))
+    (tmp_path / "config.json").write_text(config.to_json(toy_model(registers=1)))
+    with pytest.raises(RuntimeError, match="Missing.*registers"):
+        torch_model.load(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json(toy_model(head="linear")))
+    with pytest.raises(RuntimeError, match="Unexpected.*nerf_blocks.0"):
+        torch_model.load(tmp_path)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance, unguided", [(1.0, 0), (2.0, 1)])
+def test_sampling_agrees_with_ours(guidance, unguided, loaded):
+    model = toy_model(double_blocks=0, single_blocks=1, head="linear", prediction="x0", modulation="shared", pooled_dim=5)
+    settings = config.Sample(steps=3, guidance=guidance, unguided_steps=unguided)
+    positive, negative = toy_inputs(model), rows_of(toy_inputs(model, seed=2), slice(0, 1))
+    times, noise = times_of(settings, 6), jnp.asarray(positive["image"])
+
+    def condition(inputs):
+        return Condition(*(jnp.broadcast_to(inputs[k], (3, *inputs[k].shape[1:])) for k in ("text", "lengths", "pooled")))
+
+    program = jax.jit(lambda p: sample(bind(model, FLOAT32, p), noise, times, settings, condition(positive), condition(negative)))
+    expected = program.lower(toy_params(model)).compile()(toy_params(model))
+    p, n = to_torch(positive), to_torch(negative)
+    ours = torch_sample.sample(
+        loaded(model), p["image"], p["text"], p["lengths"], n["text"], n["lengths"], times=torch.linspace(1, 0, 4), guidance=guidance,
+        unguided_steps=unguided, pooled=p["pooled"], negative_pooled=n["pooled"],
+    )  # fmt: skip
+    assert_near(ours.permute(0, 2, 3, 1), expected)
+
+
+def test_sampling_refuses():
+    module, p = torch_model.Transformer(config.to_dict(toy_model())), to_torch(toy_inputs(toy_model()))
+    inputs = p["image"], p["text"], p["lengths"]
+    with pytest.raises(ValueError, match="must fall"):
+        torch_sample.sample(module, *inputs, times=[1.0, 0.5, 0.5, 0.0])
+    with pytest.raises(ValueError, match="negative_text"):
+        torch_sample.sample(module, *inputs, times=[1.0, 0.0], guidance=2.0)
+
+
+# --- what users are given -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, allowed", [("model.py", {"torch", "safetensors"}), ("sample.py", {"torch", "safetensors", "model"})])
+def test_imports(name, allowed):
+    imported = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == allowed
+
+
+ISOLATED = """
+import runpy, sys
+absent = {"numpy", "jax", "jaxlib", "flax", "ml_dtypes", "scipy", "PIL", "radiance", "transformers", "diffusers"}
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent)
+script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.removesuffix("sample.py"))
+runpy.run_path(script, run_name="__main__")
+assert not absent & set(sys.modules)
+"""
+
+
+def run_script(folder, *arguments):
+    """`python sample.py` where nothing but torch and safetensors is installed."""
+    command = [sys.executable, "-I", "-W", "ignore", "-c", ISOLATED, str(folder / "sample.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+PROMPTS = ["a red square", "ein grüner Kreis"]
+
+
+def user_folder(folder, model, settings):
+    """What `convert` gives users, and the inputs in it."""
+    export(folder, model, toy_params(model))
+    for name, source in FILES.items():
+        (folder / name).write_text(source.read_text())
+    positive, negative = toy_inputs(model, lengths=(2, 5)), toy_inputs(model, lengths=(1,), seed=2)
+    tensors = {"text": positive["text"], "lengths": positive["lengths"]}
+    tensors |= {"negative_text": negative["text"], "negative_lengths": negative["lengths"].astype(np.int64)}
+    save_file(tensors, folder / "prompts.safetensors", {"prompts": json.dumps(PROMPTS), "sample": json.dumps(settings)})
+    return {name: torch.from_numpy(x) for name, x in tensors.items()}
+
+
+def test_sample_script_paints_pictures(tmp_path):
+    model = toy_model(prediction="x0")
+    run = config.to_dict(config.Sample(steps=3, guidance=2.0, solver="heun", schedule="shifted"))
+    settings = run | {"side": 16, "noise_scale": 2.0, "times": [1.0, 0.9, 0.6, 0.0]}
+    tensors = user_folder(tmp_path, model, settings)
+    done = run_script(tmp_path, "--seed", "7", "--size", "18x10", "--dtype", "float32", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert all(prompt in done.stdout for prompt in PROMPTS) and "solver=heun" in done.stdout and "schedule" not in done.stdout
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["000-seed7.png", "001-seed8.png"]
+
+    noise = torch.cat([2 * torch.randn((1, 3, 12, 20), generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
+    expected = torch_sample.sample(torch_model.load(tmp_path), noise, *tensors.values(), times=settings["times"], guidance=2.0)
+    for i, pixels in enumerate(expected.permute(0, 2, 3, 1).numpy()):
+        with Image.open(tmp_path / "pictures" / f"00{i}-seed{7 + i}.png") as picture:
+            assert picture.size == (18, 10) and picture.mode == "RGB"
+            ours = np.asarray(picture, int)
+        assert np.abs(ours - np.asarray(to_picture(pixels[:10, :18]), int)).max() <= 1 and ours.std() > 10
+
+
+def test_sample_script_leaves_latents(tmp_path):
+    model = toy_model(head="linear", patch=1, channels=8)
+    user_folder(tmp_path, model, {"steps": 4, "guidance": 1.0, "side": 3, "noise_scale": 1.0, "schedule": "beta", "times": [1.0, 0.0]})
+    done = run_script(tmp_path, "--out", "latents", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "schedule=beta" in done.stdout
+    latents = load_file(tmp_path / "latents" / "001-seed1.safetensors")["latents"]
+    assert latents.shape == (8, 3, 3) and latents.std() > 0.1
+    (tmp_path / "prompts.safetensors").unlink()
+    done = run_script(tmp_path)
+    assert done.returncode == 1 and "prompts.safetensors" in done.stderr and "Traceback" not in done.stderr
