@@ -1,13 +1,24 @@
-"""`radiance train · sample · report · verify` (also `python -m radiance`)."""
+"""`radiance train · encode · sample · convert · inspect · report · verify` (also `python -m radiance`)."""
 
 import argparse
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radiance import config
+
+if TYPE_CHECKING:
+    from radiance.weights.checkpoint import Checkpoint
+
+FORMATS = ("native", "diffusers", "gguf", "torch")
+LORA_NAMES = ("peft", "kohya")
+STORES = ("q8_0", "int8", "float8_e4m3fn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,15 +56,54 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("changes", nargs="*", metavar="key=value", help="changes of its config, such as optimizer.learning_rate=2e-4")
     train.set_defaults(run=_train)
 
-    sample = verbs.add_parser("sample", help="make pictures with a trained model", description=_sample.__doc__)
-    sample.add_argument("model", metavar="RUN", help="a run directory")
+    encode = verbs.add_parser("encode", help="encode an experiment's captions into its text.cache", description=_encode.__doc__)
+    encode.add_argument("experiment", metavar="EXPERIMENT[:ARM]")
+    encode.add_argument("changes", nargs="*", metavar="key=value")
+    encode.add_argument("--host", type=int, default=0, help="this process, of --hosts that share the captions")
+    encode.add_argument("--hosts", type=int, default=1)
+    encode.set_defaults(run=_encode)
+
+    sample = verbs.add_parser("sample", help="make pictures", description=_sample.__doc__)
+    _add_model(sample)
     sample.add_argument("changes", nargs="*", metavar="key=value", help="changes of its sample settings, such as guidance=2")
     sample.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     sample.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     sample.add_argument("--seeds", type=_seeds, default=[0], help="such as 0, 0-3 or 1,5,9: every prompt is painted with each")
-    sample.add_argument("--size", type=_size, help="WIDTHxHEIGHT; the training size by default")
+    sample.add_argument("--size", type=_size, help="WIDTHxHEIGHT; by default the run's or the preset's")
+    sample.add_argument("--preset", help=f"settings of a published model: {', '.join(config.PRESETS)}")
+    sample.add_argument("--text-encoder", default="", metavar="FILE", help="T5 v1.1: safetensors (file, index or folder) or GGUF")
+    sample.add_argument("--tokenizer", default="", metavar="FILE", help="spiece.model or tokenizer.json; found beside T5 by default")
+    sample.add_argument("--autoencoder", default="", metavar="FILE", help="FLUX's, for latent models")
+    sample.add_argument("--lora", action="append", type=_with_number, default=[], metavar="FILE[:STRENGTH]")
+    sample.add_argument("--store", choices=["none", *STORES], help="how the blocks' matrices are kept in memory; by default as in the file")
+    sample.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of a checkpoint file's weights and computation"
+    )
     sample.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
     sample.set_defaults(run=_sample)
+
+    convert = verbs.add_parser("convert", help="write a model in another format or type, or operate on it", description=_convert.__doc__)
+    _add_model(convert)
+    convert.add_argument("out", type=Path, metavar="OUT", help="a file (.safetensors or .gguf), or a new folder")
+    convert.add_argument("--to", choices=[*FORMATS, *LORA_NAMES], help="by default what the name of OUT says")
+    convert.add_argument("--dtype", help="fp32, bf16, fp16, fp8, and in GGUF q8_0 and q4_0; by default each tensor's own")
+    convert.add_argument("--weights", help="of a run: params, ema or ema=DECAY")
+    convert.add_argument("--merge", type=_with_number, metavar="FILE:RATIO", help="(1 - RATIO) of MODEL and RATIO of another of its kind")
+    convert.add_argument(
+        "--lora", action="append", type=_with_number, default=[], metavar="FILE[:STRENGTH]", help="merge; negative to unmerge"
+    )
+    convert.add_argument("--head", choices=["nerf_conv"], help="turn a linear NeRF head into a convolution with the same output")
+    convert.add_argument("--dilate", choices=["conv", "conv_half"], help="patch 16 to 32: a larger kernel, or every second pixel")
+    convert.add_argument("--graft", metavar="NAME", help="put the blocks under a fresh pixel head of this named model")
+    convert.add_argument("--seed", type=int, default=0, help="of the fresh head")
+    convert.add_argument("--extract", metavar="BASE", help="write what MODEL changed in BASE as a LoRA (--to peft or kohya)")
+    convert.add_argument("--rank", type=int, default=32, help="of the extracted LoRA")
+    convert.add_argument("--ggml-markers", action="store_true", help="markers with one value: ggml refuses empty tensors, ComfyUI others")
+    convert.set_defaults(run=_convert)
+
+    inspect = verbs.add_parser("inspect", help="say what a file holds", description=_inspect.__doc__)
+    inspect.add_argument("model", metavar="MODEL", help="a checkpoint, LoRA, T5 or autoencoder file, a run directory, or a size name")
+    inspect.set_defaults(run=_inspect)
 
     report = verbs.add_parser("report", help="write a run's report.html", description=_report.__doc__)
     report.add_argument("run_directory", metavar="RUN", type=Path)
@@ -79,32 +129,141 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(options: argparse.Namespace) -> int:
+    """Encodes the captions of an experiment into the folder text.cache=FOLDER, from which it then trains and samples."""
+    from tqdm import tqdm
+
+    from radiance.data.datasets import open_source
+    from radiance.text.cache import encode_captions
+    from radiance.text.encoders import make_encoder
+
+    run = config.override(experiment(options.experiment), options.changes)
+    if not run.text.cache:
+        raise config.ConfigError("There is no folder to write to: give text.cache=FOLDER.")
+    encoder = make_encoder(replace(run.text, cache=""), run.model.text_dim)
+    sources = [open_source(run.data, split) for split in ("train", "validation")]
+    prompts = (*run.train.sample_prompts, run.sample.negative)
+    captions = chain(prompts, *(source.captions(i) for source in sources for i in range(len(source))))
+    with tqdm(unit="caption", disable=None) as bar:
+        counts = encode_captions(captions, encoder, run.text.cache, options.host, options.hosts, bar.update)
+    print(
+        f"{run.text.cache}: {counts.encoded} captions encoded, {counts.already} were there, {counts.cut} cut to {run.text.length} tokens."
+    )
+    return 0
+
+
 def _sample(options: argparse.Namespace) -> int:
     """Paints every prompt with every seed. The PNGs carry prompt, seed and settings."""
     from tqdm import tqdm
 
     from radiance.models import load
     from radiance.pictures import contact_sheet, save_png
-    from radiance.training.directory import RunDirectory
 
     prompts = options.prompt + ([line for line in options.prompts.read_text().splitlines() if line.strip()] if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
-    settings = config.override(RunDirectory(Path(options.model)).read_config().sample, options.changes)
-    pipeline = load(options.model, settings.weights)
-    width, height = options.size or (None, None)
-    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     if any(options.out.glob("*.png")):
         raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
-    painted = pipeline.paint([p for p, _ in jobs], [s for _, s in jobs], width, height, settings)
+    pipeline = load(
+        options.model,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        autoencoder=options.autoencoder,
+        loras=options.lora,
+        preset=options.preset,
+        changes=options.changes,
+        store=options.store,
+        dtype=options.dtype,
+        **_known(options),
+    )
+    width, height = options.size or (None, None)
+    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
+    painted = pipeline.paint([p for p, _ in jobs], [s for _, s in jobs], width, height)
     pictures = []
     for picture in tqdm(painted, total=len(jobs), unit="picture", disable=None):  # disable=None: no bar in a log
         save_png(options.out / f"{len(pictures):05d}_seed{picture.facts['seed']}.png", picture.image, picture.facts)
         pictures.append(picture)
     columns = len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10)
     sheet = contact_sheet([p.image for p in pictures], columns)
-    save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": config.to_dict(settings)})
+    settings = config.to_dict(pipeline.run.sample)
+    save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
     print(f"{len(pictures)} pictures and sheet.png are in {options.out}.")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    """Writes MODEL to OUT, tensor by tensor, and tells what was done. Operations come in the order of the flags in this help."""
+    from tqdm import tqdm
+
+    from radiance.models import opened, write_prompts
+    from radiance.training.directory import RunDirectory, is_run
+    from radiance.weights import lora, surgery
+    from radiance.weights.convert import SHORT, convert, format_of
+
+    to = options.to or format_of(options.out)
+    checkpoint = opened(options.model, options.weights, **_known(options))
+    if options.merge:
+        checkpoint = surgery.merge(checkpoint, opened(options.merge[0]), options.merge[1])
+    if to in LORA_NAMES:
+        return _write_lora(options, checkpoint, to)
+    for path, strength in options.lora:
+        checkpoint = lora.merged(checkpoint, lora.read(path, checkpoint.model), strength)
+    if options.head:
+        checkpoint = surgery.conv_head(checkpoint)
+    if options.dilate:
+        checkpoint = surgery.dilate(checkpoint, options.dilate)
+    if options.graft:
+        checkpoint = surgery.graft(checkpoint, config.Model.named(options.graft), options.seed)
+    count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
+        report = convert(checkpoint, options.out, to, SHORT.get(options.dtype, options.dtype), not options.ggml_markers, bar.update)
+    print(report)
+    if to == "torch" and is_run(options.model):
+        write_prompts(options.out, RunDirectory(Path(options.model)).read_config())
+    print(f"{checkpoint.origin} is written to {options.out}.")
+    return 0
+
+
+def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: str) -> int:
+    """The difference to another checkpoint as a LoRA, or a LoRA file under other names."""
+    from tqdm import tqdm
+
+    from radiance.models import opened
+    from radiance.weights import lora
+
+    if options.extract:
+        base = opened(options.extract)
+        count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
+            found = lora.extract(base, checkpoint, options.rank, progress=bar.update)
+        lora.write(options.out, found.lora, names)
+        print(
+            f"{options.out} keeps {found.kept_in_all:.1%} of the squared difference of {len(found.lora.pairs)} matrices at rank {options.rank}."
+        )
+        if found.left:
+            worst = ", ".join(f"{name} ({change:.1e})" for name, change in sorted(found.left.items(), key=lambda x: -x[1])[:3])
+            print(f"{len(found.left)} other tensors changed too, which a LoRA of the blocks' matrices cannot carry; most of all {worst}.")
+    elif len(options.lora) == 1:
+        lora.write(options.out, lora.read(options.lora[0][0], checkpoint.model), names)
+        print(f"{options.lora[0][0]} is written to {options.out} with the names of {names}.")
+    else:
+        raise config.ConfigError(
+            f"--to {names} writes a LoRA: give --extract BASE, from which MODEL was trained, or one --lora FILE to rename."
+        )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Variant, sizes, parameters by part, types and metadata."""
+    from radiance.training.directory import RunDirectory, is_run
+    from radiance.weights.inspect import inspect_file, inspect_model
+
+    if options.model in config.MODELS:
+        print(inspect_model(config.Model.named(options.model)))
+    elif is_run(options.model):
+        print(inspect_model(RunDirectory(Path(options.model)).read_config().model))
+    else:
+        print(inspect_file(options.model))
     return 0
 
 
@@ -155,6 +314,29 @@ def experiment(name: str) -> config.Config:
     if arm not in arms:
         raise config.ConfigError(f"{where} has no arm {arm!r}: it has {', '.join(arms) or 'none'}.")
     return config.override(run, [f"name={run.name}-{arm}", *arms[arm]])
+
+
+def _add_model(parser: argparse.ArgumentParser):
+    """MODEL, and what the user may have to tell of it."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run directory, or a checkpoint: safetensors (native or diffusers), an index, GGUF"
+    )
+    parser.add_argument("--text-ids", choices=["zero", "sequential"], help="where a file does not say it")
+    parser.add_argument("--prediction", choices=["velocity", "x0"], help="where a file does not say it")
+
+
+def _known(options: argparse.Namespace) -> dict[str, str]:
+    told = {"text_ids": options.text_ids, "prediction": options.prediction}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _with_number(text: str) -> tuple[str, float]:
+    """FILE:NUMBER; 1 where there is none."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon in the name
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,23 +1,172 @@
-"""Finding a trained model by what the user calls it."""
+"""Finding a model by what the user calls it: a run directory, or a checkpoint file with the files that belong to it."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from radiance import config
-from radiance.pipeline import Pipeline
+from radiance.model.transformer import Params
+from radiance.pipeline import Autoencoder, Pipeline
+from radiance.sampling import times_of
+from radiance.text.encoders import make_encoder
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.directory import RunDirectory
+from radiance.training.directory import RunDirectory, is_run
+from radiance.training.start import LOSS_KEY
+from radiance.weights import autoencoder as autoencoder_files
+from radiance.weights import lora as lora_files
+from radiance.weights.checkpoint import Checkpoint, of_params, open_checkpoint
+from radiance.weights.files import write_safetensors
+
+# What our own exports carry, so that they are sampled as the run was: settings that the weights do not tell.
+RUN_KEY = "radiance.run"
+# Types of files whose matrices stay as they are in memory.
+STORES = {"Q8_0": "q8_0", "F8_E4M3": "float8_e4m3fn"}
+T5_LENGTH = 512  # tokens; what the published models were trained with
 
 
-def load(model: str | Path, weights: str | None = None) -> Pipeline:
-    """The pipeline of a run directory, at its newest checkpoint.
+def load(
+    model: str | Path,
+    weights: str | None = None,
+    *,
+    text_encoder: str = "",
+    tokenizer: str = "",
+    autoencoder: str = "",
+    loras: Sequence[tuple[str, float]] = (),
+    preset: str | None = None,
+    changes: Sequence[str] = (),
+    store: str | None = None,
+    dtype: str = "bfloat16",
+    **known: Any,
+) -> Pipeline:
+    """The pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
 
-    weights: params, ema or ema=DECAY; the run's own choice when None. Raises ConfigError or CheckpointError when there is none.
+    weights: of a run: params, ema or ema=DECAY; its own choice when None. text_encoder, tokenizer: T5's files; a run's own when
+    empty. autoencoder: the file that latent models (Chroma1-Base, -HD, -Flash) need. loras: files and strengths. preset: settings
+    by name (`config.PRESETS`); when None a run's own, or those that suit the file. changes: of the settings, such as "guidance=2".
+    store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has them.
+    dtype: of a file's weights and of the computation. known: fields of the model that a file does not tell, such as
+    text_ids="sequential".
+
+    Raises ConfigError or CheckpointError, in one sentence and before the weights are read, when something is missing or unfit.
     """
-    directory = RunDirectory(Path(model))
-    run = directory.read_config()
-    checkpoints = Checkpoints(directory.checkpoints)
+    if is_run(model):
+        run = RunDirectory(Path(model)).read_config()
+    else:
+        checkpoint = open_checkpoint(model, **known)
+        run = run_of(checkpoint, dtype)
+    if preset is not None:
+        chosen = config.preset(preset)
+        run = replace(run, sample=replace(chosen.sample, weights=run.sample.weights), data=replace(run.data, side=chosen.side))
+    if weights:
+        changes = [*changes, f"weights={weights}"]
+    run = replace(run, sample=config.override(run.sample, changes))
+    if text_encoder:
+        run = replace(run, text=replace(run.text, encoder="t5", file=text_encoder, tokenizer=tokenizer))
+    _check(run, model, autoencoder)
+    decoder = Autoencoder(*autoencoder_files.read(autoencoder), run.compute.dtype) if autoencoder else None
+    if decoder and 4 * decoder.sizes.latent_channels != run.model.channels:
+        raise config.ConfigError(
+            f"{model} paints latents of {run.model.channels // 4} channels, and {autoencoder} has {decoder.sizes.latent_channels}: give FLUX's."
+        )
+    adapters = [(lora_files.read(path, run.model), strength) for path, strength in loras]
+    encoder = make_encoder(run.text, run.model.text_dim)
+
+    if is_run(model):
+        params, origin = restored(model, run)
+        if store not in (None, "none"):
+            params = of_params(run.model, params, origin).params(store=store)
+    else:
+        params, origin = checkpoint.params(dtype, _store(checkpoint) if store is None else store), checkpoint.origin
+    return Pipeline(run, lora_files.applied(params, run.model, adapters) if adapters else params, origin, encoder, decoder)
+
+
+def restored(model: str | Path, run: config.Config) -> tuple[Params, str]:
+    """Weights of a run's newest checkpoint, and what they are called."""
+    checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     if checkpoints.latest is None:
         raise config.ConfigError(f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps.")
-    which = weights or run.sample.weights
-    params = checkpoints.restore_weights(checkpoints.latest, run, which)
-    return Pipeline(run, params, f"{run.name} step {checkpoints.latest} {which}")
+    which = run.sample.weights
+    return checkpoints.restore_weights(checkpoints.latest, run, which), f"{run.name} step {checkpoints.latest} {which}"
+
+
+def opened(model: str | Path, weights: str | None = None, **known: Any) -> Checkpoint:
+    """The checkpoint of a run, with what its exports say of it, or of a file."""
+    if not is_run(model):
+        return open_checkpoint(model, **known)
+    directory = RunDirectory(Path(model))
+    run = directory.read_config()
+    if weights:
+        run = replace(run, sample=replace(run.sample, weights=weights))
+    params, origin = restored(model, run)
+    told = {
+        "text": config.to_dict(replace(run.text, file="", tokenizer="", cache="")),
+        "sample": config.to_dict(replace(run.sample, weights="params")),
+        "side": run.data.side,
+        "noise_scale": run.flow.noise_scale,
+    }
+    losses = [row["validation_loss"] for row in directory.read_metrics() if "validation_loss" in row]
+    measured = {LOSS_KEY: f"{losses[-1]:.6g}"} if losses else {}
+    return of_params(run.model, params, origin, {RUN_KEY: json.dumps(told), **measured})
+
+
+def run_of(checkpoint: Checkpoint, dtype: str) -> config.Config:
+    """Settings to sample a checkpoint file with: those of the run it comes from, or those that suit the published model."""
+    compute = config.Compute(dtype=dtype)
+    model = checkpoint.model
+    if RUN_KEY not in checkpoint.metadata:
+        suited = config.preset(config.preset_for(model))
+        text = config.Text(encoder="t5", length=T5_LENGTH)
+        return config.Config(
+            model=model, compute=compute, text=text, sample=suited.sample, data=config.Data(side=suited.side), optimizer=config.Optimizer()
+        )
+    told = json.loads(checkpoint.metadata[RUN_KEY])
+    return config.Config(
+        model=model,
+        compute=compute,
+        text=config.from_dict(config.Text, told["text"]),
+        sample=config.from_dict(config.Sample, told["sample"]),
+        data=config.Data(side=told["side"]),
+        flow=config.Flow(noise_scale=told["noise_scale"]),
+    )
+
+
+def _store(checkpoint: Checkpoint) -> str | None:
+    kinds = {kind for name, kind in checkpoint.dtypes.items() if name.endswith(("linear1.weight", "attn.qkv.weight"))}
+    return next((STORES[kind] for kind in kinds if kind in STORES), None)
+
+
+def _check(run: config.Config, model: str | Path, autoencoder: str):
+    if run.model.pooled_dim:
+        raise config.ConfigError(
+            f"{model} reads a pooled CLIP vector (FLUX), which no encoder here gives: it can be converted, not sampled."
+        )
+    if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
+        raise config.ConfigError(f"{model} needs its text encoder: give --text-encoder FILE (T5 v1.1; safetensors or GGUF).")
+    if run.model.patch == 1 and not autoencoder:
+        raise config.ConfigError(f"{model} paints latents: give --autoencoder FILE, FLUX's autoencoder.")
+    if run.model.patch > 1 and autoencoder:
+        raise config.ConfigError(f"{model} paints pixels and needs no autoencoder: leave --autoencoder out.")
+
+
+def write_prompts(folder: Path, run: config.Config):
+    """`prompts.safetensors` beside an exported PyTorch model: the run's sample prompts, encoded, and how to paint them."""
+    prompts = list(run.train.sample_prompts or ("",))
+    encoder = make_encoder(run.text, run.model.text_dim)
+    encoded = encoder.encode([*prompts, run.sample.negative])
+    width = max(len(rows) for rows, _ in encoded)
+    text, lengths = encoder.pad(encoded, width)
+    text = text.astype(np.float32)
+    tensors = {"text": text[:-1], "lengths": lengths[:-1], "negative_text": text[-1:], "negative_lengths": lengths[-1:]}
+    times = times_of(run.sample, (run.data.side // run.model.patch) ** 2)
+    settings = config.to_dict(run.sample) | {"side": run.data.side, "noise_scale": run.flow.noise_scale, "times": times.tolist()}
+    write_safetensors(
+        folder / "prompts.safetensors",
+        {name: x.shape for name, x in tensors.items()},
+        {name: x.dtype for name, x in tensors.items()},
+        tensors.__getitem__,
+        {"prompts": json.dumps(prompts), "sample": json.dumps(settings)},
+    )

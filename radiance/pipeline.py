@@ -1,4 +1,4 @@
-"""From prompts to pictures with a model and its text encoder."""
+"""From prompts to pictures with a model, its text encoder and, for latent models, an autoencoder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
 from radiance import config
+from radiance.model import autoencoder
 from radiance.model.transformer import Params, visible_tokens
 from radiance.pictures import to_picture
 from radiance.sampling import Condition, paint
 from radiance.text.encoders import Encoder, bucket, make_encoder
+
+TILE = 1024  # pixels; larger pictures are decoded from latents in tiles of this side
 
 
 class Picture(NamedTuple):
@@ -20,12 +24,30 @@ class Picture(NamedTuple):
     facts: dict[str, Any]  # prompt, seed, size, settings, model: what its PNG carries
 
 
+class Autoencoder(NamedTuple):
+    """What turns a latent model's pictures into pixels."""
+
+    sizes: autoencoder.Autoencoder
+    params: Params
+    dtype: str
+
+    def decode(self, latents: Float32[np.ndarray, "b rows columns packed"]) -> Float32[np.ndarray, "b height width 3"]:
+        """One picture at a time, in tiles where it is large, so that memory is bounded."""
+        return np.concatenate(
+            [np.asarray(autoencoder.decode(self.sizes, self.params, x[None], dtype=self.dtype, tile=TILE)) for x in latents]
+        )
+
+
 class Pipeline:
     """`pipeline(["a handwritten seven"], seeds=[1])` gives pictures."""
 
-    def __init__(self, run: config.Config, params: Params, origin: str = "", encoder: Encoder | None = None):
-        self.run, self.params, self.origin = run, params, origin
+    def __init__(
+        self, run: config.Config, params: Params, origin: str = "", encoder: Encoder | None = None, decoder: Autoencoder | None = None
+    ):
+        self.run, self.params, self.origin, self.decoder = run, params, origin, decoder
         self.encoder = encoder or make_encoder(run.text, run.model.text_dim)
+        # Pixels along the side of what one token stands for.
+        self.side = run.model.patch * (decoder.sizes.side if decoder else 1)
 
     def __call__(self, prompts: Sequence[str], *arguments, **named) -> list[Picture]:
         """The list of what `paint` yields."""
@@ -66,10 +88,12 @@ class Pipeline:
                 compute=run.compute,
                 settings=replace(settings, negative=""),  # already encoded: another text needs no other program
                 noise_scale=run.flow.noise_scale,
-                height=-(-height // run.model.patch) * run.model.patch,
-                width=-(-width // run.model.patch) * run.model.patch,
+                height=-(-height // self.side) * run.model.patch,
+                width=-(-width // self.side) * run.model.patch,
             )
-            for i, image in zip(range(start, min(start + size, len(prompts))), np.asarray(painted)):
+            count = min(size, len(prompts) - start)
+            images = np.asarray(painted)[:count]
+            for i, image in enumerate(self.decoder.decode(images) if self.decoder else images, start):
                 yield Picture(to_picture(image[:height, :width]), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
 
     def encode(self, prompts: Sequence[str], negative: str) -> tuple[Condition, Condition]:
@@ -77,7 +101,8 @@ class Pipeline:
 
         What is cut off is masked anyway: the picture is the same for less work.
         """
-        text, lengths = self.encoder([*prompts, negative])
-        seen = int(visible_tokens(jnp.asarray(lengths), text.shape[1], self.run.model.masking).max())
-        text = text[:, : bucket(seen, text.shape[1])]
+        encoded = self.encoder.encode([*prompts, negative])
+        lengths = jnp.asarray([length for _, length in encoded])
+        seen = int(visible_tokens(lengths, self.encoder.limit, self.run.model.masking).max())
+        text, lengths = self.encoder.pad(encoded, bucket(seen, self.encoder.limit))
         return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])

@@ -16,7 +16,7 @@ from radiance import config
 from radiance.weights.files import replacing
 
 # What may change between a run and its continuation.
-FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.threads", "train.steps") + tuple(
+FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.path", "data.threads", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
     f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "keep", "keep_every", "skip_limit")
 )  # fmt: skip
 
@@ -102,6 +102,18 @@ class Journal:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether that is a run directory, and not a checkpoint. Raises ConfigError when it is neither."""
+    path = Path(path)
+    if not path.exists():
+        raise config.ConfigError(f"There is no run directory and no checkpoint {path}.")
+    if any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.gguf", "transformer")):
+        return False  # diffusers' folders have a config.json too
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise config.ConfigError(f"{path} is not a run directory (it has no config.json), and holds no safetensors or GGUF file.")
+    return path.is_dir()
 
 
 def environment() -> dict[str, Any]:

@@ -28,8 +28,8 @@ from radiance.training.checkpoints import Checkpoints, chosen_average
 from radiance.training.directory import Journal, RunDirectory
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Progress
+from radiance.training.start import start, verdict
 from radiance.training.step import State, init_state, make_step, validation_losses
-from radiance.weights import checkpoint
 from radiance.weights.files import require_space
 
 
@@ -46,9 +46,10 @@ def train(run: config.Config) -> int:
     # 1. What is asked, and with what. Everything that can be wrong is found here, and nothing is written.
     mesh = make_mesh(run.mesh)
     _check(run, mesh)
-    encoder = make_encoder(run.text, run.model.text_dim)
+    encoder = make_encoder(run.text, run.model.text_dim, partial(shardings, mesh=mesh))
     sources = {split: open_source(run.data, split) for split in ("train", "validation")}
     data = {split: describe(source, run.data, split) for split, source in sources.items()}
+    data["text"] = {"encoder": run.text.encoder, "identity": encoder.identity}
     directory = RunDirectory(run.directory)
     directory.check(run, data)
     batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps)
@@ -62,30 +63,35 @@ def train(run: config.Config) -> int:
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=True)
-    start, state, origin = _start(run, checkpoints, like, places)
-    directory.record(run, data, start)
+    first, state, origin = start(run, checkpoints, like, places)
+    directory.record(run, data, first)
     count = sum(x.size for x in jax.tree.leaves(like.params))
     print(
         f"{directory.path}: {count / 1e6:.1f} M parameters, {len(sources['train'])} pictures, {mesh.size} device(s), {origin}.", flush=True
     )
-    if start >= run.train.steps:
+    if first >= run.train.steps:
         checkpoints.close()
-        return start
+        return first
 
     # 3. The steps.
     step = jax.jit(make_step(run), in_shardings=(places, None), out_shardings=(places, None), donate_argnums=0)
     validate = jax.jit(partial(validation_losses, run))
     rate = learning_rate(run.optimizer, run.train.steps)
-    feed = batches.start(start)
-    number = saved = start
+    feed = batches.start(first)
+    number = saved = first
     facts: dict[str, float] = {}
     before, waited, cut = None, 0.0, 0
     with (
         _signals() as stopping,
         closing(checkpoints),
-        closing(Journal(directory, start)) as journal,
-        closing(Progress(start, run.train.steps, run.data.batch)) as progress,
+        closing(Journal(directory, first)) as journal,
+        closing(Progress(first, run.train.steps, run.data.batch)) as progress,
     ):
+        if first == 0 and run.init:
+            bins = _validate(validate, weights_of(run, state), validation, mesh)
+            journal.write(0, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
+            other = partial(_validate_otherwise, params=weights_of(run, state), batches=validation, mesh=mesh)
+            progress.say(verdict(run, bins, other))
         while number < run.train.steps and not stopping.is_set():
             began = time.monotonic()
             batch = next(feed)
@@ -97,7 +103,7 @@ def train(run: config.Config) -> int:
             if before is not None:
                 _check_finite(run, before, number - 1, checkpoints)
             before = metrics
-            if number == start + 1:
+            if number == first + 1:
                 jax.block_until_ready(metrics)
                 progress.first_step_done(number)
 
@@ -145,32 +151,6 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         )
 
 
-def _start(run: config.Config, checkpoints: Checkpoints, like: State, places: State) -> tuple[int, State, str]:
-    latest = checkpoints.latest
-    if latest is not None:
-        return latest, checkpoints.restore(latest, like), f"going on from step {latest}"
-    fresh = jax.jit(partial(init_state, run), out_shardings=places)
-    if not run.init:
-        return 0, fresh(), "from scratch"
-    params = load_weights(run.init, run, places.params)
-    return 0, fresh(params), f"from the weights of {run.init}"
-
-
-def load_weights(path: str, run: config.Config, places: Params | None = None) -> Params:
-    """Weights to start from: of a native checkpoint file, or the averaged ones of a run directory. They must be of `run.model`."""
-    if Path(path).is_file():
-        return checkpoint.read(path, run.model, places)[1]
-    other = RunDirectory(Path(path))
-    their = other.read_config()
-    if changed := config.differences(their.model, run.model, "model."):
-        told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
-        raise config.ConfigError(f"init={path} is a run of another model ({told}): make the models equal.")
-    checkpoints = Checkpoints(other.checkpoints)
-    if checkpoints.latest is None:
-        raise config.ConfigError(f"init={path} has no checkpoint yet.")
-    return checkpoints.restore_weights(checkpoints.latest, their, their.sample.weights, places)
-
-
 def weights_of(run: config.Config, state: State) -> Params:
     """The weights that the run samples and is validated with."""
     decay = chosen_average(run.sample.weights, state.ema)
@@ -194,6 +174,10 @@ def _validate(validate, params: Params, batches: list[dict[str, np.ndarray]], me
         losses = np.asarray(validate(params, put_batch(batch, mesh) if len(batch["image"]) % mesh.size == 0 else batch, jnp.int32(seed)))
         total, weight = total + batch["weight"] @ losses, weight + batch["weight"].sum()
     return total / weight
+
+
+def _validate_otherwise(run: config.Config, *, params: Params, batches: list[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> np.ndarray:
+    return _validate(jax.jit(partial(validation_losses, run)), params, batches, mesh)
 
 
 def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, path: Path):

@@ -14,9 +14,10 @@ from radiance import config
 from radiance.evaluation.report import write_report
 from radiance.training import loop
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.loop import TrainingError, load_weights, train
+from radiance.training.loop import TrainingError, train
+from radiance.training.start import load_weights
 from radiance.training.step import init_state
-from radiance.weights import native
+from radiance.weights import checkpoint
 from radiance.weights.files import CheckpointError
 
 pytestmark = pytest.mark.slow

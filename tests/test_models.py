@@ -1,0 +1,174 @@
+"""Files in, pictures out: what `radiance.load` and the command line make of checkpoints, encoders and autoencoders."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import toy_run
+from toy_t5 import TOY, toy_folder
+from toys import toy_model, toy_params
+
+import radiance
+from radiance import config
+from radiance.cli import main
+from radiance.model import autoencoder
+from radiance.pictures import to_picture
+from radiance.sampling import paint
+from radiance.weights import autoencoder as autoencoder_files
+from radiance.weights import checkpoint, lora
+from radiance.weights.convert import convert
+from radiance.weights.files import CheckpointError
+
+SIZES = dict(hidden=64, heads=2, rope_axes=(4, 14, 14), text_dim=TOY.hidden)
+MODEL = toy_model(prediction="x0", **SIZES)
+LATENT = toy_model(patch=1, head="linear", channels=16, **SIZES)
+SMALL = autoencoder.Autoencoder(latent_channels=4, width=8, multipliers=(1, 2), blocks=1, groups=4)
+QUICK = ["steps=2", "guidance=2"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pixel model, a latent model with its autoencoder, and T5 with its tokenizer, as files from elsewhere."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, model in (("pixels", MODEL), ("latents", LATENT)):
+        checkpoint.write(folder / f"{name}.safetensors", model, toy_params(model), "bfloat16")
+    params = autoencoder.init(SMALL, jax.random.key(0))
+    autoencoder_files.write(folder / "ae.safetensors", SMALL, params)
+    toy_folder(folder / "t5")
+    return folder
+
+
+def sample(files, name, out, *more):
+    code = main(
+        ["sample", str(files / name), *QUICK, "--prompt", "a red cat", "--text-encoder", str(files / "t5"), "--out", str(out), *more]
+    )
+    assert code == 0
+    return Image.open(next(out.glob("00000*.png")))
+
+
+def pixels(picture):
+    return np.asarray(picture, int)
+
+
+def test_a_radiance_t5_and_tokenizer_from_files_to_a_png_in_one_command(files, tmp_path):
+    picture = sample(files, "pixels.safetensors", tmp_path / "out", "--size", "24x16", "--preset", "radiance-x0")
+    assert picture.size == (24, 16) and picture.text["prompt"] == "a red cat"
+    settings = json.loads(picture.text["settings"])
+    assert settings["steps"] == 2 and settings["schedule"] == "beta"  # the preset, and then the changes
+    other = sample(files, "pixels.safetensors", tmp_path / "other", "--size", "24x16", "--preset", "radiance-x0", "--seeds", "1")
+    assert np.abs(pixels(picture) - pixels(other)).max() > 5
+
+
+def test_a_latent_model_through_the_autoencoder(files, tmp_path):
+    picture = sample(files, "latents.safetensors", tmp_path / "out", "--size", "24x16", "--autoencoder", str(files / "ae.safetensors"))
+    assert picture.size == (24, 16)
+    cropped = sample(files, "latents.safetensors", tmp_path / "crop", "--size", "22x15", "--autoencoder", str(files / "ae.safetensors"))
+    assert np.array_equal(pixels(cropped), pixels(picture)[:15, :22])
+
+
+def test_the_painted_latents_are_decoded(files):
+    """The pipeline against its parts, put together by hand."""
+    named = dict(
+        text_encoder=str(files / "t5"), autoencoder=str(files / "ae.safetensors"), changes=["steps=2", "guidance=1"], dtype="float32"
+    )
+    pipeline = radiance.load(files / "latents.safetensors", **named)
+    picture = pipeline(["a red cat"], seeds=[3], width=24, height=16)[0]
+    condition, _ = pipeline.encode(["a red cat"], "")
+    latents = paint(
+        pipeline.params, np.array([3], np.uint32), condition, None, model=LATENT, compute=pipeline.run.compute,
+        settings=pipeline.run.sample, noise_scale=1.0, height=4, width=6,
+    )  # fmt: skip
+    decoded = autoencoder.decode(SMALL, autoencoder_files.read(files / "ae.safetensors")[1], latents, dtype="float32")
+    assert np.abs(pixels(to_picture(np.asarray(decoded[0]))) - pixels(picture.image)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "q8.gguf", "int8", "float8_e4m3fn"])
+def test_other_formats_and_storage_give_nearly_the_same_picture(files, tmp_path, name):
+    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    exact = radiance.load(files / "pixels.safetensors", **named)
+    reference = pixels(exact(["a red cat"], seeds=[0], width=16, height=16)[0].image)
+    path = files / "pixels.safetensors"
+    if name.endswith(".gguf"):
+        path = tmp_path / name
+        convert(checkpoint.open_checkpoint(files / "pixels.safetensors"), path, "gguf", "q8_0" if name == "q8.gguf" else None)
+    else:
+        named["store"] = name
+    pipeline = radiance.load(path, **named)
+    kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "expand"))}
+    assert ("Quantised" in kinds) == (name != "model.gguf")
+    picture = pixels(pipeline(["a red cat"], seeds=[0], width=16, height=16)[0].image)
+    assert np.abs(picture - reference).mean() < (1e-9 if name == "model.gguf" else 25)
+
+
+def test_a_lora_at_a_strength(files, tmp_path):
+    """Beside the weights or in them: the same picture, in float32."""
+    assert main(["convert", str(files / "pixels.safetensors"), str(tmp_path / "base.safetensors"), "--dtype", "fp32"]) == 0
+    noise = np.random.default_rng(0)
+    pair = lora.Pair(noise.standard_normal((4, 64), np.float32), 0.1 * noise.standard_normal((192, 4), np.float32), 0.5)
+    lora.write(tmp_path / "lora.safetensors", lora.Lora(MODEL, {"double_blocks.0.img_attn.qkv": pair}), "peft", "float32")
+    merge = [
+        "convert",
+        str(tmp_path / "base.safetensors"),
+        str(tmp_path / "merged.safetensors"),
+        "--lora",
+        f"{tmp_path / 'lora.safetensors'}:0.5",
+    ]
+    assert main(merge) == 0
+
+    def painted(name, *more):
+        size = ["--size", "16x16", "--dtype", "float32", "--text-encoder", str(files / "t5")]
+        return pixels(sample(tmp_path, f"{name}.safetensors", tmp_path / f"{name}{len(more)}{''.join(more)[-3:]}", *size, *more))
+
+    plain, half = painted("base"), painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.5")
+    assert np.abs(plain - painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.0")).max() <= 1
+    assert np.abs(plain - half).max() > 1
+    assert np.abs(half - painted("merged")).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, arguments, expected",
+    [
+        ("pixels", {}, "needs its text encoder"),
+        ("latents", dict(text_encoder="t5"), "give --autoencoder"),
+        ("pixels", dict(text_encoder="t5", autoencoder="ae.safetensors"), "needs no autoencoder"),
+        ("pixels", dict(text_encoder="t5", preset="radiance-x1"), "did you mean 'radiance-x0'"),
+        ("pixels", dict(text_encoder="t5", loras=[("t5/model.safetensors", 1.0)]), "LoRA|module"),
+        ("pixels", dict(text_encoder="ae.safetensors"), "T5"),
+        ("ae", dict(text_encoder="t5"), "is an autoencoder: give it as --autoencoder"),
+        ("t5/model", {}, "T5 text encoder: give it as --text-encoder"),
+        ("nothing", {}, "no run directory and no checkpoint"),
+    ],
+)
+def test_what_is_missing_or_unfit_is_told_in_a_sentence(files, name, arguments, expected):
+    for key in ("text_encoder", "autoencoder"):
+        if key in arguments:
+            arguments = arguments | {key: str(files / arguments[key])}
+    if "loras" in arguments:
+        arguments = arguments | {"loras": [(str(files / path), strength) for path, strength in arguments["loras"]]}
+    with pytest.raises((config.ConfigError, CheckpointError), match=expected) as error:
+        radiance.load(files / f"{name}.safetensors", **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_told_what_it_does_not_say(files, tmp_path):
+    """A checkpoint of the days before the marker."""
+    named = dict(text_encoder=str(files / "t5"), changes=QUICK)
+    told = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
+    assert told.run.model.text_ids == "sequential" and told.run.model.prediction == "x0"
+    assert main(["convert", str(files / "pixels.safetensors"), str(tmp_path / "m.safetensors"), "--text-ids", "sequential"]) == 0
+    assert "__sequential__" in checkpoint.open_checkpoint(tmp_path / "m.safetensors").shapes
+
+
+def test_a_run_exports_what_it_takes_to_sample_it(tmp_path, data_directory, capsys):
+    from radiance.training.loop import train
+
+    run = toy_run(tmp_path, data_directory, "train.steps=2", "train.checkpoint_every=2")
+    train(run)
+    out = tmp_path / "export.safetensors"
+    assert main(["convert", str(run.directory), str(out), "--weights", "ema=0.9"]) == 0
+    assert "double blocks" in capsys.readouterr().out
+    theirs = radiance.load(run.directory, "ema=0.9")(["the digit 2"], seeds=[1])[0]
+    ours = radiance.load(out, dtype="float32")(["the digit 2"], seeds=[1])[0]  # the hash encoder and settings come with it
+    assert np.array_equal(pixels(theirs.image), pixels(ours.image))
