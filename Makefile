@@ -14,7 +14,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache

@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of a checkpoint file's weights and computation"
     )
+    sample.add_argument("--mesh", type=_mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
     sample.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
     sample.set_defaults(run=_sample)
 
@@ -174,6 +175,7 @@ def _sample(options: argparse.Namespace) -> int:
         changes=options.changes,
         store=options.store,
         dtype=options.dtype,
+        mesh=options.mesh,
         **_known(options),
     )
     width, height = options.size or (None, None)
@@ -337,6 +339,13 @@ def _with_number(text: str) -> tuple[str, float]:
         return (path, float(number)) if colon else (text, 1.0)
     except ValueError:
         return text, 1.0  # a colon in the name
+
+
+def _mesh(text: str) -> config.Mesh:
+    try:
+        return config.override(config.Mesh(data=1, fsdp=1, tensor=1), text.split(","))
+    except config.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seeds(text: str) -> list[int]:

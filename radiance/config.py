@@ -124,6 +124,8 @@ class Compute(Section):
     """How the network is run. Changes speed, memory and rounding, never what is computed."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products and activations; parameters are float32
+    # auto takes the fastest for the device; pieces needs memory that grows with the tokens and not with their square
+    attention: Literal["auto", "xla", "pieces", "cudnn", "splash"] = "auto"
     remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes: nothing, each block, all but its matrix products
     head_tile: int = 512  # tokens of a picture that the NeRF head paints at a time; 0 for all at once
 
@@ -205,6 +207,11 @@ class Optimizer(Section):
     accumulate: int = 1  # parts that a batch is computed in
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
+    # What weights and their averages, and Adam's first and second moments are kept in. bfloat16 is rounded up or down at random, in proportion to what lies
+    # between: a small change, which rounding to the nearest would lose every time, then arrives on average.
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def check(self):
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")

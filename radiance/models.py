@@ -3,15 +3,17 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from radiance import config
-from radiance.model.transformer import Params
+from radiance.model.transformer import Params, abstract
 from radiance.pipeline import Autoencoder, Pipeline
 from radiance.sampling import times_of
+from radiance.sharding import make_mesh, shardings
 from radiance.text.encoders import make_encoder
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import RunDirectory, is_run
@@ -40,6 +42,7 @@ def load(
     changes: Sequence[str] = (),
     store: str | None = None,
     dtype: str = "bfloat16",
+    mesh: config.Mesh | None = None,
     **known: Any,
 ) -> Pipeline:
     """The pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
@@ -47,9 +50,10 @@ def load(
     weights: of a run: params, ema or ema=DECAY; its own choice when None. text_encoder, tokenizer: T5's files; a run's own when
     empty. autoencoder: the file that latent models (Chroma1-Base, -HD, -Flash) need. loras: files and strengths. preset: settings
     by name (`config.PRESETS`); when None a run's own, or those that suit the file. changes: of the settings, such as "guidance=2".
-    store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has them.
+    store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has
+    them.
     dtype: of a file's weights and of the computation. known: fields of the model that a file does not tell, such as
-    text_ids="sequential".
+    text_ids="sequential". mesh: over which the model and the pictures are spread; one device when None.
 
     Raises ConfigError or CheckpointError, in one sentence and before the weights are read, when something is missing or unfit.
     """
@@ -73,24 +77,30 @@ def load(
             f"{model} paints latents of {run.model.channels // 4} channels, and {autoencoder} has {decoder.sizes.latent_channels}: give FLUX's."
         )
     adapters = [(lora_files.read(path, run.model), strength) for path, strength in loras]
-    encoder = make_encoder(run.text, run.model.text_dim)
+    devices = None if mesh is None else make_mesh(mesh)
+    spread = None if devices is None else partial(shardings, mesh=devices)
+    encoder = make_encoder(run.text, run.model.text_dim, spread)
 
+    places = spread and spread(abstract(run.model))
     if is_run(model):
-        params, origin = restored(model, run)
+        params, origin = restored(model, run, places)
         if store not in (None, "none"):
-            params = of_params(run.model, params, origin).params(store=store)
+            params = of_params(run.model, params, origin).params(store=store, shardings=places)
     else:
-        params, origin = checkpoint.params(dtype, _store(checkpoint) if store is None else store), checkpoint.origin
-    return Pipeline(run, lora_files.applied(params, run.model, adapters) if adapters else params, origin, encoder, decoder)
+        small = _store(checkpoint) if store is None else None if store == "none" else store
+        params, origin = checkpoint.params(dtype, small, places), checkpoint.origin
+    if adapters:
+        params = lora_files.applied(params, run.model, adapters)
+    return Pipeline(run, params, origin, encoder, decoder, devices)
 
 
-def restored(model: str | Path, run: config.Config) -> tuple[Params, str]:
-    """Weights of a run's newest checkpoint, and what they are called."""
+def restored(model: str | Path, run: config.Config, places: Params | None = None) -> tuple[Params, str]:
+    """Weights of a run's newest checkpoint, on one device or as `places` says, and what they are called."""
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     if checkpoints.latest is None:
         raise config.ConfigError(f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps.")
     which = run.sample.weights
-    return checkpoints.restore_weights(checkpoints.latest, run, which), f"{run.name} step {checkpoints.latest} {which}"
+    return checkpoints.restore_weights(checkpoints.latest, run, which, places), f"{run.name} step {checkpoints.latest} {which}"
 
 
 def opened(model: str | Path, weights: str | None = None, **known: Any) -> Checkpoint:

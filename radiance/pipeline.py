@@ -1,9 +1,11 @@
 """From prompts to pictures with a model, its text encoder and, for latent models, an autoencoder."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
@@ -14,6 +16,7 @@ from radiance.model import autoencoder
 from radiance.model.transformer import Params, visible_tokens
 from radiance.pictures import to_picture
 from radiance.sampling import Condition, paint
+from radiance.sharding import gathered
 from radiance.text.encoders import Encoder, bucket, make_encoder
 
 TILE = 1024  # pixels; larger pictures are decoded from latents in tiles of this side
@@ -42,9 +45,16 @@ class Pipeline:
     """`pipeline(["a handwritten seven"], seeds=[1])` gives pictures."""
 
     def __init__(
-        self, run: config.Config, params: Params, origin: str = "", encoder: Encoder | None = None, decoder: Autoencoder | None = None
+        self,
+        run: config.Config,
+        params: Params,
+        origin: str = "",
+        encoder: Encoder | None = None,
+        decoder: Autoencoder | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
-        self.run, self.params, self.origin, self.decoder = run, params, origin, decoder
+        """mesh: over which `params` lie, and pictures are spread; the one of `jax.set_mesh`, or one device, when None."""
+        self.run, self.params, self.origin, self.decoder, self.mesh = run, params, origin, decoder, mesh
         self.encoder = encoder or make_encoder(run.text, run.model.text_dim)
         # Pixels along the side of what one token stands for.
         self.side = run.model.patch * (decoder.sizes.side if decoder else 1)
@@ -79,20 +89,21 @@ class Pipeline:
         size = min(settings.batch, len(prompts))
         for start in range(0, len(prompts), size):
             rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # a last, shorter batch is filled up
-            painted = paint(
-                self.params,
-                np.array(seeds, np.uint32)[rows],
-                Condition(positive.text[rows], positive.lengths[rows]),
-                Condition(np.repeat(negative.text, size, axis=0), np.repeat(negative.lengths, size)),
-                model=run.model,
-                compute=run.compute,
-                settings=replace(settings, negative=""),  # already encoded: another text needs no other program
-                noise_scale=run.flow.noise_scale,
-                height=-(-height // self.side) * run.model.patch,
-                width=-(-width // self.side) * run.model.patch,
-            )
+            with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
+                painted = paint(
+                    self.params,
+                    np.array(seeds, np.uint32)[rows],
+                    Condition(positive.text[rows], positive.lengths[rows]),
+                    Condition(np.repeat(negative.text, size, axis=0), np.repeat(negative.lengths, size)),
+                    model=run.model,
+                    compute=run.compute,
+                    settings=replace(settings, negative=""),  # already encoded: another text needs no other program
+                    noise_scale=run.flow.noise_scale,
+                    height=-(-height // self.side) * run.model.patch,
+                    width=-(-width // self.side) * run.model.patch,
+                )
             count = min(size, len(prompts) - start)
-            images = np.asarray(painted)[:count]
+            images = gathered(painted)[:count]
             for i, image in enumerate(self.decoder.decode(images) if self.decoder else images, start):
                 yield Picture(to_picture(image[:height, :width]), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
 

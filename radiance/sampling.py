@@ -17,6 +17,7 @@ from radiance.config import Compute, ConfigError, Model, Sample
 from radiance.flow import resolution_shift, shift_time
 from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, Transformer, bind
+from radiance.sharding import ROWS, constrained
 
 Image = Float32[Array, "b height width c"]
 
@@ -46,7 +47,7 @@ def paint(
     """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch."""
     noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
     times = times_of(settings, (height // model.patch) * (width // model.patch))
-    return sample(bind(model, compute, params), noise_scale * noise, times, settings, positive, negative)
+    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative)
 
 
 def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:

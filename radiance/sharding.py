@@ -1,19 +1,23 @@
-"""Which device holds what: the mesh, one table of path rules for parameters, and the batch.
+"""Which device holds what: the mesh, one table of path rules for parameters, the batch, and what flows through the network.
 
-Axes: `data` (replicas), `fsdp` (weights, optimizer and batch in parts), `tensor` (heads and MLP channels in parts).
+Axes: `data` (replicas), `fsdp` (weights, optimizer and batch in parts), `tensor` (heads and MLP channels in parts). `jax.jit` with
+such places is what was called pjit.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from radiance import config
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+ROWS = ("data", "fsdp")  # over which the pictures of a batch are spread
+BATCH = PartitionSpec(ROWS)
 
 # The first rule whose pattern is found in a parameter's path says how its last axes lie; stacked layers have one axis more. T5 has
 # rules of its own only where it has leaves of its own.
@@ -32,17 +36,18 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
-    """All devices along the axes of the config. Raises ConfigError when the sizes do not make up their number."""
+def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Devices (all of all hosts when None) along the axes of the config. Raises ConfigError when the sizes do not make up their number."""
+    devices = jax.devices() if devices is None else devices
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    count = jax.device_count()
+    count = len(devices)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
     if int(np.prod(sizes)) != count:
         raise config.ConfigError(
             f"mesh={tuple(sizes)} makes {int(np.prod(sizes))} devices, but there are {count}: change the sizes, or set one to -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
@@ -63,6 +68,40 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def constrained(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x`, told the compiler to lie so over the mesh of `jax.set_mesh`; as it is where there is none.
+
+    Without this the compiler may spread activations as the weights are, and talk more than it computes. An axis that does not
+    divide is whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitting(mesh, x.shape, axes))
+
+
+def over_batch_and_heads(f: Callable) -> Callable:
+    """`f(*arrays [b, h, …], lengths [b]) -> [b, h, …]`, run on each device with its own rows and heads: for kernels that the
+    compiler cannot split itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f
+
+    def mapped(*inputs: jax.Array) -> jax.Array:
+        spec = _fitting(mesh, inputs[0].shape, (ROWS, "tensor"))
+        places = (*(spec for _ in inputs[1:]), PartitionSpec(spec[0]))
+        return jax.shard_map(f, in_specs=places, out_specs=spec, check_vma=False)(*inputs)
+
+    return mapped
+
+
+def _fitting(mesh: Any, shape: tuple[int, ...], axes: tuple[str | tuple[str, ...] | None, ...]) -> PartitionSpec:
+    def parts(axis: str | tuple[str, ...]) -> int:
+        return int(np.prod([mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,))]))
+
+    return PartitionSpec(*(axis if axis and size % parts(axis) == 0 else None for size, axis in zip(shape, axes)))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Global arrays from this host's rows; what has no rows is the same everywhere."""
 
@@ -70,3 +109,21 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
         return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH if np.ndim(x) else PartitionSpec()), np.asarray(x))
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Global arrays from arrays that every host has whole; rows are spread where they divide."""
+
+    def put(x):
+        x = np.asarray(x)
+        place = NamedSharding(mesh, _fitting(mesh, x.shape, (ROWS,)))
+        return jax.make_array_from_callback(x.shape, place, lambda part: x[part])
+
+    return jax.tree.map(put, tree)
+
+
+def gathered(x: jax.Array) -> np.ndarray:
+    """A global array, whole on every host."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

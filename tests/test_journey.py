@@ -21,6 +21,8 @@ from radiance.model.transformer import bind
 from radiance.sampling import sample, times_of
 from radiance.weights import checkpoint
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "finetune.py"
 MODEL = toy_model(prediction="x0", hidden=32, rope_axes=(4, 6, 6), double_blocks=1, single_blocks=1, text_dim=TOY.hidden)
 TOY_RUN = [

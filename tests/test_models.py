@@ -21,6 +21,8 @@ from radiance.weights import checkpoint, lora
 from radiance.weights.convert import convert
 from radiance.weights.files import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(hidden=64, heads=2, rope_axes=(4, 14, 14), text_dim=TOY.hidden)
 MODEL = toy_model(prediction="x0", **SIZES)
 LATENT = toy_model(patch=1, head="linear", channels=16, **SIZES)
@@ -84,7 +86,7 @@ def test_the_painted_latents_are_decoded(files):
     assert np.abs(pixels(to_picture(np.asarray(decoded[0]))) - pixels(picture.image)).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "q8.gguf", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["model.gguf", "q8.gguf", "expanded.gguf", "int8", "float8_e4m3fn"])
 def test_other_formats_and_storage_give_nearly_the_same_picture(files, tmp_path, name):
     named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
     exact = radiance.load(files / "pixels.safetensors", **named)
@@ -92,12 +94,13 @@ def test_other_formats_and_storage_give_nearly_the_same_picture(files, tmp_path,
     path = files / "pixels.safetensors"
     if name.endswith(".gguf"):
         path = tmp_path / name
-        convert(checkpoint.open_checkpoint(files / "pixels.safetensors"), path, "gguf", "q8_0" if name == "q8.gguf" else None)
+        convert(checkpoint.open_checkpoint(files / "pixels.safetensors"), path, "gguf", None if name == "model.gguf" else "q8_0")
+        named |= {"store": "none"} if name == "expanded.gguf" else {}
     else:
         named["store"] = name
     pipeline = radiance.load(path, **named)
     kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "expand"))}
-    assert ("Quantised" in kinds) == (name != "model.gguf")
+    assert ("Quantised" in kinds) == (name not in ("model.gguf", "expanded.gguf"))
     picture = pixels(pipeline(["a red cat"], seeds=[0], width=16, height=16)[0].image)
     assert np.abs(picture - reference).mean() < (1e-9 if name == "model.gguf" else 25)
 

@@ -1,49 +1,102 @@
-"""Joint attention over [image, text], masked by a length, and the rotary positions of its queries and keys."""
+"""Joint attention over [image, text], masked by a length: one function and four ways to compute it."""
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
+
+from radiance.sharding import over_batch_and_heads
+
+LANES = 128  # of a TPU: splash's heads and blocks of tokens are multiples of it
+SPLASH_BLOCK = 1024  # tokens of a block at most; larger ones are faster while they fit
+PIECE = 512  # queries at a time in pieces
+LOGITS = 1 << 29  # bytes up to which all logits may stand in memory at once
 
 
 def attention(
-    q: Float[Array, "b n h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], kv_len: Int[Array, " b"] | None
+    q: Float[Array, "b n h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], kv_len: Int[Array, " b"] | None, backend: str = "auto"
 ) -> Float[Array, "b n h k"]:
     """Scaled dot-product attention of every token to the first `kv_len` tokens of its own sample (to all when None).
 
     Chroma's mask is the outer product of the kept tokens with themselves. With the hidden tokens last it is this one number:
-    rows beyond `kv_len` differ (here they attend to the kept tokens, so that nothing becomes NaN), and nobody reads them.
-    Softmax is computed in float32.
+    rows beyond `kv_len` differ (here they attend to something, so that nothing becomes NaN), and nobody reads them. Softmax is
+    computed in float32.
+
+    backend: auto takes the fastest for the device and the type, see `fastest`.
+    xla: all logits at once, on any device; the oracle of the others.
+    pieces: `xla` for some queries at a time, in the backward pass too, so that memory grows with n and not with n².
+    cudnn: NVIDIA's fused kernel, by lengths; bfloat16 and float16 alone.
+    splash: the TPU's fused kernel, by segments.
     """
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_len)
+    if backend == "auto":
+        backend = fastest(jax.default_backend(), q.shape, q.dtype)
+    return BACKENDS[backend](q, k, v, kv_len)
 
 
-def position_ids(rows: int, columns: int, registers: int, text: int, sequential: bool) -> Int[np.ndarray, "n 3"]:
-    """Rotary ids (text index, row, column): image tokens row-major from the corner, then registers and text.
+def fastest(platform: str, shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+    """The backend for queries of `shape` [b, n, h, k]."""
+    b, n, h, _ = shape
+    if platform == "tpu":
+        return "splash"
+    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "xla" if 4 * b * h * n * n <= LOGITS else "pieces"
 
-    Text ids are 0 in all published models before 2026-05-22, and 0, 1, 2, … on the first axis (`sequential`) since.
+
+def _xla(q, k, v, kv_len):
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_len, implementation="xla")
+
+
+def _pieces(q, k, v, kv_len):
+    b, n, h, size = q.shape
+    piece = max(1, min(PIECE, LOGITS // (4 * b * h * n)))
+    count = -(-n // piece)
+    padded = jnp.pad(q, ((0, 0), (0, count * piece - n), (0, 0), (0, 0)))
+    parts = padded.reshape(b, count, piece, h, size).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda part: _xla(part, k, v, kv_len)), parts)
+    return out.swapaxes(0, 1).reshape(b, count * piece, h, size)[:, :n]
+
+
+def _cudnn(q, k, v, kv_len):
+    # Lengths of queries too, or none: cuDNN's mask of padding is made of both.
+    q_len = None if kv_len is None else jnp.full_like(kv_len, q.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, query_seq_lengths=q_len, key_value_seq_lengths=kv_len, implementation="cudnn")
+
+
+def _splash(q, k, v, kv_len, interpret: bool = False):
+    """Tokens and heads are padded to multiples of the lanes; what is padded is a segment of its own, with the hidden tokens.
+
+    Scores of hidden rows are those among themselves: splash cannot leave a row empty.
     """
-    grid = np.stack(np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 3)
-    words = np.zeros((registers + text, 3), grid.dtype)
-    if sequential:
-        words[registers:, 0] = np.arange(text)
-    return np.concatenate([grid, words])
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    b, n, h, size = q.shape
+    length = -(-n // LANES) * LANES
+    block = next(x for x in range(min(SPLASH_BLOCK, length), 0, -LANES) if length % x == 0)
+    wide = -(-size // LANES) * LANES
+
+    def prepared(x):  # [b, n, h, k] → [b, h, length, wide]
+        return jnp.pad(x, ((0, 0), (0, length - n), (0, 0), (0, wide - size))).swapaxes(1, 2)
+
+    def on_device(q, k, v, kv_len):
+        heads = q.shape[1]
+        sizes = splash.BlockSizes(
+            block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        )  # fmt: skip
+        mask = masks.MultiHeadMask([masks.FullMask((length, length)) for _ in range(heads)])
+        kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        visible = (jnp.arange(length) < kv_len[:, None]).astype(jnp.int32)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, visible)
+
+    if kv_len is None:
+        kv_len = jnp.full((b,), n, jnp.int32)
+    scaled = q / math.sqrt(size)
+    out = over_batch_and_heads(on_device)(prepared(scaled), prepared(k), prepared(v), kv_len)
+    return out.swapaxes(1, 2)[:, :n, :, :size]
 
 
-def rope_table(ids: Int[np.ndarray, "n 3"], axes: tuple[int, ...], theta: float) -> Float32[np.ndarray, "2 n 1 half"]:
-    """Cosines and sines of every token's angles; one broadcast axis for the heads.
-
-    Per axis of size s the frequencies are theta^(-2i/s), i < s/2 (RoFormer, arXiv 2104.09864), the axes' angles side by side.
-    Made in float64 on the host and rounded once.
-    """
-    angles = [np.outer(ids[:, a], theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)) for a, size in enumerate(axes)]
-    angles = np.concatenate(angles, axis=-1)[:, None, :]
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-
-
-def rotate(x: Float[Array, "b n h k"], table: Float32[Array, "2 n 1 half"]) -> Float[Array, "b n h k"]:
-    """Turns the adjacent pairs (x0, x1), (x2, x3), … by the table's angles, in float32."""
-    cos, sin = table
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+BACKENDS: dict[str, Callable] = {"xla": _xla, "pieces": _pieces, "cudnn": _cudnn, "splash": _splash}

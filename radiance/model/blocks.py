@@ -4,12 +4,17 @@ A single block's fused matrices (`linear1`, `linear2` of the checkpoints) are ke
 channels can each be sharded; `weights/` joins and splits them.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from radiance import config
-from radiance.model.attention import attention, rotate
+from radiance.model.rope import rotate
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys and values [b, n, h, k] to what they find
 
 
 def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
@@ -82,11 +87,11 @@ class DoubleBlock(nnx.Module):
         image_vectors: Float32[Array, "#b 6 d"],
         text_vectors: Float32[Array, "#b 6 d"],
         rope: Float32[Array, "2 joint 1 half"],
-        kv_len: Int[Array, " b"] | None,
+        attend: Attend,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b l d"]]:
         sides = zip(self.image.open(image, image_vectors), self.text.open(text, text_vectors))
         q, k, v = (jnp.concatenate(side, axis=1) for side in sides)
-        attended = attention(rotate(q, rope), rotate(k, rope), v, kv_len)
+        attended = attend(rotate(q, rope), rotate(k, rope), v)
         n = image.shape[1]
         return self.image.close(image, attended[:, :n], image_vectors), self.text.close(text, attended[:, n:], text_vectors)
 
@@ -103,9 +108,9 @@ class SingleBlock(nnx.Module):
         x: Float[Array, "b n d"],
         vectors: Float32[Array, "#b 3 d"],
         rope: Float32[Array, "2 n 1 half"],
-        kv_len: Int[Array, " b"] | None,
+        attend: Attend,
     ) -> Float[Array, "b n d"]:
         y = modulate(x, vectors[:, 0], vectors[:, 1])
         q, k, v = self.attention.project(y)
-        attended = attention(rotate(q, rope), rotate(k, rope), v, kv_len)
+        attended = attend(rotate(q, rope), rotate(k, rope), v)
         return gated(x, vectors[:, 2], self.attention.proj(attended) + self.mlp(y))

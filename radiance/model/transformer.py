@@ -14,11 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from radiance import config
-from radiance.model.attention import position_ids, rope_table
+from radiance.model.attention import attention
 from radiance.model.blocks import DoubleBlock, SingleBlock
 from radiance.model.modulation import Vectors, make_modulation
 from radiance.model.pixel_head import LinearHead, NerfHead, unfold
+from radiance.model.rope import position_ids, rope_table
 from radiance.model.stored import expanded
+from radiance.sharding import ROWS, constrained
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -67,20 +69,23 @@ class Transformer(nnx.Module):
         if vectors is None:
             vectors = self.modulation(time.astype(jnp.float32), guidance, pooled)
 
-        x = self.embed_image(image)
+        x = constrained(self.embed_image(image), ROWS)
         y, visible = self.embed_text(text, lengths)
+        y = constrained(y, ROWS)
         n, words = x.shape[1], y.shape[1]
         ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
         rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
         kv_len = None if model.masking == "off" else n + words - text.shape[1] + visible
+        attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
         def double(carry, block_vectors):
             block, image_vectors, text_vectors = block_vectors
-            return expanded(block)(*carry, image_vectors, text_vectors, rope, kv_len), None
+            x, y = expanded(block)(*carry, image_vectors, text_vectors, rope, attend)
+            return (constrained(x, ROWS), constrained(y, ROWS)), None
 
         def single(x, block_vectors):
             block, vectors = block_vectors
-            return expanded(block)(x, vectors, rope, kv_len), None
+            return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
 
         if model.double_blocks:
             (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))

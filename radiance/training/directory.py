@@ -104,6 +104,16 @@ class Journal:
             self._board.close()
 
 
+class Silence:
+    """A journal of a host that writes none: one host writes for all."""
+
+    def write(self, step: int, numbers: Mapping[str, Any]):
+        pass
+
+    def close(self):
+        pass
+
+
 def is_run(path: str | Path) -> bool:
     """Whether that is a run directory, and not a checkpoint. Raises ConfigError when it is neither."""
     path = Path(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from radiance import config
 from radiance.data.datasets import describe, open_source
@@ -22,10 +23,10 @@ from radiance.model.transformer import Params
 from radiance.pictures import contact_sheet, save_png
 from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
-from radiance.sharding import make_mesh, put_batch, shardings
+from radiance.sharding import gathered, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
 from radiance.training.checkpoints import Checkpoints, chosen_average
-from radiance.training.directory import Journal, RunDirectory
+from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Progress
 from radiance.training.start import start, verdict
@@ -46,13 +47,16 @@ def train(run: config.Config) -> int:
     # 1. What is asked, and with what. Everything that can be wrong is found here, and nothing is written.
     mesh = make_mesh(run.mesh)
     _check(run, mesh)
-    encoder = make_encoder(run.text, run.model.text_dim, partial(shardings, mesh=mesh))
+    # Text is encoded by each host for its own rows, whenever they are wanted: on its own devices.
+    own = make_mesh(config.Mesh(data=1, fsdp=-1), jax.local_devices())
+    encoder = make_encoder(run.text, run.model.text_dim, partial(shardings, mesh=own))
     sources = {split: open_source(run.data, split) for split in ("train", "validation")}
     data = {split: describe(source, run.data, split) for split, source in sources.items()}
     data["text"] = {"encoder": run.text.encoder, "identity": encoder.identity}
     directory = RunDirectory(run.directory)
     directory.check(run, data)
-    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps)
+    host, hosts, first_host = jax.process_index(), jax.process_count(), jax.process_index() == 0
+    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, host, hosts)
     validation = fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures)
     prompts = run.train.sample_prompts or tuple(sources["validation"][i].captions[0] for i in range(min(16, len(sources["validation"]))))
     encoder(prompts)  # none is over the limit
@@ -62,9 +66,10 @@ def train(run: config.Config) -> int:
     places = shardings(like, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
-    checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=True)
+    checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=first_host)
     first, state, origin = start(run, checkpoints, like, places)
-    directory.record(run, data, first)
+    if first_host:
+        directory.record(run, data, first)
     count = sum(x.size for x in jax.tree.leaves(like.params))
     print(
         f"{directory.path}: {count / 1e6:.1f} M parameters, {len(sources['train'])} pictures, {mesh.size} device(s), {origin}.", flush=True
@@ -82,9 +87,10 @@ def train(run: config.Config) -> int:
     facts: dict[str, float] = {}
     before, waited, cut = None, 0.0, 0
     with (
+        jax.set_mesh(mesh),
         _signals() as stopping,
         closing(checkpoints),
-        closing(Journal(directory, first)) as journal,
+        closing(Journal(directory, first) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
     ):
         if first == 0 and run.init:
@@ -92,7 +98,7 @@ def train(run: config.Config) -> int:
             journal.write(0, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
             other = partial(_validate_otherwise, params=weights_of(run, state), batches=validation, mesh=mesh)
             progress.say(verdict(run, bins, other))
-        while number < run.train.steps and not stopping.is_set():
+        while number < run.train.steps and not _anywhere(stopping, number, run.train.log_every):
             began = time.monotonic()
             batch = next(feed)
             waited += time.monotonic() - began
@@ -130,11 +136,14 @@ def train(run: config.Config) -> int:
     return number
 
 
+def _anywhere(stopping: threading.Event, number: int, every: int) -> bool:
+    """Whether any host was asked to stop. Hosts agree on it now and then, so that all stop after the same step."""
+    if jax.process_count() == 1:
+        return stopping.is_set()
+    return number % every == 0 and bool(multihost_utils.process_allgather(np.array(stopping.is_set())).any())
+
+
 def _check(run: config.Config, mesh: jax.sharding.Mesh):
-    if jax.process_count() > 1:
-        raise config.ConfigError(
-            f"There are {jax.process_count()} hosts, and training runs on one for now: start it without jax.distributed."
-        )
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * run.optimizer.accumulate
     if run.data.batch % parts:
         raise config.ConfigError(
@@ -171,7 +180,7 @@ def _validate(validate, params: Params, batches: list[dict[str, np.ndarray]], me
     """Mean loss in every time bin."""
     total, weight = 0.0, 0.0
     for seed, batch in enumerate(batches):
-        losses = np.asarray(validate(params, put_batch(batch, mesh) if len(batch["image"]) % mesh.size == 0 else batch, jnp.int32(seed)))
+        losses = gathered(validate(params, put_whole(batch, mesh), jnp.int32(seed)))
         total, weight = total + batch["weight"] @ losses, weight + batch["weight"].sum()
     return total / weight
 
@@ -183,6 +192,8 @@ def _validate_otherwise(run: config.Config, *, params: Params, batches: list[dic
 def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, path: Path):
     """The same prompts and seeds, painted as the model learns."""
     pictures = list(Pipeline(run, params, encoder=encoder).paint(prompts))
+    if jax.process_index() > 0:
+        return
     sheet = contact_sheet([p.image for p in pictures], columns=min(len(pictures), 10))
     save_png(path, sheet, {"prompts": list(prompts), "seeds": list(range(len(prompts))), "settings": config.to_dict(run.sample)})
 

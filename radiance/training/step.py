@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int32
 
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
-from radiance.training.optimizer import average, join, make_optimizer, split_frozen
+from radiance.training.optimizer import average, join, make_optimizer, rounded, split_frozen, typed
 
 Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
 Metrics = dict[str, jax.Array]
@@ -35,6 +35,7 @@ class State:
 def init_state(run: config.Config, params: Params | None = None) -> State:
     """The state before the first step, from `params` or from scratch."""
     params = init(run.model, jax.random.key(run.train.seed)) if params is None else params
+    params = typed(params, run.optimizer.weights_dtype)
     trained, _ = split_frozen(params, run.optimizer.frozen)
     zero = jnp.zeros((), jnp.int32)
     ema = {str(decay): jax.tree.map(jnp.copy, trained) for decay in run.optimizer.ema}
@@ -51,12 +52,15 @@ def make_step(run: config.Config) -> Callable[[State, Batch], tuple[State, Metri
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
-        batch = with_noise(run, batch, jax.random.fold_in(jax.random.key(run.train.seed), state.step))
+        key = jax.random.fold_in(jax.random.key(run.train.seed), state.step)
+        batch = with_noise(run, batch, key)
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, frozen, batch, run.optimizer.accumulate)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
         norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
-        moved = optax.apply_updates(trained, updates)
-        new = (moved, average(state.ema, moved, state.step), optimizer_state)
+        moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, trained, updates)
+        weights_key, ema_key = jax.random.split(jax.random.fold_in(key, 2))  # `with_noise` splits the key in 0 and 1
+        new = (rounded(weights_key, moved, trained), average(state.ema, moved, state.step, ema_key), optimizer_state)
 
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept, ema, optimizer_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (trained, state.ema, state.optimizer))

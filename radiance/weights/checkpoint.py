@@ -4,6 +4,7 @@ Formats, casts, LoRAs and surgery are functions between checkpoints, so that a 1
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from radiance import config
 from radiance.model.stored import BLOCK, Quantised, quantise
@@ -46,7 +48,7 @@ class Checkpoint:
             if store and is_block_matrix(path):
                 small = _quantised(path, shape, blocks, store)
                 if small is not None:
-                    return small
+                    return jax.tree.map(lambda x: jax.device_put(x, _by_output(places[path], x)), small) if path in places else small
                 raise CheckpointError(
                     f"{path} has {_inputs(path, shape)} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8."
                 )
@@ -56,6 +58,13 @@ class Checkpoint:
             return jnp.asarray(values)
 
         return native.from_native(self.model, self.shapes, self.tensor, self.origin, leaf)
+
+
+def _by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
+    """Quantised matrices are flat: their outputs are spread over the devices that hold parts of the whole one, if they divide."""
+    axes = [axis for axis in place.spec if axis]
+    parts = math.prod(place.mesh.shape[axis] for axis in axes)
+    return NamedSharding(place.mesh, PartitionSpec(*[None] * (x.ndim - 1), tuple(axes) if axes and x.shape[-1] % parts == 0 else None))
 
 
 PRECISE = "head/embedder"  # float32 in the published files too

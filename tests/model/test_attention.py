@@ -1,10 +1,13 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from radiance.model import attention as room
-from radiance.model.attention import position_ids, rope_table
+from radiance.model import rope
+from radiance.model.rope import position_ids, rope_table
 from radiance.model.transformer import visible_tokens
 
 
@@ -13,7 +16,7 @@ def attention(q, k, v, kv_len):
 
 
 def rotate(x, table):
-    return room.rotate(jnp.asarray(x), jnp.asarray(table))
+    return rope.rotate(jnp.asarray(x), jnp.asarray(table))
 
 
 N, L, HEADS, SIZE = 6, 7, 2, 8  # image tokens, text tokens
@@ -68,6 +71,55 @@ def test_what_lies_beyond_the_length_has_no_influence_and_no_gradient():
     np.testing.assert_array_equal(run(other_k, other_v)[0], out)
     last = np.asarray(kv_len)[:, None] - 1 == np.arange(N + L)
     assert np.abs(run(k + last[..., None, None], v)[0] - out).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+# --- the ways to compute it -----------------------------------------------------------------------------------------------
+
+SHAPE = (3, 200, 2, 24)  # nothing divides by 128
+SEEN = jnp.asarray([37, 200, 129])
+
+
+def forward_and_backward(way, kv_len, dtype=jnp.float32):
+    q, k, v, weights = (jnp.asarray(normal(*SHAPE, seed=s), dtype) for s in range(4))
+    read = (jnp.arange(SHAPE[1]) < (SHAPE[1] if kv_len is None else kv_len[:, None]))[..., None, None]
+    out, back = jax.vjp(lambda q, k, v: jnp.where(read, way(q, k, v, kv_len), 0), q, k, v)
+    return out, *back(weights)
+
+
+@pytest.mark.parametrize("kv_len", [SEEN, None], ids=["lengths", "all"])
+@pytest.mark.parametrize("way", ["pieces", "splash"])
+def test_every_way_is_the_oracles(way, kv_len, monkeypatch):
+    """Forward and backward, with mixed lengths; splash as its own interpreter runs it."""
+    monkeypatch.setattr(room, "PIECE", 48)
+    ways = room.BACKENDS | {"splash": partial(room.BACKENDS["splash"], interpret=True)}
+    expected = forward_and_backward(ways["xla"], kv_len)
+    for ours, theirs in zip(jax.jit(partial(forward_and_backward, ways[way], kv_len))(), expected):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_pieces_need_less_memory(monkeypatch):
+    monkeypatch.setattr(room, "PIECE", 128)
+
+    def room_for(way):
+        q = jax.ShapeDtypeStruct((1, 2048, 4, 16), jnp.float32)
+        program = jax.jit(jax.grad(lambda q: room.BACKENDS[way](q, q, q, None).sum())).lower(q).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 4 * 2048**2
+    assert room_for("xla") > logits > 2 * room_for("pieces")
+
+
+def test_the_fastest_for_a_device():
+    large, small = (2, 4608, 24, 128), (2, 100, 24, 128)
+    half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert room.fastest("tpu", large, half) == "splash"
+    assert room.fastest("gpu", large, half) == "cudnn" and room.fastest("gpu", small, single) == "xla"
+    assert room.fastest("cpu", large, single) == "pieces" and room.fastest("cpu", small, single) == "xla"
+    q = jnp.ones((1, 3, 1, 8))
+    np.testing.assert_array_equal(room.attention(q, q, q, None), room.attention(q, q, q, None, "xla"))
+
+
+# --- positions -------------------------------------------------------------------------------------------------------------
 
 
 def test_position_ids():

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from radiance import config
-from radiance.training.optimizer import average, join, learning_rate, make_optimizer, split_frozen
+from radiance.training.optimizer import average, join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
 
 TREE = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}}}
 
@@ -57,9 +57,55 @@ def test_averages_ramp_up_to_their_decay():
     ema = {"0.5": {"w": jnp.zeros(1)}, "0.9": {"w": jnp.zeros(1)}}
     expected = {"0.5": 0.0, "0.9": 0.0}
     for step in range(40):
-        ema = average(ema, {"w": jnp.full(1, float(step))}, jnp.int32(step))
+        ema = average(ema, {"w": jnp.full(1, float(step))}, jnp.int32(step), jax.random.key(0))
         for decay in expected:
             d = min(float(decay), (1 + step) / (10 + step))
             expected[decay] = d * expected[decay] + (1 - d) * step
     for decay in expected:
         np.testing.assert_allclose(ema[decay]["w"], expected[decay], rtol=1e-5)
+
+
+# --- bfloat16, rounded at random -------------------------------------------------------------------------------------------
+
+
+def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average():
+    x = jnp.asarray([1.0, 1.001, -1.006, 3e-39, 255.3, 1e30, -0.0])
+    like = {"x": x.astype(jnp.bfloat16)}
+    draws = jax.jit(jax.vmap(lambda key: rounded(key, {"x": x}, like)["x"].astype(jnp.float32)))(jax.random.split(jax.random.key(1), 4000))
+    draws = np.asarray(draws, np.float64)
+    below = np.asarray(x, np.float32).view(np.uint32) & 0xFFFF0000  # towards 0
+    above = below + np.where(np.asarray(x, np.float32).view(np.uint32) == below, 0, 0x10000).astype(np.uint32)
+    neighbours = np.stack([below.astype(np.uint32).view(np.float32), above.view(np.float32)])
+    assert all(set(draws[:, i]) <= set(neighbours[:, i].astype(np.float64)) for i in range(len(x)))
+    error = np.abs(draws.mean(axis=0) - np.asarray(x, np.float64))
+    spread = np.abs(np.diff(neighbours.astype(np.float64), axis=0))[0]
+    assert (error <= 5 * spread / 2 / np.sqrt(4000)).all()
+    bad = rounded(jax.random.key(0), {"x": jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])}, like)["x"]
+    assert np.array_equal(np.asarray(bad, np.float32), [np.inf, -np.inf, np.nan], equal_nan=True)
+    assert rounded(jax.random.key(0), {"x": x}, {"x": x})["x"] is x
+
+
+def test_small_changes_arrive_in_bfloat16():
+    """A second moment that rounding to the nearest would leave where it is."""
+    optimizer = scale_by_adam(config.Optimizer(beta2=0.999, mu_dtype="bfloat16", nu_dtype="bfloat16"))
+    params = {"kernel": jnp.ones(4000)}
+    state = optimizer.init(params)
+    assert state.mu["kernel"].dtype == state.nu["kernel"].dtype == jnp.bfloat16
+    state = state._replace(nu={"kernel": jnp.ones(4000, jnp.bfloat16)})
+    step = jax.jit(lambda state: optimizer.update({"kernel": jnp.full(4000, 2.0)}, state)[1])
+    for _ in range(100):  # each moves by 3e-3, and the last digit is 8e-3
+        state = step(state)
+    expected = 4 - 3 * 0.999**100
+    assert float(state.nu["kernel"].astype(jnp.float32).mean()) == pytest.approx(expected, rel=2e-3)
+    nearest = jnp.ones((), jnp.bfloat16)
+    for _ in range(100):
+        nearest = (nearest.astype(jnp.float32) * 0.999 + 0.001 * 4).astype(jnp.bfloat16)
+    assert float(nearest) == 1  # what it would have been
+
+
+def test_what_is_kept_in_float32_all_the_same():
+    tree = {"head": {"embedder": {"kernel": jnp.ones(2)}, "linear": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}, "registers": jnp.ones(2)}
+    kinds = jax.tree.map(lambda x: x.dtype.name, typed(tree, "bfloat16"))
+    assert kinds == {
+        "head": {"embedder": {"kernel": "float32"}, "linear": {"kernel": "bfloat16", "bias": "float32"}}, "registers": "float32"
+    }  # fmt: skip

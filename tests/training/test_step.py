@@ -122,6 +122,19 @@ def test_bfloat16_keeps_float32_masters(run):
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.05)
 
 
+def test_bfloat16_states_keep_their_types_and_stay_near(run):
+    kept = config.override(run, [f"optimizer.{name}_dtype=bfloat16" for name in ("weights", "mu", "nu")])
+    state = start(kept)
+    new, metrics = jax.jit(make_step(kept))(state, batch_of(run))
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+    assert new.params["double"]["image"]["mlp"]["linear_in"]["kernel"].dtype == new.optimizer[1].nu["patch_embed"]["bias"].dtype == jnp.bfloat16
+    assert new.params["head"]["embedder"]["kernel"].dtype == new.params["patch_embed"]["bias"].dtype == jnp.float32
+    exact, full = jax.jit(make_step(run))(start(run), batch_of(run))
+    np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.02)
+    for x, y in zip(jax.tree.leaves(new.params), jax.tree.leaves(exact.params)):
+        np.testing.assert_allclose(x.astype(np.float32), y, rtol=0, atol=2**-6 * max(np.abs(y).max(), 1e-3))
+
+
 def test_optimal_transport_pairs_the_batch(run):
     batch, key = batch_of(run), jax.random.key(2)
     free = with_noise(run, batch, key)
