@@ -29,6 +29,16 @@ def whole(params):
     return jax.tree.map(lambda x: x.expand() if small(x) else x, params, is_leaf=small)
 
 
+def blurred(params, error):
+    """White noise of the relative size ``error`` on every matrix of a block."""
+    rng = np.random.default_rng(1)
+    leaves = [
+        x + error * np.sqrt(np.mean(np.square(x))) * rng.standard_normal(x.shape, np.float32) if is_block_matrix(path) else x
+        for path, x in flatten(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def matrix(shape=(64, 96)):
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
@@ -77,7 +87,10 @@ def test_the_network_computes_with_what_is_expanded(store):
     inputs = toy_inputs(MODEL)
     stored, expected = apply(MODEL, params, inputs), apply(MODEL, whole(params), inputs)
     np.testing.assert_allclose(stored, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert relative(stored, np.asarray(apply(MODEL, exact, inputs))) < 4 * ERRORS[store]
+    # no farther from the exact network than white noise of the same size in the same matrices takes it
+    noisy = apply(MODEL, blurred(exact, ERRORS[store]), inputs)
+    reference = np.asarray(apply(MODEL, exact, inputs))
+    assert relative(stored, reference) < 1.5 * relative(noisy, reference)
 
 
 def test_sizes():
