@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radiance import config
+from radiance.startup import prepare
 
 if TYPE_CHECKING:
     from radiance.weights.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ STORES = ("q8_0", "int8", "float8_e4m3fn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is told in one sentence, with exit code 2."""
     options = _parse(arguments)
+    prepare()
     from radiance.data.datasets import DataError
     from radiance.text.encoders import TextError
     from radiance.training.loop import TrainingError
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train an experiment, or go on with it", description=_train.__doc__)
     train.add_argument("experiment", metavar="EXPERIMENT[:ARM]", help="a file of experiments/, or its dotted name")
     train.add_argument("changes", nargs="*", metavar="key=value", help="changes of its config, such as optimizer.learning_rate=2e-4")
+    _add_hosts(train)
     train.set_defaults(run=_train)
 
     encode = verbs.add_parser("encode", help="encode an experiment's captions into its text.cache", description=_encode.__doc__)
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of a checkpoint file's weights and computation"
     )
     sample.add_argument("--mesh", type=_mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
+    _add_hosts(sample)
     sample.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
     sample.set_defaults(run=_sample)
 
@@ -122,7 +126,10 @@ def _train(options: argparse.Namespace) -> int:
     from radiance.training.loop import train
 
     run = config.override(experiment(options.experiment), options.changes)
+    first_host = _join_hosts(options)[0] == 0
     reached = train(run)
+    if not first_host:
+        return 0 if reached == run.train.steps else 143
     if reached < run.train.steps:
         print(f"Stopped at step {reached}: the same command goes on.", file=sys.stderr)
         return 143
@@ -154,7 +161,7 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    """Paints every prompt with every seed. The PNGs carry prompt, seed and settings."""
+    """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the pictures."""
     from tqdm import tqdm
 
     from radiance.models import load
@@ -163,7 +170,10 @@ def _sample(options: argparse.Namespace) -> int:
     prompts = options.prompt + ([line for line in options.prompts.read_text().splitlines() if line.strip()] if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
-    if any(options.out.glob("*.png")):
+    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
+    host, hosts = _join_hosts(options)
+    mine = {f"{i:05d}_seed{jobs[i][1]}.png": jobs[i] for i in range(host, len(jobs), hosts)}
+    if any((options.out / name).exists() for name in (*mine, "sheet.png")):
         raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
     pipeline = load(
         options.model,
@@ -179,17 +189,16 @@ def _sample(options: argparse.Namespace) -> int:
         **_known(options),
     )
     width, height = options.size or (None, None)
-    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    painted = pipeline.paint([p for p, _ in jobs], [s for _, s in jobs], width, height)
+    painted = pipeline.paint([p for p, _ in mine.values()], [s for _, s in mine.values()], width, height)
     pictures = []
-    for picture in tqdm(painted, total=len(jobs), unit="picture", disable=None):  # disable=None: no bar in a log
-        save_png(options.out / f"{len(pictures):05d}_seed{picture.facts['seed']}.png", picture.image, picture.facts)
-        pictures.append(picture)
-    columns = len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10)
-    sheet = contact_sheet([p.image for p in pictures], columns)
-    settings = config.to_dict(pipeline.run.sample)
-    save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
-    print(f"{len(pictures)} pictures and sheet.png are in {options.out}.")
+    for name, picture in zip(mine, tqdm(painted, total=len(mine), unit="picture", disable=None)):  # disable=None: no bar in a log
+        save_png(options.out / name, picture.image, picture.facts)
+        pictures.append(picture.image)
+    if hosts == 1:
+        sheet = contact_sheet(pictures, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10))
+        settings = config.to_dict(pipeline.run.sample)
+        save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
+    print(f"{len(pictures)} pictures{' and sheet.png' if hosts == 1 else f' of {len(jobs)}'} are in {options.out}.")
     return 0
 
 
@@ -325,6 +334,28 @@ def _add_model(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--text-ids", choices=["zero", "sequential"], help="where a file does not say it")
     parser.add_argument("--prediction", choices=["velocity", "x0"], help="where a file does not say it")
+
+
+def _add_hosts(parser: argparse.ArgumentParser):
+    """One process of several: this command, started on every host."""
+    parser.add_argument("--hosts", help="how many hosts run this command; auto where SLURM, Kubernetes or Cloud TPU started them")
+    parser.add_argument("--host", type=int, help="which one this is, from 0")
+    parser.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0")
+
+
+def _join_hosts(options: argparse.Namespace) -> tuple[int, int]:
+    """Which host this is, of how many."""
+    import jax
+
+    from radiance.sharding import join_hosts
+
+    if options.hosts == "auto":
+        join_hosts()
+    elif options.hosts is not None:
+        if not options.hosts.isdecimal():
+            raise config.ConfigError(f"--hosts {options.hosts} is neither a number nor auto.")
+        join_hosts(options.coordinator, int(options.hosts), options.host)
+    return jax.process_index(), jax.process_count()
 
 
 def _known(options: argparse.Namespace) -> dict[str, str]:

@@ -240,6 +240,7 @@ class Train(Section):
     keep: int = 3  # newest checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this; 0 for none
     skip_limit: int = 20  # non-finite steps in a row that end the run
+    profile_steps: int = 0  # steps, from the third of this start, that are traced into profile/ for TensorBoard
 
     def check(self):
         for name in ("steps", "log_every", "validate_every", "validate_pictures", "sample_every", "checkpoint_every", "keep", "skip_limit"):

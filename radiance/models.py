@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from radiance import config
@@ -53,7 +54,7 @@ def load(
     store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has
     them.
     dtype: of a file's weights and of the computation. known: fields of the model that a file does not tell, such as
-    text_ids="sequential". mesh: over which the model and the pictures are spread; one device when None.
+    text_ids="sequential". mesh: of this host's devices, over which the model and the pictures are spread; one device when None.
 
     Raises ConfigError or CheckpointError, in one sentence and before the weights are read, when something is missing or unfit.
     """
@@ -77,7 +78,7 @@ def load(
             f"{model} paints latents of {run.model.channels // 4} channels, and {autoencoder} has {decoder.sizes.latent_channels}: give FLUX's."
         )
     adapters = [(lora_files.read(path, run.model), strength) for path, strength in loras]
-    devices = None if mesh is None else make_mesh(mesh)
+    devices = None if mesh is None else make_mesh(mesh, jax.local_devices())
     spread = None if devices is None else partial(shardings, mesh=devices)
     encoder = make_encoder(run.text, run.model.text_dim, spread)
 

@@ -50,6 +50,23 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def join_hosts(coordinator: str | None = None, hosts: int | None = None, host: int | None = None):
+    """Makes this process one of several that compute together. To be called before anything is computed.
+
+    coordinator: address and port of the first of them; hosts: their number; host: which one this is. With none of them, they are
+    found where SLURM, Open MPI, Kubernetes or Cloud TPU started the processes. Raises ConfigError when they are not, or when the
+    others do not come.
+    """
+    try:
+        jax.distributed.initialize(coordinator, hosts, host)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise config.ConfigError(
+            f"This process could not join the others ({reason}): give --coordinator ADDRESS:PORT, --hosts N and --host I, the same "
+            "address and number to all."
+        ) from None
+
+
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
     """Where the parameter of that path lies; an axis that does not divide is not split."""
     names = next((names for pattern, names in RULES if re.search(pattern, path)), ())
@@ -102,11 +119,19 @@ def _fitting(mesh: Any, shape: tuple[int, ...], axes: tuple[str | tuple[str, ...
     return PartitionSpec(*(axis if axis and size % parts(axis) == 0 else None for size, axis in zip(shape, axes)))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this host's rows; what has no rows is the same everywhere."""
+def host_rows(mesh: jax.sharding.Mesh, batch: int) -> list[int]:
+    """The rows of a global batch that this host's devices work on."""
+    parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (part,) in parts for row in range(batch)[part]})
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, size: int) -> dict[str, jax.Array]:
+    """Global arrays of `size` rows from this host's; what has no rows is the same everywhere."""
 
     def put(x):
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH if np.ndim(x) else PartitionSpec()), np.asarray(x))
+        x = np.asarray(x)
+        place, shape = (NamedSharding(mesh, BATCH), (size, *x.shape[1:])) if x.ndim else (NamedSharding(mesh, PartitionSpec()), ())
+        return jax.make_array_from_process_local_data(place, x, shape)
 
     return {name: put(x) for name, x in batch.items()}
 

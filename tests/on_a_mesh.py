@@ -39,7 +39,7 @@ def trained(run: config.Config, mesh: jax.sharding.Mesh | None) -> tuple[np.ndar
     else:
         places = shardings(jax.eval_shape(fresh), mesh)
         state = jax.jit(fresh, out_shardings=places)()
-        step, put = jax.jit(pure, in_shardings=(places, None), out_shardings=(places, None)), partial(put_batch, mesh=mesh)
+        step, put = jax.jit(pure, in_shardings=(places, None), out_shardings=(places, None)), partial(put_batch, mesh=mesh, size=8)
         spread = [x for x in jax.tree.leaves(state.params) if x.addressable_shards[0].data.size < x.size]
         assert bool(spread) == (mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
     losses = []

@@ -39,10 +39,16 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"} if devices > 1 else {})
 
 
-def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
-    """`radiance train` of that run in a process of its own."""
+def written_experiment(run: config.Config) -> Path:
+    """A file of that experiment, beside its run directory."""
     path = Path(run.output) / "experiment.py"
     path.write_text(f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n")
+    return path
+
+
+def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
+    """`radiance train` of that run in a process of its own."""
+    path = written_experiment(run)
     # Fake devices share few threads: without this flag collectives that XLA runs side by side can wait for each other for ever.
     process = subprocess.Popen(
         [sys.executable, "-m", "radiance", "train", str(path)],
@@ -59,7 +65,8 @@ def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subpr
 def metrics(run: config.Config) -> list[dict]:
     """What a run measured, without what depends on the clock."""
     rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("pictures_per_second", "input_wait_seconds")} for row in rows]
+    clock = ("pictures_per_second", "input_wait_seconds", "tflops_per_device")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def same(a, b) -> bool:

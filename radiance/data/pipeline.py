@@ -1,6 +1,6 @@
 """Batches as a function of (seed, step) alone, on any number of hosts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -14,16 +14,14 @@ Batch = dict[str, np.ndarray]  # image [b, height, width, 3], text [b, l, d], le
 
 
 class Batches:
-    """`batches[step]` is this host's rows of the global batch of that step.
+    """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
 
     Every epoch is a new permutation. Which caption is drawn, and whether it is dropped, depends on (seed, position) alone.
     """
 
-    def __init__(self, source: Source, data: config.Data, encoder: Encoder, seed: int, steps: int, host: int = 0, hosts: int = 1):
-        if data.batch % hosts:
-            raise config.ConfigError(f"data.batch={data.batch} does not divide over {hosts} hosts: change it.")
+    def __init__(self, source: Source, data: config.Data, encoder: Encoder, seed: int, steps: int, rows: Sequence[int] | None = None):
         self.source, self.data, self.encoder, self.seed, self.steps = source, data, encoder, seed, steps
-        self.rows = range(host * data.batch // hosts, (host + 1) * data.batch // hosts)
+        self.rows = range(data.batch) if rows is None else rows
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def __len__(self) -> int:

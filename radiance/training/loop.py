@@ -19,16 +19,18 @@ from jax.experimental import multihost_utils
 from radiance import config
 from radiance.data.datasets import describe, open_source
 from radiance.data.pipeline import Batches, fixed_batches
+from radiance.devices import device_named
+from radiance.model.flops import training_flops
 from radiance.model.transformer import Params
 from radiance.pictures import contact_sheet, save_png
 from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
-from radiance.sharding import gathered, make_mesh, put_batch, put_whole, shardings
+from radiance.sharding import gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
 from radiance.training.checkpoints import Checkpoints, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
-from radiance.training.progress import Progress
+from radiance.training.progress import Profile, Progress
 from radiance.training.start import start, verdict
 from radiance.training.step import State, init_state, make_step, validation_losses
 from radiance.weights.files import require_space
@@ -55,8 +57,7 @@ def train(run: config.Config) -> int:
     data["text"] = {"encoder": run.text.encoder, "identity": encoder.identity}
     directory = RunDirectory(run.directory)
     directory.check(run, data)
-    host, hosts, first_host = jax.process_index(), jax.process_count(), jax.process_index() == 0
-    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, host, hosts)
+    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, host_rows(mesh, run.data.batch))
     validation = fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures)
     prompts = run.train.sample_prompts or tuple(sources["validation"][i].captions[0] for i in range(min(16, len(sources["validation"]))))
     encoder(prompts)  # none is over the limit
@@ -66,6 +67,7 @@ def train(run: config.Config) -> int:
     places = shardings(like, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
+    first_host = jax.process_index() == 0
     checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=first_host)
     first, state, origin = start(run, checkpoints, like, places)
     if first_host:
@@ -82,6 +84,7 @@ def train(run: config.Config) -> int:
     step = jax.jit(make_step(run), in_shardings=(places, None), out_shardings=(places, None), donate_argnums=0)
     validate = jax.jit(partial(validation_losses, run))
     rate = learning_rate(run.optimizer, run.train.steps)
+    flops = training_flops(run.model, run.data.side, run.data.side, run.text.length)  # of a picture
     feed = batches.start(first)
     number = saved = first
     facts: dict[str, float] = {}
@@ -92,6 +95,7 @@ def train(run: config.Config) -> int:
         closing(checkpoints),
         closing(Journal(directory, first) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
+        closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
     ):
         if first == 0 and run.init:
             bins = _validate(validate, weights_of(run, state), validation, mesh)
@@ -100,10 +104,11 @@ def train(run: config.Config) -> int:
             progress.say(verdict(run, bins, other))
         while number < run.train.steps and not _anywhere(stopping, number, run.train.log_every):
             began = time.monotonic()
+            profile.before_step(number)
             batch = next(feed)
             waited += time.monotonic() - began
             cut += int(batch.pop("cut"))
-            state, metrics = step(state, put_batch(batch, mesh))
+            state, metrics = step(state, put_batch(batch, mesh, run.data.batch))
             number += 1
             # Read one step late, so that the device always has the next step to do.
             if before is not None:
@@ -118,7 +123,8 @@ def train(run: config.Config) -> int:
                 skipped = int(metrics["skipped"])
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
                 row = facts | {"learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
-                journal.write(number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited})
+                speed = _speed(progress.rate * flops / mesh.size)
+                journal.write(number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed)
                 waited, cut = 0.0, 0
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
@@ -134,6 +140,12 @@ def train(run: config.Config) -> int:
         if number > saved:
             checkpoints.save(state)
     return number
+
+
+def _speed(flops: float) -> dict[str, float]:
+    """Operations a second of each device, and their share of what it can do, where that is known."""
+    device = device_named(jax.devices()[0].device_kind)
+    return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / device.flops} if device else {})
 
 
 def _anywhere(stopping: threading.Event, number: int, every: int) -> bool:

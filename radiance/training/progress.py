@@ -2,7 +2,9 @@
 
 import sys
 import time
+from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 LINE_EVERY = 10.0  # seconds
@@ -43,3 +45,23 @@ class Progress:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+class Profile:
+    """A trace of some steps for TensorBoard's profiler. It begins with the third: the first compiles, and the second warms up."""
+
+    def __init__(self, directory: Path, first: int, steps: int):
+        self.directory, self.running = directory, False
+        self.steps = range(first + 2, first + 2 + steps)
+
+    def before_step(self, number: int):
+        if number in self.steps and not self.running:
+            jax.profiler.start_trace(self.directory)
+            self.running = True
+        elif number not in self.steps:
+            self.close()
+
+    def close(self):
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

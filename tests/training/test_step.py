@@ -127,7 +127,11 @@ def test_bfloat16_states_keep_their_types_and_stay_near(run):
     state = start(kept)
     new, metrics = jax.jit(make_step(kept))(state, batch_of(run))
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
-    assert new.params["double"]["image"]["mlp"]["linear_in"]["kernel"].dtype == new.optimizer[1].nu["patch_embed"]["bias"].dtype == jnp.bfloat16
+    assert (
+        new.params["double"]["image"]["mlp"]["linear_in"]["kernel"].dtype
+        == new.optimizer[1].nu["patch_embed"]["bias"].dtype
+        == jnp.bfloat16
+    )
     assert new.params["head"]["embedder"]["kernel"].dtype == new.params["patch_embed"]["bias"].dtype == jnp.float32
     exact, full = jax.jit(make_step(run))(start(run), batch_of(run))
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.02)
