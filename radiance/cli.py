@@ -25,7 +25,7 @@ STORES = ("q8_0", "int8", "float8_e4m3fn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is told in one sentence, with exit code 2."""
     options = _parse(arguments)
-    prepare()
+    prepare(several=getattr(options, "hosts", None) is not None)
     from radiance.data.datasets import DataError
     from radiance.text.encoders import TextError
     from radiance.training.loop import TrainingError

@@ -20,15 +20,22 @@ TPU = (
     "--xla_enable_async_all_gather=true",
     "--xla_tpu_scoped_vmem_limit_kib=65536",  # room for splash's blocks
 )
+# Of the collectives that XLA would run side by side each process or fake device may begin with another, and all wait for ever.
+CPUS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
 CACHE = "~/.cache/radiance/xla"
 
 
-def prepare():
-    """Sets the environment of this process, where the user has not: JAX reads it when it starts, so this comes before."""
+def prepare(several: bool = False):
+    """Sets the environment of this process, where the user has not: JAX reads it when it starts, so this comes before.
+
+    several: whether it is one process of several.
+    """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(CACHE).expanduser()))
     _add("LIBTPU_INIT_ARGS", TPU)  # nobody else reads it
     if Path("/proc/driver/nvidia").exists():
         _add("XLA_FLAGS", GPU)
+    if several or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        _add("XLA_FLAGS", CPUS)
 
 
 def _add(variable: str, flags: Sequence[str]):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from toys import toy_model
 
-from radiance import config
+from radiance import config, startup
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
@@ -33,10 +33,9 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
 
 
 def environment_of(devices: int) -> dict[str, str]:
-    """Of a process that sees that many devices. They share few threads: without the second flag collectives that XLA runs side by
-    side can wait for each other for ever."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    return os.environ | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"} if devices > 1 else {})
+    """Of a process that sees that many devices."""
+    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}", *startup.CPUS]
+    return os.environ | ({"XLA_FLAGS": " ".join(flags)} if devices > 1 else {})
 
 
 def written_experiment(run: config.Config) -> Path:
@@ -49,7 +48,6 @@ def written_experiment(run: config.Config) -> Path:
 def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
     """`radiance train` of that run in a process of its own."""
     path = written_experiment(run)
-    # Fake devices share few threads: without this flag collectives that XLA runs side by side can wait for each other for ever.
     process = subprocess.Popen(
         [sys.executable, "-m", "radiance", "train", str(path)],
         stdout=subprocess.PIPE,

@@ -17,14 +17,16 @@ def test_what_the_user_set_stays(monkeypatch):
     tpu = os.environ["LIBTPU_INIT_ARGS"].split()
     assert tpu[:2] == ["--xla_tpu_scoped_vmem_limit_kib=98304", "--other"] and len(tpu) == len(startup.TPU) + 1
     assert os.environ["XLA_FLAGS"].split() == list(startup.GPU)
+    startup.prepare(several=True)
+    assert os.environ["XLA_FLAGS"].split() == [*startup.GPU, *startup.CPUS]
     before = dict(os.environ)
     startup.prepare()
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("flags, good", [(startup.GPU, True), ((*startup.GPU, "--xla_gpu_pipeline_all_gather=on"), False)])
-def test_flags_for_gpus_parse(flags, good):
-    """XLA ends a process at the first flag that it does not know; it knows those for GPUs everywhere."""
+@pytest.mark.parametrize("flags, good", [((*startup.GPU, *startup.CPUS), True), ((*startup.GPU, "--xla_gpu_pipeline_all_gather=on"), False)])
+def test_flags_of_xla_parse(flags, good):
+    """XLA ends a process at the first flag that it does not know; it knows those for GPUs everywhere too."""
     environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
     done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == good, done.stderr

@@ -16,7 +16,11 @@ LOGITS = 1 << 29  # bytes up to which all logits may stand in memory at once
 
 
 def attention(
-    q: Float[Array, "b n h k"], k: Float[Array, "b n h k"], v: Float[Array, "b n h k"], kv_len: Int[Array, " b"] | None, backend: str = "auto"
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h k"],
+    kv_len: Int[Array, " b"] | None,
+    backend: str = "auto",
 ) -> Float[Array, "b n h k"]:
     """Scaled dot-product attention of every token to the first `kv_len` tokens of its own sample (to all when None).
 

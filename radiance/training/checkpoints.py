@@ -97,8 +97,8 @@ def _parts(state: State) -> dict:
 
 
 def _placed(like):
-    """Shapes with a place each: the first device, where none is given (Orbax would put them where they were when saved)."""
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes with a place each: this host's first device, where none is given (Orbax would put them where they were when saved)."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), like)
 
 

@@ -124,7 +124,9 @@ def train(run: config.Config) -> int:
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
                 row = facts | {"learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
                 speed = _speed(progress.rate * flops / mesh.size)
-                journal.write(number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed)
+                journal.write(
+                    number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed
+                )
                 waited, cut = 0.0, 0
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:

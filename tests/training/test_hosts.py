@@ -22,7 +22,7 @@ def start_hosts(*command: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = environment_of(2) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    environment = environment_of(1) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "radiance", *command, "--coordinator", address, "--hosts", "2", "--host", str(host)],
@@ -50,7 +50,7 @@ def test_steps_are_traced(alone):
 
 
 def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "mesh.fsdp=4", "mesh.data=1", "train.checkpoint_every=2", "train.steps=8")
+    run = toy_run(tmp_path, data_directory, "mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.steps=8")
     experiment = written_experiment(run)
     processes = start_hosts("train", str(experiment))
     deadline = time.monotonic() + 200
@@ -62,7 +62,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
         process.communicate()
 
     first, second = outputs(start_hosts("train", str(experiment)))
-    assert "4 device(s), going on from step" in first
+    assert "2 device(s), going on from step" in first
     assert (run.directory / "report.html").is_file()
     ours, expected = metrics(run), metrics(alone)
     assert [row["step"] for row in ours] == [row["step"] for row in expected]
@@ -72,7 +72,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a handwritten one\nthe digit 2\nthe digit 3\n")
     arguments = ["sample", str(run.directory), "--prompts", str(prompts), "--seeds", "4"]
-    outputs(start_hosts(*arguments, "--mesh", "fsdp=2", "--out", str(tmp_path / "two")))
+    outputs(start_hosts(*arguments, "--out", str(tmp_path / "two")))
     one = subprocess.run(
         [sys.executable, "-m", "radiance", *arguments, "--out", str(tmp_path / "one")], env=os.environ, capture_output=True, text=True
     )
