@@ -167,7 +167,7 @@ def _sample(options: argparse.Namespace) -> int:
     from radiance.models import load
     from radiance.pictures import contact_sheet, save_png
 
-    prompts = options.prompt + ([line for line in options.prompts.read_text().splitlines() if line.strip()] if options.prompts else [])
+    prompts = options.prompt + (_lines(options.prompts) if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
@@ -180,7 +180,7 @@ def _sample(options: argparse.Namespace) -> int:
         text_encoder=options.text_encoder,
         tokenizer=options.tokenizer,
         autoencoder=options.autoencoder,
-        loras=options.lora,
+        loras=[(path, 1.0 if strength is None else strength) for path, strength in options.lora],
         preset=options.preset,
         changes=options.changes,
         store=options.store,
@@ -206,31 +206,36 @@ def _convert(options: argparse.Namespace) -> int:
     """Writes MODEL to OUT, tensor by tensor, and tells what was done. Operations come in the order of the flags in this help."""
     from tqdm import tqdm
 
-    from radiance.models import opened, write_prompts
+    from radiance.models import encoded_prompts, opened
     from radiance.training.directory import RunDirectory, is_run
     from radiance.weights import lora, surgery
     from radiance.weights.convert import SHORT, convert, format_of
 
-    to = options.to or format_of(options.out)
+    to = options.to or ("peft" if options.extract else format_of(options.out))
+    if options.extract and to not in LORA_NAMES:
+        raise config.ConfigError(f"--extract writes a LoRA: --to is {' or '.join(LORA_NAMES)}, not {to}.")
+    if options.merge and options.merge[1] is None:
+        raise config.ConfigError(f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5.")
     checkpoint = opened(options.model, options.weights, **_known(options))
     if options.merge:
-        checkpoint = surgery.merge(checkpoint, opened(options.merge[0]), options.merge[1])
+        checkpoint = surgery.merge(checkpoint, opened(options.merge[0], **_known(options)), options.merge[1])
     if to in LORA_NAMES:
         return _write_lora(options, checkpoint, to)
     for path, strength in options.lora:
-        checkpoint = lora.merged(checkpoint, lora.read(path, checkpoint.model), strength)
+        checkpoint = lora.merged(checkpoint, lora.read(path, checkpoint.model), 1.0 if strength is None else strength)
     if options.head:
         checkpoint = surgery.conv_head(checkpoint)
     if options.dilate:
         checkpoint = surgery.dilate(checkpoint, options.dilate)
     if options.graft:
         checkpoint = surgery.graft(checkpoint, config.Model.named(options.graft), options.seed)
+    more = (
+        encoded_prompts(RunDirectory(Path(options.model)).read_config()) if to == "torch" and is_run(options.model) else lambda folder: None
+    )
     count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
-        report = convert(checkpoint, options.out, to, SHORT.get(options.dtype, options.dtype), not options.ggml_markers, bar.update)
+        report = convert(checkpoint, options.out, to, SHORT.get(options.dtype, options.dtype), not options.ggml_markers, bar.update, more)
     print(report)
-    if to == "torch" and is_run(options.model):
-        write_prompts(options.out, RunDirectory(Path(options.model)).read_config())
     print(f"{checkpoint.origin} is written to {options.out}.")
     return 0
 
@@ -239,15 +244,24 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: st
     """The difference to another checkpoint as a LoRA, or a LoRA file under other names."""
     from tqdm import tqdm
 
-    from radiance.models import opened
+    from radiance.models import opened, trained_lora
+    from radiance.training.directory import RunDirectory, is_run
     from radiance.weights import lora
+    from radiance.weights.convert import SHORT
 
-    if options.extract:
-        base = opened(options.extract)
+    dtype = SHORT.get(options.dtype, options.dtype) or "bfloat16"
+    run = RunDirectory(Path(options.model)).read_config() if is_run(options.model) else None
+    if run is not None and run.lora.rank and not options.extract and not options.lora:
+        run = replace(run, sample=replace(run.sample, weights=options.weights or run.sample.weights))
+        found = trained_lora(options.model, run)
+        lora.write(options.out, found, names, dtype)
+        print(f"{found.origin} is written to {options.out}: {len(found.pairs)} matrices.")
+    elif options.extract:
+        base = opened(options.extract, **_known(options))
         count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
         with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
             found = lora.extract(base, checkpoint, options.rank, progress=bar.update)
-        lora.write(options.out, found.lora, names)
+        lora.write(options.out, found.lora, names, dtype)
         print(
             f"{options.out} keeps {found.kept_in_all:.1%} of the squared difference of {len(found.lora.pairs)} matrices at rank {options.rank}."
         )
@@ -255,11 +269,14 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: st
             worst = ", ".join(f"{name} ({change:.1e})" for name, change in sorted(found.left.items(), key=lambda x: -x[1])[:3])
             print(f"{len(found.left)} other tensors changed too, which a LoRA of the blocks' matrices cannot carry; most of all {worst}.")
     elif len(options.lora) == 1:
-        lora.write(options.out, lora.read(options.lora[0][0], checkpoint.model), names)
-        print(f"{options.lora[0][0]} is written to {options.out} with the names of {names}.")
+        (path, strength), *_ = options.lora
+        if strength is not None:
+            raise config.ConfigError(f"--lora {path}:{strength:g}: a LoRA is renamed as it is; give it a strength where it is used.")
+        lora.write(options.out, lora.read(path, checkpoint.model), names, dtype)
+        print(f"{path} is written to {options.out} with the names of {names}.")
     else:
         raise config.ConfigError(
-            f"--to {names} writes a LoRA: give --extract BASE, from which MODEL was trained, or one --lora FILE to rename."
+            f"--to {names} writes a LoRA: give a run that trained one, --extract BASE, from which MODEL was trained, or one --lora FILE to rename."
         )
     return 0
 
@@ -363,13 +380,26 @@ def _known(options: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _with_number(text: str) -> tuple[str, float]:
-    """FILE:NUMBER; 1 where there is none."""
+def _with_number(text: str) -> tuple[str, float | None]:
+    """FILE:NUMBER, or FILE alone."""
     path, colon, number = text.rpartition(":")
     try:
-        return (path, float(number)) if colon else (text, 1.0)
+        value = float(number) if colon else None
     except ValueError:
-        return text, 1.0  # a colon in the name
+        return text, None  # a colon in the name
+    if value is None:
+        return text, None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{number} is not a finite number")
+    return path, value
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a file, one a line."""
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise config.ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
 
 
 def _mesh(text: str) -> config.Mesh:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from radiance.sections import ConfigError, Section, differences, from_dict, from_json, meant, override, require, to_dict, to_json
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "Flow", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Preset", "Sample", "Section", "Text", "Train",
+    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Preset", "Sample", "Section", "Text", "Train",
     "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
 ]  # fmt: skip
 
@@ -226,6 +226,31 @@ class Optimizer(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """Low-rank additions to the blocks' matrices (arXiv 2106.09685), trained in place of the weights that `init` names."""
+
+    rank: int = 0  # 0: the weights themselves are trained
+    alpha: float | None = None  # additions are scaled by alpha / rank; none: by 1
+    parts: tuple[str, ...] = ("double", "single")  # the matrices whose paths start so, such as "single/attention"
+    store: Literal["none", "q8_0", "int8", "float8_e4m3fn"] = "none"  # what the matrices that stay are kept in
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights that stay, but for what is stored smaller
+
+    def check(self):
+        require(self.rank >= 0, f"lora.rank={self.rank} cannot be negative (0 trains the weights themselves).")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha} must be positive.")
+        for part in self.parts:
+            require(
+                part.startswith(("double", "single")),
+                f"lora.parts={part!r}: only matrices of the blocks are adapted, as in double or single/mlp.",
+            )
+        require(bool(self.parts), "lora.parts is empty: name what is adapted, such as double,single.")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / max(self.rank, 1)
+
+
+@dataclass(frozen=True)
 class Train(Section):
     """The run."""
 
@@ -314,6 +339,7 @@ class Config(Section):
     data: Data = field(default_factory=Data)
     flow: Flow = field(default_factory=Flow)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     mesh: Mesh = field(default_factory=Mesh)
@@ -328,7 +354,14 @@ class Config(Section):
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
         )
-
+        require(
+            self.lora.rank == 0 or bool(self.init),
+            f"lora.rank={self.lora.rank} trains additions to weights that are there already: give init=FILE or a run.",
+        )
+        require(
+            self.lora.rank == 0 or not self.optimizer.frozen,
+            f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
+        )
         require(
             self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
             f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",

@@ -1,7 +1,7 @@
 """Finding a model by what the user calls it: a run directory, or a checkpoint file with the files that belong to it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from radiance.pipeline import Autoencoder, Pipeline
 from radiance.sampling import times_of
 from radiance.sharding import make_mesh, shardings
 from radiance.text.encoders import make_encoder
+from radiance.training.adapters import as_lora
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import RunDirectory, is_run
-from radiance.training.start import LOSS_KEY
+from radiance.training.start import load_base
 from radiance.weights import autoencoder as autoencoder_files
 from radiance.weights import lora as lora_files
-from radiance.weights.checkpoint import Checkpoint, of_params, open_checkpoint
-from radiance.weights.files import write_safetensors
+from radiance.weights.checkpoint import LOSS_KEY, Checkpoint, of_params, open_checkpoint
+from radiance.weights.files import CheckpointError, write_safetensors
 
 # What our own exports carry, so that they are sampled as the run was: settings that the weights do not tell.
 RUN_KEY = "radiance.run"
@@ -60,6 +61,7 @@ def load(
     """
     if is_run(model):
         run = RunDirectory(Path(model)).read_config()
+        _not_told(model, known)
     else:
         checkpoint = open_checkpoint(model, **known)
         run = run_of(checkpoint, dtype)
@@ -83,7 +85,11 @@ def load(
     encoder = make_encoder(run.text, run.model.text_dim, spread)
 
     places = spread and spread(abstract(run.model))
-    if is_run(model):
+    if is_run(model) and run.lora.rank:
+        own = trained_lora(model, run)
+        base = run if store is None else replace(run, lora=replace(run.lora, store=store))
+        params, origin, adapters = load_base(base, places), own.origin, [(own, 1.0), *adapters]
+    elif is_run(model):
         params, origin = restored(model, run, places)
         if store not in (None, "none"):
             params = of_params(run.model, params, origin).params(store=store, shardings=places)
@@ -95,8 +101,13 @@ def load(
     return Pipeline(run, params, origin, encoder, decoder, devices)
 
 
+def trained_lora(model: str | Path, run: config.Config) -> lora_files.Lora:
+    """What a LoRA run has trained, at its newest checkpoint."""
+    return as_lora(run, *restored(model, run))
+
+
 def restored(model: str | Path, run: config.Config, places: Params | None = None) -> tuple[Params, str]:
-    """Weights of a run's newest checkpoint, on one device or as `places` says, and what they are called."""
+    """Weights of a run's newest checkpoint (of a LoRA run, what it adds), on one device or as `places` says, and what they are called."""
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     if checkpoints.latest is None:
         raise config.ConfigError(f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps.")
@@ -107,12 +118,15 @@ def restored(model: str | Path, run: config.Config, places: Params | None = None
 def opened(model: str | Path, weights: str | None = None, **known: Any) -> Checkpoint:
     """The checkpoint of a run, with what its exports say of it, or of a file."""
     if not is_run(model):
+        if weights:
+            raise config.ConfigError(f"{model} is a file and has one kind of weights: --weights is for run directories.")
         return open_checkpoint(model, **known)
     directory = RunDirectory(Path(model))
     run = directory.read_config()
+    _not_told(model, known)
+    validated = run.sample.weights
     if weights:
         run = replace(run, sample=replace(run.sample, weights=weights))
-    params, origin = restored(model, run)
     told = {
         "text": config.to_dict(replace(run.text, file="", tokenizer="", cache="")),
         "sample": config.to_dict(replace(run.sample, weights="params")),
@@ -120,8 +134,11 @@ def opened(model: str | Path, weights: str | None = None, **known: Any) -> Check
         "noise_scale": run.flow.noise_scale,
     }
     losses = [row["validation_loss"] for row in directory.read_metrics() if "validation_loss" in row]
-    measured = {LOSS_KEY: f"{losses[-1]:.6g}"} if losses else {}
-    return of_params(run.model, params, origin, {RUN_KEY: json.dumps(told), **measured})
+    measured = {LOSS_KEY: f"{losses[-1]:.6g}"} if losses and run.sample.weights == validated else {}
+    metadata = {RUN_KEY: json.dumps(told), **measured}
+    if run.lora.rank:
+        return replace(lora_files.merged(opened(run.init), trained_lora(model, run)), metadata=metadata)
+    return of_params(run.model, *restored(model, run), metadata)
 
 
 def run_of(checkpoint: Checkpoint, dtype: str) -> config.Config:
@@ -134,15 +151,27 @@ def run_of(checkpoint: Checkpoint, dtype: str) -> config.Config:
         return config.Config(
             model=model, compute=compute, text=text, sample=suited.sample, data=config.Data(side=suited.side), optimizer=config.Optimizer()
         )
-    told = json.loads(checkpoint.metadata[RUN_KEY])
-    return config.Config(
-        model=model,
-        compute=compute,
-        text=config.from_dict(config.Text, told["text"]),
-        sample=config.from_dict(config.Sample, told["sample"]),
-        data=config.Data(side=told["side"]),
-        flow=config.Flow(noise_scale=told["noise_scale"]),
-    )
+    try:
+        told = json.loads(checkpoint.metadata[RUN_KEY])
+        return config.Config(
+            model=model,
+            compute=compute,
+            text=config.from_dict(config.Text, told["text"]),
+            sample=config.from_dict(config.Sample, told["sample"]),
+            data=config.Data(side=told["side"]),
+            flow=config.Flow(noise_scale=told["noise_scale"]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.origin} does not say in its metadata how it is sampled, as our exports do ({RUN_KEY}: {error}): export it again."
+        ) from None
+
+
+def _not_told(model: str | Path, known: dict[str, Any]):
+    if known:
+        raise config.ConfigError(
+            f"{model} is a run directory and knows its {' and '.join(known)}: these flags are for files that do not say it."
+        )
 
 
 def _store(checkpoint: Checkpoint) -> str | None:
@@ -163,8 +192,8 @@ def _check(run: config.Config, model: str | Path, autoencoder: str):
         raise config.ConfigError(f"{model} paints pixels and needs no autoencoder: leave --autoencoder out.")
 
 
-def write_prompts(folder: Path, run: config.Config):
-    """`prompts.safetensors` beside an exported PyTorch model: the run's sample prompts, encoded, and how to paint them."""
+def encoded_prompts(run: config.Config) -> Callable[[Path], None]:
+    """What writes `prompts.safetensors` into the folder of an exported PyTorch model: the run's sample prompts, encoded, and how to paint them."""
     prompts = list(run.train.sample_prompts or ("",))
     encoder = make_encoder(run.text, run.model.text_dim)
     encoded = encoder.encode([*prompts, run.sample.negative])
@@ -174,10 +203,6 @@ def write_prompts(folder: Path, run: config.Config):
     tensors = {"text": text[:-1], "lengths": lengths[:-1], "negative_text": text[-1:], "negative_lengths": lengths[-1:]}
     times = times_of(run.sample, (run.data.side // run.model.patch) ** 2)
     settings = config.to_dict(run.sample) | {"side": run.data.side, "noise_scale": run.flow.noise_scale, "times": times.tolist()}
-    write_safetensors(
-        folder / "prompts.safetensors",
-        {name: x.shape for name, x in tensors.items()},
-        {name: x.dtype for name, x in tensors.items()},
-        tensors.__getitem__,
-        {"prompts": json.dumps(prompts), "sample": json.dumps(settings)},
-    )
+    shapes, dtypes = ({name: getattr(x, what) for name, x in tensors.items()} for what in ("shape", "dtype"))
+    metadata = {"prompts": json.dumps(prompts), "sample": json.dumps(settings)}
+    return lambda folder: write_safetensors(folder / "prompts.safetensors", shapes, dtypes, tensors.__getitem__, metadata)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
@@ -113,7 +112,7 @@ class Pipeline:
         What is cut off is masked anyway: the picture is the same for less work.
         """
         encoded = self.encoder.encode([*prompts, negative])
-        lengths = jnp.asarray([length for _, length in encoded])
+        lengths = np.array([length for _, length in encoded])
         seen = int(visible_tokens(lengths, self.encoder.limit, self.run.model.masking).max())
         text, lengths = self.encoder.pad(encoded, bucket(seen, self.encoder.limit))
         return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])

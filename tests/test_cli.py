@@ -92,7 +92,7 @@ def test_sample_with_changes_behind_the_flags(trained, tmp_path):
 
 
 def test_pictures_are_not_overwritten(capsys, trained, tmp_path):
-    Image.new("RGB", (1, 1)).save(tmp_path / "mine.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "00000_seed0.png")
     assert "holds pictures already" in told(capsys, "sample", trained, "--prompt", "one", "--out", tmp_path)
 
 

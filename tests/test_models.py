@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import toy_run
+from safetensors.numpy import load_file
 from toy_t5 import TOY, toy_folder
 from toys import toy_model, toy_params
 
@@ -175,3 +176,106 @@ def test_a_run_exports_what_it_takes_to_sample_it(tmp_path, data_directory, caps
     theirs = radiance.load(run.directory, "ema=0.9")(["the digit 2"], seeds=[1])[0]
     ours = radiance.load(out, dtype="float32")(["the digit 2"], seeds=[1])[0]  # the hash encoder and settings come with it
     assert np.array_equal(pixels(theirs.image), pixels(ours.image))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_directory):
+    from radiance.training.loop import train
+
+    run = toy_run(tmp_path_factory.mktemp("run"), data_directory, "train.steps=2", "train.checkpoint_every=2")
+    train(run)
+    return run
+
+
+def told(capsys, *arguments) -> str:
+    """The one line that a command says when it refuses."""
+    assert main([str(x) for x in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_run_stays_one_when_it_is_exported_into_itself(run, tmp_path):
+    inside = run.directory / "export.safetensors"
+    assert main(["convert", str(run.directory), str(inside), "--weights", "ema=0.9", "--dtype", "bf16"]) == 0
+    assert main(["convert", str(run.directory), str(tmp_path / "out.safetensors"), "--weights", "params"]) == 0
+    inside.unlink()
+    assert checkpoint.open_checkpoint(tmp_path / "out.safetensors").dtypes["txt_in.weight"] == "F32"
+    assert checkpoint.open_checkpoint(tmp_path / "out.safetensors").metadata["radiance.origin"].endswith("params")
+
+
+def test_a_loss_goes_with_the_weights_that_had_it(run, tmp_path):
+    def noted(*arguments):
+        assert main(["convert", str(arguments[0]), str(tmp_path / "out.safetensors"), *map(str, arguments[1:])]) == 0
+        return "radiance.validation_loss" in checkpoint.open_checkpoint(tmp_path / "out.safetensors").metadata
+
+    assert noted(run.directory) and not noted(run.directory, "--weights", "params")
+    assert main(["convert", str(run.directory), str(tmp_path / "a.safetensors")]) == 0
+    assert noted(tmp_path / "a.safetensors", "--dtype", "bf16") and not noted(
+        tmp_path / "a.safetensors", "--merge", f"{tmp_path / 'a.safetensors'}:0.5"
+    )
+
+
+def test_no_request_is_ignored(run, files, tmp_path, capsys):
+    file, out = files / "pixels.safetensors", tmp_path / "out.safetensors"
+    assert "--weights is for run directories" in told(capsys, "convert", file, out, "--weights", "params")
+    assert "knows its prediction" in told(capsys, "convert", run.directory, out, "--prediction", "velocity")
+    assert "knows its text_ids" in told(capsys, "sample", run.directory, "--prompt", "x", "--text-ids", "zero", "--out", tmp_path / "p")
+    assert "needs a ratio" in told(capsys, "convert", file, out, "--merge", file)
+    assert "--extract writes a LoRA" in told(capsys, "convert", file, out, "--extract", file, "--to", "native")
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        main(["convert", str(file), str(out), "--lora", "x:nan"])
+    assert "not a finite number" in capsys.readouterr().err
+
+
+def test_what_is_extracted_is_a_lora(files, tmp_path, capsys):
+    file, out = files / "pixels.safetensors", tmp_path / "lora.safetensors"
+    other = jax.tree.map(lambda x: x * 1.01, toy_params(MODEL))
+    checkpoint.write(tmp_path / "other.safetensors", MODEL, other)
+    assert main(["convert", str(tmp_path / "other.safetensors"), str(out), "--extract", str(file), "--rank", "2", "--dtype", "fp32"]) == 0
+    tensors = load_file(out)
+    assert all(".lora_" in key or key.endswith(".alpha") for key in tensors) and {x.dtype for x in tensors.values()} == {
+        np.dtype("float32")
+    }
+    again = ["convert", file, tmp_path / "kohya.safetensors", "--to", "kohya", "--lora"]
+    assert "renamed as it is" in told(capsys, *again, f"{out}:0.5")
+    assert main([str(x) for x in [*again, out]]) == 0
+
+
+@pytest.mark.parametrize(
+    "metadata", ["garbage", "{}", '{"text": {}}', '{"text": {"encoder": "x"}, "sample": {}, "side": 8, "noise_scale": 1}', "[" * 9999]
+)
+def test_damaged_settings_of_an_export(files, tmp_path, metadata, capsys):
+    checkpoint.write(tmp_path / "x.safetensors", MODEL, toy_params(MODEL), metadata={"radiance.run": metadata})
+    assert "does not say in its metadata how it is sampled" in told(
+        capsys, "sample", tmp_path / "x.safetensors", "--prompt", "x", "--out", tmp_path / "p"
+    )
+
+
+@pytest.mark.parametrize("loss", ["abc", "0", "nan", "-1"])
+def test_a_damaged_loss_stops_a_run_before_it_begins(run, tmp_path, data_directory, loss):
+    from radiance.training.loop import train
+
+    checkpoint.write(tmp_path / "x.safetensors", run.model, toy_params(run.model), metadata={"radiance.validation_loss": loss})
+    with pytest.raises(CheckpointError, match="which is no loss"):
+        train(toy_run(tmp_path, data_directory, f"init={tmp_path / 'x.safetensors'}"))
+    assert not (tmp_path / "toy").exists()
+
+
+def test_a_torch_folder_is_whole_or_not_there(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("radiance.models.make_encoder", lambda *_: (_ for _ in ()).throw(config.ConfigError("the cache is gone.")))
+    assert "the cache is gone" in told(capsys, "convert", run.directory, tmp_path / "torch", "--to", "torch")
+    assert not (tmp_path / "torch").exists()
+
+
+def test_prompts_that_are_no_text(files, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("ein Häuschen".encode("latin-1"))
+    line = told(capsys, "sample", files / "pixels.safetensors", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "p")
+    assert "is not UTF-8 text (byte 5)" in line
+
+
+def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
+    from radiance.training.loop import train
+
+    run = toy_run(tmp_path, data_directory, "train.steps=1", "text.length=3", "train.sample_prompts=", "train.validate_pictures=4")
+    assert train(run) == 1  # "the digit 7" and its end are four

@@ -75,9 +75,12 @@ class TfdsSource:
     """A split of a prepared TensorFlow Dataset, read without TensorFlow."""
 
     def __init__(self, builder: Any, split: str, picture: str, captions: str, attributes: tuple[str, ...]):
+        from tensorflow_datasets import decode
+
         self.builder, self.split = builder, split
         self.keys = (picture, captions, attributes)
         self.data = builder.as_data_source(split=split)
+        self.texts = builder.as_data_source(split=split, decoders={picture: decode.SkipDecoding()})
         self.skipped: Mapping[str, int] = {}
 
     def __len__(self) -> int:
@@ -89,7 +92,7 @@ class TfdsSource:
         return Example(Image.fromarray(row[picture]), tuple(c.decode() for c in row[captions]), {name: row[name] for name in attributes})
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self[index].captions
+        return tuple(c.decode() for c in self.texts[index][self.keys[1]])
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -1,26 +1,31 @@
 """Batches as a function of (seed, step) alone, on any number of hosts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from radiance import config
 from radiance.data.datasets import Source
+from radiance.model.transformer import visible_tokens
 from radiance.pictures import to_array
-from radiance.text.encoders import Encoder
+from radiance.text.encoders import BUCKET, Encoder, bucket
 
 Batch = dict[str, np.ndarray]  # image [b, height, width, 3], text [b, l, d], lengths [b], weight [b]
+WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that must be compiled
 
 
 class Batches:
     """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
 
-    Every epoch is a new permutation. Which caption is drawn, and whether it is dropped, depends on (seed, position) alone.
+    Every epoch is a new permutation. Which caption is drawn, and whether it is dropped, depends on (seed, position) alone. Text is
+    cut where no row of the global batch has a token that the model's `masking` shows.
     """
 
-    def __init__(self, source: Source, data: config.Data, encoder: Encoder, seed: int, steps: int, rows: Sequence[int] | None = None):
-        self.source, self.data, self.encoder, self.seed, self.steps = source, data, encoder, seed, steps
+    def __init__(
+        self, source: Source, data: config.Data, encoder: Encoder, seed: int, steps: int, masking: str, rows: Sequence[int] | None = None
+    ):
+        self.source, self.data, self.encoder, self.seed, self.steps, self.masking = source, data, encoder, seed, steps, masking
         self.rows = range(data.batch) if rows is None else rows
         self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
@@ -28,18 +33,24 @@ class Batches:
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        pictures, captions = zip(*(self._example(step * self.data.batch + row) for row in self.rows))
-        text, lengths = self.encoder(captions, cut=True)
-        cut = sum(self.encoder.count(caption) > self.encoder.limit for caption in captions)
+        first = step * self.data.batch
+        # Every host looks at the captions of all, for their arrays must have one shape.
+        positions = range(first, first + self.data.batch)
+        width = text_width((self._caption(p, self.source.captions(self.order[p])) for p in positions), self.encoder, self.masking)
+        pictures, captions = zip(*(self._example(first + row) for row in self.rows))
+        text, lengths = self.encoder.pad(self.encoder.encode(captions, cut=True), width)
+        cut = sum(self.encoder.count(caption) > min(self.encoder.limit, width) for caption in captions)
         weight = np.ones(len(captions), np.float32)
         return {"image": np.stack(pictures), "text": text, "lengths": lengths, "weight": weight, "cut": np.int32(cut)}
 
     def _example(self, position: int) -> tuple[np.ndarray, str]:
         example = self.source[self.order[position]]
+        return to_array(example.picture, self.data.side, self.data.side), self._caption(position, example.captions)
+
+    def _caption(self, position: int, captions: Sequence[str]) -> str:
         # Philox streams are fixed by NumPy's promise for bit generators; floor(random · n) does not lean on Generator's own methods.
         choice, dropped = np.random.Generator(np.random.Philox(key=[self.seed, position])).random(2)
-        caption = "" if dropped < self.data.caption_dropout else example.captions[int(choice * len(example.captions))]
-        return to_array(example.picture, self.data.side, self.data.side), caption
+        return "" if dropped < self.data.caption_dropout else captions[int(choice * len(captions))]
 
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from `step` on, read ahead in threads."""
@@ -47,14 +58,23 @@ class Batches:
         return iter(grain.MapDataset.source(self)[step:].to_iter_dataset(ahead))
 
 
-def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures: int) -> list[Batch]:
-    """The first `pictures` examples with their first caption, in batches of one size; the last one is filled with rows of weight 0."""
+def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
+    """Tokens that the texts of a batch are cut to: what is cut off is hidden in all of them."""
+    if masking == "off":
+        return encoder.limit
+    counts = np.array([min(encoder.count(caption), encoder.limit) for caption in captions])
+    return bucket(int(visible_tokens(counts, encoder.limit, masking).max()), encoder.limit, max(BUCKET, encoder.limit // WIDTHS))
+
+
+def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures: int, masking: str) -> list[Batch]:
+    """The first `pictures` examples with their first caption, in batches of one shape; the last one is filled with rows of weight 0."""
     count = min(pictures, len(source))
     size = min(data.batch, count)
+    width = text_width((source.captions(i)[0] for i in range(count)), encoder, masking)
     batches = []
     for start in range(0, count, size):
         rows = [source[min(i, count - 1)] for i in range(start, start + size)]
-        text, lengths = encoder([row.captions[0] for row in rows], cut=True)
+        text, lengths = encoder.pad(encoder.encode([row.captions[0] for row in rows], cut=True), width)
         image = np.stack([to_array(row.picture, data.side, data.side) for row in rows])
         weight = (np.arange(start, start + size) < count).astype(np.float32)
         batches.append({"image": image, "text": text, "lengths": lengths, "weight": weight})

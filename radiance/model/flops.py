@@ -17,9 +17,9 @@ def forward_flops(model: config.Model, height: int, width: int, words: int) -> i
     return 2 * (embed + (model.double_blocks + model.single_blocks) * block + _modulation(model) + _head(model, tokens))
 
 
-def training_flops(model: config.Model, height: int, width: int, words: int) -> int:
-    """Of one picture, forward and backward: three times the forward pass."""
-    return 3 * forward_flops(model, height, width, words)
+def training_flops(model: config.Model, height: int, width: int, words: int, frozen: bool = False) -> int:
+    """Of one picture, forward and backward: three times the forward pass, and two where the weights are frozen, as under a LoRA."""
+    return (2 if frozen else 3) * forward_flops(model, height, width, words)
 
 
 def _modulation(model: config.Model) -> int:

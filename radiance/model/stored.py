@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 BLOCK = 32  # inputs that share a scale in Q8_0
@@ -38,7 +39,7 @@ class Quantised:
         return (values * self.scales.astype(jnp.float32)[..., None, :]).reshape(*stack, *self.shape)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up"], meta_fields=["shape"])
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up"], meta_fields=[])
 @dataclass(frozen=True)
 class Adapted:
     """A kernel with a low-rank addition (LoRA, arXiv 2106.09685) that is not merged into it: base + down · up."""
@@ -46,21 +47,34 @@ class Adapted:
     base: Any  # an array or Quantised
     down: Any  # [*stack, in, rank]
     up: Any  # [*stack, rank, out], times strength · alpha / rank
-    shape: tuple[int, ...] = field(metadata=dict(static=True))
 
-    def expand(self) -> Float[Array, "..."]:
-        base = self.base.expand() if isinstance(self.base, Quantised) else self.base
-        addition = jnp.einsum("...ir,...ro->...io", self.down, self.up)
-        return base.astype(jnp.float32) + addition.reshape(base.shape)
+
+class AdaptedLinear:
+    """A linear layer whose kernel is Adapted: x · base + (x · down) · up. The addition is never as large as the kernel, nor is the
+    gradient that trains it."""
+
+    def __init__(self, linear: nnx.Linear | nnx.LinearGeneral):
+        self.linear, self.adapted = linear, linear.kernel.get_value()
+        linear.kernel.set_value(self.adapted.base)
+
+    def __call__(self, x: Float[Array, "b n ..."]) -> Float[Array, "b n ..."]:
+        y = self.linear(x)
+        flat = x.reshape(*x.shape[:2], -1).astype(y.dtype)
+        return y + (flat @ self.adapted.down.astype(y.dtype) @ self.adapted.up.astype(y.dtype)).reshape(y.shape)
 
 
 def expanded(module: M) -> M:
-    """`module` with arrays in place of what is stored small, in the type they are computed with."""
+    """`module` with arrays in place of what is stored small, and layers that add in place of those with an addition."""
 
-    def small(x) -> bool:
-        return isinstance(x, (Quantised, Adapted))
+    def quantised(x) -> bool:
+        return isinstance(x, Quantised)
 
-    return jax.tree.map(lambda x: x.expand() if small(x) else x, module, is_leaf=small)
+    module = jax.tree.map(lambda x: x.expand() if quantised(x) else x, module, is_leaf=quantised)
+    for part in [part for _, part in nnx.iter_modules(module)]:
+        for name, layer in [*vars(part).items()]:
+            if isinstance(layer, (nnx.Linear, nnx.LinearGeneral)) and isinstance(layer.kernel.get_value(), Adapted):
+                setattr(part, name, AdaptedLinear(layer))
+    return module
 
 
 def quantise(matrix: Float[np.ndarray, "in out"], store: str) -> tuple[np.ndarray, np.ndarray]:

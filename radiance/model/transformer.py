@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
@@ -123,9 +124,9 @@ class Transformer(nnx.Module):
         return jax.checkpoint(body, policy=REMAT[self.compute.remat], prevent_cse=False)
 
 
-def visible_tokens(lengths: Int[Array, " b"], limit: int, masking: str) -> Int[Array, " b"]:
-    """Text tokens that take part in the attention: the real ones and one padding token (Chroma), the real ones, or all."""
-    return {"one_pad": jnp.minimum(lengths + 1, limit), "strict": lengths, "off": jnp.full_like(lengths, limit)}[masking]
+def visible_tokens(lengths: Int[Array | np.ndarray, " b"], limit: int, masking: str) -> Int[Array | np.ndarray, " b"]:
+    """Text tokens that take part in the attention: the real ones and one padding token (Chroma), the real ones, or all. Of NumPy's arrays too."""
+    return {"one_pad": (lengths + 1).clip(max=limit), "strict": lengths, "off": 0 * lengths + limit}[masking]
 
 
 def _stack(kind: type, count: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:

@@ -105,7 +105,7 @@ def _prepare(folder: Path, encoder: Encoder, host: int) -> dict[str, Any]:
 
 
 def _described(encoder: Encoder) -> dict[str, Any]:
-    return {"identity": encoder.identity, "limit": encoder.limit, "dim": encoder.dim, "dtype": encoder.dtype.name}
+    return {"encoder": encoder.kind, "identity": encoder.identity, "limit": encoder.limit, "dim": encoder.dim, "dtype": encoder.dtype.name}
 
 
 def _key(caption: str) -> UInt64[np.ndarray, "2"]:
@@ -162,7 +162,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise config.ConfigError(f"{folder} holds no embeddings (it has no {MANIFEST}): make them with `radiance encode`.")
     try:
         manifest = json.loads(path.read_text())
-        kinds = {"format": str, "identity": str, "limit": int, "dim": int, "dtype": str}
+        kinds = {"format": str, "encoder": str, "identity": str, "limit": int, "dim": int, "dtype": str}
         if {key: type(value) for key, value in manifest.items()} != kinds or manifest["dtype"] not in DTYPES:
             raise ValueError
     except (ValueError, AttributeError, RecursionError):
@@ -177,6 +177,10 @@ def check_manifest(folder: Path, manifest: dict[str, Any], encoder: Encoder):
     if manifest["limit"] != encoder.limit:
         raise config.ConfigError(
             f"{folder} was made with text.length={manifest['limit']}, and it is {encoder.limit} now: give another text.cache, or encode again."
+        )
+    if manifest["encoder"] != encoder.kind:
+        raise config.ConfigError(
+            f"{folder} was made with text.encoder={manifest['encoder']}, and it is {encoder.kind} now: give another text.cache, or encode again."
         )
     if any(manifest[key] != value for key, value in _described(encoder).items()):
         raise config.ConfigError(
@@ -207,12 +211,12 @@ class CachedEncoder(Encoder):
     """Looks embeddings up in a folder that `encode_captions` filled, and gives other texts to `fallback`.
 
     Memory holds 36 bytes a caption; rows are read from disk when asked for. Raises ConfigError when the folder is of another
-    limit or encoder than `fallback`, CheckpointError when it is damaged, and TextError for a text that is not in it when there is
+    kind of encoder or limit, or was not made by `fallback`, CheckpointError when it is damaged, and TextError for a text that is not in it when there is
     no `fallback`.
     """
 
-    def __init__(self, folder: str | Path, limit: int, fallback: Encoder | None = None):
-        self.folder, self.limit, self.fallback = Path(folder).expanduser(), limit, fallback
+    def __init__(self, folder: str | Path, kind: str, limit: int, fallback: Encoder | None = None):
+        self.folder, self.kind, self.limit, self.fallback = Path(folder).expanduser(), kind, limit, fallback
         manifest = _read_manifest(self.folder)
         self.identity, self.dim, self.dtype = manifest["identity"], manifest["dim"], DTYPES[manifest["dtype"]]
         check_manifest(self.folder, manifest, fallback or self)

@@ -42,6 +42,7 @@ class Encoded(NamedTuple):
 class Encoder:
     """What all encoders have. A subclass gives `count` and `encode`."""
 
+    kind: str  # as text.encoder names it
     dim: int  # of the embeddings
     limit: int  # tokens
     dtype: np.dtype  # of the embeddings
@@ -60,14 +61,14 @@ class Encoder:
         return self.pad(self.encode(texts, cut), self.limit)
 
     def pad(self, encoded: Sequence[Encoded], width: int) -> tuple[Float[np.ndarray, "b {width} d"], Int32[np.ndarray, " b"]]:
-        """Embeddings in one array, and lengths; `width` must hold the real tokens of each.
+        """Embeddings in one array, and lengths; what is longer than `width` is cut.
 
         At 512 tokens of 4096 numbers a text takes 4 MB in bfloat16: who needs no more than the visible ones pads to fewer.
         """
         embeddings = np.empty((len(encoded), width, self.dim), self.dtype)
         for out, (rows, _) in zip(embeddings, encoded):
             out[: len(rows)], out[len(rows) :] = rows[:width], rows[-1]
-        return embeddings, np.array([length for _, length in encoded], np.int32)
+        return embeddings, np.array([min(length, width) for _, length in encoded], np.int32)
 
     def check(self, text: str, count: int, cut: bool):
         """Raises TextError for a text of `count` tokens that is over the limit and must not be cut."""
@@ -94,7 +95,7 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     elif text.file:
         encoder = T5Encoder(text.file, text.tokenizer, text.length, text.dtype, shardings)
     if text.cache:
-        encoder = CachedEncoder(text.cache, text.length, encoder)
+        encoder = CachedEncoder(text.cache, text.encoder, text.length, encoder)
     if encoder.dim != dim:
         origin = text.file or text.cache
         raise config.ConfigError(
@@ -103,9 +104,9 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     return encoder
 
 
-def bucket(tokens: int, limit: int) -> int:
-    """The least multiple of BUCKET that holds that many tokens, at most the limit."""
-    return min(-(-tokens // BUCKET) * BUCKET, limit)
+def bucket(tokens: int, limit: int, step: int = BUCKET) -> int:
+    """The least multiple of `step` that holds that many tokens, at most the limit."""
+    return min(-(-tokens // step) * step, limit)
 
 
 def shown(text: str) -> str:
@@ -125,6 +126,7 @@ class HashEncoder(Encoder):
     The vectors come from NumPy's frozen legacy generator, so they are the same everywhere and always.
     """
 
+    kind = "hash"
     END, PAD = "</s>", "<pad>"
 
     def __init__(self, dim: int, limit: int):
@@ -163,6 +165,8 @@ class T5Encoder(Encoder):
     Texts of like length are encoded together, in arrays of few shapes. The file's header and the tokenizer are read at once, and
     their faults told; the weights are loaded by the first text. Safe to call from several threads, which take turns.
     """
+
+    kind = "t5"
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ A save that is cut short leaves a temporary directory that nothing reads; the ch
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from radiance import config
 from radiance.model.transformer import Params, abstract
 from radiance.training.optimizer import join, split_frozen
-from radiance.training.step import State
+from radiance.training.step import State, init_state
 from radiance.weights.files import CheckpointError, require_space
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step of every save
@@ -52,11 +53,11 @@ class Checkpoints:
         return State(params=parts["params"], ema=parts["ema"], optimizer=parts["optimizer"], **parts["progress"])
 
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
-        """Only the weights, on the first device unless `shardings` says otherwise.
+        """Only the weights (of a LoRA run, what it adds), on the first device unless `shardings` says otherwise.
 
         which: params, ema (the largest decay; params where the run keeps none) or ema=DECAY.
         """
-        like = abstract(run.model)
+        like = jax.eval_shape(partial(init_state, run)).params if run.lora.rank else abstract(run.model)
         if shardings is not None:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         like = _placed(like)

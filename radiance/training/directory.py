@@ -45,9 +45,11 @@ class RunDirectory:
                 raise config.ConfigError(
                     f"{self.path} holds a run of another config ({told}): give this one another name=, or remove the directory."
                 )
-        if (self.path / "data.json").is_file() and json.loads((self.path / "data.json").read_text()) != data:
+        recorded = json.loads((self.path / "data.json").read_text()) if (self.path / "data.json").is_file() else data
+        if other := [name for name in recorded.keys() | data.keys() if recorded.get(name) != data.get(name)]:
             raise config.ConfigError(
-                f"{self.path} holds a run on other data (see data.json): give this one another name=, or remove the directory."
+                f"{self.path} holds a run on other data ({', '.join(sorted(other))} in data.json): give this one another name=, or remove the "
+                "directory."
             )
 
     def record(self, run: config.Config, data: Mapping[str, Any], step: int):
@@ -119,6 +121,8 @@ def is_run(path: str | Path) -> bool:
     path = Path(path)
     if not path.exists():
         raise config.ConfigError(f"There is no run directory and no checkpoint {path}.")
+    if (path / "config.json").is_file() and (path / "command.txt").is_file():
+        return True  # whatever was exported into it
     if any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "*.gguf", "transformer")):
         return False  # diffusers' folders have a config.json too
     if path.is_dir() and not (path / "config.json").is_file():

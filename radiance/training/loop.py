@@ -6,9 +6,10 @@ A run directory is a run: the same command goes on where it stopped, bit for bit
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -17,11 +18,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from radiance import config
-from radiance.data.datasets import describe, open_source
+from radiance.data.datasets import Source, describe, open_source
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.devices import device_named
 from radiance.model.flops import training_flops
-from radiance.model.transformer import Params
+from radiance.model.transformer import Params, abstract
 from radiance.pictures import contact_sheet, save_png
 from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
@@ -31,9 +32,11 @@ from radiance.training.checkpoints import Checkpoints, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
-from radiance.training.start import start, verdict
-from radiance.training.step import State, init_state, make_step, validation_losses
+from radiance.training.start import base_identity, known_loss, load_base, start, verdict
+from radiance.training.step import State, complete, init_state, make_step, validation_losses
 from radiance.weights.files import require_space
+
+PROMPTS = 16  # pictures of a gallery, where the config names no prompts
 
 
 class TrainingError(RuntimeError):
@@ -55,12 +58,16 @@ def train(run: config.Config) -> int:
     sources = {split: open_source(run.data, split) for split in ("train", "validation")}
     data = {split: describe(source, run.data, split) for split, source in sources.items()}
     data["text"] = {"encoder": run.text.encoder, "identity": encoder.identity}
+    if run.lora.rank:
+        data["base"] = {"identity": base_identity(run)}
     directory = RunDirectory(run.directory)
     directory.check(run, data)
-    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, host_rows(mesh, run.data.batch))
-    validation = fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures)
-    prompts = run.train.sample_prompts or tuple(sources["validation"][i].captions[0] for i in range(min(16, len(sources["validation"]))))
+    masking = run.model.masking
+    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, masking, host_rows(mesh, run.data.batch))
+    validation = fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures, masking)
+    prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
     encoder(prompts)  # none is over the limit
+    known = known_loss(run) if run.init else None
 
     # 2. The state: this run's newest checkpoint, else the weights of `init`, else fresh ones; born on its devices.
     like = jax.eval_shape(partial(init_state, run))
@@ -70,6 +77,7 @@ def train(run: config.Config) -> int:
     first_host = jax.process_index() == 0
     checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=first_host)
     first, state, origin = start(run, checkpoints, like, places)
+    base = load_base(run, shardings(abstract(run.model), mesh)) if run.lora.rank else None
     if first_host:
         directory.record(run, data, first)
     count = sum(x.size for x in jax.tree.leaves(like.params))
@@ -81,14 +89,13 @@ def train(run: config.Config) -> int:
         return first
 
     # 3. The steps.
-    step = jax.jit(make_step(run), in_shardings=(places, None), out_shardings=(places, None), donate_argnums=0)
+    step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
     validate = jax.jit(partial(validation_losses, run))
     rate = learning_rate(run.optimizer, run.train.steps)
-    flops = training_flops(run.model, run.data.side, run.data.side, run.text.length)  # of a picture
     feed = batches.start(first)
     number = saved = first
     facts: dict[str, float] = {}
-    before, waited, cut = None, 0.0, 0
+    before, waited, cut, words = None, 0.0, 0, []
     with (
         jax.set_mesh(mesh),
         _signals() as stopping,
@@ -98,17 +105,19 @@ def train(run: config.Config) -> int:
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
     ):
         if first == 0 and run.init:
-            bins = _validate(validate, weights_of(run, state), validation, mesh)
+            bins = _validate(validate, weights_of(run, state, base), validation, mesh)
             journal.write(0, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
-            other = partial(_validate_otherwise, params=weights_of(run, state), batches=validation, mesh=mesh)
-            progress.say(verdict(run, bins, other))
+            uncut = partial(fixed_batches, sources["validation"], run.data, encoder, run.train.validate_pictures, "off")
+            other = partial(_validate_otherwise, params=weights_of(run, state, base), batches=uncut, mesh=mesh)
+            progress.say(verdict(run, known, bins, other))
         while number < run.train.steps and not _anywhere(stopping, number, run.train.log_every):
             began = time.monotonic()
             profile.before_step(number)
             batch = next(feed)
             waited += time.monotonic() - began
             cut += int(batch.pop("cut"))
-            state, metrics = step(state, put_batch(batch, mesh, run.data.batch))
+            words.append(batch["text"].shape[1])
+            state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
             number += 1
             # Read one step late, so that the device always has the next step to do.
             if before is not None:
@@ -123,14 +132,17 @@ def train(run: config.Config) -> int:
                 skipped = int(metrics["skipped"])
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
                 row = facts | {"learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
+                flops = np.mean(
+                    [training_flops(run.model, run.data.side, run.data.side, count, run.lora.rank > 0) for count in words]
+                )  # of a picture
                 speed = _speed(progress.rate * flops / mesh.size)
                 journal.write(
                     number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed
                 )
-                waited, cut = 0.0, 0
+                waited, cut, words = 0.0, 0, []
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
-                bins = _validate(validate, weights_of(run, state), validation, mesh)
+                bins = _validate(validate, weights_of(run, state, base), validation, mesh)
                 journal.write(number, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
                 progress.say(f"step {number}: validation loss {bins.mean():.4f}")
             if number % run.train.checkpoint_every == 0 or last:
@@ -138,7 +150,7 @@ def train(run: config.Config) -> int:
                 checkpoints.save(state)
                 saved = number
             if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
-                _gallery(run, encoder, prompts, weights_of(run, state), directory.samples / f"{number:08d}.png")
+                _gallery(run, encoder, prompts, weights_of(run, state, base), directory.samples / f"{number:08d}.png")
         if number > saved:
             checkpoints.save(state)
     return number
@@ -174,10 +186,11 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         )
 
 
-def weights_of(run: config.Config, state: State) -> Params:
+def weights_of(run: config.Config, state: State, base: Params | None) -> Params:
     """The weights that the run samples and is validated with."""
     decay = chosen_average(run.sample.weights, state.ema)
-    return state.params if decay is None else join(state.ema[decay], split_frozen(state.params, run.optimizer.frozen)[1])
+    params = state.params if decay is None else join(state.ema[decay], split_frozen(state.params, run.optimizer.frozen)[1])
+    return complete(run, params, base)
 
 
 def _check_finite(run: config.Config, metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints):
@@ -199,8 +212,15 @@ def _validate(validate, params: Params, batches: list[dict[str, np.ndarray]], me
     return total / weight
 
 
-def _validate_otherwise(run: config.Config, *, params: Params, batches: list[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> np.ndarray:
-    return _validate(jax.jit(partial(validation_losses, run)), params, batches, mesh)
+def _validate_otherwise(run: config.Config, *, params: Params, batches: Callable[[], list], mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The same under another config, which may show what the run's own masking hides: `batches` makes them with all of their text."""
+    return _validate(jax.jit(partial(validation_losses, run)), params, batches(), mesh)
+
+
+def _captions(source: Source, encoder: Encoder) -> tuple[str, ...]:
+    """Prompts for the pictures on the way: the first captions that are not over the encoder's limit."""
+    captions = (source.captions(i)[0] for i in range(len(source)))
+    return tuple(islice((caption for caption in captions if encoder.count(caption) <= encoder.limit), PROMPTS)) or ("",)
 
 
 def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, path: Path):

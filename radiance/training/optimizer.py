@@ -78,7 +78,7 @@ def _stochastic(key: PRNGKeyArray, x: Float32[Array, "..."]) -> BFloat16[Array, 
 
 def _is_matrix(params: Params) -> Any:
     """Norms, biases, registers and tables of vectors are not decayed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "down", "up"), params)
 
 
 def typed(params: Params, dtype: str) -> Params:

@@ -19,7 +19,6 @@ from radiance.training.step import VALIDATION_BINS, State, init_state
 from radiance.weights import checkpoint
 from radiance.weights.files import open_tensors
 
-LOSS_KEY = "radiance.validation_loss"  # in the metadata of our exports
 FAR = 1.5  # times more or less than is known
 
 
@@ -31,6 +30,8 @@ def start(run: config.Config, checkpoints: Checkpoints, like: State, places: Sta
     fresh = jax.jit(partial(init_state, run), out_shardings=places)
     if not run.init:
         return 0, fresh(), "from scratch"
+    if run.lora.rank:
+        return 0, fresh(), f"a LoRA of rank {run.lora.rank} for {run.init}"
     params = load_weights(run.init, run, places.params)
     return 0, fresh(params), f"from the weights of {run.init}"
 
@@ -39,15 +40,41 @@ def load_weights(path: str, run: config.Config, places: Params | None = None) ->
     """Weights to start from: of a checkpoint file, or the averaged ones of a run directory. They must be of `run.model`."""
     if not is_run(path):
         return checkpoint.read(path, run.model, places)[1]
+    their, checkpoints = _other_run(path, run)
+    return checkpoints.restore_weights(checkpoints.latest, their, their.sample.weights, places)
+
+
+def load_base(run: config.Config, places: Params | None = None) -> Params:
+    """The weights that a LoRA run adds to, stored as `run.lora` says."""
+    store = None if run.lora.store == "none" else run.lora.store
+    if not is_run(run.init):
+        return checkpoint.open_checkpoint(run.init, run.model).params(run.lora.dtype, store, places)
+    return checkpoint.of_params(run.model, load_weights(run.init, run), run.init).params(run.lora.dtype, store, places)
+
+
+def base_identity(run: config.Config) -> str:
+    """What tells the weights that a LoRA run adds to from others: a LoRA goes on with none but its own."""
+    if not is_run(run.init):
+        return open_tensors(run.init).fingerprint()
+    their, checkpoints = _other_run(run.init, run)
+    return f"{their.name} step {checkpoints.latest} {their.sample.weights}"
+
+
+def _other_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints]:
+    """A run directory to start from: its config, which must be of the same model, and its checkpoints, of which it must have one."""
     other = RunDirectory(Path(path))
     their = other.read_config()
     if changed := config.differences(their.model, run.model, "model."):
         told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
         raise config.ConfigError(f"init={path} is a run of another model ({told}): make the models equal.")
+    if their.lora.rank:
+        raise config.ConfigError(
+            f"init={path} has a LoRA and no weights: give a file that `radiance convert {path} FILE` merges them into."
+        )
     checkpoints = Checkpoints(other.checkpoints)
     if checkpoints.latest is None:
         raise config.ConfigError(f"init={path} has no checkpoint yet.")
-    return checkpoints.restore_weights(checkpoints.latest, their, their.sample.weights, places)
+    return their, checkpoints
 
 
 # --- did the weights arrive well? -------------------------------------------------------------------------------------
@@ -71,23 +98,22 @@ def known_loss(run: config.Config) -> Known | None:
         losses = [row["validation_loss"] for row in RunDirectory(Path(run.init)).read_metrics() if "validation_loss" in row]
         loss, source = (losses[-1] if losses else None), "the run it comes from"
     else:
-        told = open_tensors(run.init).metadata.get(LOSS_KEY)
-        loss, source = (None if told is None else float(told)), "the run it was exported from"
+        loss, source = checkpoint.noted_loss(open_tensors(run.init)), "the run it was exported from"
     if loss is not None:
         return Known(loss, loss, source, config.Flow(time_law="uniform"))
-    published = replace(config.MODELS["chroma1-radiance-x0"], text_ids=run.model.text_ids)
-    if run.model == published:
+    # Whatever the run says of what a file may not say: that is what the loss is to tell.
+    untold = {name: getattr(run.model, name) for name in ("text_ids", "prediction", "masking")}
+    if run.model == replace(config.MODELS["chroma1-radiance-x0"], **untold):
         return Known(0.058, 0.063, "the published x0 model on its authors' pictures", config.Flow(time_law="logistic"))
     return None
 
 
-def verdict(run: config.Config, bins: np.ndarray, measure: Callable[[config.Config], np.ndarray]) -> str:
+def verdict(run: config.Config, known: Known | None, bins: np.ndarray, measure: Callable[[config.Config], np.ndarray]) -> str:
     """What the validation loss before the first step says of the weights, in one or two sentences.
 
     bins: mean loss in each of the validation's bins of time. measure: the same under another config. A loss far from what is
     known is measured again with one setting changed at a time, and the change that mends it is named.
     """
-    known = known_loss(run)
     if known is None:
         return f"step 0: validation loss {bins.mean():.4f} of {run.init}."
     shares = bin_shares(known.law, run)

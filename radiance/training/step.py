@@ -11,6 +11,7 @@ from jaxtyping import Array, Float32, Int32
 
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
+from radiance.training.adapters import adapted, init_adapters
 from radiance.training.optimizer import average, join, make_optimizer, rounded, split_frozen, typed
 
 Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
@@ -25,7 +26,7 @@ class State:
     """All that a run knows. Randomness and data follow from (seed, step), so there is nothing else to save."""
 
     step: Int32[Array, ""]
-    params: Params
+    params: Params  # of the network, or of what is added to it (LoRA)
     ema: dict[str, Params]  # by decay; only what is trained
     optimizer: Any
     skipped: Int32[Array, ""]  # steps without an update, since the start
@@ -33,8 +34,10 @@ class State:
 
 
 def init_state(run: config.Config, params: Params | None = None) -> State:
-    """The state before the first step, from `params` or from scratch."""
-    params = init(run.model, jax.random.key(run.train.seed)) if params is None else params
+    """The state before the first step, from `params` or from scratch; of a LoRA run always from scratch."""
+    key = jax.random.key(run.train.seed)
+    if params is None:
+        params = init_adapters(run.model, run.lora, key) if run.lora.rank else init(run.model, key)
     params = typed(params, run.optimizer.weights_dtype)
     trained, _ = split_frozen(params, run.optimizer.frozen)
     zero = jnp.zeros((), jnp.int32)
@@ -42,19 +45,23 @@ def init_state(run: config.Config, params: Params | None = None) -> State:
     return State(zero, params, ema, make_optimizer(run.optimizer, run.train.steps).init(trained), zero, zero)
 
 
-def make_step(run: config.Config) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The training step of a run. A step whose loss or gradient is not finite changes nothing but the count."""
+def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
+    """The training step of a run: (state, batch, base) → (state, metrics), where base is what a LoRA run adds to, else None.
+
+    A step whose loss or gradient is not finite changes nothing but the count.
+    """
     optimizer = make_optimizer(run.optimizer, run.train.steps)
 
-    def loss_of(trained: Params, frozen: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
-        losses = picture_losses(run, join(trained, frozen), part)
+    def loss_of(trained: Params, fixed: tuple[Params, Params | None], part: Batch) -> tuple[jax.Array, jax.Array]:
+        frozen, base = fixed
+        losses = picture_losses(run, complete(run, join(trained, frozen), base), part)
         return flow.weighted_mean(losses, part["weight"]), losses.mean()
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, base: Params | None = None) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
         key = jax.random.fold_in(jax.random.key(run.train.seed), state.step)
         batch = with_noise(run, batch, key)
-        gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, frozen, batch, run.optimizer.accumulate)
+        gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, (frozen, base), batch, run.optimizer.accumulate)
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
         norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
@@ -72,6 +79,11 @@ def make_step(run: config.Config) -> Callable[[State, Batch], tuple[State, Metri
         return state, metrics
 
     return step
+
+
+def complete(run: config.Config, params: Params, base: Params | None) -> Params:
+    """The weights of the network from those of a state."""
+    return params if base is None else adapted(base, params, run.lora)
 
 
 def with_noise(run: config.Config, batch: Batch, key: jax.Array) -> Batch:
@@ -95,16 +107,16 @@ def picture_losses(run: config.Config, params: Params, batch: Batch) -> Float32[
     return flow.squared_error(velocity, flow.velocity_target(run.flow, run.model.prediction, image, noise, time))
 
 
-def accumulated(value_and_grad: Callable, trained: Params, frozen: Params, batch: Batch, parts: int) -> tuple[Params, jax.Array]:
+def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Batch, parts: int) -> tuple[Params, jax.Array]:
     """Gradient and loss of the batch, computed in `parts` equal parts and averaged in float32."""
     if parts == 1:
-        (_, loss), gradients = value_and_grad(trained, frozen, batch)
+        (_, loss), gradients = value_and_grad(trained, fixed, batch)
         return gradients, loss
     # Part j takes rows j, j + parts, …: so every device works on every part of a batch in pieces.
     batch = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
-        (_, loss), gradients = value_and_grad(trained, frozen, part)
+        (_, loss), gradients = value_and_grad(trained, fixed, part)
         return jax.tree.map(lambda t, x: t + x / parts, total, (gradients, loss)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)

@@ -50,7 +50,7 @@ class Checkpoint:
                 if small is not None:
                     return jax.tree.map(lambda x: jax.device_put(x, _by_output(places[path], x)), small) if path in places else small
                 raise CheckpointError(
-                    f"{path} has {_inputs(path, shape)} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8."
+                    f"{path} has {inputs_of(path, shape)} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8."
                 )
             values = native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype])
             if path in places:
@@ -68,6 +68,7 @@ def _by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
 
 
 PRECISE = "head/embedder"  # float32 in the published files too
+LOSS_KEY = "radiance.validation_loss"  # in the metadata of our exports
 
 
 def is_block_matrix(path: str) -> bool:
@@ -75,13 +76,32 @@ def is_block_matrix(path: str) -> bool:
     return path.startswith(("double/", "single/")) and path.endswith("/kernel")
 
 
-def _inputs(path: str, shape: tuple[int, ...]) -> int:
-    """Of one block's kernel: an attention's way back reads heads × channels."""
+def noted_loss(file: Tensors) -> float | None:
+    """The validation loss that one of our exports carries. Raises CheckpointError when that is no such number."""
+    told = file.metadata.get(LOSS_KEY)
+    if told is None:
+        return None
+    try:
+        loss = float(told)
+    except ValueError:
+        loss = math.nan
+    if not 0 < loss < math.inf:
+        raise CheckpointError(f"{file.path} says {LOSS_KEY}={told!r} in its metadata, which is no loss: export it again.")
+    return loss
+
+
+def without_loss(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What still holds of metadata when the weights are no longer those that were validated."""
+    return {key: value for key, value in metadata.items() if key != LOSS_KEY}
+
+
+def inputs_of(path: str, shape: tuple[int, ...]) -> int:
+    """Inputs of one block's kernel of a stacked leaf: an attention's way back reads heads × channels."""
     return int(np.prod(shape[1:3])) if path.endswith("attention/proj/kernel") else shape[1]
 
 
 def _quantised(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray], store: str) -> Quantised | None:
-    inputs = _inputs(path, shape)
+    inputs = inputs_of(path, shape)
     if store == "q8_0" and inputs % BLOCK:
         return None
     outputs = int(np.prod(shape[1:])) // inputs

@@ -101,12 +101,14 @@ def convert(
     dtype: str | None = None,
     empty_markers: bool = True,
     progress: Callable[[int], object] = lambda count: None,
+    more: Callable[[Path], object] = lambda folder: None,
 ) -> Report:
     """Writes `checkpoint` to `path`, tensor by tensor, whole or not at all.
 
     to: native or gguf (a file), diffusers or torch (a new folder); what the path's ending says when None. dtype: float32, bfloat16, float16, float8_e4m3fn, and in GGUF
     q8_0 and q4_0; each tensor's own when None. Quantised are the blocks' matrices alone. empty_markers: markers have no values,
-    as published; ggml's readers need one value. progress: called with the parameters that were written. Raises CheckpointError.
+    as published; ggml's readers need one value. progress: called with the parameters that were written. more: called
+    with a new folder before it takes its name. Raises CheckpointError.
     """
     path = Path(path)
     to = to or format_of(path)
@@ -154,6 +156,7 @@ def convert(
                 _write_diffusers(folder, checkpoint.model, shapes, types, tensor, metadata)
             else:
                 _write_torch(folder, checkpoint.model, shapes, types, tensor, metadata)
+            more(folder)
     return report
 
 

@@ -3,6 +3,7 @@
 Reading is plain reading. A memory map would be shorter, but its pages count as resident memory, and a 19 GB file has many.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,8 @@ NAMES = {dtype: code for code, dtype in CODES.items()}
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 AXES = 8  # of a tensor at most
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+SAMPLE = 16_384  # bytes, of which four are taken from every large tensor for a fingerprint
 
 
 class CheckpointError(ValueError):
@@ -89,6 +92,22 @@ class Tensors:
         scale = self.values(self._scales[key]).astype(np.float32)
         return values.astype(np.float32) * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.size > 1 else scale.reshape(()))
 
+    def fingerprint(self, keys: Mapping[str, str] | None = None) -> str:
+        """A hash of all names, shapes, types and small tensors, and of samples of the large ones: 14 MB of a file of 10 GB.
+
+        keys: the names to hash, and whose tensors they are; the file's own when None. Files of other containers have the same one when
+        their tensors are stored alike.
+        """
+        found = hashlib.blake2b(digest_size=16)
+        keys = keys or {key: key for key in self.places}
+        for name in sorted(keys):
+            place = self.places[keys[name]]
+            found.update(repr((name, place.shape, place.dtype)).encode())
+            whole = place.size <= 4 * SAMPLE
+            for begin in (0,) if whole else np.linspace(0, place.size - SAMPLE, 4).astype(int):
+                found.update(np.fromfile(place.file, np.uint8, place.size if whole else SAMPLE, offset=place.offset + int(begin)).tobytes())
+        return found.hexdigest()
+
     def values(self, place: Place) -> np.ndarray:
         if place.dtype not in CODES:
             raise CheckpointError(f"{self.path} holds values of type {place.dtype}, which is not read: convert the file to BF16 first.")
@@ -118,14 +137,21 @@ def open_tensors(path: str | Path) -> Tensors:
 
         return open_gguf(path)
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-        raise CheckpointError(
-            f"{path} is a PyTorch pickle, which can run code when it is opened: turn it into safetensors where PyTorch is installed, with "
-            f'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.contiguous() for k, v in torch.load('{path}', weights_only=True, map_location='cpu').items()}}, "
-            f"'{path.with_suffix('.safetensors')}')\"."
-        )
+        raise _pickled(path)
     places, metadata = _header(path)
     return Tensors(path, places, metadata)
+
+
+def _pickled(path: Path) -> CheckpointError:
+    safe = path.with_suffix(".safetensors")
+    if safe.exists():
+        safe = path.with_name(f"{path.stem}-converted.safetensors")
+    return CheckpointError(
+        f"{path} is a PyTorch pickle, which can run code when it is opened: turn it into safetensors where PyTorch is installed, with "
+        f'python -c "import torch, safetensors.torch as s; '
+        f"s.save_file({{k: v.contiguous().clone() for k, v in torch.load('{path}', weights_only=True, map_location='cpu').items()}}, "
+        f"'{safe}')\"."
+    )
 
 
 def _inside(path: Path) -> Path:
@@ -142,6 +168,8 @@ def _inside(path: Path) -> Path:
             raise CheckpointError(f"{path} holds {', '.join(p.name for p in found)}: name one of them.")
     if (path / "transformer").is_dir():  # a pipeline's folder of diffusers
         return _inside(path / "transformer")
+    if pickles := sorted(x for x in path.iterdir() if x.suffix in PICKLES and x.is_file()):
+        raise _pickled(pickles[0])
     raise CheckpointError(f"{path} holds no safetensors or GGUF file.")
 
 
@@ -174,6 +202,8 @@ def _open_index(path: Path) -> Tensors:
         raise CheckpointError(f"{path} is not an index of safetensors files: it has no weight_map from tensors to files.") from None
     places, metadata = {}, {}
     for file in sorted(set(wanted.values())):
+        if file.suffix in PICKLES:
+            raise _pickled(file)
         if not file.is_file():
             raise CheckpointError(f"{path} names {file.name}, which is not beside it: copy or download that too.")
         found, noted = _header(file)

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
+from scipy.linalg import block_diag
 
 from radiance import config
 from radiance.model.stored import Adapted
 from radiance.model.transformer import Params, abstract
 from radiance.weights import diffusers, native
-from radiance.weights.checkpoint import Checkpoint, is_block_matrix
+from radiance.weights.checkpoint import Checkpoint, is_block_matrix, without_loss
 from radiance.weights.detect import MARKERS
 from radiance.weights.files import CODES, DTYPES, CheckpointError, Shapes, Tensors, cast, finite, open_tensors, write_safetensors
 
@@ -212,7 +213,8 @@ def merged(checkpoint: Checkpoint, lora: Lora, strength: float = 1.0) -> Checkpo
             return values
         return cast(values.astype(np.float32) + pair.matrix(strength).reshape(values.shape), CODES[dtypes[name]], name)
 
-    return replace(checkpoint, tensor=tensor, dtypes=dtypes, origin=f"{checkpoint.origin} + {strength:g} · {lora.origin}")
+    origin = f"{checkpoint.origin} + {strength:g} · {lora.origin}"
+    return replace(checkpoint, tensor=tensor, dtypes=dtypes, origin=origin, metadata=without_loss(checkpoint.metadata))
 
 
 def _check(lora: Lora, model: config.Model):
@@ -270,6 +272,38 @@ def applied(params: Params, model: config.Model, loras: Iterable[tuple[Lora, flo
     return jax.tree_util.tree_map_with_path(leaf, abstract(model), params)
 
 
+def from_adapters(model: config.Model, adapters: Params, scale: float, origin: str) -> Lora:
+    """A trained LoRA from {"down": [blocks, in, rank], "up": [blocks, rank, out]} in place of matrices of the parameter tree.
+
+    A fused matrix of the file format has two in the tree: its pair has both ranks.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for path, values in native.flatten(adapters).items():
+        matrix, _, side = path.rpartition("/")
+        found.setdefault(matrix, {})[side] = np.asarray(values, np.float32)
+    leaves = native.flatten(abstract(model))
+    pairs: dict[str, Pair] = {}
+    for name, (row, index) in native.layout(model)[1].items():
+        if row.native.endswith(".weight") and any(part.path in found for part in row.parts):
+            sides = [
+                (found[part.path]["down"][index].T, found[part.path]["up"][index].T)
+                if part.path in found
+                else _nothing(leaves[part.path].shape[1:], part.layout)
+                for part in row.parts
+            ]
+            downs, ups = zip(*sides)
+            # What is fused shares its inputs (axis 0) or its outputs (axis 1).
+            down, up = (np.concatenate(downs), block_diag(*ups)) if row.axis == 0 else (block_diag(*downs), np.concatenate(ups, axis=1))
+            pairs[name.removesuffix(".weight")] = Pair(down, up, scale)
+    return Lora(model, pairs, origin)
+
+
+def _nothing(kernel: tuple[int, ...], layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """A pair of rank 0 for a matrix without an addition."""
+    inputs = math.prod(kernel[:-1]) if layout == "heads" else kernel[0]
+    return np.zeros((0, inputs), np.float32), np.zeros((math.prod(kernel) // inputs, 0), np.float32)
+
+
 def _adapted(base: Any, path: str, shape: tuple[int, ...], places: Sequence[Place]) -> Any:
     """A leaf of block matrices with the additions beside it; blocks without one, and smaller ranks, have zeros."""
     blocks, *kernel = shape
@@ -286,7 +320,7 @@ def _adapted(base: Any, path: str, shape: tuple[int, ...], places: Sequence[Plac
         ups[index, : len(down)] = (up if row.axis else up[part]).T
     if not ups.any():  # a LoRA of the other part
         return base
-    return Adapted(base, jnp.asarray(downs), jnp.asarray(ups), tuple(kernel))
+    return Adapted(base, jnp.asarray(downs), jnp.asarray(ups))
 
 
 def _added(value: jax.Array, path: str, shape: tuple[int, ...], places: Sequence[Place]) -> jax.Array:

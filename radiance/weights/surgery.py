@@ -9,7 +9,7 @@ import numpy as np
 from radiance import config
 from radiance.model.transformer import init
 from radiance.weights import native
-from radiance.weights.checkpoint import Checkpoint
+from radiance.weights.checkpoint import Checkpoint, without_loss
 from radiance.weights.files import CheckpointError
 
 # What a graft takes from the new model; all else is the trunk's.
@@ -35,6 +35,7 @@ def _rebuilt(
         tensor=lambda name: made[name]() if name in made else checkpoint.tensor(name),
         dtypes={name: (dtypes or {}).get(name) or checkpoint.dtypes.get(name, "F32") for name in shapes},
         origin=f"{checkpoint.origin}, {what}",
+        metadata=without_loss(checkpoint.metadata),
     )
 
 

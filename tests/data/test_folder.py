@@ -432,7 +432,7 @@ def test_fingerprint(tmp_path):
 
 def test_batches(tmp_path):
     source = opened(fill(tmp_path, 20))
-    batches = Batches(source, config.Data(side=8, batch=5, caption_dropout=0), HashEncoder(8, 6), 0, 10)
+    batches = Batches(source, config.Data(side=8, batch=5, caption_dropout=0), HashEncoder(8, 6), 0, 10, "one_pad")
     ahead = list(batches.start(0))
     seen = [np.rint((b["image"][:, 0, 0, 0] + 1) * 127.5).astype(int) for b in ahead[:4]]
     assert sorted(np.concatenate(seen)) == list(range(20))
@@ -440,7 +440,7 @@ def test_batches(tmp_path):
 
 
 def test_a_file_that_goes_ends_the_run_with_its_sentence(tmp_path):
-    batches = Batches(opened(fill(tmp_path, 8)), config.Data(side=8, batch=8), HashEncoder(8, 6), 0, 10)
+    batches = Batches(opened(fill(tmp_path, 8)), config.Data(side=8, batch=8), HashEncoder(8, 6), 0, 10, "one_pad")
     (tmp_path / "03.png").unlink()
     with pytest.raises(DataError, match="03.png was there at the start"):
         list(batches.start(0))

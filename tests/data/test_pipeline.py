@@ -8,7 +8,7 @@ from runs import toy_run
 from radiance import config
 from radiance.data import datasets
 from radiance.data.datasets import DataError, Example, describe, open_source
-from radiance.data.pipeline import Batches, fixed_batches
+from radiance.data.pipeline import Batches, fixed_batches, text_width
 from radiance.text.encoders import HashEncoder
 
 
@@ -26,13 +26,26 @@ class Numbers:
 
         return Example(Image.new("RGB", (10, 6), (index, index, index)), (f"number {index}", f"picture {index}"), {"number": index})
 
+    def captions(self, index):
+        return self[index].captions
+
     def fingerprint(self):
         return str(self.count)
 
 
-def make(count=20, batch=6, rows=None, seed=3, dropout=0.0, steps=50):
+class Tales(Numbers):
+    """Captions of as many words as their index says."""
+
+    def captions(self, index):
+        return ("word " * index,)
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)._replace(captions=self.captions(index))
+
+
+def make(count=20, batch=6, rows=None, seed=3, dropout=0.0, steps=50, source=Numbers, masking="one_pad", limit=6):
     data = config.Data(side=4, batch=batch, caption_dropout=dropout, threads=2)
-    return Batches(Numbers(count), data, HashEncoder(8, 6), seed, steps, rows)
+    return Batches(source(count), data, HashEncoder(8, limit), seed, steps, masking, rows)
 
 
 def numbers(batch):
@@ -77,6 +90,37 @@ def test_captions_are_drawn_and_dropped_by_position():
     assert {next((j for j in (0, 1) if np.array_equal(x, texts[j])), None) for x in drawn} == {0, 1, None}
 
 
+@pytest.mark.parametrize("masking", ["one_pad", "strict", "off"])
+def test_text_is_cut_where_nobody_sees_it_alike_on_all_hosts(masking):
+    arguments = dict(source=Tales, masking=masking, limit=128, count=60, batch=4, dropout=0.2, steps=20)
+    whole = make(**arguments)
+    widths = set()
+    for step in range(20):
+        batch = whole[step]
+        width = batch["text"].shape[1]
+        seen = {"one_pad": batch["lengths"].max() + 1, "strict": batch["lengths"].max(), "off": 128}[masking]
+        assert seen <= width < seen + 16 and width % 16 == 0 and batch["cut"] == 0
+        full, lengths = whole.encoder.pad(whole.encoder.encode([whole._example(4 * step + i)[1] for i in range(4)]), 128)
+        assert np.array_equal(batch["text"], full[:, :width]) and np.array_equal(batch["lengths"], lengths)
+        assert all(make(**arguments, rows=[row])[step]["text"].shape == (1, width, 8) for row in range(4))
+        widths.add(width)
+    assert (len(widths) > 1) == (masking != "off")
+
+
+def test_few_widths_are_compiled():
+    lengths = {text_width(["word " * i], HashEncoder(8, 512), "one_pad") for i in range(600)}
+    assert lengths == set(range(64, 513, 64))
+
+
+def test_a_longer_caption_in_a_broken_pictures_place_is_cut_and_counted():
+    class Broken(Tales):
+        def __getitem__(self, index):
+            return super().__getitem__(40)
+
+    batch = make(source=Broken, limit=128, count=8, batch=2)[0]
+    assert batch["cut"] == 2 and batch["text"].shape[1] == 16 and list(batch["lengths"]) == [16, 16]
+
+
 def test_captions_over_the_limit_are_cut_and_counted():
     batches = make()
     batches.encoder = HashEncoder(8, 2)
@@ -85,7 +129,7 @@ def test_captions_over_the_limit_are_cut_and_counted():
 
 def test_fixed_batches_weigh_each_picture_once():
     data = config.Data(side=4, batch=8)
-    batches = fixed_batches(Numbers(20), data, HashEncoder(8, 6), 18)
+    batches = fixed_batches(Numbers(20), data, HashEncoder(8, 6), 18, "one_pad")
     seen = np.concatenate([numbers(b)[b["weight"] > 0] for b in batches])
     assert sorted(seen) == list(range(18)) and {len(b["image"]) for b in batches} == {8}
 

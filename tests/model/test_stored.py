@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from toys import apply, toy_inputs, toy_model, toy_params
 
 from radiance import config
@@ -128,7 +129,11 @@ def test_blocks_that_do_not_divide():
 def test_adapted(quantised):
     x, down, up = matrix(), matrix((64, 3)), matrix((3, 96))
     base = Quantised(*map(jnp.asarray, quantise(x, "int8")), (64, 96)) if quantised else jnp.asarray(x)
-    found = expanded({"a": Adapted(base, jnp.asarray(down), jnp.asarray(up), (64, 96)), "b": jnp.ones(2)})
-    expected = (np.asarray(base.expand()) if quantised else x) + down @ up
-    np.testing.assert_allclose(found["a"], expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found["b"], np.ones(2))
+    part = nnx.Dict(changed=nnx.Linear(64, 96, rngs=nnx.Rngs(0)), same=nnx.Linear(64, 2, rngs=nnx.Rngs(1)))
+    part.changed.kernel.set_value(Adapted(base, jnp.asarray(down), jnp.asarray(up)))
+    given = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 64), np.float32))
+    found = expanded(part)
+    expected = given @ ((np.asarray(base.expand()) if quantised else x) + down @ up)
+    np.testing.assert_allclose(found.changed(given), expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_array_equal(found.same(given), part.same(given))
+    assert isinstance(part.changed.kernel.get_value(), Adapted)  # which is as it was

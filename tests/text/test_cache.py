@@ -25,6 +25,8 @@ MANY = [f"picture {i} of {'a very ' * (i % 3)}red square" for i in range(60)]
 class Counting(Encoder):
     """The hash encoder in bfloat16, which notes what it is given."""
 
+    kind = "hash"
+
     def __init__(self, dim=8, limit=12):
         self.inner, self.dim, self.limit = HashEncoder(dim, limit), dim, limit
         self.identity, self.dtype, self.seen = f"counting {dim}", np.dtype(ml_dtypes.bfloat16), []
@@ -68,7 +70,7 @@ def test_comes_back_bit_by_bit(tmp_path, small):
     encoder, done = Counting(), []
     assert encode_captions(MANY, encoder, tmp_path, progress=done.append) == Counts(61, 0, 0)
     assert sum(done) == 61 and len(shards(tmp_path)) > 5
-    found = CachedEncoder(tmp_path, 12)
+    found = CachedEncoder(tmp_path, "hash", 12)
     assert (found.dim, found.limit, found.identity, found.dtype) == (8, 12, encoder.identity, encoder.dtype)
     texts = [*MANY[::-1], "", MANY[3]]
     assert_same(found(texts), encoder(texts))
@@ -86,10 +88,17 @@ def test_only_what_is_seen_is_kept(tmp_path):
     assert path.stat().st_size < tokens * 16 + 61 * 24 + 1000
 
 
+def test_embeddings_of_another_kind_of_encoder(tmp_path):
+    encode_captions(MANY, HashEncoder(8, 12), tmp_path)
+    text = Text(encoder="t5", length=12, cache=str(tmp_path))
+    with pytest.raises(ConfigError, match="was made with text.encoder=hash, and it is t5 now"):
+        make_encoder(text, 8)
+
+
 def test_t5(tmp_path):
     encoder = T5Encoder(toy_folder(tmp_path / "t5"), limit=48)
     encode_captions(CAPTIONS, encoder, tmp_path / "cache")
-    found = CachedEncoder(tmp_path / "cache", 48)
+    found = CachedEncoder(tmp_path / "cache", "t5", 48)
     (a, n), (b, m) = found(CAPTIONS), encoder(CAPTIONS)
     np.testing.assert_array_equal(n, m)
     # other captions were beside them in the batch, so the last bits may differ
@@ -101,7 +110,7 @@ def test_captions_over_the_limit_are_cut(tmp_path):
     encoder = Counting(limit=6)
     long, full = "one two three four five six", "one two three four five"
     assert encode_captions([long, full, "one"], encoder, tmp_path) == Counts(4, 0, 1)
-    found = CachedEncoder(tmp_path, 6)
+    found = CachedEncoder(tmp_path, "hash", 6)
     assert_same(found([long, full], cut=True), encoder([long, full], cut=True))
     assert found.count(long) == 7 and found.count(full) == 6
     with pytest.raises(TextError) as error:
@@ -113,7 +122,7 @@ def test_odd_captions(tmp_path):
     encoder = Counting()
     texts = ["", " ", "a\nb", "红色", "🐱", "half \ud83d", "\x00", "</s>"]
     encode_captions(texts, encoder, tmp_path)
-    assert_same(CachedEncoder(tmp_path, 12)(texts), encoder(texts))
+    assert_same(CachedEncoder(tmp_path, "hash", 12)(texts), encoder(texts))
 
 
 # --- resuming and hosts -----------------------------------------------------------------------------------------------
@@ -127,7 +136,7 @@ def test_goes_on_where_it_stopped(tmp_path, small):
     assert sorted(second.seen) == sorted(MANY[20:])
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert encode_captions(MANY, second, tmp_path) == Counts(0, 61, 0)
-    assert_same(CachedEncoder(tmp_path, 12)(MANY), first(MANY))
+    assert_same(CachedEncoder(tmp_path, "hash", 12)(MANY), first(MANY))
 
 
 def test_hosts_share_the_work(tmp_path, small):
@@ -137,7 +146,7 @@ def test_hosts_share_the_work(tmp_path, small):
     assert sum(count.encoded for count in counts) == 61 and all(count.already == 0 for count in counts)
     seen = [set(encoder.seen) for encoder in encoders]
     assert all(seen) and set.union(*seen) == {"", *MANY} and sum(map(len, seen)) == 61
-    assert_same(CachedEncoder(tmp_path, 12)(MANY), Counting()(MANY))
+    assert_same(CachedEncoder(tmp_path, "hash", 12)(MANY), Counting()(MANY))
     other = Counting()
     assert sum(encode_captions(MANY, other, tmp_path, host, 2).already for host in (0, 1)) == 61 and not other.seen
 
@@ -155,7 +164,7 @@ def test_an_error_loses_one_shard_at_most(tmp_path, small):
     again = Counting()
     assert encode_captions(MANY, again, tmp_path) == Counts(61 - kept, kept, 0)
     assert 40 - kept <= 1000 / 16 / 4 + 4  # captions of at least 4 rows
-    assert_same(CachedEncoder(tmp_path, 12)(MANY), again(MANY))
+    assert_same(CachedEncoder(tmp_path, "hash", 12)(MANY), again(MANY))
 
 
 @pytest.mark.slow
@@ -177,14 +186,14 @@ cache.encode_captions((f"picture {{i}} of a red square" for i in count()), HashE
         job.kill()
         assert job.wait() == -signal.SIGKILL
         kept = len(shards(tmp_path))
-        CachedEncoder(tmp_path, 12)
+        CachedEncoder(tmp_path, "hash", 12)
     (tmp_path / ".00000-0123.safetensors.1.part").write_bytes(b"half")  # as a kill leaves it
     (tmp_path / ".00001-0123.safetensors.1.part").write_bytes(b"another host's")
     texts, encoder = [f"picture {i} of a red square" for i in range(200)], HashEncoder(512, 12)
     counts = encode_captions(texts, encoder, tmp_path)
     assert counts.already > 8 and counts.encoded + counts.already == 201
     assert [path.name for path in tmp_path.glob(".0*.part")] == [".00001-0123.safetensors.1.part"]
-    assert_same(CachedEncoder(tmp_path, 12)(texts), encoder(texts))
+    assert_same(CachedEncoder(tmp_path, "hash", 12)(texts), encoder(texts))
 
 
 @pytest.mark.slow
@@ -197,7 +206,7 @@ from radiance.text import cache
 from radiance.text.encoders import Encoded, Encoder
 
 class Wide(Encoder):
-    dim, limit, identity, dtype = 4096, 64, "wide", np.dtype(np.float32)
+    kind, dim, limit, identity, dtype = "hash", 4096, 64, "wide", np.dtype(np.float32)
     def count(self, text):
         return 10
     def encode(self, texts, cut=False):
@@ -212,7 +221,7 @@ texts = ["x" * i for i in range(1, 1200)]
 before = peak()
 cache.encode_captions(texts, Wide(), {str(tmp_path)!r})
 written = peak()
-encoder = cache.CachedEncoder({str(tmp_path)!r}, 64)
+encoder = cache.CachedEncoder({str(tmp_path)!r}, "hash", 64)
 for i in range(0, 1199, 16):
     assert encoder.encode(texts[i : i + 16])[0].rows[5, 7] == i + 1
 print(written - before, peak() - before)
@@ -227,7 +236,7 @@ print(written - before, peak() - before)
 
 def test_a_text_that_is_not_there(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
-    found = CachedEncoder(tmp_path, 12)
+    found = CachedEncoder(tmp_path, "hash", 12)
     for ask in (found, found.count):
         with pytest.raises(TextError) as error:
             ask("a new text") if ask == found.count else ask([MANY[0], "a new text"])
@@ -237,7 +246,7 @@ def test_a_text_that_is_not_there(tmp_path):
 def test_fallback_encodes_what_is_not_there(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     fallback = Counting()
-    found = CachedEncoder(tmp_path, 12, fallback)
+    found = CachedEncoder(tmp_path, "hash", 12, fallback)
     texts = [MANY[9], MANY[0], MANY[9], MANY[4]]
     assert_same(found(texts), Counting()(texts))
     assert fallback.seen == [MANY[9]] and found.count(MANY[9]) == fallback.count(MANY[9])
@@ -268,7 +277,7 @@ def test_of_another_encoder_or_limit(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     for encoder, told in ((Counting(dim=16), "another text encoder"), (Counting(limit=13), "text.length=12, and it is 13")):
         for use in (
-            lambda encoder: CachedEncoder(tmp_path, encoder.limit, encoder),
+            lambda encoder: CachedEncoder(tmp_path, encoder.kind, encoder.limit, encoder),
             lambda encoder: encode_captions(MANY, encoder, tmp_path),
             lambda encoder: encode_captions(MANY, encoder, tmp_path, 1, 2),
         ):
@@ -277,7 +286,7 @@ def test_of_another_encoder_or_limit(tmp_path):
             assert told in sentence(error) and str(tmp_path) in str(error.value)
             assert not encoder.seen
     with pytest.raises(ConfigError):
-        CachedEncoder(tmp_path, 11)
+        CachedEncoder(tmp_path, "hash", 11)
     assert len(shards(tmp_path)) == 1
 
 
@@ -289,7 +298,7 @@ def test_a_shard_of_another_encoder(tmp_path):
     encode_captions(MANY[:5], other, tmp_path / "other")
     (shard,) = shards(tmp_path / "other")
     shard.rename(tmp_path / "00001-copied.safetensors")
-    for use in (lambda: CachedEncoder(tmp_path, 12), lambda: encode_captions(MANY, Counting(), tmp_path)):
+    for use in (lambda: CachedEncoder(tmp_path, "hash", 12), lambda: encode_captions(MANY, Counting(), tmp_path)):
         with pytest.raises(ConfigError) as error:
             use()
         assert "00001-copied.safetensors was made by another text encoder" in sentence(error)
@@ -319,7 +328,7 @@ def test_damaged_shard(tmp_path, damage):
     encode_captions(MANY[:5], Counting(), tmp_path)
     (path,) = shards(tmp_path)
     damage(path)
-    for use in (lambda: CachedEncoder(tmp_path, 12), lambda: encode_captions(MANY, Counting(), tmp_path)):
+    for use in (lambda: CachedEncoder(tmp_path, "hash", 12), lambda: encode_captions(MANY, Counting(), tmp_path)):
         with pytest.raises(CheckpointError) as error:
             use()
         assert str(path) in sentence(error) and "radiance encode" in str(error.value)
@@ -327,7 +336,7 @@ def test_damaged_shard(tmp_path, damage):
 
 def test_a_shard_that_shrinks_while_in_use(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
-    found = CachedEncoder(tmp_path, 12)
+    found = CachedEncoder(tmp_path, "hash", 12)
     os.truncate(shards(tmp_path)[0], 400)
     with pytest.raises(CheckpointError, match="became shorter"):
         found(MANY[:5])
@@ -335,7 +344,7 @@ def test_a_shard_that_shrinks_while_in_use(tmp_path):
 
 def test_bad_manifest(tmp_path):
     with pytest.raises(ConfigError) as error:
-        CachedEncoder(tmp_path / "absent", 12)
+        CachedEncoder(tmp_path / "absent", "hash", 12)
     assert "radiance encode" in sentence(error)
     encode_captions(MANY[:5], Counting(), tmp_path)
     path = tmp_path / "manifest.json"
@@ -344,11 +353,11 @@ def test_bad_manifest(tmp_path):
     for text in ("", "[]", "{", json.dumps(manifest | {"limit": "12"}), json.dumps(manifest | {"dtype": "float12"}), "{}"):
         path.write_text(text)
         with pytest.raises(CheckpointError) as error:
-            CachedEncoder(tmp_path, 12)
+            CachedEncoder(tmp_path, "hash", 12)
         assert "manifest.json is damaged" in sentence(error)
     path.write_text(json.dumps(manifest | {"format": "radiance text embeddings 9"}))
     with pytest.raises(ConfigError, match="embeddings 9"):
-        CachedEncoder(tmp_path, 12)
+        CachedEncoder(tmp_path, "hash", 12)
 
 
 def test_values_that_are_not_finite(tmp_path):

@@ -182,6 +182,20 @@ def test_files_that_cannot_be_read(tmp_path):
         assert str(path) in sentence(error), name
 
 
+def test_pickles_in_folders_and_behind_an_index_are_named_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    pickle = tmp_path / "a" / "pytorch_model.bin"
+    pickle.write_bytes(b"PK\x03\x04" + bytes(100))
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}))
+    for path in (tmp_path / "a", pickle, index):
+        with pytest.raises(CheckpointError, match=r"is a PyTorch pickle.*\.clone\(\).*pytorch_model[-0-9of]*\.safetensors'"):
+            open_tensors(path)
+    pickle.with_suffix(".safetensors").write_bytes(b"taken")
+    with pytest.raises(CheckpointError, match="pytorch_model-converted.safetensors"):
+        open_tensors(pickle)
+
+
 def test_a_header_whose_length_looks_like_something_else(tmp_path):
     path, seen = tmp_path / "x.safetensors", set()
     for room in range(0, 1 << 15, 8):

@@ -133,7 +133,7 @@ def read_t5(path: Path):
 
 
 def read_cache(path: Path):
-    encoder = CachedEncoder(path.parent, 8)
+    encoder = CachedEncoder(path.parent, "hash", 8)
     encoder.encode(["", "a red cat", "two dogs"])
 
 

@@ -1,0 +1,150 @@
+"""LoRA training: gradients against those of the whole weights, runs that are resumed, and what they export."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import metrics, same, toy_run
+from toys import apply, gradients, toy_inputs, toy_model, toy_params
+
+import radiance
+from radiance import config
+from radiance.cli import main
+from radiance.model.stored import Adapted
+from radiance.training.adapters import adapted, as_lora, init_adapters
+from radiance.training.loop import train
+from radiance.weights import checkpoint, lora
+from radiance.weights.native import flatten
+
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14))  # blocks of 32 divide
+MODEL = toy_model(**SIZES)
+LORA = config.Lora(rank=3, alpha=6.0)
+
+
+def noisy_adapters(model=MODEL, settings=LORA):
+    """`up` is not 0, as after some steps."""
+    draw = np.random.default_rng(5)
+    fresh = init_adapters(model, settings, jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.05 * draw.standard_normal(x.shape, np.float32), fresh)
+
+
+def test_fresh_ones_change_nothing_and_have_the_sizes():
+    adapters = init_adapters(MODEL, LORA, jax.random.key(0))
+    params, inputs = toy_params(MODEL), toy_inputs(MODEL)
+    matrices = {path for path in flatten(params) if checkpoint.is_block_matrix(path)}
+    assert {path.rpartition("/")[0] for path in flatten(adapters)} == matrices
+    assert adapters["single"]["attention"]["proj"]["kernel"]["down"].shape == (3, 64, 3)
+    assert adapters["double"]["text"]["attention"]["qkv"]["kernel"]["up"].shape == (2, 3, 3 * 64)
+    assert float(jnp.std(adapters["single"]["mlp"]["linear_out"]["kernel"]["down"])) == pytest.approx(1 / 16, rel=0.1)
+    whole = apply(MODEL, adapted(params, adapters, LORA), inputs)
+    np.testing.assert_allclose(whole, apply(MODEL, params, inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_are_those_of_the_whole_weights_seen_through_the_pair(remat):
+    """W + s · down · up: the gradient to down is s · dW · upᵀ, that to up is s · downᵀ · dW."""
+    params, adapters, inputs = toy_params(MODEL), noisy_adapters(), toy_inputs(MODEL)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal(inputs["image"].shape, np.float32))
+    compute = config.Compute(dtype="float32", remat=remat)
+
+    def loss(adapters):
+        return jnp.vdot(weights, apply(MODEL, adapted(params, adapters, LORA), inputs, compute))
+
+    found = jax.jit(jax.grad(loss))(adapters)
+
+    def merged(p, a):
+        return p + (2.0 * a["down"] @ a["up"]).reshape(p.shape)
+
+    def places(tree):
+        return {path.rpartition("/")[0]: None for path in flatten(tree)}
+
+    at = {path: {side: flatten(adapters)[f"{path}/{side}"] for side in ("down", "up")} for path in places(adapters)}
+    whole = jax.tree_util.tree_map_with_path(
+        lambda path, p: merged(p, at[name]) if (name := "/".join(k.key for k in path)) in at else p, params
+    )
+    dense = flatten(gradients(MODEL, whole, inputs, weights)[1][0])
+    for path, pair in at.items():
+        dw = dense[path].reshape(len(pair["down"]), pair["down"].shape[1], -1)
+        for side, expected in (("down", 2.0 * dw @ pair["up"].swapaxes(1, 2)), ("up", 2.0 * pair["down"].swapaxes(1, 2) @ dw)):
+            np.testing.assert_allclose(flatten(found)[f"{path}/{side}"], expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("parts", [("double", "single"), ("single/mlp",), ("single/attention", "double/image/attention/qkv")])
+def test_the_exported_lora_is_what_was_trained(parts, tmp_path):
+    settings = config.Lora(rank=3, alpha=6.0, parts=parts)
+    run = config.Config(model=MODEL, lora=settings, init="elsewhere", data=config.Data(side=8))
+    params, inputs = toy_params(MODEL), toy_inputs(MODEL)
+    adapters = noisy_adapters(settings=settings)
+    lora.write(tmp_path / "lora.safetensors", as_lora(run, adapters, "toy"), "kohya", "float32")
+    merged = lora.merged(checkpoint.of_params(MODEL, params, "toy"), lora.read(tmp_path / "lora.safetensors", MODEL)).params()
+    found = apply(MODEL, adapted(params, adapters, settings), inputs)
+    expected = np.asarray(apply(MODEL, merged, inputs))
+    assert np.abs(expected - apply(MODEL, params, inputs)).max() > 1e-2
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The weights to adapt, as a file from elsewhere."""
+    run = toy_run(".", ".", **SIZES)
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    checkpoint.write(path, run.model, toy_params(run.model))
+    return path
+
+
+def lora_run(output, data_directory, base, *changes):
+    settings = ["lora.rank=4", f"init={base}", "lora.store=int8", "lora.dtype=float32", "optimizer.learning_rate=1e-2"]
+    return toy_run(output, data_directory, *settings, *changes, **SIZES)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_samples_and_exports(base, tmp_path, data_directory):
+    whole, broken = (lora_run(tmp_path / name, data_directory, base) for name in ("whole", "broken"))
+    assert train(whole) == 8
+    assert train(config.override(broken, ["train.steps=5"])) == 5 and train(broken) == 8
+    assert [row for row in metrics(broken) if row["step"] % 4 == 0] == [row for row in metrics(whole) if row["step"] % 4 == 0]
+    from radiance.models import opened, restored, trained_lora
+
+    ours, _ = restored(whole.directory, whole)
+    assert same(ours, restored(broken.directory, broken)[0])
+    assert sum(x.size for x in jax.tree.leaves(ours)) < 0.5 * sum(x.size for x in jax.tree.leaves(toy_params(whole.model)))
+    assert any(np.abs(x).max() > 1e-3 for path, x in flatten(ours).items() if path.endswith("up"))
+
+    # The run, what it exports beside its base, and what it is merged to paint the same picture.
+    assert main(["convert", str(whole.directory), str(tmp_path / "lora.safetensors"), "--to", "peft"]) == 0
+    assert main(["convert", str(whole.directory), str(tmp_path / "merged.safetensors"), "--dtype", "fp32"]) == 0
+    assert trained_lora(whole.directory, whole).pairs.keys() == lora.read(tmp_path / "lora.safetensors", whole.model).pairs.keys()
+    assert opened(tmp_path / "merged.safetensors").metadata["radiance.run"]
+    pipelines = [
+        radiance.load(whole.directory, store="none"),
+        radiance.load(tmp_path / "merged.safetensors", dtype="float32"),
+    ]
+    assert any(isinstance(x, Adapted) for x in jax.tree.leaves(pipelines[0].params, is_leaf=lambda x: isinstance(x, Adapted)))
+    first, second = (np.asarray(p(["a handwritten one"], seeds=[3])[0].image, int) for p in pipelines)
+    assert np.abs(first - second).max() <= 2 and first.std() > 5
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
+    run = lora_run(tmp_path, data_directory, base, "train.steps=2", "train.sample_every=100")
+    assert train(run) == 2
+    other = tmp_path / "other.safetensors"
+    checkpoint.write(other, run.model, toy_params(run.model, 1), "bfloat16")
+    with pytest.raises(config.ConfigError, match="on other data .base in data.json"):
+        train(config.override(run, [f"init={other}", "train.steps=4"]))
+    with pytest.raises(config.ConfigError, match="has a LoRA and no weights"):
+        train(config.override(run, [f"init={run.directory}", "name=second"]))
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (["lora.rank=4"], "give init=FILE"),
+        (["lora.rank=4", "init=x", "optimizer.frozen=single"], "lora.parts says what is trained"),
+        (["lora.parts=modulation"], "only matrices of the blocks"),
+        (["lora.alpha=0"], "must be positive"),
+    ],
+)
+def test_settings_that_cannot_be(changes, told):
+    with pytest.raises(config.ConfigError, match=told):
+        config.override(config.Config(), changes)

@@ -1,0 +1,47 @@
+"""Whether weights arrived well: what is said of the published ones, which cannot be had here, by their loss alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from radiance import config
+from radiance.training.start import alternatives, known_loss, verdict
+
+PUBLISHED = config.MODELS["chroma1-radiance-x0"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    return str(tmp_path / "x.safetensors")
+
+
+def said(file, model, loss, truth=None):
+    """The verdict when every bin has `loss`, and 0.06 under the settings `truth`."""
+    run = config.Config(model=model, init=file)
+    bins = np.full(10, loss)
+    return verdict(run, known_loss(run), bins, lambda other: np.full(10, 0.06) if other.model == truth else bins)
+
+
+@pytest.mark.parametrize("text_ids", ["zero", "sequential"])
+def test_the_published_weights_arrive_well(file, text_ids):
+    assert "0.058 to 0.063: the weights arrived well" in said(file, replace(PUBLISHED, text_ids=text_ids), 0.07)
+
+
+@pytest.mark.parametrize("changes", [dict(masking="off"), dict(masking="strict"), dict(prediction="velocity"), dict(text_ids="sequential")])
+@pytest.mark.parametrize("loss", [0.2, 0.02])
+def test_each_mistake_is_named(file, changes, loss):
+    ((name, _),) = changes.items()
+    line = said(file, replace(PUBLISHED, **changes), loss, truth=PUBLISHED)
+    assert f"model.{name}={getattr(PUBLISHED, name)} is probably what is wrong" in line
+
+
+def test_a_loss_that_nothing_mends(file):
+    assert "no one change mends it" in said(file, PUBLISHED, 0.5)
+    assert len(list(alternatives(config.Config(model=PUBLISHED)))) == 5
+
+
+def test_nothing_is_known_of_other_models(file):
+    assert known_loss(config.Config(model=replace(PUBLISHED, hidden=1536, heads=12), init=file)) is None
