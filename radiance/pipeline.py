@@ -1,20 +1,23 @@
 """From prompts to pictures with a model, its text encoder and, for latent models, an autoencoder."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
 from radiance import config
 from radiance.model import autoencoder
+from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, visible_tokens
 from radiance.pictures import to_picture
-from radiance.sampling import Condition, paint
+from radiance.sampling import Condition, modulations, paint, times_of
 from radiance.sharding import gathered
 from radiance.text.encoders import Encoder, bucket, make_encoder
 
@@ -53,10 +56,20 @@ class Pipeline:
         mesh: jax.sharding.Mesh | None = None,
     ):
         """mesh: over which `params` lie, and pictures are spread; the one of `jax.set_mesh`, or one device, when None."""
-        self.run, self.params, self.origin, self.decoder, self.mesh = run, params, origin, decoder, mesh
+        self.run, self.origin, self.decoder, self.mesh = run, origin, decoder, mesh
+        # What makes the modulation is wanted once a schedule, and otherwise waits in the host's memory.
+        self._network = {name: value for name, value in params.items() if name != "modulation"}
+        self._modulation = jax.tree.map(jnp.asarray, params["modulation"])
+        self._places = jax.tree.map(lambda x: x.sharding, self._modulation)
+        self._vectors: tuple[bytes, Vectors] | None = None
         self.encoder = encoder or make_encoder(run.text, run.model.text_dim)
         # Pixels along the side of what one token stands for.
         self.side = run.model.patch * (decoder.sizes.side if decoder else 1)
+
+    @property
+    def params(self) -> Params:
+        """All parameters of the network."""
+        return {**self._network, "modulation": jax.device_put(self._modulation, self._places)}
 
     def __call__(self, prompts: Sequence[str], *arguments, **named) -> list[Picture]:
         """The list of what `paint` yields."""
@@ -83,28 +96,38 @@ class Pipeline:
             return
         width, height = width or run.data.side, height or width or run.data.side
         positive, negative = self.encode(prompts, settings.negative)
+        size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
+        times = times_of(settings, math.prod(size.values()) // run.model.patch**2)
         facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
 
-        size = min(settings.batch, len(prompts))
-        for start in range(0, len(prompts), size):
-            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # a last, shorter batch is filled up
+        count = min(settings.batch, len(prompts))
+        for start in range(0, len(prompts), count):
+            rows = np.minimum(np.arange(start, start + count), len(prompts) - 1)  # a last, shorter batch is filled up
             with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
                 painted = paint(
-                    self.params,
+                    self._network,
                     np.array(seeds, np.uint32)[rows],
                     Condition(positive.text[rows], positive.lengths[rows]),
-                    Condition(np.repeat(negative.text, size, axis=0), np.repeat(negative.lengths, size)),
+                    Condition(np.repeat(negative.text, count, axis=0), np.repeat(negative.lengths, count)),
                     model=run.model,
                     compute=run.compute,
                     settings=replace(settings, negative=""),  # already encoded: another text needs no other program
                     noise_scale=run.flow.noise_scale,
-                    height=-(-height // self.side) * run.model.patch,
-                    width=-(-width // self.side) * run.model.patch,
+                    vectors=self.vectors(times),
+                    **size,
                 )
-            count = min(size, len(prompts) - start)
-            images = gathered(painted)[:count]
+            images = gathered(painted)[: len(prompts) - start]
             for i, image in enumerate(self.decoder.decode(images) if self.decoder else images, start):
                 yield Picture(to_picture(image[:height, :width]), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+
+    def vectors(self, times: Float32[np.ndarray, " t"]) -> Vectors:
+        """The modulation of the network at these times; that of the last schedule is kept."""
+        if self._vectors is None or self._vectors[0] != times.tobytes():
+            modulation = jax.device_put(self._modulation, self._places)
+            self._vectors = times.tobytes(), modulations(modulation, times, model=self.run.model, compute=self.run.compute)
+            if all(place.is_fully_addressable for place in jax.tree.leaves(self._places)):
+                self._modulation = jax.device_get(modulation)
+        return self._vectors[1]
 
     def encode(self, prompts: Sequence[str], negative: str) -> tuple[Condition, Condition]:
         """Conditions of the prompts and of the one negative prompt, cut where no token is visible in any of them.

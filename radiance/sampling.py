@@ -16,7 +16,7 @@ from scipy.stats import beta
 from radiance.config import Compute, ConfigError, Model, Sample
 from radiance.flow import resolution_shift, shift_time
 from radiance.model.modulation import Vectors
-from radiance.model.transformer import Params, Transformer, bind
+from radiance.model.transformer import Params, Transformer, bind, bind_modulation
 from radiance.sharding import ROWS, constrained
 
 Image = Float32[Array, "b height width c"]
@@ -43,11 +43,22 @@ def paint(
     noise_scale: float,
     height: int,
     width: int,
+    vectors: Vectors | None = None,
 ) -> Image:
-    """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch."""
+    """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch.
+
+    vectors: what `modulations` gave for these settings; `params` need no modulation then.
+    """
     noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
     times = times_of(settings, (height // model.patch) * (width // model.patch))
-    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative)
+    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative, vectors)
+
+
+@partial(jax.jit, static_argnames=("model", "compute"))
+def modulations(modulation: Params, times: Float32[Array, " t"], *, model: Model, compute: Compute) -> Vectors:
+    """The modulation of the network at each time, with a leading axis for the times; of models that read no pooled text."""
+    network = bind_modulation(model, compute, modulation)
+    return jax.lax.map(lambda time: network(time[None], None), times)
 
 
 def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
@@ -79,10 +90,11 @@ def sample(
     settings: Sample,
     positive: Condition,
     negative: Condition | None = None,
+    vectors: Vectors | None = None,
 ) -> Image:
     """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`.
 
-    negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
+    vectors: the modulation at each of the times, if it is at hand. negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
     v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
     """
     use = _guided(times, settings)
@@ -95,7 +107,7 @@ def sample(
         rows = 1 if both.pooled is None else len(both.pooled)
         return model.modulation(jnp.full((rows,), time), None, both.pooled)
 
-    vectors = jax.lax.map(modulation, jnp.asarray(times))
+    vectors = jax.lax.map(modulation, jnp.asarray(times)) if vectors is None else vectors
 
     def conditional(x, t, vectors):
         return model(x, positive.text, positive.lengths, jnp.full(len(x), t), vectors=_first(vectors, len(x)))

@@ -11,6 +11,7 @@ from radiance import config
 from radiance.models import load
 from radiance.pictures import contact_sheet, save_png, to_array, to_picture
 from radiance.pipeline import Pipeline
+from radiance.sampling import modulations, paint
 from radiance.text.encoders import TextError
 
 
@@ -31,6 +32,26 @@ def test_pictures_do_not_depend_on_their_neighbours(pipeline):
         alone = pipeline([prompts[i]], seeds=[4 + i])
         assert np.abs(pixels(alone[0]) - pixels(together[i])).max() <= 1
     assert np.abs(pixels(together[0]) - pixels(pipeline(["a one"], seeds=[9])[0])).max() > 5
+
+
+def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(pipeline, monkeypatch):
+    made = []
+    monkeypatch.setattr("radiance.pipeline.modulations", lambda *a, **k: made.append(1) or modulations(*a, **k))
+    first = pipeline(["a one"], seeds=[2])
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipeline._modulation)) and "modulation" not in pipeline._network
+    made.clear()
+    pipeline(["a two", "three", "four", "five"])
+    assert not made
+    pipeline(["a one"], settings=config.override(pipeline.run.sample, ["steps=3"]))
+    assert np.array_equal(pixels(pipeline(["a one"], seeds=[2])[0]), pixels(first[0])) and len(made) == 2
+    # as when the program makes it itself
+    positive, negative = pipeline.encode(["a one"], "")
+    run = pipeline.run
+    whole = paint(
+        pipeline.params, np.array([2], np.uint32), positive, negative, model=run.model, compute=run.compute, settings=run.sample,
+        noise_scale=1.0, height=8, width=8,
+    )  # fmt: skip
+    assert np.abs(np.asarray(to_picture(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
 
 
 def test_any_size(pipeline):

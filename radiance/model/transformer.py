@@ -140,8 +140,11 @@ def _stack(kind: type, count: int, model: config.Model, dtype: jnp.dtype, rngs: 
 
 
 @lru_cache(maxsize=64)
-def _skeleton(model: config.Model, compute: config.Compute):
-    return nnx.split(jax.eval_shape(lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0)))
+def _skeleton(model: config.Model, compute: config.Compute, modulation: bool = True):
+    module = jax.eval_shape(lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0))
+    if not modulation:
+        module.modulation = None
+    return nnx.split(module)
 
 
 def abstract(model: config.Model) -> Params:
@@ -156,5 +159,11 @@ def init(model: config.Model, key: PRNGKeyArray) -> Params:
 
 
 def bind(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
-    """The module that computes with `params`; inside `jax.jit` this is free."""
-    return nnx.merge(_skeleton(model, compute)[0], params)
+    """The module that computes with `params`; inside `jax.jit` this is free. Without `modulation` among them it must be given `vectors`."""
+    return nnx.merge(_skeleton(model, compute, "modulation" in params)[0], params)
+
+
+def bind_modulation(model: config.Model, compute: config.Compute, params: Params) -> nnx.Module:
+    """The part of the network that makes the modulation, with its parameters alone."""
+    module = jax.eval_shape(lambda key: make_modulation(model, jnp.dtype(compute.dtype), nnx.Rngs(key)), jax.random.key(0))
+    return nnx.merge(nnx.split(module)[0], params)
