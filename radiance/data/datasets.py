@@ -56,10 +56,18 @@ def _digits(data: config.Data, split: str) -> Source:
 
     from radiance.data.digits import Digits
 
-    builder = Digits(data_dir=str(Path(data.directory).expanduser()), file_format="array_record")
+    def opened() -> tfds.core.DatasetBuilder:
+        return Digits(data_dir=str(Path(data.directory).expanduser()), file_format="array_record")
+
+    builder = opened()
     logging.getLogger("absl").setLevel(logging.ERROR)  # it recommends OpenCV at every start
     tfds.disable_progress_bar()  # its bars are for downloads; these take a second
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        builder = opened()
+        if not builder.is_prepared():  # by another process, at the same time
+            raise
     return TfdsSource(builder, split, picture="image", captions="captions", attributes=("digit",))
 
 

@@ -3,7 +3,9 @@
 A run directory is a run: the same command goes on where it stopped, bit for bit as if it had not.
 """
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +105,7 @@ def train(run: config.Config) -> int:
         closing(Journal(directory, first) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
+        _with_all_hosts(checkpoints),
     ):
         if first == 0 and run.init:
             bins = _validate(validate, weights_of(run, state, base), validation, mesh)
@@ -167,6 +170,24 @@ def _anywhere(stopping: threading.Event, number: int, every: int) -> bool:
     if jax.process_count() == 1:
         return stopping.is_set()
     return number % every == 0 and bool(multihost_utils.process_allgather(np.array(stopping.is_set())).any())
+
+
+@contextmanager
+def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
+    """Ends this process at once when another host is gone: without it nothing can be computed or saved, and what waits for it would wait for ever."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        latest = checkpoints.latest
+        print(
+            f"radiance: another host is gone or failed ({str(error).splitlines()[0][:200]}): start all hosts again with the same command, which goes on "
+            f"from {'the beginning' if latest is None else f'step {latest}'}.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 def _check(run: config.Config, mesh: jax.sharding.Mesh):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from runs import environment_of, metrics, toy_run, written_experiment
 
+from radiance import config
 from radiance.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,24 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
     for name in names:
         ours, expected = (np.asarray(Image.open(Path(tmp_path) / many / name), int) for many in ("two", "one"))
         assert np.abs(ours - expected).max() <= 1
+
+
+def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
+    changes = ["mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.validate_every=9999", "train.sample_every=9999"]
+    run = toy_run(tmp_path, data_directory, *changes, "train.steps=9999")
+    first, second = start_hosts("train", str(written_experiment(run)))
+    deadline = time.monotonic() + 200
+    while not (run.directory / "checkpoints" / "2").is_dir():
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    second.kill()
+    told = first.communicate(timeout=200)[0]  # which notices, and ends by itself
+    second.communicate()
+    assert first.returncode == 1 and "radiance: another host is gone or failed" in told and "Traceback" not in told, told
+    step = max(int(path.name) for path in (run.directory / "checkpoints").iterdir() if path.name.isdecimal())
+    assert f"goes on from step {step}" in told
+    run = config.override(run, [f"train.steps={step + 1}"])
+    assert f"going on from step {step}" in outputs(start_hosts("train", str(written_experiment(run))))[0]
 
 
 def test_a_host_that_does_not_find_the_others(capsys):
