@@ -317,6 +317,9 @@ class Mesh(Section):
     data: int = -1  # replicas of the weights, each with its part of the batch
     fsdp: int = 1  # weights, optimizer and batch in parts
     tensor: int = 1  # attention heads and MLP channels in parts
+    uneven: Literal["whole", "refuse"] = (
+        "whole"  # what a parameter does whose axis does not divide: every device has that axis whole, or nothing starts
+    )
 
     def check(self):
         sizes = (self.data, self.fsdp, self.tensor)

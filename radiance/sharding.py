@@ -69,9 +69,28 @@ def join_hosts(coordinator: str | None = None, hosts: int | None = None, host: i
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
     """Where the parameter of that path lies; an axis that does not divide is not split."""
+    return PartitionSpec(*(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(_rule(path, shape), shape)))
+
+
+def _rule(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     names = next((names for pattern, names in RULES if re.search(pattern, path)), ())
-    names = (None,) * (len(shape) - len(names)) + names
-    return PartitionSpec(*(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape)))
+    return (None,) * (len(shape) - len(names)) + names
+
+
+def check_even(params: Any, mesh: jax.sharding.Mesh):
+    """Raises ConfigError that names the first parameter with an axis which the rules would split and the mesh does not divide."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = _path(keys)
+        for name, size in zip(_rule(path, leaf.shape), leaf.shape):
+            if name and size % mesh.shape[name]:
+                raise config.ConfigError(
+                    f"{path} has {size} rows or columns to be split, which mesh.{name}={mesh.shape[name]} does not divide: change one of them, or "
+                    "let it be whole on every device with mesh.uneven=whole."
+                )
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in keys)
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -79,8 +98,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     states, averages), as the rules look at the end of the path."""
 
     def place(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path)
-        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+        return NamedSharding(mesh, spec_of(_path(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

@@ -28,7 +28,7 @@ from radiance.model.transformer import Params, abstract
 from radiance.pictures import contact_sheet, save_png
 from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
-from radiance.sharding import gathered, host_rows, make_mesh, put_batch, put_whole, shardings
+from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
 from radiance.training.checkpoints import Checkpoints, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
@@ -196,6 +196,8 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         raise config.ConfigError(
             f"data.batch={run.data.batch} does not divide into {parts} parts (mesh data × fsdp × optimizer.accumulate): change one of them."
         )
+    if run.mesh.uneven == "refuse":
+        check_even(abstract(run.model), mesh)
     if run.model.channels != 3:
         raise config.ConfigError(
             f"model.channels={run.model.channels}, but {run.data.source} has pictures of 3 channels: train a pixel model."

@@ -1,0 +1,46 @@
+"""The table of rules, on the full-size models: no devices are needed to see where everything lies."""
+
+import math
+
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from radiance import config
+from radiance.model.transformer import abstract
+from radiance.sharding import AXES, check_even, spec_of
+from radiance.weights.native import flatten
+
+
+def mesh(*sizes):
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("name", ["chroma1-radiance-x0", "chroma1-base", "flux1-schnell", "large"])
+@pytest.mark.parametrize("sizes, least", [((1, 8, 1), 7.9), ((1, 4, 2), 7.0), ((2, 2, 2), 3.7)])
+def test_weights_are_spread_over_the_devices_that_share_them(name, sizes, least):
+    """What one device holds of the whole, against one part in `fsdp · tensor`."""
+    devices, whole, held = mesh(*sizes), 0, 0
+    for path, leaf in flatten(abstract(config.MODELS[name])).items():
+        parts = math.prod(devices.shape[axis] for axis in spec_of(path, leaf.shape, devices) if axis)
+        whole, held = whole + leaf.size, held + leaf.size / parts
+    if name != "large":  # whose 18 heads do not divide by 4
+        check_even(abstract(config.MODELS[name]), devices)
+    # FLUX's modulation, a quarter of it, is not split by `tensor`; nor are large's heads.
+    assert whole / held > least * (0.8 if name in ("large", "flux1-schnell") else 1)
+
+
+def test_averages_and_moments_lie_as_their_parameters():
+    devices = mesh(1, 8, 2)
+    path = "single/mlp/linear_in/kernel"
+    expected = PartitionSpec(None, "fsdp", "tensor")
+    assert all(spec_of(prefix + path, (38, 3072, 12288), devices) == expected for prefix in ("", "ema/0.9999/", "optimizer/1/nu/"))
+
+
+def test_what_does_not_divide_is_whole_or_refused():
+    model = config.MODELS["large"]
+    devices = mesh(1, 1, 4)
+    kernel = flatten(abstract(model))["double/image/attention/qkv/kernel"]
+    assert spec_of("double/image/attention/qkv/kernel", kernel.shape, devices) == PartitionSpec(None, "fsdp", None, None, None)
+    with pytest.raises(config.ConfigError, match=r"has 18 rows or columns to be split, which mesh.tensor=4 does not divide"):
+        check_even(abstract(model), devices)
+    check_even(abstract(model), mesh(1, 4, 2))
