@@ -27,8 +27,6 @@ from radiance.weights.files import CheckpointError, write_safetensors
 
 # What our own exports carry, so that they are sampled as the run was: settings that the weights do not tell.
 RUN_KEY = "radiance.run"
-# Types of files whose matrices stay as they are in memory.
-STORES = {"Q8_0": "q8_0", "F8_E4M3": "float8_e4m3fn"}
 T5_LENGTH = 512  # tokens; what the published models were trained with
 
 
@@ -94,7 +92,7 @@ def load(
         if store not in (None, "none"):
             params = of_params(run.model, params, origin).params(store=store, shardings=places)
     else:
-        small = _store(checkpoint) if store is None else None if store == "none" else store
+        small = "file" if store is None else None if store == "none" else store
         params, origin = checkpoint.params(dtype, small, places), checkpoint.origin
     if adapters:
         params = lora_files.applied(params, run.model, adapters)
@@ -172,11 +170,6 @@ def _not_told(model: str | Path, known: dict[str, Any]):
         raise config.ConfigError(
             f"{model} is a run directory and knows its {' and '.join(known)}: these flags are for files that do not say it."
         )
-
-
-def _store(checkpoint: Checkpoint) -> str | None:
-    kinds = {kind for name, kind in checkpoint.dtypes.items() if name.endswith(("linear1.weight", "attn.qkv.weight"))}
-    return next((STORES[kind] for kind in kinds if kind in STORES), None)
 
 
 def _check(run: config.Config, model: str | Path, autoencoder: str):

@@ -17,11 +17,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from radiance import config
 from radiance.model.stored import BLOCK, Quantised, quantise
-from radiance.model.transformer import Params
+from radiance.model.transformer import Params, abstract
 from radiance.weights import diffusers, native
 from radiance.weights.detect import MARKERS, METADATA_KEY, canonical_names, check_shapes, detect, markers, recognise
-from radiance.weights.files import DTYPES, CheckpointError, Shapes, Tensors, open_tensors, write_safetensors
+from radiance.weights.files import DTYPES, CheckpointError, Packed, Shapes, Tensors, open_tensors, write_safetensors
 from radiance.weights.gguf import GgufTensors
+
+
+@dataclass(frozen=True)
+class FileTensors:
+    """The native tensors of a file. What a changed checkpoint has in its place gives values alone: those are nowhere stored small."""
+
+    file: Tensors
+    keys: Mapping[str, tuple[str, ...]]  # native name → the file's: one, or parts that lie one below the other
+
+    def __call__(self, name: str) -> np.ndarray:
+        return diffusers.join([self.file[key] for key in self.keys[name]]) if name not in MARKERS else np.zeros(0, np.float32)
+
+    def store(self, name: str) -> str | None:
+        found = {self.file.store(key) for key in self.keys.get(name, ())}
+        return found.pop() if len(found) == 1 else None
+
+    def packed(self, name: str) -> Packed:
+        return Packed(*(diffusers.join([*parts]) for parts in zip(*(self.file.packed(key) for key in self.keys[name]))))
 
 
 @dataclass(frozen=True)
@@ -40,24 +58,47 @@ class Checkpoint:
         """The parameter tree, made leaf by leaf.
 
         dtype: of the leaves. store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices so, and they are expanded inside the
-        loop over the blocks. shardings: a tree like the parameters, to which they are placed; one device when None.
+        loop over the blocks; "file" keeps those that the file has in such a type. What the file has in the type that is asked for is
+        taken as it is. shardings: a tree like the parameters, to which they are placed; one device when None.
         """
         places = native.flatten(shardings) if shardings is not None else {}
+        stores, sources = self._stores(store), native.layout(self.model)[1]
 
-        def leaf(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> jax.Array | Quantised:
-            if store and is_block_matrix(path):
-                small = _quantised(path, shape, blocks, store)
-                if small is not None:
-                    return jax.tree.map(lambda x: jax.device_put(x, _by_output(places[path], x)), small) if path in places else small
-                raise CheckpointError(
-                    f"{path} has {inputs_of(path, shape)} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8."
-                )
+        def tensor(name: str) -> np.ndarray | Packed:
+            small = self.store(name)
+            if small and all(stores.get(part.path) == small for part in sources[name].row.parts):
+                return self.tensor.packed(name)
+            return self.tensor(name)
+
+        def leaf(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray | Packed]) -> jax.Array | Quantised:
+            if path in stores:
+                small = _quantised(path, shape, blocks, stores[path])
+                return jax.tree.map(lambda x: jax.device_put(x, _by_output(places[path], x)), small) if path in places else small
             values = native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype])
             if path in places:
                 return jax.make_array_from_callback(shape, places[path], lambda part: values[part])
             return jnp.asarray(values)
 
-        return native.from_native(self.model, self.shapes, self.tensor, self.origin, leaf)
+        return native.from_native(self.model, self.shapes, tensor, self.origin, leaf)
+
+    def store(self, name: str) -> str | None:
+        """As what a tensor stays in memory just as the file has it; None for other types, and when it was changed since."""
+        return self.tensor.store(name) if isinstance(self.tensor, FileTensors) else None
+
+    def _stores(self, store: str | None) -> dict[str, str]:
+        """The leaves that are kept small, and as what. Raises CheckpointError when one was asked for that cannot be."""
+        leaves = native.flatten(abstract(self.model))
+        if store != "file":
+            found = {path: store for path in leaves if store and is_block_matrix(path)}
+        else:
+            sources = native.layout(self.model)[1].items()
+            parts = ((part.path, self.store(name)) for name, source in sources for part in source.row.parts)
+            found = {path: small for path, small in parts if small and is_block_matrix(path)}
+        odd = [path for path, small in found.items() if small == "q8_0" and inputs_of(path, leaves[path].shape) % BLOCK]
+        if odd and store != "file":
+            inputs = inputs_of(odd[0], leaves[odd[0]].shape)
+            raise CheckpointError(f"{odd[0]} has {inputs} inputs, which do not divide into the blocks of {BLOCK} of q8_0: use int8.")
+        return {path: small for path, small in found.items() if path not in odd}
 
 
 def _by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
@@ -100,16 +141,17 @@ def inputs_of(path: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape[1:3])) if path.endswith("attention/proj/kernel") else shape[1]
 
 
-def _quantised(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray], store: str) -> Quantised | None:
+def _quantised(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray | Packed], store: str) -> Quantised:
     inputs = inputs_of(path, shape)
-    if store == "q8_0" and inputs % BLOCK:
-        return None
     outputs = int(np.prod(shape[1:])) // inputs
     groups = inputs // BLOCK if store == "q8_0" else 1
     values = np.empty((shape[0], inputs, outputs), np.int8 if store in ("q8_0", "int8") else DTYPES[store])
     scales = np.empty((shape[0], groups, outputs), np.float16 if store == "q8_0" else np.float32)
     for i, block in enumerate(blocks):
-        values[i], scales[i] = quantise(block.reshape(inputs, outputs), store)
+        if isinstance(block, Packed):
+            values[i], scales[i] = block.values.T, block.scales.T
+        else:
+            values[i], scales[i] = quantise(block.reshape(inputs, outputs), store)
     return Quantised(jnp.asarray(values), jnp.asarray(scales), shape[1:])
 
 
@@ -141,7 +183,7 @@ def open_checkpoint(path: str | Path, model: config.Model | None = None, **known
     return Checkpoint(
         model,
         expected,  # with the markers that the model asks for
-        lambda name: diffusers.join([file[key] for key in keys[name]]) if name not in MARKERS else np.zeros(0, np.float32),
+        FileTensors(file, keys),
         {name: file.dtypes[keys[name][0]] if name in keys else "F32" for name in expected},
         str(file.path),
         form,

@@ -36,6 +36,8 @@ NAMES = {dtype: code for code, dtype in CODES.items()}
 # Scaled fp8 and int8 files keep beside a weight what it is multiplied by; their other notes are for computing in fp8.
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+# What a matrix of a stored type can stay in memory as (`model/stored.py`): int8 where the file has scales of it.
+STORES = {"Q8_0": "q8_0", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 AXES = 8  # of a tensor at most
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 SAMPLE = 16_384  # bytes, of which four are taken from every large tensor for a fingerprint
@@ -61,6 +63,27 @@ class Place(NamedTuple):
     dtype: str  # as stored: F32, BF16, F8_E4M3, Q8_0, …
 
 
+class Packed(NamedTuple):
+    """A matrix as a file keeps it small: numbers, and what those of a row, or of a block of it, are multiplied by."""
+
+    values: np.ndarray  # [out, in], int8 or fp8
+    scales: np.ndarray  # [out, in / block], float16 of Q8_0, or [out, 1], float32
+
+    def finite(self) -> bool:
+        largest = 127 if self.values.dtype == np.int8 else float(ml_dtypes.finfo(self.values.dtype).max)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return finite(self.values) and bool(np.isfinite(self.scales.astype(np.float32) * np.float32(largest)).all())
+
+    def part(self, axis: int, begin: int, end: int) -> "Packed":
+        """Rows (axis 0) or inputs (axis 1), of the latter whole blocks."""
+        if axis == 0:
+            return Packed(self.values[begin:end], self.scales[begin:end])
+        if self.scales.shape[1] == 1:
+            return Packed(self.values[:, begin:end], self.scales)
+        block = self.values.shape[1] // self.scales.shape[1]
+        return Packed(self.values[:, begin:end], self.scales[:, begin // block : end // block])
+
+
 class Tensors:
     """Open tensors: names, shapes and stored types without reading; values one at a time."""
 
@@ -80,6 +103,8 @@ class Tensors:
                         f"{path} holds {key} of shape {list(place.shape)}, and one scale of all or of each of the {list(rows)} rows is "
                         f"read: convert the file to BF16 first."
                     )
+            if key.endswith(".comfy_quant") and _rotated(self.raw(place)):
+                raise CheckpointError(f"{path} holds {weight} rotated (ConvRot), which is not read: convert another file of the model.")
         self.places = {k: p for k, p in self.places.items() if not k.endswith(NOTES)}
         self.shapes: Shapes = {k: p.shape for k, p in self.places.items()}
         self.dtypes: Mapping[str, str] = {k: p.dtype for k, p in self.places.items()}
@@ -90,7 +115,23 @@ class Tensors:
         if key not in self._scales:
             return values
         scale = self.values(self._scales[key]).astype(np.float32)
-        return values.astype(np.float32) * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.size > 1 else scale.reshape(()))
+        scale = scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.size > 1 else scale.reshape(())
+        return np.multiply(values, scale, dtype=np.float32)
+
+    def store(self, key: str) -> str | None:
+        """As what a matrix stays in memory just as it is in the file; None for types of which there is no such thing."""
+        kind = self.dtypes[key]
+        return None if kind == "I8" and key not in self._scales else STORES.get(kind)
+
+    def scale_shape(self, key: str) -> tuple[int, ...] | None:
+        """Of the scales that lie beside a tensor: one number, or one of each row."""
+        return self._scales[key].shape if key in self._scales else None
+
+    def packed(self, key: str) -> Packed:
+        """The values of a tensor that has a `store`, as they lie in the file."""
+        values = self.values(self.places[key])
+        scales = self.values(self._scales[key]).astype(np.float32) if key in self._scales else np.ones(1, np.float32)
+        return Packed(values, np.broadcast_to(scales.reshape(-1, 1), (len(values), 1)))
 
     def fingerprint(self, keys: Mapping[str, str] | None = None) -> str:
         """A hash of all names, shapes, types and small tensors, and of samples of the large ones: 14 MB of a file of 10 GB.
@@ -119,6 +160,15 @@ class Tensors:
         if len(data) < place.size:
             raise CheckpointError(f"{place.file} became shorter while it was read: copy or download it again.")
         return data
+
+
+def _rotated(mark: np.ndarray) -> bool:
+    """Whether ComfyUI's mark beside a matrix says that its inputs are rotated."""
+    try:
+        told = json.loads(mark.tobytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and bool(told.get("convrot"))
 
 
 def open_tensors(path: str | Path) -> Tensors:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from radiance.weights.files import AXES, CODES, DTYPES, CheckpointError, Place, Shapes, Tensors, cast, replacing, require_space
+from radiance.weights.files import AXES, CODES, DTYPES, CheckpointError, Packed, Place, Shapes, Tensors, cast, replacing, require_space
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -22,7 +22,8 @@ PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64
 KEPT = 64  # values of an array that are kept; vocabularies are longer, and not needed
 HEADER_LIMIT = 100_000_000  # bytes, as in safetensors
 SHAPE_KEY = "comfy.gguf.orig_shape."  # what ComfyUI-GGUF writes when it folds axes together
-QUANTISED = ("q8_0", "q4_0")
+QUANTISED = ("q8_0", "q4_0")  # what is written; whatever a file has is copied
+TO_GGML = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def package() -> Any:
@@ -31,6 +32,11 @@ def package() -> Any:
     except ImportError:
         raise ImportError("Quantised GGUF files need the gguf package: pip install 'radiance[gguf]'.") from None
     return gguf
+
+
+def kind_of(dtype: str) -> Any:
+    """ggml's type of our name (bfloat16, q8_0) or of its own (BF16, Q8_0)."""
+    return package().GGMLQuantizationType[TO_GGML.get(dtype, dtype.upper())]
 
 
 class _Reader:
@@ -79,16 +85,41 @@ class GgufTensors(Tensors):
     def values(self, place: Place) -> np.ndarray:
         if place.dtype in CODES:
             return super().values(place)
-        gguf = package()
         if place.size == 0:
             return np.zeros(place.shape, np.float32)
+        rows = prod(place.shape[:-1]) if _in_rows(place) else 1
+        return self.expanded(self.raw(place).reshape(rows, -1), place.dtype).reshape(place.shape)
+
+    def expanded(self, rows: np.ndarray, dtype: str) -> np.ndarray:
+        """The values of rows of bytes."""
         try:
-            rows = self.raw(place).reshape(*place.shape[:-1], -1)
-            return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[place.dtype]).reshape(place.shape)
+            return decoded(rows, dtype)
         except NotImplementedError:
             raise CheckpointError(
-                f"{self.path} holds values of type {place.dtype}, which the gguf package cannot expand: take another quantisation."
+                f"{self.path} holds values of type {dtype}, which the gguf package cannot expand: take another quantisation."
             ) from None
+
+    def store(self, key: str) -> str | None:
+        return super().store(key) if self.in_rows(key) else None
+
+    def in_rows(self, key: str) -> bool:
+        """Whether a tensor is quantised, and every row has blocks of its own."""
+        return self.dtypes[key] not in CODES and _in_rows(self.places[key])
+
+    def rows(self, key: str) -> np.ndarray:
+        """The stored bytes of a tensor that is `in_rows`."""
+        place = self.places[key]
+        return self.raw(place).reshape(*place.shape[:-1], -1)
+
+    def packed(self, key: str) -> Packed:
+        *stack, columns = self.places[key].shape
+        blocks = self.rows(key).reshape(*stack, -1, 34)  # of Q8_0: a float16, then 32 numbers
+        return Packed(blocks[..., 2:].reshape(*stack, columns).view(np.int8), blocks[..., :2].reshape(*stack, -1).view(np.float16))
+
+
+def _in_rows(place: Place) -> bool:
+    """ComfyUI-GGUF folds axes together where blocks would not divide the last one."""
+    return bool(place.shape) and place.shape[-1] % package().GGML_QUANT_SIZES[kind_of(place.dtype)][0] == 0
 
 
 def open_gguf(path: Path) -> GgufTensors:
@@ -156,11 +187,10 @@ def write_gguf(
 ):
     """Writes `tensor(key)`, already `encoded`, for every key of `shapes`, in order, holding one at a time; whole or not at all.
 
-    dtypes: float32, float16, bfloat16, q8_0 or q4_0 for each. The architecture is `flux`, as ComfyUI-GGUF has no other name for
-    Chroma's tensors.
+    dtypes: float32, float16, bfloat16 or a quantised type of ggml for each. The architecture is `flux`, as ComfyUI-GGUF has no
+    other name for Chroma's tensors.
     """
     gguf = package()
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
     path = Path(path)
     with replacing(path) as part:
         writer = gguf.GGUFWriter(part, "flux")
@@ -169,7 +199,7 @@ def write_gguf(
             writer.add_string(key, value)
         total = 0
         for key, shape in shapes.items():
-            kind = gguf.GGMLQuantizationType[kinds[dtypes[key]]]
+            kind = kind_of(dtypes[key])
             block, size = gguf.GGML_QUANT_SIZES[kind]
             bytes_ = prod(shape) // block * size
             total += bytes_ + 256
@@ -188,11 +218,9 @@ def encoded(array: np.ndarray, dtype: str, key: str) -> np.ndarray:
     if dtype in DTYPES:
         out = cast(array, DTYPES[dtype], key)
         return out.view(np.uint16) if dtype == "bfloat16" else out
-    gguf = package()
-    return gguf.quants.quantize(cast(array, DTYPES["float32"], key), gguf.GGMLQuantizationType[dtype.upper()])
+    return package().quants.quantize(cast(array, DTYPES["float32"], key), kind_of(dtype))
 
 
 def decoded(array: np.ndarray, dtype: str) -> np.ndarray:
     """The inverse of `encoded` for quantised types, as float32."""
-    gguf = package()
-    return gguf.quants.dequantize(array, gguf.GGMLQuantizationType[dtype.upper()])
+    return package().quants.dequantize(array, kind_of(dtype))

@@ -15,9 +15,10 @@ import numpy as np
 from radiance import config
 from radiance.model.transformer import Params, abstract
 from radiance.weights.detect import check_shapes, markers
-from radiance.weights.files import CheckpointError, Shapes, finite
+from radiance.weights.files import CheckpointError, Packed, Shapes, finite
 
-Store = Callable[[str, tuple[int, ...], Iterator[np.ndarray]], Any]
+Tensor = Callable[[str], np.ndarray | Packed]
+Store = Callable[[str, tuple[int, ...], Iterator[np.ndarray | Packed]], Any]
 
 
 class Part(NamedTuple):
@@ -195,13 +196,12 @@ def flatten(tree: Params) -> dict[str, jax.Array]:
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
-def from_native(
-    model: config.Model, shapes: Shapes, tensor: Callable[[str], np.ndarray], origin: object, store: Store | None = None
-) -> Params:
+def from_native(model: config.Model, shapes: Shapes, tensor: Tensor, origin: object, store: Store | None = None) -> Params:
     """Our tree from native tensors; `tensor(name)` reads one.
 
-    store: makes a leaf from its path, its shape and its blocks (see `float32_leaf`, which is used when None). Raises
-    CheckpointError that names every tensor that is missing, not expected, or of another shape.
+    store: makes a leaf from its path, its shape and its blocks (see `float32_leaf`, which is used when None); those of Packed
+    tensors are Packed, and still [out, in]. Raises CheckpointError that names every tensor that is missing, not expected, or of
+    another shape.
     """
     expected, sources = layout(model)
     check_shapes(expected, shapes, origin)
@@ -212,13 +212,15 @@ def from_native(
         for part in source.row.parts:
             by_path[part.path].append((name, source))
 
-    def blocks(path: str) -> Iterator[np.ndarray]:
+    def blocks(path: str) -> Iterator[np.ndarray | Packed]:
         for name, (row, index) in by_path[path]:
             values = tensor(name)
-            if not finite(values):
+            packed = isinstance(values, Packed)
+            if not (values.finite() if packed else finite(values)):
                 raise CheckpointError(f"{origin}: {name} holds values that are not finite: the file is damaged.")
             shape = leaves[path].shape if index is None else leaves[path].shape[1:]
-            yield _split(row, path, values, expected[name], leaves).reshape(shape)
+            part = _split(row, path, values, expected[name], leaves)
+            yield part if packed else TO_TREE[dict(row.parts)[path]](part).reshape(shape)
 
     store = store or float32_leaf
     values = [store(path, leaves[path].shape, blocks(path)) for path in leaves]
@@ -237,16 +239,19 @@ def stacked(shape: tuple[int, ...], blocks: Iterator[np.ndarray], dtype: np.dtyp
     return out
 
 
-def _split(row: Row, path: str, tensor: np.ndarray, shape: tuple[int, ...], leaves: Mapping) -> np.ndarray:
-    """The part of a native tensor that belongs to `path`, in our order of axes."""
+def _split(row: Row, path: str, tensor: np.ndarray | Packed, shape: tuple[int, ...], leaves: Mapping) -> np.ndarray | Packed:
+    """The part of a native tensor that belongs to `path`."""
     sizes = [
         math.prod(leaves[p].shape[1:] if "{i}" in row.native else leaves[p].shape) * shape[row.axis] // math.prod(shape)
         for p, _ in row.parts
     ]
     at = [p for p, _ in row.parts].index(path)
-    if len(row.parts) > 1:
-        tensor = tensor[(slice(None),) * row.axis + (slice(sum(sizes[:at]), sum(sizes[: at + 1])),)]
-    return TO_TREE[row.parts[at].layout](tensor)
+    begin, end = sum(sizes[:at]), sum(sizes[: at + 1])
+    if len(row.parts) == 1:
+        return tensor
+    if isinstance(tensor, Packed):
+        return tensor.part(row.axis, begin, end)
+    return tensor[(slice(None),) * row.axis + (slice(begin, end),)]
 
 
 def to_native(model: config.Model, params: Params) -> tuple[Shapes, Callable[[str], np.ndarray]]:
