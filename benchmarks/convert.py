@@ -4,7 +4,7 @@
 
 A checkpoint of random bfloat16 values under the published names is written, copied with `cp`, and converted with the command that
 users type, each in a process of its own and with the input out of the page cache. The copy is the peer and, as it moves the same
-bytes, nearly the limit of the disk. Measured: see the table in the README.
+bytes, nearly the limit of the disk. Results stand in benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from radiance.weights.files import write_safetensors
 FLOAT32 = ("nerf_image_embedder.", "__")  # as published
 WAYS = {
     "native, each type as it is": ("copy.safetensors", []),
+    "native, fp16": ("fp16.safetensors", ["--dtype", "fp16"]),
     "native, fp8": ("fp8.safetensors", ["--dtype", "fp8"]),
+    "native, int8": ("int8.safetensors", ["--dtype", "int8"]),
     "GGUF, BF16": ("bf16.gguf", []),
     "GGUF, Q8_0": ("q8_0.gguf", ["--dtype", "q8_0"]),
     "GGUF, Q4_0": ("q4_0.gguf", ["--dtype", "q4_0"]),

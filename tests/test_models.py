@@ -106,6 +106,23 @@ def test_other_formats_and_storage_give_nearly_the_same_picture(files, tmp_path,
     assert np.abs(picture - reference).mean() < (1e-9 if name == "model.gguf" else 25)
 
 
+@pytest.mark.parametrize("dtype, values", [("int8", "int8"), ("fp8", "float8_e4m3fn"), ("q8_0", "int8")])
+def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, values):
+    """In memory too, and with the same values; where blocks of Q8_0 do not divide a matrix, it is whole."""
+    model = toy_model(mlp_ratio=80 / 64, **SIZES)
+    checkpoint.write(tmp_path / "in.safetensors", model, toy_params(model), "bfloat16")
+    path = tmp_path / ("out.gguf" if dtype == "q8_0" else "out.safetensors")
+    assert main(["convert", str(tmp_path / "in.safetensors"), str(path), "--dtype", dtype]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "double blocks" in line and (dtype in line or values in line)]
+    assert len(told) == 1 and told[0].endswith(("e-02", "e-03"))
+    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    small, whole = radiance.load(path, **named), radiance.load(path, store="none", **named)
+    kept = [leaf for leaf in jax.tree.leaves(small.params, is_leaf=lambda x: hasattr(x, "expand")) if hasattr(leaf, "expand")]
+    assert len(kept) == (12 - 4 if dtype == "q8_0" else 12) and {str(leaf.values.dtype) for leaf in kept} == {values}
+    a, b = (pixels(x(["a red cat"], seeds=[0], width=16, height=16)[0].image) for x in (small, whole))
+    assert np.abs(a - b).max() <= 1
+
+
 def test_a_lora_at_a_strength(files, tmp_path):
     """Beside the weights or in them: the same picture, in float32."""
     assert main(["convert", str(files / "pixels.safetensors"), str(tmp_path / "base.safetensors"), "--dtype", "fp32"]) == 0

@@ -1,29 +1,31 @@
 """Writing a checkpoint in a format and a type, and telling what was done."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from radiance import config
-from radiance.model.stored import BLOCK
 from radiance.weights import diffusers
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.detect import MARKERS, METADATA_KEY
-from radiance.weights.files import DTYPES, CheckpointError, cast, replacing, write_safetensors
-from radiance.weights.gguf import QUANTISED, decoded, encoded, write_gguf
+from radiance.weights.files import DTYPES, CheckpointError, Shapes, replacing, write_safetensors
+from radiance.weights.gguf import QUANTISED, write_gguf
+from radiance.weights.rounding import Written, copied, copyable, rounded, scale_shape, type_of
 
 FORMATS = ("native", "diffusers", "gguf", "torch")
 ENDINGS = {".safetensors": "native", ".gguf": "gguf"}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
-# What may be stored coarsely. All else is a small share of the weights and a large one of the damage: norms, biases, input and
-# text projections, the approximator, everything NeRF.
-BLOCK_MATRIX = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight$")
+# The marks that ComfyUI's files carry beside matrices of int8 and fp8 that have scales: without one it takes them for plain numbers.
+SAFE = DTYPES | {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}  # types of safetensors files
+MARKS = {"int8": "int8_tensorwise", "float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2"}
 PARTS = (
     ("markers", r"__"),
     ("modulation", r"distilled_guidance_layer|time_in|guidance_in|vector_in|.*_mod\.|.*\.modulation|final_layer\.(adaLN|offset)|shared_modulation"),
@@ -40,19 +42,6 @@ def part_of(name: str) -> str:
     return next(part for part, pattern in PARTS if re.match(pattern, name))
 
 
-def stored_as(name: str, shape: tuple[int, ...], stored: str, dtype: str | None, gguf: bool) -> str:
-    """The type in which a tensor is written: `dtype`, or its own when None, but never one that is too coarse for it."""
-    if name in MARKERS or name.startswith("nerf_image_embedder.") or (gguf and len(shape) == 1):
-        return "float32"
-    if dtype is None:
-        return {"F32": "float32", "F64": "float32", "F16": "float16"}.get(stored, "bfloat16")
-    if dtype in QUANTISED:
-        return dtype if BLOCK_MATRIX.match(name) and shape[-1] % BLOCK == 0 else "bfloat16"
-    if DTYPES[dtype].itemsize == 1:
-        return dtype if BLOCK_MATRIX.match(name) else "bfloat16"
-    return dtype
-
-
 @dataclass
 class Line:
     """What was written of one part of the network in one type."""
@@ -65,6 +54,11 @@ class Line:
     bytes: int = 0
     squares: float = 0.0
     errors: float = 0.0
+
+    def add(self, parameters: int, written: Written):
+        self.tensors, self.parameters = self.tensors + 1, self.parameters + parameters
+        self.bytes += written.values.nbytes + (0 if written.scales is None else written.scales.nbytes)
+        self.squares, self.errors = self.squares + written.squares, self.errors + written.errors
 
     @property
     def error(self) -> float:
@@ -105,51 +99,47 @@ def convert(
 ) -> Report:
     """Writes `checkpoint` to `path`, tensor by tensor, whole or not at all.
 
-    to: native or gguf (a file), diffusers or torch (a new folder); what the path's ending says when None. dtype: float32, bfloat16, float16, float8_e4m3fn, and in GGUF
-    q8_0 and q4_0; each tensor's own when None. Quantised are the blocks' matrices alone. empty_markers: markers have no values,
-    as published; ggml's readers need one value. progress: called with the parameters that were written. more: called
-    with a new folder before it takes its name. Raises CheckpointError.
+    to: native or gguf (a file), diffusers or torch (a new folder); what the path's ending says when None. dtype: float32, bfloat16,
+    float16, float8_e4m3fn, in native files int8 (with scales of its rows), and in GGUF q8_0 and q4_0; when None each tensor's own where
+    the format has it, and bfloat16 where it has not or the tensor was changed. Quantised are the blocks' matrices alone.
+    empty_markers: markers have no values, as published; ggml's readers need one value. progress: called with the parameters that were
+    written. more: called with a new folder before it takes its name. Raises CheckpointError.
     """
     path = Path(path)
     to = to or format_of(path)
     if to not in FORMATS:
         raise CheckpointError(f"There is no format {to!r}: the formats are {', '.join(FORMATS)}.")
-    if dtype is not None and dtype not in DTYPES | dict.fromkeys(QUANTISED):
-        raise CheckpointError(f"There is no type {dtype!r}: the types are {', '.join((*DTYPES, *QUANTISED))}.")
-    if dtype in QUANTISED and to != "gguf":
-        raise CheckpointError(f"{dtype} is a type of GGUF files: write --to gguf, or a name that ends in .gguf.")
-    if to == "gguf" and dtype is not None and dtype not in QUANTISED and DTYPES[dtype].itemsize == 1:
-        raise CheckpointError(f"GGUF has no {dtype}: use q8_0.")
+    _check_type(to, dtype)
     if to == "diffusers":
         diffusers.check(checkpoint.model)
 
     shapes = {name: (1,) if name in MARKERS and not empty_markers else shape for name, shape in checkpoint.shapes.items()}
-    types = {name: stored_as(name, shape, checkpoint.dtypes[name], dtype, to == "gguf") for name, shape in shapes.items()}
+    small = {name: copyable(checkpoint, name, to) for name in shapes}
+    types = {name: type_of(name, shape, checkpoint.dtypes[name], dtype, to == "gguf", small[name]) for name, shape in shapes.items()}
     report = Report(path, checkpoint.model)
+    scales: dict[str, np.ndarray] = {}
 
     def tensor(name: str) -> np.ndarray:
         """The values as they are written; what that changes goes into the report."""
         if name in MARKERS:
             return np.zeros(shapes[name], np.float32)
-        values = checkpoint.tensor(name)
-        written = encoded(values, types[name], name) if to == "gguf" else cast(values, DTYPES[types[name]], name)
-        key = (part_of(name), checkpoint.dtypes[name], types[name])
-        line = report.lines.setdefault(key, Line(*key))
-        line.tensors, line.parameters, line.bytes = line.tensors + 1, line.parameters + values.size, line.bytes + written.nbytes
-        if not exact(values.dtype, types[name]):
-            before = values.astype(np.float32)
-            after = decoded(written, types[name]) if types[name] in QUANTISED else written.view(DTYPES[types[name]]).astype(np.float32)
-            line.squares += float(np.vdot(before, before))
-            line.errors += float(np.vdot(before - after, before - after))
-        progress(values.size)
-        return written
+        copy = types[name] == small[name]
+        written = copied(checkpoint, name, to) if copy else rounded(checkpoint.tensor(name), types[name], name, to == "gguf")
+        if written.scales is not None:
+            scales[name] = written.scales
+        key, count = (part_of(name), checkpoint.dtypes[name], types[name]), math.prod(shapes[name])
+        report.lines.setdefault(key, Line(*key)).add(count, written)
+        progress(count)
+        return written.values
 
     metadata = {k: v for k, v in checkpoint.metadata.items() if k.startswith("radiance.")}
     metadata |= {METADATA_KEY: json.dumps(config.to_dict(checkpoint.model)), "radiance.origin": checkpoint.origin}
     if to == "gguf":
         write_gguf(path, shapes, types, tensor, metadata)
     elif to == "native":
-        _write(path, shapes, types, tensor, metadata)
+        coarse = [name for name, kind in types.items() if kind in MARKS and (kind == "int8" or kind == small[name])]
+        scaled = {name: shape for name in coarse if (shape := scale_shape(checkpoint, name, types[name] == small[name])) is not None}
+        _write_scaled(path, shapes, types, tensor, scaled, scales, metadata)
     else:
         with new_folder(path) as folder:
             if to == "diffusers":
@@ -160,6 +150,18 @@ def convert(
     return report
 
 
+def _check_type(to: str, dtype: str | None):
+    known = (*DTYPES, "int8", *QUANTISED)
+    if dtype is not None and dtype not in known:
+        raise CheckpointError(f"There is no type {dtype!r}: the types are {', '.join(known)}.")
+    if dtype in QUANTISED and to != "gguf":
+        raise CheckpointError(f"{dtype} is a type of GGUF files: write --to gguf, or a name that ends in .gguf.")
+    if to == "gguf" and dtype is not None and dtype not in QUANTISED and (dtype == "int8" or DTYPES[dtype].itemsize == 1):
+        raise CheckpointError(f"GGUF has no {dtype}: use q8_0.")
+    if dtype == "int8" and to != "native":
+        raise CheckpointError(f"int8 has scales beside the weights, which {to} has no place for: write --to native, or another type.")
+
+
 def format_of(path: Path) -> str:
     """By its ending. Raises CheckpointError where that does not say it."""
     if path.suffix not in ENDINGS:
@@ -167,13 +169,25 @@ def format_of(path: Path) -> str:
     return ENDINGS[path.suffix]
 
 
-def exact(given: np.dtype, written: str) -> bool:
-    """Whether no value can be rounded on the way."""
-    return written in DTYPES and (given == DTYPES[written] or (written == "float32" and np.can_cast(given, np.float32)))
-
-
 def _write(path: Path, shapes, types: Mapping[str, str], tensor, metadata: Mapping[str, str]):
-    write_safetensors(path, shapes, {name: DTYPES[kind] for name, kind in types.items()}, tensor, {"format": "pt", **metadata})
+    write_safetensors(path, shapes, {name: SAFE[kind] for name, kind in types.items()}, tensor, {"format": "pt", **metadata})
+
+
+def _write_scaled(path: Path, shapes, types: Mapping[str, str], tensor, scaled: Shapes, scales: Mapping[str, np.ndarray], metadata):
+    """With the scales of some matrices, which `tensor` leaves in `scales`, and their marks behind them."""
+    beside: dict[str, Callable[[], np.ndarray]] = {}
+    their_shapes, their_types = {}, {}
+    for name, shape in shapes.items():
+        their_shapes[name], their_types[name] = shape, types[name]
+        if name in scaled:
+            layer, mark = name.removesuffix(".weight"), json.dumps({"format": MARKS[types[name]]}).encode()
+            beside |= {
+                f"{layer}.weight_scale": partial(scales.__getitem__, name),
+                f"{layer}.comfy_quant": partial(np.frombuffer, mark, np.uint8),
+            }
+            their_shapes |= {f"{layer}.weight_scale": scaled[name], f"{layer}.comfy_quant": (len(mark),)}
+            their_types |= {f"{layer}.weight_scale": "float32", f"{layer}.comfy_quant": "uint8"}
+    _write(path, their_shapes, their_types, lambda key: beside[key]() if key in beside else tensor(key), metadata)
 
 
 def _write_diffusers(folder: Path, model: config.Model, shapes, types, tensor, metadata):

@@ -12,9 +12,9 @@ from toys import toy_model, toy_params
 
 from radiance import config
 from radiance.weights import checkpoint, diffusers, native
-from radiance.weights.convert import BLOCK_MATRIX
 from radiance.weights.detect import METADATA_KEY
 from radiance.weights.files import CheckpointError, open_tensors
+from radiance.weights.rounding import BLOCK_MATRIX
 
 MODEL = toy_model()
 X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half")

@@ -1,8 +1,11 @@
 """Between formats and types: what must be exact is exact to the byte, and what is rounded is as far off as theory says."""
 
 import json
+import math
+import tracemalloc
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,15 +13,19 @@ from toy_files import LATENT, PIXELS, published, save, sentence, stored
 from toys import toy_model
 
 from radiance import config
-from radiance.weights.checkpoint import open_checkpoint
-from radiance.weights.convert import BLOCK_MATRIX, FORMATS, convert, part_of
+from radiance.weights import native
+from radiance.weights.checkpoint import Checkpoint, open_checkpoint
+from radiance.weights.convert import FORMATS, convert, part_of
 from radiance.weights.detect import MARKERS
 from radiance.weights.files import CheckpointError, open_tensors
+from radiance.weights.rounding import BLOCK_MATRIX
+from radiance.weights.surgery import merge
 
 SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
 X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=1, **SIZES)
 FLUX = toy_model(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off", **SIZES)
 MODELS = {"pixels": PIXELS, "x0_patch32": X0_PATCH32, "flux": FLUX, "latent": LATENT}
+TYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 WEIGHTS = {"native": "out.safetensors", "diffusers": "out", "gguf": "out.gguf", "torch": "out"}
 
 
@@ -77,6 +84,122 @@ def test_gguf_is_read_by_the_package_tensor_for_tensor(tmp_path):
         np.testing.assert_array_equal(x.reshape(tensors[name].shape), tensors[name].astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q6_K"])
+def test_quantised_ggufs_stay_as_they_are(kind, tmp_path):
+    """Blocks that no quantiser would make: what goes through float32 comes out otherwise."""
+    dtype = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[dtype]
+    model = toy_model(hidden=256, rope_axes=(16, 56, 56))
+    tensors, draw = published(model), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "flux")
+    writer.add_string("radiance.model", json.dumps(config.to_dict(model)))
+    rows = {}
+    for name, x in tensors.items():
+        if BLOCK_MATRIX.match(name):
+            blocks = draw.integers(0, 256, (*x.shape[:-1], x.shape[-1] // block, size), np.uint8)
+            blocks[..., -2 if kind == "Q6_K" else 0 :][..., :2] = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
+            rows[name] = blocks.reshape(len(x), -1)
+            writer.add_tensor(name, rows[name], raw_dtype=dtype)
+        else:
+            writer.add_tensor(name, x.astype(np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    for more in ({}, {"dtype": kind.lower()}) if kind != "Q6_K" else ({},):
+        report = convert(open_checkpoint(tmp_path / "in.gguf"), tmp_path / "out.gguf", **more)
+        found = {x.name: x for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+        for name, data in rows.items():
+            assert found[name].tensor_type == dtype
+            np.testing.assert_array_equal(found[name].data, data)
+        assert all("exact" in line for line in str(report).splitlines() if kind in line)
+
+
+def test_ggufs_elsewhere_become_bfloat16(tmp_path):
+    convert(open_checkpoint(written(tmp_path)), tmp_path / "q8.gguf", dtype="q8_0")
+    convert(open_checkpoint(tmp_path / "q8.gguf"), tmp_path / "out.safetensors")
+    assert set(open_checkpoint(tmp_path / "out.safetensors").dtypes.values()) == {"F32", "BF16"}
+
+
+@pytest.mark.parametrize("scales", [None, "one", "rows"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_small_safetensors_stay_as_they_are(dtype, scales, tmp_path):
+    if dtype == "int8" and not scales:
+        return
+    tensors = published(PIXELS)
+    for name in filter(BLOCK_MATRIX.match, list(tensors)):
+        x = tensors[name].astype(np.float32)
+        scale = (
+            np.float32(0.01) * np.arange(1, 1 + (len(x) if scales == "rows" else 1), dtype=np.float32) if scales else np.ones(1, np.float32)
+        )
+        small = x / scale[:, None]
+        tensors[name] = np.rint(small).clip(-127, 127).astype(np.int8) if dtype == "int8" else small.astype(TYPES[dtype])
+        if scales:
+            tensors[name.replace(".weight", ".weight_scale")] = scale if scales == "rows" else scale.reshape(())
+    source = save(tmp_path / "in.safetensors", tensors, PIXELS)
+    for more in {}, {"dtype": dtype}:
+        report = convert(open_checkpoint(source), tmp_path / "out.safetensors", **more)
+        found, expected = raw(tmp_path / "out.safetensors"), raw(source)
+        marks = {name for name in found if name.endswith(".comfy_quant")}
+        assert {name: x for name, x in found.items() if name not in marks} == expected
+        assert len(marks) == sum(name.endswith("_scale") for name in expected)
+        assert str(report).count("exact") == len(report.lines)
+    # where there is no place for scales, values are bfloat16; and in a format without the type
+    convert(open_checkpoint(source), tmp_path / "out", "torch")
+    convert(open_checkpoint(source), tmp_path / "out.gguf")
+    for name in ("out", "out.gguf"):
+        kinds = set(open_checkpoint(tmp_path / name).dtypes.values())
+        assert kinds == {"F32", "BF16"} | ({KINDS[dtype]} if name == "out" and not scales else set())
+
+
+def raw(path):
+    """Types, shapes and bytes, of types too that NumPy does not have."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    entries = {name: entry for name, entry in json.loads(data[8:begin]).items() if name != "__metadata__"}
+    return {name: (x["dtype"], x["shape"], data[begin:][slice(*x["data_offsets"])]) for name, x in entries.items()}
+
+
+KINDS = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+
+
+def test_what_was_changed_is_not_copied(tmp_path):
+    convert(open_checkpoint(written(tmp_path)), tmp_path / "fp8.safetensors", dtype="float8_e4m3fn")
+    found = open_checkpoint(tmp_path / "fp8.safetensors")
+    changed = merge(found, open_checkpoint(save(tmp_path / "b.safetensors", published(PIXELS, seed=1), PIXELS)), 0.5)
+    convert(changed, tmp_path / "out.safetensors")
+    assert open_checkpoint(tmp_path / "out.safetensors").dtypes["single_blocks.0.linear1.weight"] == "BF16"
+
+
+@pytest.mark.parametrize("ending, dtype", [("gguf", None), ("gguf", "q8_0"), ("safetensors", None), ("safetensors", "int8")])
+def test_damaged_scales_are_not_copied(ending, dtype, tmp_path):
+    path, name = tmp_path / f"in.{ending}", "single_blocks.2.linear2.weight"
+    convert(open_checkpoint(written(tmp_path)), path, dtype="q8_0" if ending == "gguf" else "int8")
+    file = open_tensors(path)
+    place = file.places[name] if ending == "gguf" else file._scales[name]
+    with path.open("r+b") as out:
+        out.seek(place.offset)
+        out.write(b"\xff" * (2 if ending == "gguf" else 4))
+    with pytest.raises(CheckpointError, match=f"{name} holds values that are not finite") as error:
+        convert(open_checkpoint(path), tmp_path / f"out.{ending}", dtype=dtype)
+    sentence(error)
+    assert not (tmp_path / f"out.{ending}").exists()
+
+
+def test_rounding_needs_little_memory(tmp_path):
+    """Of the largest matrix 2 bytes a weight are read, 2 made and 2 written together, and a piece is in float32 besides."""
+    model = toy_model(
+        hidden=768, heads=2, rope_axes=(128, 128, 128), double_blocks=1, single_blocks=1, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=1
+    )
+    shapes = native.layout(model)[0]
+    noise = np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(TYPES["bfloat16"])
+    checkpoint = Checkpoint(model, shapes, lambda name: np.resize(noise, shapes[name]), dict.fromkeys(shapes, "BF16"), "noise")
+    largest = max(math.prod(shape) for shape in shapes.values())
+    assert largest == 768 * 3 * 64 * 256
+    tracemalloc.start()
+    convert(checkpoint, tmp_path / "out.safetensors", dtype="float16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9 * largest
+
+
 # --- rounded ------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +242,29 @@ def test_errors_are_what_theory_says(dtype, tmp_path):
     print(f"{dtype}: relative rms error {measured:.2e}, in theory {THEORY[dtype](blocks):.2e}")
 
 
+def test_int8_is_as_far_off_as_theory_says(tmp_path):
+    tensors = published(LATENT, "float32")
+    source, path = save(tmp_path / "in.safetensors", tensors, LATENT), tmp_path / "out.safetensors"
+    report = convert(open_checkpoint(source), path, dtype="int8")
+    matrices = {name: x for name, x in tensors.items() if BLOCK_MATRIX.match(name)}
+    found, file = open_checkpoint(path), load_file(path)
+    errors = sum(np.square(found.tensor(name) - x).sum(dtype=np.float64) for name, x in matrices.items())
+    squares = sum(np.square(x).sum(dtype=np.float64) for x in matrices.values())
+    theory = sum(x.shape[1] * np.square(np.abs(x).max(axis=1) / 127).sum() / 12 for x in matrices.values())
+    assert errors == pytest.approx(theory, rel=0.05)
+    lines = [line for line in report.lines.values() if line.after == "int8"]
+    assert np.sqrt(sum(x.errors for x in lines) / sum(x.squares for x in lines)) == pytest.approx(np.sqrt(errors / squares), rel=1e-4)
+    assert sum(x.bytes for x in lines) == sum(x.size + 4 * len(x) for x in matrices.values())
+    # as other tools have it: numbers, a scale of each row, and ComfyUI's mark
+    for name, x in matrices.items():
+        scale, mark = (file[name.replace(".weight", end)] for end in (".weight_scale", ".comfy_quant"))
+        assert (file[name].dtype, scale.shape, scale.dtype) == (np.int8, (len(x), 1), np.float32)
+        assert json.loads(mark.tobytes()) == {"format": "int8_tensorwise"}
+        assert np.abs(file[name]).max(axis=1).tolist() == [127] * len(x)
+        np.testing.assert_array_equal(found.tensor(name), file[name] * scale)
+    assert len(file) == len(tensors) + 2 * len(matrices)
+
+
 # name → the type it has in files of coarse ones
 PRECISE = {
     "__x0__": "float32",
@@ -134,12 +280,12 @@ PRECISE = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "float8_e4m3fn", "int8"])
 def test_what_must_stay_precise(dtype, tmp_path):
     path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
     convert(open_checkpoint(written(tmp_path, X0_PATCH32)), path, "gguf" if dtype.startswith("q") else "native", dtype)
     found = open_checkpoint(path).dtypes
-    names = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "float8_e4m3fn": "F8_E4M3"}
+    names = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "float8_e4m3fn": "F8_E4M3", "int8": "I8"}
     assert {name: found[name] for name in PRECISE} == {name: names[kind or dtype] for name, kind in PRECISE.items()}
     vectors = "F32" if dtype.startswith("q") else "BF16"  # of one axis: float32 in GGUF, as its readers expect
     assert found["double_blocks.0.img_attn.qkv.bias"] == found["single_blocks.0.norm.query_norm.scale"] == vectors
@@ -184,6 +330,8 @@ def test_every_tensor_has_a_part():
         ("native", "int3", "'int3'.*q4_0"),
         ("native", "q8_0", "type of GGUF files"),
         ("gguf", "float8_e4m3fn", "q8_0"),
+        ("gguf", "int8", "q8_0"),
+        ("torch", "int8", "--to native"),
         ("diffusers", None, "diffusers"),
     ],
 )

@@ -16,7 +16,7 @@ from radiance.weights.checkpoint import inputs_of, is_block_matrix, open_checkpo
 from radiance.weights.convert import convert
 from radiance.weights.files import CheckpointError
 from radiance.weights.gguf import open_gguf
-from radiance.weights.convert import BLOCK_MATRIX
+from radiance.weights.rounding import BLOCK_MATRIX
 
 NUMBERS = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 
