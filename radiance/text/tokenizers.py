@@ -16,6 +16,7 @@ from radiance.weights.files import CheckpointError
 
 NAMES = ("spiece.model", "tokenizer.json")
 PAD, END = 0, 1
+PROBE = "a cat \ue000"  # with a letter that no tokenizer knows: some files are read, and fail at such a text
 SENTINELS = 100  # with ids after the pieces, the last one first
 
 
@@ -96,9 +97,10 @@ def _json(path: Path) -> tuple[Callable[[str], list[int]], int, dict[str, int | 
         text = path.read_text()
         json.loads(text)
         tokenizer = tokenizers.Tokenizer.from_str(text)
+        tokenizer.no_truncation()  # files keep what they were last used with
+        tokenizer.no_padding()
+        tokenizer.encode(PROBE, add_special_tokens=False)
     except Exception as error:  # what tokenizers raises is of no narrower type
         raise CheckpointError(f"{path} is not a tokenizer, or not a whole one ({error}): copy or download it again.") from None
-    tokenizer.no_truncation()  # files keep what they were last used with
-    tokenizer.no_padding()
     control = {token: tokenizer.token_to_id(token) for token in ("<pad>", "</s>")}
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, max(tokenizer.get_vocab().values(), default=0) + 1, control

@@ -164,6 +164,12 @@ def test_what_is_refused(spiece, as_json, tmp_path):
     with pytest.raises(CheckpointError) as error:
         open_tokenizer(bad)
     assert "not a tokenizer of T5" in sentence(error) and "<pad> is 1" in str(error.value)
+    model = json.loads(as_json.read_text())
+    del model["model"]["unk_id"]
+    bad.write_text(json.dumps(model))
+    with pytest.raises(CheckpointError) as error:
+        open_tokenizer(bad)
+    assert "unk_id" in sentence(error)
     for path in (tmp_path / "absent.model", tmp_path):
         with pytest.raises(CheckpointError) as error:
             open_tokenizer(path)

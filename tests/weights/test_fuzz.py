@@ -1,6 +1,7 @@
 """Damaged and hostile files: every reader either reads them or says in one sentence why not, in little memory.
 
-RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py    runs that many inputs instead of a few thousand.
+RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py    runs that many inputs in all instead of a few thousand; the first
+of each target are the same. RADIANCE_FUZZ_SEED=1 draws others, and RADIANCE_FUZZ_KEEP=FOLDER keeps an input that breaks a reader.
 """
 
 import gc
@@ -13,7 +14,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save
+from sentencepiece import SentencePieceProcessor
 from toy_files import KNOWN, LATENT, PIXELS, published
 from toy_files import save as save_model
 from toy_t5 import TOY, torch_tensors, train_tokenizer
@@ -33,7 +36,8 @@ from radiance.weights.detect import METADATA_KEY
 from radiance.weights.files import CheckpointError, open_tensors
 from radiance.weights.inspect import inspect_file
 
-INPUTS = int(os.environ.get("RADIANCE_FUZZ", "4000"))
+INPUTS = int(os.environ.get("RADIANCE_FUZZ", "5000"))
+SEED = [int(x) for x in os.environ.get("RADIANCE_FUZZ_SEED", "").split()]
 EXPECTED = (CheckpointError, config.ConfigError, TextError)
 LONGEST = 5.0  # seconds for one input: a hang, not a speed
 MEMORY = 600_000_000  # bytes that a reader may add to the process's peak
@@ -44,6 +48,27 @@ WORDS = [
     b"-1", b"1e999", b"null", b"[]", b"{}", b'""', b"true", b"99999999999999999999", b"[[[[[[", b'"F4"', b'"Q8_0"', b'"BF16"', b"NaN",
     b"\\ud800", b"\x00", b"\xff\xfe", b'"data_offsets":[0,0]', b'"shape":[0]', b'"shape":[4294967296,4294967296]',
 ]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    -1,
+    1.5,
+    1e300,
+    float("nan"),
+    "",
+    "x",
+    "\u2581",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [-1, 0.5],
+    ["a", 0.0],
+    "Unigram",
+    "BPE",
+]
 
 
 def mutate(data: bytes, head: int, draw: np.random.Generator) -> bytes:
@@ -109,6 +134,31 @@ def mutate_header(data: bytes, _: int, draw: np.random.Generator) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
+def mutate_json(data: bytes, head: int, draw: np.random.Generator) -> bytes:
+    """JSON in which some values are others, or not there; a third of the time no JSON, perhaps."""
+    if draw.random() < 0.3:
+        return mutate(data, head, draw)
+    tree = json.loads(data)
+    for _ in range(draw.integers(1, 4)):
+        node = tree
+        while isinstance(node, (dict, list)) and node:
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            key = keys[draw.integers(len(keys))]
+            if not isinstance(node[key], (dict, list)) or not node[key] or draw.random() < 0.3:
+                match draw.integers(0, 4):
+                    case 0:
+                        del node[key]
+                    case 1:
+                        node[key] = VALUES[draw.integers(len(VALUES))]
+                    case 2 if isinstance(node, list):
+                        node[key : key + 1] = 2 * [node[key]]
+                    case _:
+                        node[key] = ODD[draw.integers(len(ODD))]
+                break
+            node = node[key]
+    return json.dumps(tree).encode()
+
+
 def everything(file):
     """All values."""
     for name in file.shapes:
@@ -119,6 +169,12 @@ def read_model(path: Path):
     opened = open_checkpoint(path, **KNOWN)
     for name in opened.shapes:
         opened.tensor(name)
+
+
+def read_small(path: Path):
+    """What stays as it is in memory."""
+    opened = open_checkpoint(path, **KNOWN)
+    opened.params("bfloat16", "file")
 
 
 def read_lora(path: Path):
@@ -137,6 +193,25 @@ def read_cache(path: Path):
     encoder.encode(["", "a red cat", "two dogs"])
 
 
+def read_tokenizer(path: Path):
+    tokenizer = open_tokenizer(path)
+    for text in ("", "a red cat", "two  \u732b \U0001f408</s><extra_id_3>", "x" * 300):
+        assert all(0 <= i < tokenizer.size for i in tokenizer(text))
+
+
+def tokenizer_json(spiece: Path) -> bytes:
+    """The same model as Hugging Face writes it."""
+    model = SentencePieceProcessor(model_file=str(spiece))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = tokenizers.normalizers.NFKC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(99, -1, -1))])
+    return tokenizer.to_str().encode()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict:
     """Target → (a good file's name and content, bytes of its structure, the reader)."""
@@ -151,6 +226,7 @@ def files(tmp_path_factory) -> dict:
     convert(open_checkpoint(folder / "native.safetensors"), folder / "q8.gguf", "gguf", "q8_0")
     quantised = (folder / "q8.gguf").read_bytes()
     convert(open_checkpoint(folder / "bare.safetensors", **KNOWN), folder / "diffusers", "diffusers")
+    convert(open_checkpoint(folder / "native.safetensors"), folder / "int8.safetensors", dtype="int8")
     theirs = (folder / "diffusers" / "diffusion_pytorch_model.safetensors").read_bytes()
     names = {row.torch.format(i=i): row.gguf.format(i=i) for row in t5.TABLE for i in range(TOY.layers)}
     writer = gguf.GGUFWriter(folder / "plain.gguf", "t5")
@@ -186,14 +262,23 @@ def files(tmp_path_factory) -> dict:
     found["cache"] = ("00000-x.safetensors", shard, len(shard), read_cache)
     found["manifest"] = ("manifest.json", manifest, len(manifest), read_cache)
     found["tokenizer"] = ("spiece.model", tokenizer, len(tokenizer), lambda path: open_tokenizer(path)("a red cat"))
-    beside = {"index": {"small.safetensors": small}, "cache": {"manifest.json": manifest}, "manifest": {"00000-x.safetensors": shard}}
+    found["lora header"] = ("x.safetensors", (folder / "lora.safetensors").read_bytes(), 0, read_lora)
+    found["tokenizer.json"] = ("tokenizer.json", tokenizer_json(folder / "spiece.model"), 3_000, read_tokenizer)
+    their_config = (folder / "diffusers" / "config.json").read_bytes()
+    found["config.json"] = ("config.json", their_config, len(their_config), lambda path: open_checkpoint(path.parent))
+    found["int8"] = ("x.safetensors", (folder / "int8.safetensors").read_bytes(), 0, read_small)
+    beside = {
+        "index": {"small.safetensors": small}, "cache": {"manifest.json": manifest}, "manifest": {"00000-x.safetensors": shard},
+        "config.json": {"diffusion_pytorch_model.safetensors": theirs},
+    }  # fmt: skip
     return found | {"beside": beside}
 
 
-HEADERS = {"header", "bare header", "diffusers", "t5", "autoencoder"}
+CHANGES = dict.fromkeys(("header", "bare header", "diffusers", "t5", "autoencoder", "lora header", "int8"), mutate_header)
+CHANGES |= dict.fromkeys(("tokenizer.json", "config.json"), mutate_json)
 TARGETS = [
     "tensors", "native", "header", "bare header", "diffusers", "inspect", "gguf", "t5 gguf", "index", "lora", "t5", "autoencoder", "cache",
-    "manifest", "tokenizer",
+    "manifest", "tokenizer", "lora header", "tokenizer.json", "config.json", "int8",
 ]  # fmt: skip
 
 
@@ -218,8 +303,8 @@ def test_readers_of_damaged_files(target, files, tmp_path):
     path = tmp_path / name
     path.write_bytes(good)
     read(path)  # the file is good
-    change = mutate_header if target in HEADERS else mutate
-    draw = np.random.default_rng(TARGETS.index(target))
+    change = CHANGES.get(target, mutate)
+    draw = np.random.default_rng([TARGETS.index(target), *SEED])
     forget_peak()
     before, refused = peak(), 0
     for i in range(INPUTS // len(TARGETS)):
