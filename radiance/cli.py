@@ -4,7 +4,9 @@ import argparse
 import importlib
 import importlib.util
 import math
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -23,7 +25,7 @@ STORES = ("q8_0", "int8", "float8_e4m3fn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. What the user can mend is told in one sentence, with exit code 2."""
+    """Runs a command. What the user can mend is told in one sentence, with exit code 2; 130 after Ctrl-C and 143 after SIGTERM."""
     options = _parse(arguments)
     prepare(several=getattr(options, "hosts", None) is not None)
     from radiance.data.datasets import DataError
@@ -31,11 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from radiance.training.loop import TrainingError
     from radiance.weights.files import CheckpointError
 
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if options.run is not _train and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         return options.run(options)
+    except KeyboardInterrupt:
+        print("radiance: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except (config.ConfigError, CheckpointError, DataError, TextError, TrainingError, ImportError, OSError) as error:
         print(f"radiance: {error}", file=sys.stderr)
         return 2
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_):
+    """An end by SIGTERM that removes what is half written; training has a way of its own to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(convert)
     convert.add_argument("out", type=Path, metavar="OUT", help="a file (.safetensors or .gguf), or a new folder")
     convert.add_argument("--to", choices=[*FORMATS, *LORA_NAMES], help="by default what the name of OUT says")
-    convert.add_argument("--dtype", help="fp32, bf16, fp16, fp8, and in GGUF q8_0 and q4_0; by default each tensor's own")
+    convert.add_argument(
+        "--dtype",
+        help="fp32, bf16, fp16; fp8 and int8, or in GGUF q8_0 and q4_0; by default each tensor's own, if OUT can have it, else bf16",
+    )
     convert.add_argument("--weights", help="of a run: params, ema or ema=DECAY")
     convert.add_argument("--merge", type=_with_number, metavar="FILE:RATIO", help="(1 - RATIO) of MODEL and RATIO of another of its kind")
     convert.add_argument(

@@ -1,14 +1,17 @@
 """What a user sees: results, and one clear sentence for each thing that is wrong."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from runs import toy_run
+from toy_files import PIXELS, published, save
 
 from radiance import config
 from radiance.cli import experiment, main
@@ -50,6 +53,30 @@ def test_verify_fails_on_another_result(capsys, tmp_path):
     save_file(tensors, tmp_path / "off.safetensors", open_tensors(GOLDEN / "chroma_latent.safetensors").metadata)
     assert main(["verify", str(tmp_path / "off.safetensors")]) == 1
     assert "TOO FAR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, code, line", [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "radiance: stopped by Ctrl-C.")])
+@pytest.mark.parametrize("out", ["out.safetensors", "out.gguf", "out"])
+def test_a_stopped_conversion_leaves_nothing(tmp_path, number, code, line, out):
+    slow = """
+import sys, time
+from radiance.cli import main
+from radiance.weights import convert
+whole = convert.part_of
+convert.part_of = lambda name: time.sleep(0.2) or whole(name)
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+    save(tmp_path / "in.safetensors", published(PIXELS), PIXELS)
+    arguments = [tmp_path / "in.safetensors", tmp_path / out, "--to", {".gguf": "gguf", "": "torch"}.get(Path(out).suffix, "native")]
+    command = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out*.part")):
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    command.send_signal(number)
+    errors = command.communicate(timeout=60)[1]
+    assert command.returncode == code and errors.strip() == line
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 def test_sample(trained, tmp_path, capsys):
