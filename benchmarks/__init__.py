@@ -1,0 +1,12 @@
+"""Measurements of speed beside named peers and the limits of the device, such as `python -m benchmarks.sampling`.
+
+A room above all others: nothing imports it.
+"""
+
+import os
+
+from radiance.startup import prepare
+
+# Before JAX starts: the flags that `radiance` sets, and room for PyTorch in the same GPU's memory.
+prepare()
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
