@@ -38,7 +38,7 @@ class Contender(NamedTuple):
 
 class Result(NamedTuple):
     contender: Contender
-    first: float  # seconds of the first call, in which it is compiled
+    start: float  # seconds to make it and of the first call, in which it is compiled
     times: tuple[float, ...]  # seconds of the calls after the warm-up; none when it did not run
     reason: str = ""  # why it did not
 
@@ -54,11 +54,13 @@ class Result(NamedTuple):
 
 def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
     """Each is called twice to warm up; then all in turn, `repeats` times, so that what slows the machine down meets them alike."""
-    calls, firsts, reasons = {}, {}, {}
+    calls, starts, reasons = {}, {}, {}
     for contender in contenders:
         try:
+            began = time.perf_counter()
             call = contender.make()
-            firsts[contender.name] = seconds(call)
+            call()
+            starts[contender.name] = time.perf_counter() - began
             call()
             calls[contender.name] = call
         except Exception as error:  # whatever a peer's compiler comes up with
@@ -70,7 +72,7 @@ def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
         for name, call in calls.items():
             time.sleep(SETTLE)
             times[name].append(seconds(call))
-    return [Result(c, firsts.get(c.name, 0.0), tuple(times.get(c.name, ())), reasons.get(c.name, "")) for c in contenders]
+    return [Result(c, starts.get(c.name, 0.0), tuple(times.get(c.name, ())), reasons.get(c.name, "")) for c in contenders]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -250,7 +252,7 @@ class Report:
     def compare(self, results: Sequence[Result], limits: Limits, columns: Mapping[str, Callable[[Result], str]] | None = None):
         """A table with the time of each row, how many times that of the first it is, its share of the limit, and `columns`."""
         columns = columns or {}
-        header = ["", "seconds", "spread", "× first row", "TFLOP/s", "of limit", *columns, "first call"]
+        header = ["", "seconds", "spread", "× first row", "TFLOP/s", "of limit", *columns, "to start"]
         self.say(table(header, [self._row(result, results[0], limits, columns) for result in results]))
 
     def _row(self, result: Result, first: Result, limits: Limits, columns: Mapping[str, Callable[[Result], str]]) -> list[str]:
@@ -265,7 +267,7 @@ class Report:
             f"{result.rate / 1e12:.3g}",
             f"{result.rate / limits.flops:.0%}",
             *(column(result) for column in columns.values()),
-            f"{result.first:.1f} s",
+            f"{result.start:.1f} s",
         ]
 
     def record(self, path: Path = RESULTS):

@@ -24,7 +24,6 @@ from radiance.weights.checkpoint import PRECISE, is_block_matrix
 PERIOD = 1_000_003  # a prime, so that no matrix has two equal rows
 TOLERANCE = 1e-3  # between the two engines in float32, of the largest velocity
 LATENT_CHANNELS = 64  # of diffusers' Chroma
-PEERS = ("torch", "diffusers")
 WAYS = ("eager", "compiled")  # of running a PyTorch module
 
 
@@ -83,7 +82,7 @@ class Task:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser, gpu_model: str, gpu_side: int, gpu_batch: int):
+def add_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], gpu_model: str, gpu_side: int, gpu_batch: int):
     """What to compute; the defaults suit the device that is found."""
     small = jax.default_backend() == "cpu"
     parser.add_argument("--model", default="small" if small else gpu_model, choices=sorted(config.MODELS))
@@ -92,8 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser, gpu_model: str, gpu_side: int
     parser.add_argument("--dtype", default="float32" if small else "bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--text-limit", type=int, default=512, help="tokens that PyTorch pads texts to; default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: %(default)s")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of the config, such as model.single_blocks=8")
+    parser.add_argument("--peers", nargs="*", default=peers, choices=peers, help="none: ours alone; default: all")
+    parser.add_argument(
+        "changes", nargs="*", metavar="key=value", help="changes of the config, before the flags, such as model.single_blocks=8"
+    )
 
 
 def task_of(options: argparse.Namespace) -> Task:

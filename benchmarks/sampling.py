@@ -27,7 +27,7 @@ EMPTY = 1  # tokens of the empty prompt: the end of the sequence
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     parser = measure.parser(__doc__)
-    networks.add_arguments(parser, "chroma1-radiance", 1024, 1)
+    networks.add_arguments(parser, ("torch", "diffusers"), "chroma1-radiance", 1024, 1)
     steps = 4 if jax.default_backend() == "cpu" else 30
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--stores", nargs="*", default=[], choices=STORES, help="ways to keep the weights small, to compare")
