@@ -21,7 +21,7 @@ import jax.numpy as jnp
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SETTLE = 0.05  # seconds between calls, in which the other library's threads stop waiting for more work
 PRODUCTS = 4  # matrix products of a call, so that its start does not count
-SIZES = {"cpu": (2048, 1 << 26), "gpu": (8192, 1 << 30)}  # side of the matrices, and numbers that are copied
+SIZES = {"cpu": (2048, 1 << 26), "accelerator": (8192, 1 << 30)}  # side of the matrices, and numbers that are copied
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -66,13 +66,18 @@ def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
         except Exception as error:  # whatever a peer's compiler comes up with
             if not contender.peer:
                 raise
-            reasons[contender.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+            reasons[contender.name] = told(error)
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             time.sleep(SETTLE)
             times[name].append(seconds(call))
     return [Result(c, starts.get(c.name, 0.0), tuple(times.get(c.name, ())), reasons.get(c.name, "")) for c in contenders]
+
+
+def told(error: Exception) -> str:
+    """Why a peer did not run, in one line of a table."""
+    return f"not measured, {type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -84,8 +89,9 @@ def seconds(call: Callable[[], Any]) -> float:
 def forget():
     """Frees the memory of what has been timed, for what comes next."""
     gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # --- the limits -------------------------------------------------------------------------------------------------------
@@ -98,9 +104,8 @@ class Limits(NamedTuple):
     bandwidth: float  # bytes a second, read and written
 
 
-def measured_limits(dtype: str, repeats: int = 5, sizes: tuple[int, int] | None = None) -> Limits:
-    """sizes: side of the square matrices, and numbers that are copied; those of the kind of device when None."""
-    side, count = sizes or SIZES.get(jax.default_backend(), SIZES["gpu"])
+def measured_limits(dtype: str, repeats: int = 5) -> Limits:
+    side, count = SIZES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     work = PRODUCTS * 2 * side**3
     products = [
         Contender("JAX", lambda: jax_products(side, dtype), work, peer=False),
@@ -242,8 +247,8 @@ class Report:
         print(text + "\n", flush=True)
         self.parts.append(text)
 
-    def limits(self, dtype: str, **arguments) -> Limits:
-        limits = measured_limits(dtype, **arguments)
+    def limits(self, dtype: str) -> Limits:
+        limits = measured_limits(dtype)
         self.say(
             f"Measured limits in {dtype}: {limits.flops / 1e12:.3g} TFLOP/s of matrix products, {limits.bandwidth / 1e9:.3g} GB/s of copying."
         )
@@ -257,7 +262,7 @@ class Report:
 
     def _row(self, result: Result, first: Result, limits: Limits, columns: Mapping[str, Callable[[Result], str]]) -> list[str]:
         if not result.times:
-            return [f"{result.contender.name}: not measured, {result.reason}"]
+            return [f"{result.contender.name}: {result.reason}"]
         middle = result.median
         return [
             result.contender.name,
@@ -270,9 +275,9 @@ class Report:
             f"{result.start:.1f} s",
         ]
 
-    def record(self, path: Path = RESULTS):
-        with path.open("a") as file:
-            file.write("\n" + "\n\n".join(["#" + self.parts[0], *self.parts[1:]]) + "\n")
+    def record(self):
+        with RESULTS.open("a") as file:
+            file.write("\n" + "\n\n".join(self.parts) + "\n")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -1,0 +1,220 @@
+"""The benchmarks at toy size: that they run, what their tables say, and that a peer that cannot run is a row. No times are looked at."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import toy_model, toy_params
+
+from benchmarks import attention, compile_time, measure, networks, sampling, training
+from benchmarks.measure import Contender, Limits, Report, Result
+from radiance import config
+from radiance.model.flops import forward_flops
+from radiance.model.stored import STORES
+from radiance.weights import checkpoint
+
+TOY = [
+    *("model.hidden=48", "model.heads=2", "model.double_blocks=1", "model.single_blocks=1", "model.rope_axes=4,10,10", "model.text_dim=32"),
+    *("model.approximator_hidden=40", "model.patch=4", "model.nerf_hidden=8", "model.nerf_depth=1", "model.nerf_freqs=3"),
+    *("--model", "nano", "--side", "8", "--text-limit", "16", "--prompt-tokens", "3", "--repeats", "1"),
+]
+PEERS = ["PyTorch module, eager, text at the limit", "PyTorch module, eager, text cut"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "SIZES", {"cpu": (32, 1024)})
+    monkeypatch.setattr(measure, "SETTLE", 0)
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """PyTorch, which compiles nothing: that takes minutes."""
+    found = pytest.importorskip("torch", reason="PyTorch is not installed.")
+    monkeypatch.setattr(found, "compile", lambda module, dynamic: module)
+    return found
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    for name in ("torch", "diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def rows_of(report: Report) -> dict[str, list[str]]:
+    """Cells by the first one, of all tables."""
+    lines = [line for part in report.parts for line in part.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+# --- the clock and the table ------------------------------------------------------------------------------------------
+
+
+def test_all_are_called_in_turn():
+    calls = []
+    results = measure.race([Contender(name, lambda name=name: lambda: calls.append(name)) for name in "abc"], 2)
+    assert "".join(calls) == "aabbcc" + "abc" * 2
+    assert [r.contender.name for r in results] == list("abc") and all(len(r.times) == 2 and min(r.times) > 0 for r in results)
+
+
+def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(capsys):
+    def failing():
+        raise RuntimeError("no C++\ncompiler")
+
+    fine = Contender("ours", lambda: lambda: None, peer=False)
+    results = measure.race([fine, Contender("at once", failing), Contender("when called", lambda: failing)], 1)
+    report = Report("test", [])
+    report.compare(results, Limits(1e12, 1e9))
+    for name in ("at once", "when called"):
+        assert f"{name}: not measured, RuntimeError: no C++ compiler" in report.parts[-1]
+    assert report.parts[-1] in capsys.readouterr().out
+    with pytest.raises(RuntimeError):
+        measure.race([Contender("ours", failing, peer=False)], 1)
+
+
+def test_ratios():
+    ours = Result(Contender("ours", lambda: None, flops=3e12), 9.0, (4.0, 2.0, 3.0))
+    theirs = Result(Contender("theirs", lambda: None, flops=6e12), 1.0, (7.0, 6.0, 5.0))
+    report = Report("test", [])
+    report.compare([ours, theirs], Limits(4e12, 1e9), {"pictures/s": lambda result: f"{6 / result.median:.3g}"})
+    rows = rows_of(report)
+    assert rows["ours"] == ["3", "2 – 4", "1.00", "1", "25%", "2", "9.0 s"]
+    assert rows["theirs"] == ["6", "5 – 7", "2.00", "1", "25%", "1", "1.0 s"]
+    assert len({len(line) for line in report.parts[-1].splitlines()}) == 1
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_limits_without_pytorch():
+    limits = measure.measured_limits("float32", repeats=1)
+    assert 0 < limits.flops < 1e16 and 0 < limits.bandwidth < 1e14
+
+
+def test_recorded(monkeypatch, tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n")
+    monkeypatch.setattr(measure, "RESULTS", path)
+    report = Report("sampling", ["--steps", "2", "--record"])
+    report.say("| a |")
+    report.record()
+    heading, command, versions, last = path.read_text().removeprefix("# Results\n\n").strip().split("\n\n")
+    assert heading.startswith("## sampling: ") and measure.hardware() in heading
+    assert command == "`python -m benchmarks.sampling --steps 2`"
+    assert f"jax {jax.__version__}" in versions and "commit" in versions and last == "| a |"
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def toy_task(**changes) -> networks.Task:
+    run = config.Config(
+        model=toy_model(**changes), compute=config.Compute(dtype="float32"), text=config.Text(length=40), data=config.Data(side=8, batch=2)
+    )
+    return networks.Task(run, 17)
+
+
+def test_operations():
+    task = toy_task()
+    assert task.cut == 32 and task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
+    once = task.flops(32, 0, 1)
+    assert 0 < once < task.flops(32, 1, 0) and task.flops(32, 6, 4) == 6 * task.flops(32, 1, 0) + 4 * once
+
+
+def test_cut_text_is_the_beginning_of_the_whole():
+    task = toy_task()
+    (whole, lengths), (cut, _) = task.text(40, [17, 1]), task.text(32, [17, 1])
+    assert whole.shape == (2, 40, 32) and lengths.tolist() == [17, 1]
+    np.testing.assert_array_equal(whole[:, :32], cut)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_stored_small_as_a_checkpoint_is(store):
+    model = toy_model(hidden=64, rope_axes=(4, 14, 14))
+    params = toy_params(model)
+    expected = checkpoint.of_params(model, params, "toy").params(store=store)
+    ours = networks.stored_small(params, store)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a.shape} {b.shape}"), ours, expected)
+
+
+@pytest.mark.reference
+def test_networks_that_differ_are_not_timed(torch):
+    task = toy_task()
+    params = networks.random_params(task.model, "float32")
+    module = networks.torch_module(task.model, params, "float32")
+    assert "differ by" in networks.agreement(task, params, lambda: module)
+    with torch.no_grad():
+        module.nerf_blocks[0].param_generator.bias.add_(torch.linspace(0, 1, 384))
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        networks.agreement(task, params, lambda: module)
+
+
+# --- each of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_sampling_without_peers():
+    rows = rows_of(sampling.main([*TOY, "--steps", "2", "--stores", "int8"]))
+    assert {"radiance, text cut", "radiance, text at the limit", "radiance, weights in float32", "radiance, weights in int8"} <= set(rows)
+    assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 6
+
+
+@pytest.mark.reference
+def test_sampling(torch):
+    pytest.importorskip("diffusers", reason="diffusers is not installed.")
+    rows = rows_of(sampling.main([*TOY, "--steps", "2"]))
+    assert {
+        *PEERS,
+        "PyTorch module, compiled, text cut",
+        "diffusers, eager, text at the limit",
+        "diffusers, compiled, text at the limit",
+    } <= set(rows)
+    assert not any("not measured" in name for name in rows)
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
+def test_training_without_peers():
+    rows = rows_of(training.main([*TOY, "--parts", "step", "--remat", "none", "full"]))
+    assert {"radiance, text cut", "radiance, text cut, remat full"} <= set(rows)
+    assert all(float(rows[name][6]) > 0 for name in rows if name.startswith("radiance"))  # GB temporary
+    assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 4
+
+
+@pytest.mark.reference
+@pytest.mark.slow
+def test_training(torch):
+    rows = rows_of(training.main([*TOY, "--batch", "2"]))
+    assert {"radiance, text cut", *PEERS, "PyTorch module, compiled, text cut"} <= set(rows)
+    assert not any("not measured" in name for name in rows)
+
+
+def test_attention():
+    report = attention.main(["--tokens", "24", "--hidden-tokens", "5", "--heads", "2", "--head-dim", "8", "--repeats", "1"])
+    tables = [part for part in report.parts if part.startswith("| ")]
+    assert len(tables) == 2
+    for text in tables:
+        for name in ("radiance, xla", "radiance, pieces", "PyTorch, default"):
+            line = next(line for line in text.splitlines() if name in line)
+            assert "not measured" in line or float(line.split("|")[7]) < 1e-5
+
+
+def test_errors_are_of_visible_rows():
+    exact = [np.ones((1, 4, 1, 1), np.float32)]
+    found = [jnp.array([1.0, 1.5, 9.0, 9.0]).reshape(1, 4, 1, 1)]
+    assert attention.error(found, exact, 2) == 0.5
+
+
+@pytest.mark.slow
+def test_compile_time(monkeypatch):
+    monkeypatch.setitem(compile_time.SIZES, "nano", toy_model())
+    report = compile_time.main(["--models", "nano", "--devices", "1", "8", "--side", "8", "--peers"])
+    lines = report.parts[-1].splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
+    assert all("not measured: there are" in line for line in lines[1::2]) or len(jax.devices()) >= 8
+
+
+def test_what_is_too_large_to_compile_in_pytorch():
+    run = compile_time.run_of(config.MODELS["chroma1-radiance"], 256, 1, "bfloat16")
+    assert "in memory" in compile_time.theirs(run, "forward")[0]
