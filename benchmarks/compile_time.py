@@ -93,7 +93,7 @@ def ours(run: config.Config, part: str) -> list[str]:
 def batch_of(run: config.Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     task = networks.Task(run, 40)
     b = run.data.batch
-    shapes = {"image": task.shape, "text": (b, task.cut, run.model.text_dim), "lengths": (b,), "weight": (b,), "time": (b,)}
+    shapes = {"image": task.shape, "text": (b, training.cut(task), run.model.text_dim), "lengths": (b,), "weight": (b,), "time": (b,)}
     kinds = {"text": jnp.dtype(task.dtype), "lengths": jnp.int32}
     place = NamedSharding(mesh, BATCH)
     return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32), sharding=place) for name, shape in shapes.items()}
@@ -136,9 +136,9 @@ def torch_call(task: networks.Task, part: str) -> Callable[[], Any]:
     torch._inductor.config.force_disable_caches = True
     module = networks.torch_module(task.model, networks.random_params(task.model, "float32"), "float32")
     if part == "forward":
-        return training.torch_forward(task, lambda: module, "compiled", task.cut)
+        return training.torch_forward(task, lambda: module, "compiled", training.cut(task))
     return training.torch_step(
-        task, lambda: module, lambda: training.adamw(task.run.optimizer, module), "compiled", task.cut, recompute=True
+        task, lambda: module, lambda: training.adamw(task.run.optimizer, module), "compiled", training.cut(task), recompute=True
     )
 
 

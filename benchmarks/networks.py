@@ -17,7 +17,7 @@ from radiance import config
 from radiance.model.flops import forward_flops
 from radiance.model.stored import BLOCK, Quantised
 from radiance.model.transformer import Params, abstract, bind, visible_tokens
-from radiance.text.encoders import bucket
+from radiance.text.encoders import BUCKET, bucket
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import PRECISE, is_block_matrix
 
@@ -46,16 +46,19 @@ class Task:
     def limit(self) -> int:
         return self.run.text.length
 
-    @property
-    def cut(self) -> int:
-        """Text tokens in `radiance`: as many as can be seen, rounded up."""
-        seen = visible_tokens(jnp.array([self.tokens]), self.limit, self.model.masking)
-        return bucket(int(seen.max()), self.limit)
+    def cut(self, step: int = BUCKET) -> int:
+        """Text tokens in `radiance`: as many as can be seen, rounded up to a multiple of `step`."""
+        seen = visible_tokens(np.array([self.tokens]), self.limit, self.model.masking)
+        return bucket(int(seen.max()), self.limit, step)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         side = self.run.data.side
         return self.run.data.batch, side, side, self.model.channels
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.run.data.side // self.model.patch) ** 2
 
     @cached_property
     def image(self) -> np.ndarray:
@@ -78,8 +81,8 @@ class Task:
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract(self.model)))
         batch, side, *_ = self.shape
         return (
-            f"{count / 1e6:.0f} M parameters, {batch} of {side}×{side} ({(side // self.model.patch) ** 2} tokens), {self.dtype}, "
-            f"prompts of {self.tokens} tokens: text cut to {self.cut} of {self.limit}."
+            f"{count / 1e6:.0f} M parameters, {batch} of {side}×{side} ({self.image_tokens} tokens), {self.dtype}, "
+            f"prompts of {self.tokens} of {self.limit} tokens."
         )
 
 
@@ -250,7 +253,7 @@ def agreement(task: Task, params: Params, make: Callable[[], Any]) -> str:
     time = np.linspace(1, 0.5, batch, dtype=np.float32)
     lengths = [task.tokens] * (batch - 1) + [1]
     velocity = jax.jit(lambda p, *inputs: bind(task.model, task.run.compute, p)(*inputs))
-    ours = np.asarray(velocity(params, task.image, *task.text(task.cut, lengths), time))
+    ours = np.asarray(velocity(params, task.image, *task.text(task.cut(), lengths), time))
     text, lengths = task.text(task.limit, lengths)
     with torch.no_grad():
         theirs = make()(to_torch(task.image.transpose(0, 3, 1, 2)), to_torch(text, task.dtype), to_torch(lengths), to_torch(time))

@@ -20,7 +20,7 @@ from benchmarks.networks import Task
 from radiance.model.rope import position_ids
 from radiance.model.stored import STORES
 from radiance.model.transformer import Params
-from radiance.sampling import Condition, paint, times_of
+from radiance.sampling import Condition, modulations, paint, times_of
 
 EMPTY = 1  # tokens of the empty prompt: the end of the sequence
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
     report = Report("sampling", arguments)
     limits = report.limits(task.dtype)
-    report.say(f"{options.model}: {task.description} {options.steps} steps with guidance.")
+    report.say(f"{options.model}: {task.description} Text is cut to {task.cut()}. {options.steps} steps with guidance.")
     params = networks.random_params(task.model, task.dtype)
     compare_peers(report, task, params, limits, options.peers, options.repeats)
     measure.forget()
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
 
 def compare_peers(report: Report, task: Task, params: Params, limits: Limits, peers: Sequence[str], repeats: int):
-    widths = {"text cut": task.cut, "text at the limit": task.limit}
+    widths = {"text cut": task.cut(), "text at the limit": task.limit}
     ours = [
         Contender(f"radiance, {told}", partial(radiance, task, params, words), work(task, words), peer=False)
         for told, words in widths.items()
@@ -84,7 +84,7 @@ def compare_stores(report: Report, task: Task, params: Params, limits: Limits, s
     kept = {task.dtype: params} | {store: networks.stored_small(params, store) for store in stores}
     size = {f"radiance, weights in {name}": f"{networks.bytes_of(tree) / 1e9:.3g}" for name, tree in kept.items()}
     contenders = [
-        Contender(name, partial(radiance, task, tree, task.cut), work(task, task.cut), peer=False)
+        Contender(name, partial(radiance, task, tree, task.cut()), work(task, task.cut()), peer=False)
         for name, tree in zip(size, kept.values())
     ]
     results = measure.race(contenders, repeats)
@@ -109,8 +109,15 @@ def radiance(task: Task, params: Params, words: int) -> Callable[[], Any]:
     batch, side, *_ = task.shape
     seeds = jax.numpy.arange(batch, dtype=jax.numpy.uint32)
     conditions = [Condition(*task.text(words, [tokens] * batch)) for tokens in (task.tokens, EMPTY)]
-    settings = dict(model=task.model, compute=task.run.compute, settings=task.run.sample, noise_scale=1.0, height=side, width=side)
-    return lambda: paint(params, seeds, *conditions, **settings).block_until_ready()
+    network, run = {name: x for name, x in params.items() if name != "modulation"}, dict(model=task.model, compute=task.run.compute)
+    settings = dict(settings=task.run.sample, noise_scale=1.0, height=side, width=side)
+    times = times_of(task.run.sample, task.image_tokens)
+
+    def call():
+        vectors = modulations(params["modulation"], times, **run)
+        paint(network, seeds, *conditions, **run, **settings, vectors=vectors).block_until_ready()
+
+    return call
 
 
 def torch_module(task: Task, module: Callable[[], Any], way: str, words: int) -> Callable[[], Any]:
@@ -148,9 +155,8 @@ def euler(task: Task, velocity: Callable, shape: tuple[int, ...], words: int) ->
     import torch
 
     settings, batch = task.run.sample, shape[0]
-    tokens = (task.shape[1] // task.model.patch) ** 2
-    times = networks.to_torch(times_of(settings, tokens))
-    attention = networks.fastest_attention(2 * batch, tokens + words, task.model, task.dtype)
+    times = networks.to_torch(times_of(settings, task.image_tokens))
+    attention = networks.fastest_attention(2 * batch, task.image_tokens + words, task.model, task.dtype)
 
     def run():
         with torch.no_grad(), attention():

@@ -20,7 +20,9 @@ from benchmarks import measure, networks
 from benchmarks.measure import Contender, Limits, Report
 from benchmarks.networks import Task
 from radiance import config
+from radiance.data.pipeline import WIDTHS
 from radiance.model.transformer import REMAT, Params, bind
+from radiance.text.encoders import BUCKET
 from radiance.training.step import init_state, make_step
 
 PARTS = {"forward": 1, "step": 3}  # by how often they do the products of the forward pass
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
     report = Report("training", arguments)
     limits = report.limits(task.dtype)
-    report.say(f"{options.model}: {task.description}")
+    report.say(f"{options.model}: {task.description} Text is cut to {cut(task)}.")
     for part in options.parts:
         compare(report, task, part, limits, options.remat if part == "step" else ["none"], options.peers, options.repeats)
         measure.forget()
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
 def compare(report: Report, task: Task, part: str, limits: Limits, policies: Sequence[str], peers: Sequence[str], repeats: int):
     params = networks.random_params(task.model, task.run.optimizer.weights_dtype)
-    widths = {"text cut": task.cut, "text at the limit": task.limit}
+    widths = {"text cut": cut(task), "text at the limit": task.limit}
     theirs, columns = [], {"pictures/s": lambda result: f"{task.run.data.batch / result.median:.3g}"}
     if "torch" in peers:
         module = cache(partial(networks.torch_module, task.model, params, task.run.optimizer.weights_dtype))
@@ -62,6 +64,11 @@ def compare(report: Report, task: Task, part: str, limits: Limits, policies: Seq
     del params  # which become the state of the steps
     report.say(f"### {part}")
     report.compare(measure.race(ours + theirs, repeats), limits, columns)
+
+
+def cut(task: Task) -> int:
+    """Text tokens of a batch as the trainer makes it."""
+    return task.cut(max(BUCKET, task.limit // WIDTHS))
 
 
 def work(task: Task, part: str, words: int) -> float:
@@ -193,8 +200,7 @@ def torch_step(
 
 
 def attention_of(task: Task, words: int) -> Callable[[], Any]:
-    tokens = (task.run.data.side // task.model.patch) ** 2 + words
-    return networks.fastest_attention(task.run.data.batch, tokens, task.model, task.dtype)
+    return networks.fastest_attention(task.run.data.batch, task.image_tokens + words, task.model, task.dtype)
 
 
 if __name__ == "__main__":

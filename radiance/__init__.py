@@ -1,7 +1,7 @@
 """Pixel-space text-to-image transformers in JAX: train, sample, measure and convert Chroma and Radiance models.
 
-import radiance
-pictures = radiance.load("runs/quickstart")(["a handwritten seven"], seeds=[1])
+    import radiance
+    pictures = radiance.load("runs/quickstart")(["a handwritten seven"], seeds=[1])
 """
 
 __all__ = ["load"]

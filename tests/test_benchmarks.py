@@ -116,7 +116,7 @@ def toy_task(**changes) -> networks.Task:
 
 def test_operations():
     task = toy_task()
-    assert task.cut == 32 and task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
+    assert task.cut() == 32 and task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
     once = task.flops(32, 0, 1)
     assert 0 < once < task.flops(32, 1, 0) and task.flops(32, 6, 4) == 6 * task.flops(32, 1, 0) + 4 * once
 
