@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from radiance import config
+from radiance.sharding import ROWS, constrained
 
 MAX_PERIOD = 10_000.0
 TIME_FACTOR = 1000.0
@@ -73,8 +74,8 @@ class Approximator(nnx.Module):
         scalars = jnp.concatenate([sinusoid(time, self.dim // 4), sinusoid(guidance, self.dim // 4)], axis=-1)
         index = jnp.broadcast_to(index_table(count, self.dim // 2), (len(time), count, self.dim // 2))
         x = jnp.concatenate([jnp.broadcast_to(scalars[:, None], (len(time), count, self.dim // 2)), index], axis=-1)
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), self.proj_in(x), self.layers)
-        return split_vectors(self.proj_out(x).astype(jnp.float32), *self.blocks)
+        x, _ = jax.lax.scan(lambda x, layer: (constrained(layer(x), ROWS), None), constrained(self.proj_in(x), ROWS), self.layers)
+        return split_vectors(constrained(self.proj_out(x), ROWS).astype(jnp.float32), *self.blocks)
 
 
 class ApproximatorLayer(nnx.Module):
