@@ -141,8 +141,8 @@ class Tensors:
         """
         found = hashlib.blake2b(digest_size=16)
         keys = keys or {key: key for key in self.places}
-        for name in sorted(keys):
-            place = self.places[keys[name]]
+        named = [(name, places[key]) for places in (self.places, self._scales) for name, key in keys.items() if key in places]
+        for name, place in sorted(named, key=lambda pair: pair[0]):
             found.update(repr((name, place.shape, place.dtype)).encode())
             whole = place.size <= 4 * SAMPLE
             for begin in (0,) if whole else np.linspace(0, place.size - SAMPLE, 4).astype(int):

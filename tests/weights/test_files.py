@@ -182,6 +182,19 @@ def test_files_that_cannot_be_read(tmp_path):
         assert str(path) in sentence(error), name
 
 
+def test_a_fingerprint_knows_scales_too(tmp_path):
+    def identity(scale, value=1):
+        entries = {"a.weight": ("I8", [1, 4], bytes([value] * 4)), "a.weight_scale": ("F32", [1], np.float32(scale).tobytes())}
+        header, data = {}, b""
+        for key, (dtype, shape, content) in entries.items():
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+            data += content
+        raw(tmp_path / "x.safetensors", json.dumps(header), data)
+        return open_tensors(tmp_path / "x.safetensors").fingerprint()
+
+    assert identity(0.5) == identity(0.5) and len({identity(0.5), identity(0.25), identity(0.5, 2)}) == 3
+
+
 def test_pickles_in_folders_and_behind_an_index_are_named_too(tmp_path):
     (tmp_path / "a").mkdir()
     pickle = tmp_path / "a" / "pytorch_model.bin"
