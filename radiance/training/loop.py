@@ -36,7 +36,7 @@ from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
 from radiance.training.start import base_identity, known_loss, load_base, start, verdict
 from radiance.training.step import State, complete, init_state, make_step, validation_losses
-from radiance.weights.files import require_space
+from radiance.weights.files import CheckpointError, require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
 
@@ -174,16 +174,17 @@ def _anywhere(stopping: threading.Event, number: int, every: int) -> bool:
 
 @contextmanager
 def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
-    """Ends this process at once when another host is gone: without it nothing can be computed or saved, and what waits for it would wait for ever."""
+    """Ends this process at once when another host is gone: without it nothing can be computed or saved, and what waits for it, as JAX does
+    at an ordinary end, would wait for minutes."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
         if jax.process_count() == 1:
             raise
         latest = checkpoints.latest
         print(
-            f"radiance: another host is gone or failed ({str(error).splitlines()[0][:200]}): start all hosts again with the same command, which goes on "
-            f"from {'the beginning' if latest is None else f'step {latest}'}.",
+            f"radiance: another host is gone, or this one cannot go on ({str(error).splitlines()[0][:300]}): start all hosts again with the same "
+            f"command, which goes on from {'the beginning' if latest is None else f'step {latest}'}.",
             file=sys.stderr,
             flush=True,
         )

@@ -96,7 +96,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
     second.kill()
     told = first.communicate(timeout=200)[0]  # which notices, and ends by itself
     second.communicate()
-    assert first.returncode == 1 and "radiance: another host is gone or failed" in told and "Traceback" not in told, told
+    assert first.returncode == 1 and "radiance: another host is gone, or" in told and "Traceback" not in told, told
     step = max(int(path.name) for path in (run.directory / "checkpoints").iterdir() if path.name.isdecimal())
     assert f"goes on from step {step}" in told
     run = config.override(run, [f"train.steps={step + 1}"])
