@@ -7,20 +7,29 @@ class Device(NamedTuple):
     flops: float  # bfloat16 matrix products a second, dense
     memory: float  # bytes
     bandwidth: float  # of the memory, bytes a second
-    links: float  # to other devices of its kind, bytes a second, one way
+    links: float  # to other devices of its kind within reach of them, bytes a second, one way
+    reach: int = 8  # devices that the links join: a host of GPUs, a slice of TPUs
+    network: float = 0.0  # to devices beyond, bytes a second, one way: of a GPU its host's network card, of a TPU its part of the host's
 
 
-# By what `jax.Device.device_kind` says.
+# By what `jax.Device.device_kind` says; a name that begins like another stands before it. NVIDIA's from the data sheets of the SXM modules and of the DGX systems (one card of 200 or
+# 400 Gbit/s a GPU); Google's from cloud.google.com/tpu/docs (links: half of the two-way number). A TPU 7x is two devices, each with half of it.
 DEVICES = {
-    "NVIDIA A100": Device(312e12, 80e9, 2.0e12, 300e9),
-    "NVIDIA H100": Device(989e12, 80e9, 3.35e12, 450e9),
-    "NVIDIA H200": Device(989e12, 141e9, 4.8e12, 450e9),
-    "NVIDIA B200": Device(2250e12, 180e9, 8.0e12, 900e9),
-    "TPU v4": Device(275e12, 32e9, 1.2e12, 150e9),
-    "TPU v5 lite": Device(197e12, 16e9, 0.82e12, 100e9),  # v5e
-    "TPU v5p": Device(459e12, 95e9, 2.76e12, 300e9),
-    "TPU v6 lite": Device(918e12, 32e9, 1.64e12, 200e9),  # v6e
+    "NVIDIA A100": Device(312e12, 80e9, 2.0e12, 300e9, 8, 25e9),
+    "NVIDIA H100": Device(989e12, 80e9, 3.35e12, 450e9, 8, 50e9),
+    "NVIDIA H200": Device(989e12, 141e9, 4.8e12, 450e9, 8, 50e9),
+    "NVIDIA B200": Device(2250e12, 180e9, 8.0e12, 900e9, 8, 50e9),
+    "TPU v4": Device(275e12, 32e9, 1.2e12, 150e9, 4096),
+    "TPU v5 lite": Device(197e12, 16e9, 0.82e12, 100e9, 256),  # v5e
+    "TPU v5": Device(459e12, 95e9, 2.76e12, 300e9, 8960),  # v5p, which says TPU v5 or TPU v5p
+    "TPU v6 lite": Device(918e12, 32e9, 1.64e12, 200e9, 256),  # v6e
+    "TPU7x": Device(1153.5e12, 96e9, 3.69e12, 300e9, 9216),
 }
+# By what users call them.
+NAMES = {
+    "a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200", "b200": "NVIDIA B200",
+    "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x",
+}  # fmt: skip
 
 
 def device_named(kind: str) -> Device | None:

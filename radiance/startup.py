@@ -1,8 +1,10 @@
-"""What is set before JAX starts: compiler flags by back end, and where compiled programs are kept."""
+"""What is set before JAX starts: compiler flags by back end, devices that are planned for, and where compiled programs are kept."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from radiance.devices import NAMES
 
 # Hide communication behind computation, and gather weights a block at a time (a block of the 9.5 B model has up to 453 MB).
 GPU = (
@@ -14,7 +16,6 @@ GPU = (
 )
 TPU = (
     "--xla_tpu_enable_async_collective_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "--xla_tpu_overlap_compute_collective_tc=true",
     "--xla_enable_async_all_gather=true",
@@ -22,6 +23,10 @@ TPU = (
 )
 # Of the collectives that XLA would run side by side each process or fake device may begin with another, and all wait for ever.
 CPUS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
+# Without a TPU, libtpu must not ask a cloud's server which one this is, nor complain that there is none, nor lock it.
+LIBTPU_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
 CACHE = "~/.cache/radiance/xla"
 
 
@@ -36,6 +41,18 @@ def prepare(several: bool = False):
         _add("XLA_FLAGS", GPU)
     if several or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         _add("XLA_FLAGS", CPUS)
+
+
+def prepare_plan(device: str, count: int):
+    """Sets the environment of a process that compiles for so many devices which it does not have, before `prepare`."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is compiled for absent devices cannot be read back
+    for name, value in LIBTPU_ALONE.items():
+        os.environ.setdefault(name, value)
+    _add("XLA_FLAGS", [f"--xla_force_host_platform_device_count={count}"] if count > 1 else [])
+    if NAMES.get(device, "").startswith("NVIDIA"):
+        # The autotuner, which needs the GPU, chooses between cuBLAS and Triton. Without it all products would be Triton's, and some fail.
+        _add("XLA_FLAGS", (*GPU, "--xla_gpu_enable_triton_gemm=false"))
 
 
 def _add(variable: str, flags: Sequence[str]):
