@@ -1,8 +1,9 @@
-"""`radiance train · encode · sample · convert · inspect · report · verify` (also `python -m radiance`)."""
+"""`radiance train · encode · sample · plan · convert · inspect · report · verify` (also `python -m radiance`)."""
 
 import argparse
 import importlib
 import importlib.util
+import json
 import math
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radiance import config
-from radiance.startup import prepare
+from radiance.startup import prepare, prepare_plan
 
 if TYPE_CHECKING:
     from radiance.weights.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ STORES = ("q8_0", "int8", "float8_e4m3fn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is told in one sentence, with exit code 2; 130 after Ctrl-C and 143 after SIGTERM."""
     options = _parse(arguments)
+    if options.run is _plan:
+        prepare_plan(options.device, max(options.mesh.data, 1) * max(options.mesh.fsdp, 1) * max(options.mesh.tensor, 1))
     prepare(several=getattr(options, "hosts", None) is not None)
     from radiance.data.datasets import DataError
     from radiance.text.encoders import TextError
@@ -103,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_hosts(sample)
     sample.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
     sample.set_defaults(run=_sample)
+
+    plan = verbs.add_parser("plan", help="say what a run will cost on devices that are not here", description=_plan.__doc__)
+    plan.add_argument("experiment", metavar="EXPERIMENT[:ARM]", help="or, with --sample, the name of a published model or a size")
+    plan.add_argument("changes", nargs="*", metavar="key=value", help="changes of its config, such as data.batch=64")
+    plan.add_argument("--mesh", type=_mesh, default=config.Mesh(1, 1, 1), help="such as fsdp=8 or data=16,fsdp=64; by default one device")
+    plan.add_argument("--device", required=True, help="a100, h100, h200, b200, v4, v5e, v5p, v6e, v7x, or cpu")
+    plan.add_argument("--sample", action="store_true", help="plan the painting of sample.batch pictures, not a training step")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    plan.set_defaults(run=_plan)
 
     convert = verbs.add_parser("convert", help="write a model in another format or type, or operate on it", description=_convert.__doc__)
     _add_model(convert)
@@ -219,6 +231,21 @@ def _sample(options: argparse.Namespace) -> int:
         settings = config.to_dict(pipeline.run.sample)
         save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
     print(f"{len(pictures)} pictures{' and sheet.png' if hosts == 1 else f' of {len(jobs)}'} are in {options.out}.")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Compiles a training step (or, with --sample, a sampling program) for devices that are not here, without weights, and tells the
+    memory, work and time of one of them."""
+    from radiance.plan import plan, run_named, table
+
+    run = run_named(options.experiment) if options.experiment in config.MODELS else experiment(options.experiment)
+    run = config.override(run, options.changes)
+    run = replace(run, mesh=replace(options.mesh, uneven=run.mesh.uneven))
+    found = plan(run, options.device, options.sample)
+    print(table(found))
+    if options.json:
+        options.json.write_text(json.dumps(found.as_json(), indent=2) + "\n")
     return 0
 
 

@@ -183,6 +183,12 @@ def integrate(
     return x
 
 
+def evaluations(settings: Sample, tokens: int) -> int:
+    """Of the network, to paint one picture of so many tokens; with guidance two at a time."""
+    each = 1 + _guided(times_of(settings, tokens), settings).astype(int)
+    return int(each.sum() - each[-1, 1] if settings.solver == "heun" else each[:, 0].sum())
+
+
 def _guided(times: np.ndarray, settings: Sample) -> np.ndarray:
     """[steps, 2]: whether guidance is on at the start of a step, and at its end (as at its start where the solver does not look there)."""
     low, high = settings.guidance_interval

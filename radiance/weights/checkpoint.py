@@ -73,7 +73,7 @@ class Checkpoint:
         def leaf(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray | Packed]) -> jax.Array | Quantised:
             if path in stores:
                 small = _quantised(path, shape, blocks, stores[path])
-                return jax.tree.map(lambda x: jax.device_put(x, _by_output(places[path], x)), small) if path in places else small
+                return jax.tree.map(lambda x: jax.device_put(x, by_output(places[path], x)), small) if path in places else small
             values = native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype])
             if path in places:
                 return jax.make_array_from_callback(shape, places[path], lambda part: values[part])
@@ -101,7 +101,7 @@ class Checkpoint:
         return {path: small for path, small in found.items() if path not in odd}
 
 
-def _by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
+def by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
     """Quantised matrices are flat: their outputs are spread over the devices that hold parts of the whole one, if they divide."""
     axes = [axis for axis in place.spec if axis]
     parts = math.prod(place.mesh.shape[axis] for axis in axes)
