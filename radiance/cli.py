@@ -239,6 +239,8 @@ def _plan(options: argparse.Namespace) -> int:
     memory, work and time of one of them."""
     from radiance.plan import plan, run_named, table
 
+    if given := [change for change in options.changes if change.startswith("mesh")]:
+        raise config.ConfigError(f"{given[0]}: a plan's mesh is given as --mesh, such as --mesh fsdp=8.")
     run = run_named(options.experiment) if options.experiment in config.MODELS else experiment(options.experiment)
     run = config.override(run, options.changes)
     run = replace(run, mesh=replace(options.mesh, uneven=run.mesh.uneven))
