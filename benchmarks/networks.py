@@ -24,7 +24,7 @@ from radiance.weights.checkpoint import PRECISE, is_block_matrix
 PERIOD = 1_000_003  # a prime, so that no matrix has two equal rows
 TOLERANCE = 1e-4  # between the two engines in float32, of the largest velocity
 LATENT_CHANNELS = 64  # of diffusers' Chroma
-WAYS = ("eager", "compiled")  # of running a PyTorch module
+WAYS = ("eager", "compiled")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], gpu_mod
     parser.add_argument("--text-limit", type=int, default=512, help="tokens that PyTorch pads texts to; default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--peers", nargs="*", default=peers, choices=peers, help="none: ours alone; default: all")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="of running a PyTorch module; default: both")
     parser.add_argument(
         "changes", nargs="*", metavar="key=value", help="changes of the config, before the flags, such as model.single_blocks=8"
     )

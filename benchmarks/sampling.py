@@ -8,6 +8,7 @@ difference is this, and how much the engine. diffusers paints latents of as many
 call of the network with both halves of the guidance, and there is one a step.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -39,22 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     limits = report.limits(task.dtype)
     report.say(f"{options.model}: {task.description} Text is cut to {task.cut()}. {options.steps} steps with guidance.")
     params = networks.random_params(task.model, task.dtype)
-    compare_peers(report, task, params, limits, options.peers, options.repeats)
+    compare_peers(report, task, params, limits, options)
     measure.forget()
     if options.stores:
-        compare_stores(report, task, params, limits, options.stores, options.repeats)
+        compare_stores(report, task, params, limits, options)
     if options.record:
         report.record()
     return report
 
 
-def compare_peers(report: Report, task: Task, params: Params, limits: Limits, peers: Sequence[str], repeats: int):
+def compare_peers(report: Report, task: Task, params: Params, limits: Limits, options: argparse.Namespace):
     widths = {"text cut": task.cut(), "text at the limit": task.limit}
     ours = [
         Contender(f"radiance, {told}", partial(radiance, task, params, words), work(task, words), peer=False)
         for told, words in widths.items()
     ]
-    results = measure.race(ours + theirs(report, task, params, widths, peers), repeats)
+    results = measure.race(ours + theirs(report, task, params, widths, options), options.repeats)
     report.compare(results, limits, evaluation(task))
     products, weights = results[0].contender.flops / limits.flops, task.run.sample.steps * networks.bytes_of(params) / limits.bandwidth
     report.say(
@@ -62,32 +63,32 @@ def compare_peers(report: Report, task: Task, params: Params, limits: Limits, pe
     )
 
 
-def theirs(report: Report, task: Task, params: Params, widths: dict[str, int], peers: Sequence[str]) -> list[Contender]:
+def theirs(report: Report, task: Task, params: Params, widths: dict[str, int], options: argparse.Namespace) -> list[Contender]:
     found = []
-    if "torch" in peers:
+    if "torch" in options.peers:
         module = cache(lambda: networks.torch_module(task.model, params, task.dtype))
         report.say(networks.agreement(task, params, module))
-        for way in networks.WAYS:
+        for way in options.ways:
             for told, words in reversed(widths.items()):
                 make = partial(torch_module, task, module, way, words)
                 found.append(Contender(f"PyTorch module, {way}, {told}", make, work(task, words, hoisted=False)))
-    if "diffusers" in peers:
+    if "diffusers" in options.peers:
         latent = networks.latent(task)
         module = cache(lambda: networks.diffusers_module(latent.model, task.dtype))
-        for way in networks.WAYS:
+        for way in options.ways:
             make = partial(diffusers_module, latent, module, way)
             found.append(Contender(f"diffusers, {way}, text at the limit", make, work(latent, latent.limit, hoisted=False)))
     return found
 
 
-def compare_stores(report: Report, task: Task, params: Params, limits: Limits, stores: Sequence[str], repeats: int):
-    kept = {task.dtype: params} | {store: networks.stored_small(params, store) for store in stores}
+def compare_stores(report: Report, task: Task, params: Params, limits: Limits, options: argparse.Namespace):
+    kept = {task.dtype: params} | {store: networks.stored_small(params, store) for store in options.stores}
     size = {f"radiance, weights in {name}": f"{networks.bytes_of(tree) / 1e9:.3g}" for name, tree in kept.items()}
     contenders = [
         Contender(name, partial(radiance, task, tree, task.cut()), work(task, task.cut()), peer=False)
         for name, tree in zip(size, kept.values())
     ]
-    results = measure.race(contenders, repeats)
+    results = measure.race(contenders, options.repeats)
     report.compare(results, limits, evaluation(task) | {"GB": lambda result: size[result.contender.name]})
 
 

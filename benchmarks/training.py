@@ -4,10 +4,12 @@
     python -m benchmarks.training --remat none dots full --peers                # what recomputing costs and what it saves
     python -m benchmarks.training optimizer.{weights,mu,nu}_dtype=bfloat16 --model chroma1-radiance --batch 1 --remat full --peers
 
-The last trains the 9.5 B model on one GPU of 141 GB. Both keep float32 weights (unless told otherwise) and compute in `--dtype`. PyTorch rows pad texts to the limit, as trainers there do; rows
-with the text cut tell how much of the difference is this. The share of the limit is the MFU against the measured matrix products.
+The last trains the 9.5 B model on one GPU of 141 GB. Otherwise both keep float32 weights, and compute in `--dtype`. PyTorch rows pad texts
+to the limit, as trainers there do; rows with the text cut tell how much of the difference is this. The share of the limit is the MFU
+against the measured matrix products.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -40,30 +42,30 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     limits = report.limits(task.dtype)
     report.say(f"{options.model}: {task.description} Text is cut to {cut(task)}.")
     for part in options.parts:
-        compare(report, task, part, limits, options.remat if part == "step" else ["none"], options.peers, options.repeats)
+        compare(report, task, part, limits, options)
         measure.forget()
     if options.record:
         report.record()
     return report
 
 
-def compare(report: Report, task: Task, part: str, limits: Limits, policies: Sequence[str], peers: Sequence[str], repeats: int):
+def compare(report: Report, task: Task, part: str, limits: Limits, options: argparse.Namespace):
     params = networks.random_params(task.model, task.run.optimizer.weights_dtype)
     widths = {"text cut": cut(task), "text at the limit": task.limit}
     theirs, columns = [], {"pictures/s": lambda result: f"{task.run.data.batch / result.median:.3g}"}
-    if "torch" in peers:
+    if "torch" in options.peers:
         module = cache(partial(networks.torch_module, task.model, params, task.run.optimizer.weights_dtype))
         report.say(networks.agreement(task, params, module))
-        theirs = torch_rows(task, part, module, widths, recompute=policies[0] != "none")
+        theirs = torch_rows(task, part, module, widths, options.ways, recompute="none" not in options.remat)
     if part == "forward":
         ours = [Contender(f"radiance, {told}", partial(forward, task, params, n), work(task, part, n), False) for told, n in widths.items()]
     else:
         steps = Steps(task, params)
-        columns |= {"GB temporary": steps.temporary, "GB in all": steps.in_all}
-        ours = [steps.row(told, words, policy) for policy in policies for told, words in widths.items()]
+        columns |= {"GB temporary": steps.column(temporary), "GB in all": steps.column(in_all)}
+        ours = [steps.row(told, words, policy) for policy in options.remat for told, words in widths.items()]
     del params  # which become the state of the steps
     report.say(f"### {part}")
-    report.compare(measure.race(ours + theirs, repeats), limits, columns)
+    report.compare(measure.race(ours + theirs, options.repeats), limits, columns)
 
 
 def cut(task: Task) -> int:
@@ -109,14 +111,18 @@ class Steps:
 
         return call
 
-    def temporary(self, result: measure.Result) -> str:
-        memory = self.memory.get(result.contender.name)
-        return f"{memory.temp_size_in_bytes / 1e9:.3g}" if memory else ""
+    def column(self, size: Callable[[Any], int]) -> Callable[[measure.Result], str]:
+        """Gigabytes of each row's program; PyTorch does not tell."""
+        return lambda result: f"{size(self.memory[name]) / 1e9:.3g}" if (name := result.contender.name) in self.memory else ""
 
-    def in_all(self, result: measure.Result) -> str:
-        m = self.memory.get(result.contender.name)
-        total = m and m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-        return f"{total / 1e9:.3g}" if total else ""
+
+def temporary(memory: Any) -> int:
+    return memory.temp_size_in_bytes
+
+
+def in_all(memory: Any) -> int:
+    """With the state, which is written over, and the batch."""
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def texts(task: Task, words: int) -> tuple[jax.Array, jax.Array]:
@@ -126,10 +132,12 @@ def texts(task: Task, words: int) -> tuple[jax.Array, jax.Array]:
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
-def torch_rows(task: Task, part: str, module: Callable[[], Any], widths: Mapping[str, int], recompute: bool) -> list[Contender]:
+def torch_rows(
+    task: Task, part: str, module: Callable[[], Any], widths: Mapping[str, int], ways: Sequence[str], recompute: bool
+) -> list[Contender]:
     optimizer = cache(lambda: adamw(task.run.optimizer, module()))
     rows = []
-    for way in networks.WAYS:
+    for way in ways:
         for told, words in reversed(widths.items()):
             if part == "forward":
                 make = partial(torch_forward, task, module, way, words)
