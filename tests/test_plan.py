@@ -262,6 +262,7 @@ def test_errors(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("radiance.cli.prepare_plan", lambda *_: None)
     assert "did you mean 'h200'?" in told("--device", "h2000")
     assert "does not say how many devices" in told("--device", "cpu", "--mesh", "fsdp=-1")
+    assert "given as --mesh" in told("--device", "cpu", "mesh.fsdp=2")
     if importlib.util.find_spec("libtpu"):
         assert "data.batch=8 does not divide into 64 parts" in told("--device", "v5e", "--mesh", "fsdp=64")
     assert "XLA_FLAGS=--xla_force_host_platform_device_count=64" in told("--device", "cpu", "--mesh", "fsdp=64")
