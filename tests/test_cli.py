@@ -59,7 +59,8 @@ def test_verify_fails_on_another_result(capsys, tmp_path):
 @pytest.mark.parametrize("out", ["out.safetensors", "out.gguf", "out"])
 def test_a_stopped_conversion_leaves_nothing(tmp_path, number, code, line, out):
     slow = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background are born without
 from radiance.cli import main
 from radiance.weights import convert
 whole = convert.part_of
