@@ -67,6 +67,7 @@ def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
             if not contender.peer:
                 raise
             reasons[contender.name] = told(error)
+        print(contender.name, reasons.get(contender.name, "has warmed up"), sep=": ", file=sys.stderr, flush=True)
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
