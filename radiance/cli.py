@@ -159,6 +159,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run = config.override(experiment(options.experiment), options.changes)
     first_host = _join_hosts(options)[0] == 0
+    _keep_memory()
     reached = train(run)
     if not first_host:
         return 0 if reached == run.train.steps else 143
@@ -204,6 +205,7 @@ def _sample(options: argparse.Namespace) -> int:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     host, hosts = _join_hosts(options)
+    _keep_memory()
     mine = {f"{i:05d}_seed{jobs[i][1]}.png": jobs[i] for i in range(host, len(jobs), hosts)}
     if any((options.out / name).exists() for name in (*mine, "sheet.png")):
         raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
@@ -422,6 +424,15 @@ def _join_hosts(options: argparse.Namespace) -> tuple[int, int]:
             raise config.ConfigError(f"--hosts {options.hosts} is neither a number nor auto.")
         join_hosts(options.coordinator, int(options.hosts), options.host)
     return jax.process_index(), jax.process_count()
+
+
+def _keep_memory():
+    import jax
+
+    from radiance.startup import keep_memory
+
+    if jax.default_backend() == "cpu":
+        keep_memory()
 
 
 def _known(options: argparse.Namespace) -> dict[str, str]:

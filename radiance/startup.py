@@ -1,6 +1,8 @@
 """What is set before JAX starts: compiler flags by back end, devices that are planned for, and where compiled programs are kept."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +55,18 @@ def prepare_plan(device: str, count: int):
     if NAMES.get(device, "").startswith("NVIDIA"):
         # The autotuner, which needs the GPU, chooses between cuBLAS and Triton. Without it all products would be Triton's, and some fail.
         _add("XLA_FLAGS", (*GPU, "--xla_gpu_enable_triton_gemm=false"))
+
+
+# glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD: freed memory stays with the process.
+KEEP = {-8: 1, -4: 0, -1: -1}
+
+
+def keep_memory():
+    """Lets this process keep the memory that it frees, where glibc is its allocator. On CPUs XLA takes a program's temporaries anew at every call, and
+    a training step then spends a quarter of its time in page faults (measured: 480,000 a step of a model of 135 M parameters)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in KEEP.items() if mallopt else ():
+        mallopt(option, value)
 
 
 def _add(variable: str, flags: Sequence[str]):

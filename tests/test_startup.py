@@ -1,3 +1,4 @@
+import ctypes
 import os
 import subprocess
 import sys
@@ -51,3 +52,22 @@ whole.lower(x, w).compile()
     )  # it does not know all of XLA's
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc is not the allocator here.")
+def test_memory_is_kept():
+    """Page faults of an array that is made and freed again and again: once kept, none."""
+    script = """
+import resource, sys
+import numpy as np
+from radiance.startup import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+np.ones(1 << 25)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(1 << 25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, given_back = (int(subprocess.check_output([sys.executable, "-c", script, way])) for way in ("keep", "not"))
+    assert kept < 100 and given_back > 5000
