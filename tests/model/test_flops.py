@@ -29,6 +29,7 @@ def test_the_compiler_counts_as_many(changes):
     program = jax.jit(lambda params, inputs: bind(model, FLOAT32, params)(**inputs)).lower(abstract(model), inputs)
     assert program.cost_analysis()["flops"] == pytest.approx(count, rel=0.08)
     assert training_flops(model, 8 * model.patch, 6 * model.patch, 24) == 3 * count
+    assert training_flops(model, 8 * model.patch, 6 * model.patch, 24, frozen=True) == 2 * count
 
 
 def test_the_published_model():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import metrics, same, toy_run
+from runs import command, metrics, same, toy_run
 from toys import apply, gradients, toy_inputs, toy_model, toy_params
 
 import radiance
@@ -13,6 +13,7 @@ from radiance.cli import main
 from radiance.model.stored import Adapted
 from radiance.training.adapters import adapted, as_lora, init_adapters
 from radiance.training.loop import train
+from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora
 from radiance.weights.native import flatten
 
@@ -122,6 +123,25 @@ def test_a_run_goes_on_samples_and_exports(base, tmp_path, data_directory):
     assert any(isinstance(x, Adapted) for x in jax.tree.leaves(pipelines[0].params, is_leaf=lambda x: isinstance(x, Adapted)))
     first, second = (np.asarray(p(["a handwritten one"], seeds=[3])[0].image, int) for p in pipelines)
     assert np.abs(first - second).max() <= 2 and first.std() > 5
+
+
+def test_weight_decay_takes_hold_of_both_matrices():
+    optimizer = make_optimizer(config.Optimizer(weight_decay=0.5, learning_rate=1.0, warmup_steps=0), 10)
+    adapters = noisy_adapters()
+    none = jax.tree.map(jnp.zeros_like, adapters)
+    updates, _ = optimizer.update(none, optimizer.init(adapters), adapters)
+    jax.tree.map(lambda u, a: np.testing.assert_allclose(u, -0.5 * a, rtol=1e-6), updates, adapters)
+
+
+@pytest.mark.slow
+def test_a_run_over_two_devices(base, tmp_path, data_directory):
+    one = lora_run(tmp_path, data_directory, base, "train.steps=4")
+    assert train(one) == 4
+    two = config.override(one, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
+    process = command(two, devices=2)
+    assert process.returncode == 0, process.output
+    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.slow
