@@ -22,7 +22,7 @@ from radiance import config
 from radiance.model.stored import Adapted
 from radiance.model.transformer import Params, abstract
 from radiance.weights import diffusers, native
-from radiance.weights.checkpoint import Checkpoint, is_block_matrix, without_loss
+from radiance.weights.checkpoint import Checkpoint, inputs_of, is_block_matrix, without_loss
 from radiance.weights.detect import MARKERS
 from radiance.weights.files import CODES, DTYPES, CheckpointError, Shapes, Tensors, cast, finite, open_tensors, write_safetensors
 
@@ -288,7 +288,7 @@ def from_adapters(model: config.Model, adapters: Params, scale: float, origin: s
             sides = [
                 (found[part.path]["down"][index].T, found[part.path]["up"][index].T)
                 if part.path in found
-                else _nothing(leaves[part.path].shape[1:], part.layout)
+                else _nothing(part.path, leaves[part.path].shape)
                 for part in row.parts
             ]
             downs, ups = zip(*sides)
@@ -298,17 +298,16 @@ def from_adapters(model: config.Model, adapters: Params, scale: float, origin: s
     return Lora(model, pairs, origin)
 
 
-def _nothing(kernel: tuple[int, ...], layout: str) -> tuple[np.ndarray, np.ndarray]:
+def _nothing(path: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """A pair of rank 0 for a matrix without an addition."""
-    inputs = math.prod(kernel[:-1]) if layout == "heads" else kernel[0]
-    return np.zeros((0, inputs), np.float32), np.zeros((math.prod(kernel) // inputs, 0), np.float32)
+    inputs = inputs_of(path, shape)
+    return np.zeros((0, inputs), np.float32), np.zeros((math.prod(shape[1:]) // inputs, 0), np.float32)
 
 
 def _adapted(base: Any, path: str, shape: tuple[int, ...], places: Sequence[Place]) -> Any:
     """A leaf of block matrices with the additions beside it; blocks without one, and smaller ranks, have zeros."""
     blocks, *kernel = shape
-    layout = dict(places[0].source.row.parts)[path]
-    inputs = math.prod(kernel[:-1]) if layout == "heads" else kernel[0]
+    inputs = inputs_of(path, shape)
     outputs = math.prod(kernel) // inputs
     rank = max(len(place.down) for place in places)
     downs, ups = np.zeros((blocks, inputs, rank), np.float32), np.zeros((blocks, rank, outputs), np.float32)
