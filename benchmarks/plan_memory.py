@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def measure(name: str) -> dict[str, float]:
         for _ in range(3):
             state, metrics = step(state, batch, None)
             jax.block_until_ready(metrics)
+            time.sleep(0.5)  # a step's results are ready a moment before its temporaries are given back, and the next would not wait for that
     return {"parameters": predicted.parameters, "predicted": predicted.peak, "measured": resident("VmHWM") - before}
 
 
