@@ -24,7 +24,8 @@ class Model(Section):
 
     channels: int = 3  # of the picture; 64 for packed latents
     patch: int = 16  # side of the square that one image token stands for; 1 for packed latents
-    patch_embed: Literal["conv", "conv_half"] = "conv"  # conv_half reads every second pixel (the first kind of patch-32 model)
+    patch_embed: Literal["conv", "conv_half", "bottleneck"] = "conv"  # conv_half reads every second pixel (the first kind of patch-32 model)
+    bottleneck: int = 128  # of patch_embed=bottleneck: numbers that a patch is pressed into first (JiT, arXiv 2511.13720)
     hidden: int = 3072
     heads: int = 24
     double_blocks: int = 19
@@ -35,7 +36,9 @@ class Model(Section):
     text_dim: int = 4096  # width of the text encoder's output
     text_ids: Literal["zero", "sequential"] = "zero"  # rotary ids of text tokens
     masking: Literal["one_pad", "strict", "off"] = "one_pad"  # padding tokens that are attended: one, none, all
+    padding: Literal["encoder", "learned"] = "encoder"  # what stands at padded text: the encoder's output, or one learned vector (MiniT2I)
     registers: int = 0  # learned tokens beside the text, always visible
+    text_preamble: int = 0  # blocks of text and registers alone, before those that see the picture
     modulation: Literal["approximator", "per_block", "shared", "none"] = "approximator"
     approximator_dim: int = 64  # width of the embedding of (time, guidance, index)
     approximator_hidden: int = 5120
@@ -51,11 +54,11 @@ class Model(Section):
 
     def check(self):
         for name in (
-            "channels", "patch", "hidden", "heads", "text_dim", "approximator_hidden", "approximator_depth",
+            "channels", "patch", "bottleneck", "hidden", "heads", "text_dim", "approximator_hidden", "approximator_depth",
             "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: it must be at least 1.")
-        for name in ("double_blocks", "single_blocks", "registers", "pooled_dim"):
+        for name in ("double_blocks", "single_blocks", "registers", "text_preamble", "pooled_dim"):
             require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}: it cannot be negative.")
         require(
             self.double_blocks + self.single_blocks >= 1,
@@ -83,7 +86,16 @@ class Model(Section):
             f"model.approximator_dim={self.approximator_dim} must be a positive multiple of 8.",
         )
         require(
-            self.patch_embed == "conv" or self.patch % 2 == 0, f"model.patch_embed=conv_half needs an even model.patch, not {self.patch}."
+            self.patch_embed != "conv_half" or self.patch % 2 == 0,
+            f"model.patch_embed=conv_half needs an even model.patch, not {self.patch}.",
+        )
+        require(
+            self.patch_embed != "bottleneck" or self.patch > 1,
+            "model.patch_embed=bottleneck presses the pixels of a patch together, but model.patch is 1: use model.patch_embed=conv.",
+        )
+        require(
+            self.padding == "encoder" or self.masking != "strict",
+            "model.padding=learned fills padded text, and model.masking=strict shows none of it: use model.masking=off or one_pad.",
         )
         require(
             self.patch > 1 or self.head == "linear",
@@ -231,7 +243,7 @@ class Lora(Section):
 
     rank: int = 0  # 0: the weights themselves are trained
     alpha: float | None = None  # additions are scaled by alpha / rank; none: by 1
-    parts: tuple[str, ...] = ("double", "single")  # the matrices whose paths start so, such as "single/attention"
+    parts: tuple[str, ...] = ("preamble", "double", "single")  # the matrices whose paths start so, such as "single/attention"
     store: Literal["none", "q8_0", "int8", "float8_e4m3fn"] = "none"  # what the matrices that stay are kept in
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights that stay, but for what is stored smaller
 
@@ -240,7 +252,7 @@ class Lora(Section):
         require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha} must be positive.")
         for part in self.parts:
             require(
-                part.startswith(("double", "single")),
+                part.startswith(("preamble", "double", "single")),
                 f"lora.parts={part!r}: only matrices of the blocks are adapted, as in double or single/mlp.",
             )
         require(bool(self.parts), "lora.parts is empty: name what is adapted, such as double,single.")
@@ -285,9 +297,11 @@ class Sample(Section):
     beta: tuple[float, float] = (0.4, 0.4)  # parameters of schedule=beta
     guidance: float = 3.5  # 1 is none
     negative: str = ""
+    unconditional: Literal["negative", "masked"] = "negative"  # what guidance leads away from: that prompt, or no text token at all
     unguided_steps: int = 0  # first steps without guidance
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times with guidance
     guidance_rescale: float = 0.0  # 0 none, 1 the spread of the conditional prediction (arXiv 2305.08891)
+    floor: float = 0.0  # of x0 models: x_t − x̂ is divided by the time, but by no less than this
     weights: str = "ema"  # ema (the largest decay), ema=DECAY, or params
     batch: int = 8  # pictures at a time
 
@@ -303,6 +317,11 @@ class Sample(Section):
         require(all(b > 0 for b in self.beta), f"sample.beta={self.beta}: both numbers must be positive.")
         low, high = self.guidance_interval
         require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
+        require(0 <= self.floor < 1, f"sample.floor={self.floor} must lie between 0 and 1: it is a time.")
+        require(
+            self.unconditional == "negative" or not self.negative,
+            f"sample.negative={self.negative!r} is not read with sample.unconditional=masked: leave one of them out.",
+        )
         require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
         require(
             self.weights in ("params", "ema") or self.weights.startswith("ema="),
@@ -364,6 +383,10 @@ class Config(Section):
         require(
             self.lora.rank == 0 or not self.optimizer.frozen,
             f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
+        )
+        require(
+            self.sample.unconditional == "negative" or self.model.padding == "learned",
+            f"sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
         )
         require(
             self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),

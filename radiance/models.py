@@ -12,7 +12,7 @@ import numpy as np
 
 from radiance import config
 from radiance.model.transformer import Params, abstract
-from radiance.pipeline import Autoencoder, Pipeline
+from radiance.pipeline import Autoencoder, Pipeline, encode
 from radiance.sampling import times_of
 from radiance.sharding import make_mesh, shardings
 from radiance.text.encoders import make_encoder
@@ -189,11 +189,9 @@ def encoded_prompts(run: config.Config) -> Callable[[Path], None]:
     """What writes `prompts.safetensors` into the folder of an exported PyTorch model: the run's sample prompts, encoded, and how to paint them."""
     prompts = list(run.train.sample_prompts or ("",))
     encoder = make_encoder(run.text, run.model.text_dim)
-    encoded = encoder.encode([*prompts, run.sample.negative])
-    width = max(len(rows) for rows, _ in encoded)
-    text, lengths = encoder.pad(encoded, width)
-    text = text.astype(np.float32)
-    tensors = {"text": text[:-1], "lengths": lengths[:-1], "negative_text": text[-1:], "negative_lengths": lengths[-1:]}
+    positive, negative = encode(encoder, prompts, run.sample, run.model.masking)
+    tensors = {"text": positive.text.astype(np.float32), "lengths": positive.lengths}
+    tensors |= {"negative_text": negative.text.astype(np.float32), "negative_lengths": negative.lengths}
     times = times_of(run.sample, (run.data.side // run.model.patch) ** 2)
     settings = config.to_dict(run.sample) | {"side": run.data.side, "noise_scale": run.flow.noise_scale, "times": times.tolist()}
     shapes, dtypes = ({name: getattr(x, what) for name, x in tensors.items()} for what in ("shape", "dtype"))

@@ -95,7 +95,7 @@ class Pipeline:
         if not prompts:
             return
         width, height = width or run.data.side, height or width or run.data.side
-        positive, negative = self.encode(prompts, settings.negative)
+        positive, negative = encode(self.encoder, prompts, settings, run.model.masking)
         size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
         times = times_of(settings, math.prod(size.values()) // run.model.patch**2)
         facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
@@ -129,13 +129,16 @@ class Pipeline:
                 self._modulation = jax.device_get(modulation)
         return self._vectors[1]
 
-    def encode(self, prompts: Sequence[str], negative: str) -> tuple[Condition, Condition]:
-        """Conditions of the prompts and of the one negative prompt, cut where no token is visible in any of them.
 
-        What is cut off is masked anyway: the picture is the same for less work.
-        """
-        encoded = self.encoder.encode([*prompts, negative])
-        lengths = np.array([length for _, length in encoded])
-        seen = int(visible_tokens(lengths, self.encoder.limit, self.run.model.masking).max())
-        text, lengths = self.encoder.pad(encoded, bucket(seen, self.encoder.limit))
-        return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])
+def encode(encoder: Encoder, prompts: Sequence[str], settings: config.Sample, masking: str) -> tuple[Condition, Condition]:
+    """Conditions of the prompts, and of what guidance leads away from: the negative prompt, or a text of length 0.
+
+    They are cut where no token is visible in any of them. What is cut off is masked anyway: the picture is the same for less work.
+    """
+    encoded = encoder.encode([*prompts, settings.negative])
+    lengths = np.array([length for _, length in encoded])
+    seen = int(visible_tokens(lengths, encoder.limit, masking).max())
+    text, lengths = encoder.pad(encoded, bucket(seen, encoder.limit))
+    if settings.unconditional == "masked":
+        lengths[-1] = 0
+    return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])

@@ -109,13 +109,15 @@ def sample(
 
     vectors = jax.lax.map(modulation, jnp.asarray(times)) if vectors is None else vectors
 
+    def at_time(x, t, condition, vectors):
+        time = jnp.full(len(x), t)
+        return model(x, condition.text, condition.lengths, time, divisor=jnp.maximum(time, settings.floor), vectors=vectors)
+
     def conditional(x, t, vectors):
-        return model(x, positive.text, positive.lengths, jnp.full(len(x), t), vectors=_first(vectors, len(x)))
+        return at_time(x, t, positive, _first(vectors, len(x)))
 
     def with_guidance(x, t, vectors):
-        double = jnp.concatenate([x, x])
-        v = model(double, both.text, both.lengths, jnp.full(len(double), t), vectors=vectors)
-        return guide(*jnp.split(v, 2), settings)
+        return guide(*jnp.split(at_time(jnp.concatenate([x, x]), t, both, vectors), 2), settings)
 
     def velocity(x, t, i, guided):
         at = jax.tree.map(lambda v: v[i], vectors)

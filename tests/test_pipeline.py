@@ -45,7 +45,7 @@ def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(p
     pipeline(["a one"], settings=config.override(pipeline.run.sample, ["steps=3"]))
     assert np.array_equal(pixels(pipeline(["a one"], seeds=[2])[0]), pixels(first[0])) and len(made) == 2
     # as when the program makes it itself
-    positive, negative = pipeline.encode(["a one"], "")
+    positive, negative = encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     run = pipeline.run
     whole = paint(
         pipeline.params, np.array([2], np.uint32), positive, negative, model=run.model, compute=run.compute, settings=run.sample,
@@ -62,11 +62,11 @@ def test_any_size(pipeline):
 
 
 def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
-    positive, negative = pipeline.encode(["a one"], "")
+    positive, negative = encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     assert positive.text.shape[1] == 16 and negative.text.shape[1] == 16
     cut = pipeline(["a one"])
     monkeypatch.setattr("radiance.pipeline.bucket", lambda tokens, limit: limit)
-    assert pipeline.encode(["a one"], "")[0].text.shape[1] == 40
+    assert encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1] == 40
     assert np.abs(pixels(pipeline(["a one"])[0]) - pixels(cut[0])).max() <= 1
 
 

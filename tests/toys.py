@@ -24,6 +24,10 @@ VARIANTS = {
     "per_block": dict(modulation="per_block", pooled_dim=5, guidance_embed=True),
     "flux": dict(modulation="per_block", pooled_dim=5, head="linear", patch=1, channels=8, masking="off"),
     "no_doubles": dict(double_blocks=0, modulation="shared", head="linear", mlp_ratio=2.5),
+    "bottleneck": dict(patch_embed="bottleneck", bottleneck=5, prediction="x0", head="linear", text_preamble=1),
+    "learned": dict(padding="learned", masking="off", text_preamble=2, text_ids="sequential", modulation="none", head="linear"),
+    "learned_pad": dict(padding="learned", registers=1, text_preamble=1, head="linear"),
+    "preamble": dict(text_preamble=2, masking="strict", text_ids="sequential", modulation="none", patch_embed="bottleneck"),
     "no_singles": dict(single_blocks=0, modulation="none", head="linear", masking="strict", registers=1, text_ids="sequential"),
 }
 

@@ -1,4 +1,4 @@
-"""The two kinds of transformer block: double (image and text with their own weights) and single (one stream).
+"""The kinds of transformer block: double (image and text with their own weights), single (one stream), and one of text alone.
 
 A single block's fused matrices (`linear1`, `linear2` of the checkpoints) are kept here in their parts, so that heads and MLP
 channels can each be sharded; `weights/` joins and splits them.
@@ -94,6 +94,15 @@ class DoubleBlock(nnx.Module):
         attended = attend(rotate(q, rope), rotate(k, rope), v)
         n = image.shape[1]
         return self.image.close(image, attended[:, :n], image_vectors), self.text.close(text, attended[:, n:], text_vectors)
+
+
+class TextBlock(Stream):
+    """Attention, then MLP, of the text alone: a plain pre-norm block, which no time reaches."""
+
+    def __call__(self, text: Float[Array, "b l d"], rope: Float32[Array, "2 l 1 half"], attend: Attend) -> Float[Array, "b l d"]:
+        unmodulated = jnp.zeros((1, 6, text.shape[-1])).at[:, 2::3].set(1)  # but for the gates, which are open
+        q, k, v = self.open(text, unmodulated)
+        return self.close(text, attend(rotate(q, rope), rotate(k, rope), v), unmodulated)
 
 
 class SingleBlock(nnx.Module):

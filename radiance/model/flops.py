@@ -9,12 +9,18 @@ from radiance import config
 def forward_flops(model: config.Model, height: int, width: int, words: int) -> int:
     """Of one picture of `height` × `width` (pixels, or tokens of a latent) with `words` text tokens, padding included."""
     d, tokens = model.hidden, (height // model.patch) * (width // model.patch)
-    joint = tokens + model.registers + words
+    text = model.registers + words
     side = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
-    embed = tokens * side**2 * model.channels * d + words * model.text_dim * d
-    # Queries, keys, values and the way back; the MLP; scores and what they weigh.
-    block = joint * (4 * d**2 + 2 * d * model.mlp_hidden) + 2 * joint**2 * d
-    return 2 * (embed + (model.double_blocks + model.single_blocks) * block + _modulation(model) + _head(model, tokens))
+    values = side**2 * model.channels
+    patch = (values + d) * model.bottleneck if model.patch_embed == "bottleneck" else values * d
+    embed = tokens * patch + words * model.text_dim * d
+
+    def block(sequence: int) -> int:
+        # Queries, keys, values and the way back; the MLP; scores and what they weigh.
+        return sequence * (4 * d**2 + 2 * d * model.mlp_hidden) + 2 * sequence**2 * d
+
+    blocks = model.text_preamble * block(text) + (model.double_blocks + model.single_blocks) * block(tokens + text)
+    return 2 * (embed + blocks + _modulation(model) + _head(model, tokens))
 
 
 def training_flops(model: config.Model, height: int, width: int, words: int, frozen: bool = False) -> int:

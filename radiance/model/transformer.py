@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from radiance import config
 from radiance.model.attention import attention
-from radiance.model.blocks import DoubleBlock, SingleBlock
+from radiance.model.blocks import DoubleBlock, SingleBlock, TextBlock
 from radiance.model.modulation import Vectors, make_modulation
 from radiance.model.pixel_head import LinearHead, NerfHead, unfold
 from radiance.model.rope import position_ids, rope_table
@@ -33,10 +33,16 @@ class Transformer(nnx.Module):
         self.config, self.compute = model, compute
         dtype = self.dtype = jnp.dtype(compute.dtype)
         side = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
-        self.patch_embed = nnx.Linear(side * side * model.channels, model.hidden, dtype=dtype, rngs=rngs)
+        if model.patch_embed == "bottleneck":
+            self.patch_embed = Bottleneck(side * side * model.channels, model, dtype, rngs)
+        else:
+            self.patch_embed = nnx.Linear(side * side * model.channels, model.hidden, dtype=dtype, rngs=rngs)
         self.text_embed = nnx.Linear(model.text_dim, model.hidden, dtype=dtype, rngs=rngs)
+        if model.padding == "learned":
+            self.padding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.text_dim,)))
         if model.registers:
             self.registers = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden)))
+        self.preamble = _stack(TextBlock, model.text_preamble, model, dtype, rngs)
         self.modulation = make_modulation(model, dtype, rngs)
         self.double = _stack(DoubleBlock, model.double_blocks, model, dtype, rngs)
         self.single = _stack(SingleBlock, model.single_blocks, model, dtype, rngs)
@@ -57,7 +63,7 @@ class Transformer(nnx.Module):
         """Velocity (noise − picture) at `image`, a picture mixed with noise at `time` (1 is noise, 0 the picture).
 
         image: in [-1, 1] at time 0; height and width must divide by the patch (ValueError otherwise).
-        text, lengths: the encoder's output and the number of real tokens of each row, end-of-sequence included.
+        text, lengths: the encoder's output and the number of real tokens of each row, end-of-sequence included; 0 is no text at all.
         guidance: the guidance number that some models embed; 0 when None, as in all published Chroma training.
         divisor: for x0 models, by what image − x̂ is divided; `time` when None, which must then not be 0.
         vectors: what `modulation(time, guidance, pooled)` gave, if it is at hand; its b may be 1.
@@ -73,11 +79,14 @@ class Transformer(nnx.Module):
         x = constrained(self.embed_image(image), ROWS)
         y, visible = self.embed_text(text, lengths)
         y = constrained(y, ROWS)
-        n, words = x.shape[1], y.shape[1]
+        n = x.shape[1]
         ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
         rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
-        kv_len = None if model.masking == "off" else n + words - text.shape[1] + visible
-        attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
+        text_len = None if model.masking == "off" else model.registers + visible
+        attend = partial(attention, kv_len=None if text_len is None else n + text_len, backend=self.compute.attention)
+
+        def preamble(y, block):
+            return constrained(expanded(block)(y, rope[:, n:], attend_text), ROWS), None
 
         def double(carry, block_vectors):
             block, image_vectors, text_vectors = block_vectors
@@ -88,6 +97,11 @@ class Transformer(nnx.Module):
             block, vectors = block_vectors
             return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
 
+        if model.text_preamble:
+            # Where a text has no token to see, its hidden ones see the first of themselves: an empty row would be NaN.
+            seen = None if text_len is None else jnp.maximum(text_len, 1)
+            attend_text = partial(attention, kv_len=seen, backend=self.compute.attention)
+            y, _ = jax.lax.scan(self.remat(preamble), y, self.preamble)
         if model.double_blocks:
             (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))
         if model.single_blocks:
@@ -111,7 +125,8 @@ class Transformer(nnx.Module):
         """Registers and text tokens, and how many of the text tokens are visible."""
         visible = visible_tokens(lengths, text.shape[1], self.config.masking)
         # What is hidden is also erased: even a NaN there must not pass through a product with 0.
-        text = jnp.where((jnp.arange(text.shape[1]) < visible[:, None])[..., None], text, 0)
+        kept, filling = (lengths, self.padding[...].astype(text.dtype)) if self.config.padding == "learned" else (visible, 0)
+        text = jnp.where((jnp.arange(text.shape[1]) < kept[:, None])[..., None], text, filling)
         y = self.text_embed(text)
         if self.config.registers:
             registers = jnp.broadcast_to(self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape))
@@ -122,6 +137,17 @@ class Transformer(nnx.Module):
         if self.compute.remat == "none":
             return body
         return jax.checkpoint(body, policy=REMAT[self.compute.remat], prevent_cse=False)
+
+
+class Bottleneck(nnx.Module):
+    """A patch's values to few numbers, and those to the width of the network, with nothing in between (JiT, arXiv 2511.13720)."""
+
+    def __init__(self, values: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear_in = nnx.Linear(values, model.bottleneck, use_bias=False, dtype=dtype, rngs=rngs)
+        self.linear_out = nnx.Linear(model.bottleneck, model.hidden, dtype=dtype, rngs=rngs)
+
+    def __call__(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
+        return self.linear_out(self.linear_in(patches))
 
 
 def visible_tokens(lengths: Int[Array | np.ndarray, " b"], limit: int, masking: str) -> Int[Array | np.ndarray, " b"]:

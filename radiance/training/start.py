@@ -135,7 +135,8 @@ def alternatives(run: config.Config) -> Iterator[str]:
     model = run.model
     yield f"model.prediction={'velocity' if model.prediction == 'x0' else 'x0'}"
     yield f"model.text_ids={'zero' if model.text_ids == 'sequential' else 'sequential'}"
-    yield from (f"model.masking={name}" for name in ("one_pad", "strict", "off") if name != model.masking)
+    maskings = ("one_pad", "off") if model.padding == "learned" else ("one_pad", "strict", "off")
+    yield from (f"model.masking={name}" for name in maskings if name != model.masking)
     if run.compute.dtype == "bfloat16":
         yield "compute.dtype=float32"
 

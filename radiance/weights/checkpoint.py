@@ -114,7 +114,7 @@ LOSS_KEY = "radiance.validation_loss"  # in the metadata of our exports
 
 def is_block_matrix(path: str) -> bool:
     """Whether a leaf is one of the matrices of the blocks: nine tenths of the weights, and what may be quantised."""
-    return path.startswith(("double/", "single/")) and path.endswith("/kernel")
+    return path.startswith(("preamble/", "double/", "single/")) and path.endswith("/kernel")
 
 
 def noted_loss(file: Tensors) -> float | None:

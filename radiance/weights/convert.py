@@ -29,6 +29,7 @@ MARKS = {"int8": "int8_tensorwise", "float8_e4m3fn": "float8_e4m3fn", "float8_e5
 PARTS = (
     ("markers", r"__"),
     ("modulation", r"distilled_guidance_layer|time_in|guidance_in|vector_in|.*_mod\.|.*\.modulation|final_layer\.(adaLN|offset)|shared_modulation"),
+    ("text blocks", r"text_blocks"),
     ("double blocks", r"double_blocks"),
     ("single blocks", r"single_blocks"),
     ("NeRF head", r"nerf_"),

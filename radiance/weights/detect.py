@@ -84,7 +84,8 @@ def detect(shapes: Shapes, metadata: Mapping[str, str] | None = None, origin: ob
             told = str(error).rstrip(".")
             raise CheckpointError(f"{origin} describes its model in a way this version does not know: {told}.") from None
         # Before the model is laid out, block by block.
-        if max(model.double_blocks, model.single_blocks, model.approximator_depth, model.nerf_depth) > max(len(shapes), 64):
+        depths = (model.text_preamble, model.double_blocks, model.single_blocks, model.approximator_depth, model.nerf_depth)
+        if max(depths) > max(len(shapes), 64):
             raise CheckpointError(f"{origin} describes a model that is deeper than its {len(shapes)} tensors can be: it is damaged.")
         return model
     recognise(shapes, origin)
@@ -113,12 +114,17 @@ def _detect(shapes: Shapes, known: Mapping) -> config.Model:
         hidden=hidden, text_dim=text_dim, heads=hidden // head_dim, double_blocks=doubles, single_blocks=singles,
         mlp_ratio=mlp / hidden, rope_axes=(16, 56, 56), text_ids="sequential" if "__sequential__" in shapes else "zero",
         prediction="x0" if "__x0__" in shapes else "velocity", registers=shapes.get("registers", (0,))[0],
+        text_preamble=count("text_blocks.{i}.txt_attn.qkv.weight"),
     )  # fmt: skip
+    if "txt_padding" in shapes:
+        fields |= dict(padding="learned", masking="off")
 
     if "distilled_guidance_layer.in_proj.weight" in shapes:
         approximator_hidden, approximator_dim = shapes["distilled_guidance_layer.in_proj.weight"]
         depth = count("distilled_guidance_layer.layers.{i}.in_layer.weight")
         fields |= dict(approximator_hidden=approximator_hidden, approximator_dim=approximator_dim, approximator_depth=depth)
+    elif "final_layer.modulation_offset" in shapes:
+        fields["modulation"] = "none"
     else:
         fields |= dict(
             modulation="per_block", masking="off", guidance_embed="guidance_in.in_layer.weight" in shapes,
@@ -127,9 +133,12 @@ def _detect(shapes: Shapes, known: Mapping) -> config.Model:
 
     if "img_in.weight" in shapes:
         return config.Model(**(fields | dict(patch=1, head="linear", channels=shapes["img_in.weight"][1]) | known))
-    _, channels, kernel, _ = shapes["img_in_patch.weight"]
+    pressed = shapes.get("img_in_bottleneck.in_layer.weight")
+    _, channels, kernel, _ = pressed or shapes["img_in_patch.weight"]
     patch = known.get("patch", 32 if "__32x32__" in shapes and kernel == 16 else kernel)
     fields |= dict(channels=channels, patch=patch, patch_embed="conv" if patch == kernel else "conv_half")
+    if pressed:
+        fields |= dict(patch_embed="bottleneck", bottleneck=pressed[0])
     if "nerf_image_embedder.embedder.0.weight" in shapes:
         nerf_hidden, features = shapes["nerf_image_embedder.embedder.0.weight"]
         generated = shapes["nerf_blocks.0.param_generator.weight"][0]

@@ -108,7 +108,8 @@ def join(arrays: list[np.ndarray]) -> np.ndarray:
 def check(model: config.Model):
     """Raises CheckpointError for a model that diffusers has no class for."""
     needs = dict(
-        head="linear", modulation="approximator", prediction="velocity", text_ids="zero", registers=0, mlp_ratio=4.0, rope_theta=10_000.0
+        head="linear", modulation="approximator", prediction="velocity", text_ids="zero", padding="encoder", registers=0, text_preamble=0,
+        mlp_ratio=4.0, rope_theta=10_000.0,
     )
     if model.patch > 1:
         raise CheckpointError(

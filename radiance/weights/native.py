@@ -61,15 +61,14 @@ def linear(native: str, path: str, layout: str = "matrix", when: Callable[[confi
 
 
 def stream(native: str, path: str) -> list[Row]:
-    """One side of the double blocks."""
-    block = f"double_blocks.{{i}}.{native}"
+    """One side of the double blocks, or the blocks of text alone."""
     return [
-        *linear(f"{block}_attn.qkv", f"double/{path}/attention/qkv"),
-        Row(f"{block}_attn.norm.query_norm.scale", (Part(f"double/{path}/attention/query_norm/scale"),)),
-        Row(f"{block}_attn.norm.key_norm.scale", (Part(f"double/{path}/attention/key_norm/scale"),)),
-        *linear(f"{block}_attn.proj", f"double/{path}/attention/proj", "heads"),
-        *linear(f"{block}_mlp.0", f"double/{path}/mlp/linear_in"),
-        *linear(f"{block}_mlp.2", f"double/{path}/mlp/linear_out"),
+        *linear(f"{native}_attn.qkv", f"{path}/attention/qkv"),
+        Row(f"{native}_attn.norm.query_norm.scale", (Part(f"{path}/attention/query_norm/scale"),)),
+        Row(f"{native}_attn.norm.key_norm.scale", (Part(f"{path}/attention/key_norm/scale"),)),
+        *linear(f"{native}_attn.proj", f"{path}/attention/proj", "heads"),
+        *linear(f"{native}_mlp.0", f"{path}/mlp/linear_in"),
+        *linear(f"{native}_mlp.2", f"{path}/mlp/linear_out"),
     ]
 
 
@@ -103,7 +102,10 @@ def offsets(kind: str) -> list[Row]:
 TABLE: list[Row] = [
     *linear("img_in_patch", "patch_embed", "patch", when=lambda model: model.patch > 1),
     *linear("img_in", "patch_embed", when=lambda model: model.patch == 1),
+    Row("img_in_bottleneck.in_layer.weight", (Part("patch_embed/linear_in/kernel", "patch"),)),
+    *linear("img_in_bottleneck.out_layer", "patch_embed/linear_out"),
     *linear("txt_in", "text_embed"),
+    Row("txt_padding", (Part("padding"),)),
     Row("registers", (Part("registers"),)),
     *linear("distilled_guidance_layer.in_proj", "modulation/proj_in"),
     *linear("distilled_guidance_layer.layers.{i}.in_layer", "modulation/layers/linear_in"),
@@ -120,8 +122,9 @@ TABLE: list[Row] = [
     *linear("shared_modulation.lin", "modulation/linear", when=modulated_by("shared")),
     *offsets("shared"),
     *offsets("none"),
-    *stream("img", "image"),
-    *stream("txt", "text"),
+    *stream("text_blocks.{i}.txt", "preamble"),
+    *stream("double_blocks.{i}.img", "double/image"),
+    *stream("double_blocks.{i}.txt", "double/text"),
     Row("single_blocks.{i}.linear1.weight", (Part("single/attention/qkv/kernel", "matrix"), Part("single/mlp/linear_in/kernel", "matrix"))),
     Row("single_blocks.{i}.linear1.bias", (Part("single/attention/qkv/bias", "flat"), Part("single/mlp/linear_in/bias"))),
     Row("single_blocks.{i}.linear2.weight", (Part("single/attention/proj/kernel", "heads"), Part("single/mlp/linear_out/kernel", "matrix")), axis=1),

@@ -15,7 +15,7 @@ from radiance.weights.gguf import QUANTISED, GgufTensors, decoded, encoded
 
 # What may be stored coarsely. All else is a small share of the weights and a large one of the damage: norms, biases, input and
 # text projections, the approximator, everything NeRF.
-BLOCK_MATRIX = re.compile(r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight$")
+BLOCK_MATRIX = re.compile(r"((text|double)_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight$")
 PIECE = 1 << 22  # values that are rounded at a time: the largest matrix has 151 million
 
 

@@ -14,7 +14,7 @@ from radiance.weights.files import CheckpointError
 
 # What a graft takes from the new model; all else is the trunk's.
 PIXEL_FIELDS = (
-    "channels", "patch", "patch_embed", "head", "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs", "prediction",
+    "channels", "patch", "patch_embed", "bottleneck", "head", "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs", "prediction",
 )  # fmt: skip
 PIXEL_PARTS = ("patch_embed", "head")  # of the parameter tree
 

@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NUMBERS = (
-    "channels", "patch", "hidden", "heads", "double_blocks", "single_blocks", "mlp_ratio", "rope_axes", "rope_theta", "text_dim",
-    "registers", "approximator_dim", "approximator_hidden", "approximator_depth", "pooled_dim", "guidance_embed",
+    "channels", "patch", "bottleneck", "hidden", "heads", "double_blocks", "single_blocks", "mlp_ratio", "rope_axes", "rope_theta",
+    "text_dim", "registers", "text_preamble", "approximator_dim", "approximator_hidden", "approximator_depth", "pooled_dim", "guidance_embed",
     "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs",
 )  # fmt: skip
 CHOICES = {
-    "patch_embed": ("conv", "conv_half"),  # conv_half reads every second pixel
+    "patch_embed": ("conv", "conv_half", "bottleneck"),  # conv_half reads every second pixel, bottleneck goes through few channels
     "text_ids": ("zero", "sequential"),  # rotary ids of text tokens
     "masking": ("one_pad", "strict", "off"),  # padding tokens that are attended: one, none, all
+    "padding": ("encoder", "learned"),  # what stands at padded text
     "modulation": ("approximator", "per_block", "shared", "none"),
     "head": ("nerf_conv", "nerf_linear", "linear"),
     "prediction": ("velocity", "x0"),  # what the last layer puts out; the model always returns velocity
@@ -110,9 +111,14 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
 
 
+def layer_norm(x: Tensor) -> Tensor:
+    """Without parameters, in float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, in float32, then shift and scale [b or 1, d]."""
-    return ((1 + scale[:, None]) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift[:, None]).to(x.dtype)
+    """Layer norm, then shift and scale [b or 1, d]."""
+    return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).to(x.dtype)
 
 
 def gated(x: Tensor, gate: Tensor, f: Tensor) -> Tensor:
@@ -197,16 +203,33 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k), v
 
 
+def stream(c: SimpleNamespace) -> tuple[nn.ModuleDict, nn.Sequential]:
+    """Attention and MLP of image or text."""
+    d, wide = c.hidden, round(c.hidden * c.mlp_ratio)
+    attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "norm": QKNorm(d // c.heads), "proj": nn.Linear(d, d)})
+    return attn, nn.Sequential(nn.Linear(d, wide), nn.GELU("tanh"), nn.Linear(wide, d))
+
+
+class TextBlock(nn.Module):
+    """Attention, then MLP, of the text alone."""
+
+    def __init__(self, c: SimpleNamespace):
+        super().__init__()
+        self.txt_attn, self.txt_mlp = stream(c)
+
+    def forward(self, y: Tensor, rope: Tensor, visible: Tensor | None) -> Tensor:
+        qkv = self.txt_attn["norm"](self.txt_attn["qkv"](layer_norm(y).to(y.dtype)))
+        y = y + self.txt_attn["proj"](attention(*qkv, rope, visible))
+        return y + self.txt_mlp(layer_norm(y).to(y.dtype))
+
+
 class DoubleBlock(nn.Module):
     """Image and text keep their own weights and meet in the attention."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        d, wide = c.hidden, round(c.hidden * c.mlp_ratio)
-        self.img_attn, self.txt_attn = (
-            nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "norm": QKNorm(d // c.heads), "proj": nn.Linear(d, d)}) for _ in range(2)
-        )
-        self.img_mlp, self.txt_mlp = (nn.Sequential(nn.Linear(d, wide), nn.GELU("tanh"), nn.Linear(wide, d)) for _ in range(2))
+        d = c.hidden
+        (self.img_attn, self.img_mlp), (self.txt_attn, self.txt_mlp) = stream(c), stream(c)
         if c.modulation == "per_block":
             self.img_mod, self.txt_mod = Modulation(d, 6), Modulation(d, 6)
         elif c.modulation != "approximator":
@@ -267,14 +290,20 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.settings = settings(config)
         self.config, self.head_tile, self.recompute, d, f = dict(config), head_tile, False, c.hidden, c.nerf_hidden
+        side = c.patch // 2 if c.patch_embed == "conv_half" else c.patch
         if c.patch == 1:
             self.img_in = nn.Linear(c.channels, d)
+        elif c.patch_embed == "bottleneck":
+            pressed = nn.Conv2d(c.channels, c.bottleneck, side, stride=side, bias=False)
+            self.img_in_bottleneck = nn.ModuleDict({"in_layer": pressed, "out_layer": nn.Linear(c.bottleneck, d)})
         else:
-            side = c.patch // 2 if c.patch_embed == "conv_half" else c.patch
             self.img_in_patch = nn.Conv2d(c.channels, d, side, stride=side)
         self.txt_in = nn.Linear(c.text_dim, d)
+        if c.padding == "learned":
+            self.txt_padding = nn.Parameter(torch.zeros(c.text_dim))
         if c.registers:
             self.registers = nn.Parameter(torch.zeros(c.registers, d))
+        self.text_blocks = nn.ModuleList(TextBlock(c) for _ in range(c.text_preamble))
         self.double_blocks = nn.ModuleList(DoubleBlock(c) for _ in range(c.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.single_blocks))
 
@@ -315,7 +344,7 @@ class Transformer(nn.Module):
         """Float32 velocity [b, c, height, width] at `image` [b, c, height, width], a picture mixed with noise at `time` [b].
 
         Height and width must divide by the patch (ValueError); packed latents are pictures of 64 channels with patch 1.
-        text [b, l, e], lengths [b]: the encoder's output and the number of real tokens, end-of-sequence included.
+        text [b, l, e], lengths [b]: the encoder's output and the number of real tokens, end-of-sequence included; 0 is no text at all.
         guidance [b]: the guidance number that some models embed; 0 when None, as in all published Chroma training.
         pooled [b, pooled_dim]: for models that read a pooled text vector.
         divisor [b]: for x0 models, by what image − x̂ is divided; `time` when None, which must then not be 0.
@@ -327,19 +356,26 @@ class Transformer(nn.Module):
         image, lengths = image.float(), lengths.to(image.device)
         double, single, output = self.modulation(time, guidance, pooled)
 
-        seen = {"one_pad": lengths + 1, "strict": lengths, "off": torch.full_like(lengths, words)}[c.masking]
-        seen = torch.arange(words, device=image.device) < seen[:, None]
-        visible = None if c.masking == "off" else F.pad(seen, (rows * columns + c.registers, 0), value=True)
+        index, seen = torch.arange(words, device=image.device), lengths + (c.masking == "one_pad")
+        visible = None if c.masking == "off" else F.pad(index < seen[:, None], (rows * columns + c.registers, 0), value=True)
         rope = rope_table(c, rows, columns, words).to(image.device)
         # What is hidden is also erased: even a NaN there must not pass through a product with 0.
-        x, y = self.embed_image(image), self.embed_text(text.masked_fill(~seen[..., None], 0))
+        if c.padding == "learned":
+            text = torch.where((index < lengths[:, None])[..., None], text, self.txt_padding)
+        elif c.masking != "off":
+            text = text.masked_fill((index >= seen[:, None])[..., None], 0)
+        x, y = self.embed_image(image), self.embed_text(text)
+        n = x.shape[1]
 
+        alone = None if visible is None else F.pad(visible[:, n + 1 :], (1, 0), value=True)  # the first at least: no row is empty
+        for block in self.text_blocks:
+            y = run(self.recompute, block, y, rope[:, n:], alone)
         for block, vectors in zip(self.double_blocks, double):
             x, y = run(self.recompute, block, x, y, vectors, rope, visible)
         x = torch.cat([x, y], dim=1)
         for block, vectors in zip(self.single_blocks, single):
             x = run(self.recompute, block, x, vectors, rope, visible)
-        tokens = x[:, : rows * columns]
+        tokens = x[:, :n]
 
         if c.head == "linear":
             tokens = modulate(tokens.float(), output[:, 0], output[:, 1])
@@ -384,7 +420,10 @@ class Transformer(nn.Module):
         if self.settings.patch == 1:
             return self.img_in(image.flatten(2).transpose(1, 2).to(self.img_in.weight.dtype))
         image = image[:, :, ::2, ::2] if self.settings.patch_embed == "conv_half" else image
-        return self.img_in_patch(image.to(self.img_in_patch.weight.dtype)).flatten(2).transpose(1, 2)
+        pressed = self.settings.patch_embed == "bottleneck"
+        layer = self.img_in_bottleneck["in_layer"] if pressed else self.img_in_patch
+        x = layer(image.to(layer.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.img_in_bottleneck["out_layer"](x) if pressed else x
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Registers and text tokens."""

@@ -47,7 +47,7 @@ def main():
         noise = settings["noise_scale"] * noise_of(model, seed, *arguments.size).to(arguments.device)
         image = sample(
             model, noise, text, lengths, *negative[:2], times=times, guidance=arguments.guidance,
-            unguided_steps=settings.get("unguided_steps", 0), pooled=pooled, negative_pooled=negative[2],
+            unguided_steps=settings.get("unguided_steps", 0), floor=settings.get("floor", 0.0), pooled=pooled, negative_pooled=negative[2],
         )  # fmt: skip
         path = write(arguments.out / f"{i:03}-seed{seed}", image[0].cpu(), *arguments.size)
         print(f"{i + 1}/{len(prompts)} {path} ({time.perf_counter() - start:.1f} s): {prompt}", flush=True)
@@ -111,12 +111,12 @@ def noise_of(model: Transformer, seed: int, width: int, height: int) -> Tensor:
 def sample(
     model: Transformer, noise: Tensor, text: Tensor, lengths: Tensor, negative_text: Tensor | None = None,
     negative_lengths: Tensor | None = None, *, times: Tensor | Sequence[float], guidance: float = 1.0, unguided_steps: int = 0,
-    pooled: Tensor | None = None, negative_pooled: Tensor | None = None,
+    floor: float = 0.0, pooled: Tensor | None = None, negative_pooled: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Pictures [b, c, height, width] (about [-1, 1]) from scaled `noise`, by Euler steps along falling `times` from 1 to 0.
 
     Guidance is v⁻ + g·(v⁺ − v⁻), after the first `unguided_steps`; 1 is none. The negative text has as many tokens, and b rows or
-    one. The model is not evaluated at the last time, so x0 models do not divide by 0.
+    one. The model is not evaluated at the last time, so x0 models do not divide by 0; they divide by no less than `floor`.
     """
     times, b = torch.as_tensor(times, dtype=torch.float32, device="cpu"), len(noise)
     if times.diff().ge(0).any() or times[-1] < 0:
@@ -128,10 +128,11 @@ def sample(
             raise ValueError("Guidance other than 1 needs negative_text, negative_lengths and, beside pooled, negative_pooled.")
         both = [None if p is None else torch.cat([p, n.expand_as(p)]) for p, n in pairs]
     for i, (now, after) in enumerate(zip(times[:-1], times[1:])):
+        time, divisor = (t.to(x.device).expand(2 * b) for t in (now, now.clamp(min=floor)))
         if guidance == 1 or i < unguided_steps:
-            velocity = model(x, text, lengths, now.to(x.device).expand(b), pooled=pooled)
+            velocity = model(x, text, lengths, time[:b], pooled=pooled, divisor=divisor[:b])
         else:
-            v = model(torch.cat([x, x]), both[0], both[1], now.to(x.device).expand(2 * b), pooled=both[2])
+            v = model(torch.cat([x, x]), both[0], both[1], time, pooled=both[2], divisor=divisor)
             velocity = v[b:] + guidance * (v[:b] - v[b:])
         x = x + (after - now) * velocity
     return x

@@ -93,8 +93,10 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
     def patches(image, side):
         return np.stack([image[r * side : (r + 1) * side, c * side : (c + 1) * side].reshape(-1) for r, c in grid])
 
-    half = model.patch_embed == "conv_half"
-    x = dense(patches(image[::2, ::2], side // 2) if half else patches(image, side), p["patch_embed"])
+    values = patches(image[::2, ::2], side // 2) if model.patch_embed == "conv_half" else patches(image, side)
+    x = mlp(values, p["patch_embed"], lambda z: z) if model.patch_embed == "bottleneck" else dense(values, p["patch_embed"])
+    if model.padding == "learned":
+        text = np.concatenate([text[: int(length)], np.tile(p["padding"], (len(text) - int(length), 1))])
     y = dense(text, p["text_embed"])
     kept = {"one_pad": np.arange(len(y)) <= length, "strict": np.arange(len(y)) < length, "off": np.full(len(y), True)}[model.masking]
     ids = [(j if model.text_ids == "sequential" else 0, 0, 0) for j in range(len(y))]
@@ -106,7 +108,7 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
     turns = np.exp(1j * np.concatenate(angles, axis=1))[:, None]
 
     def turned(x):
-        z = (x[..., ::2] + 1j * x[..., 1::2]) * turns
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * turns[: len(x)]
         return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
 
     def project(x, p):
@@ -114,11 +116,16 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
         return rms(q, p["query_norm"]), rms(k, p["key_norm"]), v
 
     def attention(q, k, v):
+        """Of the joint sequence, or of the text alone, with which it begins."""
         logits = np.einsum("qhk,shk->hqs", turned(q), turned(k)) / np.sqrt(model.head_dim)
-        weights = np.where(np.outer(kept, kept), np.exp(logits), 0)
+        weights = np.where(np.outer(kept, kept)[: len(q), : len(q)], np.exp(logits), 0)
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
         return np.einsum("hqs,shk->qhk", weights, v).reshape(len(q), -1)
 
+    for i in range(model.text_preamble):
+        s = at(p["preamble"], i)
+        y = y + dense(attention(*project(modulated(y, 0, 0), s["attention"])), s["attention"]["proj"])
+        y = y + mlp(modulated(y, 0, 0), s["mlp"])
     for i in range(model.double_blocks):
         sides, m = (at(p["double"]["text"], i), at(p["double"]["image"], i)), (v.text[i], v.image[i])
         qkv = [project(modulated(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, sides)]
@@ -189,7 +196,7 @@ def test_agrees_with_the_specification(variant):
 
 # --- text lengths -------------------------------------------------------------------------------------------------------
 
-MASKED = ["one_pad", "strict", "registers", "sequential", "linear", "per_block"]
+MASKED = ["one_pad", "strict", "registers", "sequential", "linear", "per_block", "bottleneck", "preamble"]
 
 
 def padding(model, inputs):

@@ -24,6 +24,8 @@ VARIANTS = {
     "shared_linear": dict(modulation="shared", head="linear", registers=1),
     "none": dict(modulation="none"),
     "none_linear": dict(modulation="none", head="linear"),
+    "bottleneck": dict(patch_embed="bottleneck", bottleneck=5),
+    "learned": dict(padding="learned", masking="off", text_preamble=2, modulation="none", head="linear"),
     "no_doubles": dict(double_blocks=0),
     "no_singles": dict(single_blocks=0, mlp_ratio=2.5),
 }
