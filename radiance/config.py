@@ -24,8 +24,9 @@ class Model(Section):
 
     channels: int = 3  # of the picture; 64 for packed latents
     patch: int = 16  # side of the square that one image token stands for; 1 for packed latents
-    patch_embed: Literal["conv", "conv_half", "bottleneck"] = "conv"  # conv_half reads every second pixel (the first kind of patch-32 model)
-    bottleneck: int = 128  # of patch_embed=bottleneck: numbers that a patch is pressed into first (JiT, arXiv 2511.13720)
+    # conv_half reads every second pixel (the first kind of patch-32 model); bottleneck has few channels on the way (JiT, arXiv 2511.13720)
+    patch_embed: Literal["conv", "conv_half", "bottleneck"] = "conv"
+    bottleneck: int = 128  # those channels
     hidden: int = 3072
     heads: int = 24
     double_blocks: int = 19
@@ -36,7 +37,7 @@ class Model(Section):
     text_dim: int = 4096  # width of the text encoder's output
     text_ids: Literal["zero", "sequential"] = "zero"  # rotary ids of text tokens
     masking: Literal["one_pad", "strict", "off"] = "one_pad"  # padding tokens that are attended: one, none, all
-    padding: Literal["encoder", "learned"] = "encoder"  # what stands at padded text: the encoder's output, or one learned vector (MiniT2I)
+    padding: Literal["encoder", "learned"] = "encoder"  # what stands at padded text: its output, or one vector (MiniT2I)
     registers: int = 0  # learned tokens beside the text, always visible
     text_preamble: int = 0  # blocks of text and registers alone, before those that see the picture
     modulation: Literal["approximator", "per_block", "shared", "none"] = "approximator"

@@ -15,7 +15,9 @@ import radiance
 from radiance import config
 from radiance.cli import main
 from radiance.model import autoencoder
+from radiance.models import encoded_prompts
 from radiance.pictures import to_picture
+from radiance.pipeline import encode
 from radiance.sampling import paint
 from radiance.weights import autoencoder as autoencoder_files
 from radiance.weights import checkpoint, lora
@@ -78,7 +80,7 @@ def test_the_painted_latents_are_decoded(files):
     )
     pipeline = radiance.load(files / "latents.safetensors", **named)
     picture = pipeline(["a red cat"], seeds=[3], width=24, height=16)[0]
-    condition, _ = pipeline.encode(["a red cat"], "")
+    condition, _ = encode(pipeline.encoder, ["a red cat"], pipeline.run.sample, "one_pad")
     latents = paint(
         pipeline.params, np.array([3], np.uint32), condition, None, model=LATENT, compute=pipeline.run.compute,
         settings=pipeline.run.sample, noise_scale=1.0, height=4, width=6,
@@ -296,3 +298,13 @@ def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
 
     run = toy_run(tmp_path, data_directory, "train.steps=1", "text.length=3", "train.sample_prompts=", "train.validate_pictures=4")
     assert train(run) == 1  # "the digit 7" and its end are four
+
+
+def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):
+    """What the PyTorch script reads is what our pipeline would: all padding where the model sees it, and no text where that was asked for."""
+    learned = toy_run(tmp_path, "unused", "text.length=40", "sample.unconditional=masked", padding="learned", masking="off")
+    for run, width, negative in ((learned, 40, 0), (toy_run(tmp_path, "unused", "text.length=40"), 16, 1)):
+        encoded_prompts(run)(tmp_path)
+        found = load_file(tmp_path / "prompts.safetensors")
+        assert found["text"].shape == (2, width, 16) and found["negative_text"].shape == (1, width, 16)
+        assert found["lengths"].tolist() == [4, 4] and found["negative_lengths"].tolist() == [negative]

@@ -10,7 +10,7 @@ from toys import toy_params
 from radiance import config
 from radiance.models import load
 from radiance.pictures import contact_sheet, save_png, to_array, to_picture
-from radiance.pipeline import Pipeline
+from radiance.pipeline import Pipeline, encode
 from radiance.sampling import modulations, paint
 from radiance.text.encoders import TextError
 
@@ -68,6 +68,20 @@ def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
     monkeypatch.setattr("radiance.pipeline.bucket", lambda tokens, limit: limit)
     assert encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1] == 40
     assert np.abs(pixels(pipeline(["a one"])[0]) - pixels(cut[0])).max() <= 1
+
+
+def test_without_any_text_guidance_leads_away_from_a_learned_text(pipeline):
+    run = config.override(
+        toy_run("unused", "unused", "text.length=40", padding="learned", masking="off"), ["sample.unconditional=masked", "sample.steps=2"]
+    )
+    positive, negative = encode(pipeline.encoder, ["a one"], run.sample, "off")
+    assert positive.lengths.tolist() == [3] and negative.lengths.tolist() == [0] and negative.text.shape == (1, 40, 16)
+    learned = Pipeline(run, toy_params(run.model), "toy")
+    masked, named = pixels(learned(["a one"])[0]), config.override(run.sample, ["unconditional=negative"])
+    assert np.abs(masked - pixels(learned(["a one"], settings=named)[0])).max() > 2
+    # no encoder is asked what stands there
+    params = dict(learned.params, padding=learned.params["padding"] + 1)
+    assert np.abs(masked - pixels(Pipeline(run, params, "toy")(["a one"])[0])).max() > 2
 
 
 def test_the_negative_prompt_and_settings_count(pipeline):

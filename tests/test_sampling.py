@@ -297,7 +297,10 @@ def looped(model, params, noise, settings, positive, negative=None):
             return half(positive)
         return guided64(half(positive), half(negative), settings.guidance, settings.guidance_rescale)
 
-    return plain(velocity, noise, times_of(settings, 4), settings.solver)
+    def floored(x, t, step):  # what an x0 model divides by is no less than the floor
+        return velocity(x, t, step) * t / max(t, settings.floor)
+
+    return plain(floored, noise, times_of(settings, 4), settings.solver)
 
 
 def close(x, expected, tolerance=1e-5):
@@ -310,6 +313,7 @@ GUIDANCE = {
     "late": dict(guidance=3.5, guidance_rescale=0.7, unguided_steps=1, guidance_interval=(0.0, 0.5)),
     "early": dict(guidance=3.5, unguided_steps=1, guidance_interval=(0.5, 0.9)),
     "nowhere": dict(guidance=1.0),
+    "floor": dict(guidance=3.5, guidance_interval=(0.4, 1.0), floor=0.6),
 }
 
 
@@ -319,6 +323,7 @@ GUIDANCE = {
         *(("heun", where) for where in GUIDANCE),
         ("euler", "everywhere"),
         ("euler", "early"),
+        ("euler", "floor"),
         ("dpmpp_2m", "everywhere"),
         ("dpmpp_2m", "early"),
     ],

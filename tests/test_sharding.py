@@ -29,6 +29,16 @@ def test_weights_are_spread_over_the_devices_that_share_them(name, sizes, least)
     assert whole / held > least * (0.8 if name in ("large", "flux1-schnell") else 1)
 
 
+def test_text_blocks_lie_as_the_others():
+    model = config.override(config.MODELS["small"], ["text_preamble=2", "patch_embed=bottleneck", "padding=learned"])
+    leaves, devices = flatten(abstract(model)), mesh(1, 4, 2)
+    places = {path: spec_of(path, leaf.shape, devices) for path, leaf in leaves.items()}
+    for part in ("attention/qkv", "attention/proj", "mlp/linear_in", "mlp/linear_out"):
+        assert places[f"preamble/{part}/kernel"] == places[f"double/text/{part}/kernel"] != PartitionSpec()
+    assert places["patch_embed/linear_in/kernel"] == places["patch_embed/linear_out/kernel"] == PartitionSpec(None, "fsdp")
+    assert places["padding"] == PartitionSpec(None)
+
+
 def test_averages_and_moments_lie_as_their_parameters():
     devices = mesh(1, 8, 2)
     path = "single/mlp/linear_in/kernel"

@@ -85,9 +85,6 @@ class Transformer(nnx.Module):
         text_len = None if model.masking == "off" else model.registers + visible
         attend = partial(attention, kv_len=None if text_len is None else n + text_len, backend=self.compute.attention)
 
-        def preamble(y, block):
-            return constrained(expanded(block)(y, rope[:, n:], attend_text), ROWS), None
-
         def double(carry, block_vectors):
             block, image_vectors, text_vectors = block_vectors
             x, y = expanded(block)(*carry, image_vectors, text_vectors, rope, attend)
@@ -98,10 +95,7 @@ class Transformer(nnx.Module):
             return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
 
         if model.text_preamble:
-            # Where a text has no token to see, its hidden ones see the first of themselves: an empty row would be NaN.
-            seen = None if text_len is None else jnp.maximum(text_len, 1)
-            attend_text = partial(attention, kv_len=seen, backend=self.compute.attention)
-            y, _ = jax.lax.scan(self.remat(preamble), y, self.preamble)
+            y = self.read(y, rope[:, n:], text_len)
         if model.double_blocks:
             (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))
         if model.single_blocks:
@@ -132,6 +126,17 @@ class Transformer(nnx.Module):
             registers = jnp.broadcast_to(self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape))
             y = jnp.concatenate([registers, y], axis=1)
         return y, visible
+
+    def read(self, y: Float[Array, "b w d"], rope: Float32[Array, "2 w 1 half"], kv_len: Int[Array, " b"] | None) -> Float[Array, "b w d"]:
+        """The text after the blocks of its own."""
+        # Where no token is to be seen the hidden ones see the first of them, for an empty row would be NaN. Nobody reads what they find.
+        kv_len = None if kv_len is None else jnp.maximum(kv_len, 1)
+        attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
+
+        def body(y, block):
+            return constrained(expanded(block)(y, rope, attend), ROWS), None
+
+        return jax.lax.scan(self.remat(body), y, self.preamble)[0]
 
     def remat(self, body):
         if self.compute.remat == "none":

@@ -110,7 +110,7 @@ def check(model: config.Model):
     needs = dict(
         head="linear", modulation="approximator", prediction="velocity", text_ids="zero", padding="encoder", registers=0, text_preamble=0,
         mlp_ratio=4.0, rope_theta=10_000.0,
-    )
+    )  # fmt: skip
     if model.patch > 1:
         raise CheckpointError(
             "diffusers has no class for pixel models such as Radiance (its Chroma reads latents): write --to native, which ComfyUI and "

@@ -111,14 +111,9 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()).to(x.dtype)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Without parameters, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, then shift and scale [b or 1, d]."""
-    return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).to(x.dtype)
+    """Layer norm without parameters, in float32, then shift and scale [b or 1, d]."""
+    return ((1 + scale[:, None]) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift[:, None]).to(x.dtype)
 
 
 def gated(x: Tensor, gate: Tensor, f: Tensor) -> Tensor:
@@ -218,9 +213,10 @@ class TextBlock(nn.Module):
         self.txt_attn, self.txt_mlp = stream(c)
 
     def forward(self, y: Tensor, rope: Tensor, visible: Tensor | None) -> Tensor:
-        qkv = self.txt_attn["norm"](self.txt_attn["qkv"](layer_norm(y).to(y.dtype)))
+        none = rope.new_zeros(1, y.shape[-1])
+        qkv = self.txt_attn["norm"](self.txt_attn["qkv"](modulate(y, none, none)))
         y = y + self.txt_attn["proj"](attention(*qkv, rope, visible))
-        return y + self.txt_mlp(layer_norm(y).to(y.dtype))
+        return y + self.txt_mlp(modulate(y, none, none))
 
 
 class DoubleBlock(nn.Module):
@@ -365,8 +361,8 @@ class Transformer(nn.Module):
         elif c.masking != "off":
             text = text.masked_fill((index >= seen[:, None])[..., None], 0)
         x, y = self.embed_image(image), self.embed_text(text)
-        n = x.shape[1]
 
+        n = x.shape[1]
         alone = None if visible is None else F.pad(visible[:, n + 1 :], (1, 0), value=True)  # the first at least: no row is empty
         for block in self.text_blocks:
             y = run(self.recompute, block, y, rope[:, n:], alone)
@@ -420,10 +416,10 @@ class Transformer(nn.Module):
         if self.settings.patch == 1:
             return self.img_in(image.flatten(2).transpose(1, 2).to(self.img_in.weight.dtype))
         image = image[:, :, ::2, ::2] if self.settings.patch_embed == "conv_half" else image
-        pressed = self.settings.patch_embed == "bottleneck"
-        layer = self.img_in_bottleneck["in_layer"] if pressed else self.img_in_patch
-        x = layer(image.to(layer.weight.dtype)).flatten(2).transpose(1, 2)
-        return self.img_in_bottleneck["out_layer"](x) if pressed else x
+        if self.settings.patch_embed == "bottleneck":
+            first, second = self.img_in_bottleneck.values()
+            return second(first(image.to(first.weight.dtype)).flatten(2).transpose(1, 2))
+        return self.img_in_patch(image.to(self.img_in_patch.weight.dtype)).flatten(2).transpose(1, 2)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Registers and text tokens."""

@@ -19,8 +19,9 @@ WIDE = dict(
         dict(nerf_depth=1, head="nerf_linear", modulation="per_block", pooled_dim=32, guidance_embed=True),
         dict(head="linear", patch_embed="conv_half", modulation="shared", registers=3),
         dict(head="linear", patch=1, channels=16, modulation="none"),
+        dict(head="linear", patch_embed="bottleneck", bottleneck=200, modulation="none", registers=40, text_preamble=1),
     ],
-    ids=["approximator", "per_block", "shared", "none"],
+    ids=["approximator", "per_block", "shared", "none", "bottleneck"],
 )
 def test_the_compiler_counts_as_many(changes):
     model = toy_model(**(WIDE | changes))

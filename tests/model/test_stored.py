@@ -15,7 +15,7 @@ from radiance.weights.checkpoint import is_block_matrix, of_params
 from radiance.weights.files import CheckpointError
 from radiance.weights.native import flatten
 
-SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14), text_preamble=1)
 MODEL = toy_model(**SIZES)
 # rms error of a Gaussian matrix of 64 inputs
 ERRORS = {"q8_0": 5.3e-3, "int8": 5.9e-3, "float8_e4m3fn": 2.7e-2}

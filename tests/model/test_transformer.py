@@ -242,11 +242,39 @@ def test_without_masking_padding_counts():
     np.testing.assert_array_equal(apply(model, toy_params(model), inputs | dict(lengths=np.full(3, 6, np.int32))), before)
 
 
+def test_a_learned_vector_stands_at_padding():
+    """Whatever the encoder has put there; a text of length 0 is that vector alone."""
+    model = toy_model(**VARIANTS["learned"])
+    params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 3, 6))
+    padded = (np.arange(6) >= inputs["lengths"][:, None])[..., None]
+    before = apply(model, params, inputs)
+    assert_near(before, oracle(model, params, inputs), 2e-5)
+    for garbage in (0, 1e30, np.nan):
+        dirty = inputs | dict(text=np.where(padded, np.float32(garbage), inputs["text"]))
+        np.testing.assert_array_equal(apply(model, params, dirty), before)
+    moved = apply(model, params | dict(padding=params["padding"] + 1), inputs) - before
+    assert (np.abs(moved).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("registers", [0, 1])
+def test_a_text_of_nothing_leaves_no_trace(registers):
+    """Nothing of it is seen, in the blocks of text alone neither, and nothing becomes NaN."""
+    model = toy_model(**VARIANTS["preamble"], registers=registers)
+    params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 2, 6))
+    loss, (to_params, _, to_text) = gradients(model, params, inputs, weights_of(inputs))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, to_params, to_text))) and (np.asarray(to_text)[0] == 0).all()
+    before = apply(model, params, inputs)
+    assert_near(before, oracle(model, params, inputs), 2e-5)
+    np.testing.assert_array_equal(apply(model, params, inputs | dict(text=inputs["text"][::-1]))[0], before[0])
+
+
 FULL = dict(registers=2, text_ids="sequential")
 SMALL = dict(masking="strict", head="linear", modulation="none")
+ALONE = dict(SMALL, text_preamble=1, patch_embed="bottleneck", bottleneck=7)
+LEARNED = dict(VARIANTS["learned"], text_preamble=1, patch_embed="bottleneck", bottleneck=7)
 
 
-@pytest.mark.parametrize("changes", [FULL, SMALL])
+@pytest.mark.parametrize("changes", [FULL, SMALL, ALONE])
 def test_padded_text_has_no_gradient(changes):
     model = toy_model(**changes)
     params, inputs = toy_params(model), toy_inputs(model)
@@ -268,7 +296,7 @@ def weights_of(inputs):
     return np.random.default_rng(5).standard_normal(inputs["image"].shape, np.float32)
 
 
-@pytest.mark.parametrize("changes", [FULL, SMALL])
+@pytest.mark.parametrize("changes", [FULL, SMALL, LEARNED])
 def test_gradients_are_the_slopes_of_the_specification(changes):
     """Central differences of the float64 oracle, along a random direction in each part of the model, the picture and the text."""
     model = toy_model(**changes)
@@ -301,7 +329,7 @@ def test_gradients_are_the_slopes_of_the_specification(changes):
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_nothing(remat):
-    model = toy_model(**SMALL)
+    model = toy_model(**ALONE)
     inputs = toy_inputs(model)
     arguments = model, toy_params(model), inputs, weights_of(inputs)
     expected, ours = gradients(*arguments), gradients(*arguments, replace(FLOAT32, remat=remat))

@@ -17,7 +17,7 @@ from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora
 from radiance.weights.native import flatten
 
-SIZES = dict(hidden=64, rope_axes=(4, 14, 14))  # blocks of 32 divide
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14), text_preamble=1)  # blocks of 32 divide
 MODEL = toy_model(**SIZES)
 LORA = config.Lora(rank=3, alpha=6.0)
 
@@ -70,7 +70,9 @@ def test_gradients_are_those_of_the_whole_weights_seen_through_the_pair(remat):
             np.testing.assert_allclose(flatten(found)[f"{path}/{side}"], expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("parts", [("double", "single"), ("single/mlp",), ("single/attention", "double/image/attention/qkv")])
+@pytest.mark.parametrize(
+    "parts", [("preamble", "double", "single"), ("single/mlp",), ("preamble",), ("single/attention", "double/image/attention/qkv")]
+)
 def test_the_exported_lora_is_what_was_trained(parts, tmp_path):
     settings = config.Lora(rank=3, alpha=6.0, parts=parts)
     run = config.Config(model=MODEL, lora=settings, init="elsewhere", data=config.Data(side=8))

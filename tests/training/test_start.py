@@ -41,6 +41,8 @@ def test_each_mistake_is_named(file, changes, loss):
 def test_a_loss_that_nothing_mends(file):
     assert "no one change mends it" in said(file, PUBLISHED, 0.5)
     assert len(list(alternatives(config.Config(model=PUBLISHED)))) == 5
+    learned = config.Config(model=replace(PUBLISHED, padding="learned"))
+    assert all(config.override(learned, [change]) for change in alternatives(learned))
 
 
 def test_nothing_is_known_of_other_models(file):

@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 
 import gguf
 import ml_dtypes
@@ -24,7 +25,8 @@ from radiance.weights.surgery import merge
 SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
 X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=1, **SIZES)
 FLUX = toy_model(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off", **SIZES)
-MODELS = {"pixels": PIXELS, "x0_patch32": X0_PATCH32, "flux": FLUX, "latent": LATENT}
+TEXT = toy_model(patch_embed="bottleneck", padding="learned", masking="off", text_preamble=2, modulation="none", head="linear", **SIZES)
+MODELS = {"pixels": PIXELS, "text": TEXT, "x0_patch32": X0_PATCH32, "flux": FLUX, "latent": LATENT}
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 WEIGHTS = {"native": "out.safetensors", "diffusers": "out", "gguf": "out.gguf", "torch": "out"}
 
@@ -321,6 +323,11 @@ def test_the_report_counts_everything(tmp_path):
 def test_every_tensor_has_a_part():
     assert part_of("double_blocks.3.img_mod.lin.weight") == part_of("distilled_guidance_layer.norms.0.scale") == "modulation"
     assert (part_of("txt_in.bias"), part_of("nerf_blocks.0.norm.scale"), part_of("__x0__")) == ("input", "NeRF head", "markers")
+    assert (part_of("text_blocks.0.txt_mlp.0.bias"), part_of("txt_padding"), part_of("img_in_bottleneck.in_layer.weight")) == (
+        "text blocks",
+        "input",
+        "input",
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,6 +348,16 @@ def test_what_cannot_be_written(to, dtype, told, tmp_path):
         convert(source, tmp_path / "out", to, dtype)
     sentence(error)
     assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "changes, told", [(dict(padding="learned"), "padding=learned .only encoder"), (dict(text_preamble=1), "preamble=1 .only 0")]
+)
+def test_diffusers_has_no_place_for_our_text(changes, told, tmp_path):
+    model = replace(LATENT, **changes)
+    with pytest.raises(CheckpointError, match=told) as error:
+        convert(open_checkpoint(written(tmp_path, model)), tmp_path / "out", "diffusers")
+    sentence(error)
 
 
 @pytest.mark.parametrize("to", FORMATS)

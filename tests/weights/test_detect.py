@@ -30,13 +30,15 @@ WIDE = dict(
         dict(head="linear", patch=1, channels=64, modulation="per_block", masking="off", pooled_dim=768, guidance_embed=True),
         dict(head="linear", patch=1, channels=64, modulation="per_block", masking="off", pooled_dim=768),
         dict(double_blocks=0, mlp_ratio=3.0),
+        dict(patch_embed="bottleneck", bottleneck=7, patch=8, head="linear", text_preamble=2),
+        dict(padding="learned", masking="off", modulation="none", head="linear"),
         dict(single_blocks=0, mlp_ratio=8 / 3, hidden=768, heads=6),
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
 def test_detection_from_shapes(changes):
     model = config.Model(**(WIDE | changes))
-    if model.modulation == "per_block":  # fields that no file of that kind speaks of are the defaults
+    if model.modulation in ("per_block", "none"):  # fields that no file of that kind speaks of are the defaults
         model = replace(model, approximator_hidden=5120, approximator_depth=5)
     if model.head == "linear":
         model = replace(model, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=4, nerf_freqs=8)

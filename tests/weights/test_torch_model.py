@@ -116,7 +116,9 @@ def test_agrees_with_the_published_code(path):
     assert_near(sampled, file["sampled"], verify.CEILING)  # rounding alone moves some of these by 2e-4: see verify.py
 
 
-@pytest.mark.parametrize("changes", [FULL, SMALL, dict(VARIANTS["conv_half"], guidance_embed=True)])
+@pytest.mark.parametrize(
+    "changes", [FULL, SMALL, dict(VARIANTS["conv_half"], guidance_embed=True), VARIANTS["learned"], VARIANTS["preamble"]]
+)
 def test_gradients_agree(changes, loaded, tmp_path):
     model = toy_model(**changes)
     params, inputs = toy_params(model), toy_inputs(model)
@@ -147,7 +149,7 @@ def test_tables():
 # --- batches of ragged text ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["one_pad", "no_singles", "latent"])
+@pytest.mark.parametrize("variant", ["one_pad", "no_singles", "latent", "preamble"])
 def test_padded_text_has_no_influence_and_samples_do_not_meet(variant, loaded):
     model = toy_model(**MORE[variant])
     module, inputs = loaded(model), toy_inputs(model, lengths=(0, 3, 4))
@@ -164,6 +166,13 @@ def test_padded_text_has_no_influence_and_samples_do_not_meet(variant, loaded):
         velocity.square().sum().backward()
         assert (text.grad[hidden] == 0).all() and (text.grad[~hidden] != 0).any(dim=-1).all()
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_a_learned_vector_stands_at_padding(loaded):
+    model = toy_model(**VARIANTS["learned"])
+    module, inputs = loaded(model), toy_inputs(model, lengths=(0, 3, 6))
+    dirty = np.where((np.arange(6) >= inputs["lengths"][:, None])[..., None], np.float32(np.nan), inputs["text"])
+    assert_near(run(module, inputs | dict(text=dirty)), apply(model, toy_params(model), inputs))
 
 
 def test_sizes_and_the_divisor(loaded):
@@ -243,8 +252,9 @@ def test_loaded_in_bfloat16_what_needs_float32_keeps_it(loaded):
 # --- there and back -----------------------------------------------------------------------------------------------------
 
 
-def test_a_trained_model_is_read_back(tmp_path):
-    model = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=2)
+@pytest.mark.parametrize("patch_embed, padding", [("conv_half", "encoder"), ("bottleneck", "learned")])
+def test_a_trained_model_is_read_back(patch_embed, padding, tmp_path):
+    model = toy_model(prediction="x0", patch_embed=patch_embed, text_ids="sequential", registers=2, padding=padding, text_preamble=1)
     module = torch_model.load(export(tmp_path, model, toy_params(model)))
     with torch.no_grad():
         module.txt_in.bias.add_(1)
@@ -291,10 +301,10 @@ def test_weights_that_do_not_fit(tmp_path):
 # --- sampling -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance, unguided", [(1.0, 0), (2.0, 1)])
-def test_sampling_agrees_with_ours(guidance, unguided, loaded):
+@pytest.mark.parametrize("guidance, unguided, floor", [(1.0, 0, 0.0), (2.0, 1, 0.5)])
+def test_sampling_agrees_with_ours(guidance, unguided, floor, loaded):
     model = toy_model(double_blocks=0, single_blocks=1, head="linear", prediction="x0", modulation="shared", pooled_dim=5)
-    settings = config.Sample(steps=3, guidance=guidance, unguided_steps=unguided)
+    settings = config.Sample(steps=3, guidance=guidance, unguided_steps=unguided, floor=floor)
     positive, negative = toy_inputs(model), rows_of(toy_inputs(model, seed=2), slice(0, 1))
     times, noise = times_of(settings, 6), jnp.asarray(positive["image"])
 
@@ -306,7 +316,7 @@ def test_sampling_agrees_with_ours(guidance, unguided, loaded):
     p, n = to_torch(positive), to_torch(negative)
     ours = torch_sample.sample(
         loaded(model), p["image"], p["text"], p["lengths"], n["text"], n["lengths"], times=torch.linspace(1, 0, 4), guidance=guidance,
-        unguided_steps=unguided, pooled=p["pooled"], negative_pooled=n["pooled"],
+        unguided_steps=unguided, floor=floor, pooled=p["pooled"], negative_pooled=n["pooled"],
     )  # fmt: skip
     assert_near(ours.permute(0, 2, 3, 1), expected)
 
