@@ -81,7 +81,8 @@ class RunDirectory:
 
 
 class Journal:
-    """metrics.jsonl, one object a line, and the same numbers for TensorBoard where tensorboardX is installed."""
+    """metrics.jsonl, one object a line, and the same numbers for TensorBoard where tensorboardX is installed: those of a list or an object as
+    name/index or name/part."""
 
     def __init__(self, directory: RunDirectory, step: int):
         directory.cut_metrics(step)
@@ -97,8 +98,9 @@ class Journal:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         for name, value in numbers.items() if self._board else ():
-            for i, x in enumerate(value if isinstance(value, list) else [value]):
-                self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, x, step)
+            parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else None
+            for label, x in {name: value}.items() if parts is None else ((f"{name}/{part}", x) for part, x in parts.items()):
+                self._board.add_scalar(label, x, step)
 
     def close(self):
         self._file.close()

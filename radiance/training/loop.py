@@ -35,7 +35,7 @@ from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
 from radiance.training.start import base_identity, known_loss, load_base, start, verdict
-from radiance.training.step import State, complete, init_state, make_step, validation_losses
+from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.weights.files import CheckpointError, require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
@@ -134,7 +134,8 @@ def train(run: config.Config) -> int:
             if number % run.train.log_every == 0 or last:
                 skipped = int(metrics["skipped"])
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
-                row = facts | {"learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
+                norms = {part: float(norm) for part, norm in metrics["gradient_norms"].items()}
+                row = facts | {"gradient_norms": norms, "learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
                 flops = np.mean(
                     [training_flops(run.model, run.data.side, run.data.side, count, run.lora.rank > 0) for count in words]
                 )  # of a picture
@@ -217,7 +218,7 @@ def weights_of(run: config.Config, state: State, base: Params | None) -> Params:
     return complete(run, params, base)
 
 
-def _check_finite(run: config.Config, metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints):
+def _check_finite(run: config.Config, metrics: Metrics, step: int, checkpoints: Checkpoints):
     if int(metrics["skipped_in_row"]) < run.train.skip_limit:
         return
     latest = checkpoints.latest

@@ -15,7 +15,7 @@ from radiance.training.adapters import adapted, init_adapters
 from radiance.training.optimizer import average, join, make_optimizer, rounded, split_frozen, typed
 
 Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # numbers, and `gradient_norms`: one of each part of the network that is trained
 
 VALIDATION_BINS = 10
 
@@ -63,7 +63,8 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
         batch = with_noise(run, batch, key)
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, (frozen, base), batch, run.optimizer.accumulate)
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        norm = optax.tree.norm(gradients)
+        norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
+        norm = optax.tree.norm(norms)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
         moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, trained, updates)
         weights_key, ema_key = jax.random.split(jax.random.fold_in(key, 2))  # `with_noise` splits the key in 0 and 1
@@ -75,8 +76,8 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
         state = State(
             state.step + 1, join(kept, frozen), ema, optimizer_state, state.skipped + skipped, (state.skipped_in_row + 1) * skipped
         )
-        metrics = {"loss": loss, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics
+        metrics = {"loss": loss, "gradient_norm": norm, "gradient_norms": norms}
+        return state, metrics | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
     return step
 

@@ -74,6 +74,21 @@ def test_parts_of_a_batch_add_up(run):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+def test_gradient_norms_by_part_make_up_the_whole(run):
+    _, metrics = jax.jit(make_step(run))(start(run), batch_of(run))
+    norms = metrics["gradient_norms"]
+    assert norms.keys() == start(run).params.keys() and all(norm > 0 for norm in norms.values())
+    assert metrics["gradient_norm"] == pytest.approx(np.sqrt(sum(float(norm) ** 2 for norm in norms.values())), rel=1e-5)
+    frozen = config.override(run, ["optimizer.frozen=modulation,head"])
+    state, metrics = jax.jit(make_step(frozen))(start(frozen), batch_of(run))
+    assert metrics["gradient_norms"].keys() == start(run).params.keys() - {"modulation", "head"}
+    # The norms are of the gradient as it came, and the first moment holds it clipped.
+    clip = min(1, 1 / float(metrics["gradient_norm"]))
+    for part, moment in state.optimizer[1].mu.items():
+        expected = np.sqrt(sum(float((x.astype(jnp.float32) ** 2).sum()) for x in jax.tree.leaves(moment))) / (0.1 * clip)
+        assert metrics["gradient_norms"][part] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_weight_of_zero_removes_a_picture(run):
     batch = batch_of(run)
     weight = jnp.ones(run.data.batch).at[0].set(0)
