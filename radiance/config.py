@@ -206,6 +206,7 @@ class Optimizer(Section):
     clip_norm: float = 1.0
     accumulate: int = 1  # parts that a batch is computed in
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
+    rates: tuple[str, ...] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
     # What weights and their averages, and Adam's first and second moments are kept in. bfloat16 is rounded up or down at random, in proportion to what lies
     # between: a small change, which rounding to the nearest would lose every time, then arrives on average.
@@ -221,8 +222,26 @@ class Optimizer(Section):
         require(
             all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1)."
         )
+        require(
+            all(0 < factor < float("inf") for factor in self.factors.values()),
+            f"optimizer.rates={self.rates}: factors are positive numbers (optimizer.frozen names what does not move).",
+        )
+        require(len(self.factors) == len(self.rates), f"optimizer.rates={self.rates} names a path twice.")
         require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
         require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """`rates` by path."""
+        found = {}
+        for rate in self.rates:
+            path, _, factor = rate.rpartition("=")
+            try:
+                found[path] = float(factor)
+            except ValueError:
+                path = ""
+            require(path != "", f"optimizer.rates={rate!r}: write PATH=FACTOR, such as head=4.")
+        return found
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,43 @@ def learning_rate(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay on matrices."""
+    """Clip, Adam, decoupled weight decay on matrices, and learning rates."""
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         scale_by_adam(optimizer),
         optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix),
+        *([scale_by_path(optimizer.factors)] if optimizer.rates else []),
         optax.scale_by_learning_rate(learning_rate(optimizer, steps)),
     )
+
+
+def scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies what lies under each path, the longest that fits. `init` raises ConfigError for a path that is not in the tree."""
+
+    def found(path: str) -> str | None:
+        return max((start for start in factors if _starts(path, start)), key=len, default=None)
+
+    def init(params: Params) -> optax.EmptyState:
+        paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if unused := [start for start in factors if not any(_starts(path, start) for path in paths)]:
+            raise config.ConfigError(
+                f"optimizer.rates names {', '.join(unused)}, which is not among what is trained: that has {', '.join(params)}."
+            )
+        return optax.EmptyState()
+
+    def update(updates: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(lambda keys, u: factors.get(found(_path(keys)), 1.0) * u, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(key.key for key in keys)
+
+
+def _starts(path: str, start: str) -> bool:
+    """Whether `start` is a path's first part or parts; whole names count."""
+    return f"{path}/".startswith(f"{start}/")
 
 
 class AdamState(NamedTuple):
@@ -99,7 +129,7 @@ def split_frozen(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Param
     def visit(node: Params, path: str, trained: Params, kept: Params):
         for key, value in node.items():
             here = f"{path}/{key}" if path else key
-            matches = [name for name in frozen if here == name or here.startswith(f"{name}/")]
+            matches = [name for name in frozen if _starts(here, name)]
             unused.difference_update(matches)
             if matches:
                 kept[key] = value
