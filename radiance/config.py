@@ -194,14 +194,18 @@ class Flow(Section):
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW (arXiv 1711.05101) behind a clip, and the averages of the weights."""
+    """AdamW (arXiv 1711.05101) or Muon behind a clip, and the averages of the weights."""
 
+    # muon (Jordan et al. 2024): for the matrices of the blocks, every layer by itself, and AdamW for the rest. Its steps are as large as Adam's
+    # (arXiv 2502.16982), so that learning rates carry over. Of a LoRA it takes both factors of every matrix, each as a matrix.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to 0 at train.steps
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95  # of Muon's momentum, which is kept in mu_dtype
     weight_decay: float = 0.0  # never on norms, biases, tables and registers
     clip_norm: float = 1.0
     accumulate: int = 1  # parts that a batch is computed in
@@ -219,9 +223,8 @@ class Optimizer(Section):
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate} must be at least 1.")
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).")
         require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
-        require(
-            all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1)."
-        )
+        for name in ("beta1", "beta2", "muon_beta"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
         require(
             all(0 < factor < float("inf") for factor in self.factors.values()),
             f"optimizer.rates={self.rates}: factors are positive numbers (optimizer.frozen names what does not move).",

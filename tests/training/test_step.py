@@ -4,22 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import same, toy_run
+from runs import batch_of, same, toy_run
 from toys import apply, toy_params
 
 from radiance import config, flow
 from radiance.training.optimizer import split_frozen
 from radiance.training.step import init_state, make_step, picture_losses, validation_losses, with_noise
-
-
-def batch_of(run, seed=0):
-    draw, b = np.random.default_rng(seed), run.data.batch
-    return {
-        "image": jnp.asarray(draw.uniform(-1, 1, (b, run.data.side, run.data.side, 3)), jnp.float32),
-        "text": jnp.asarray(draw.normal(size=(b, run.text.length, run.model.text_dim)), jnp.float32),
-        "lengths": jnp.asarray(draw.integers(1, run.text.length, b), jnp.int32),
-        "weight": jnp.ones(b),
-    }
 
 
 @pytest.fixture
