@@ -192,6 +192,9 @@ class Flow(Section):
         )
 
 
+WIDEST = 0.288  # relative width of the plain mean, 1 / √12: no growing weight has a larger one
+
+
 @dataclass(frozen=True)
 class Optimizer(Section):
     """AdamW (arXiv 1711.05101) or Muon behind a clip, and the averages of the weights."""
@@ -212,6 +215,9 @@ class Optimizer(Section):
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
     rates: tuple[str, ...] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
+    # Relative widths of averages whose weight grows as a power of the step (arXiv 2312.02696), such as 0.05,0.1; snapshots of them (train.snapshot_every)
+    # give the average of any other width afterwards.
+    ema_widths: tuple[float, ...] = ()
     # What weights and their averages, and Adam's first and second moments are kept in. bfloat16 is rounded up or down at random, in proportion to what lies
     # between: a small change, which rounding to the nearest would lose every time, then arrives on average.
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -232,6 +238,13 @@ class Optimizer(Section):
         require(len(self.factors) == len(self.rates), f"optimizer.rates={self.rates} names a path twice.")
         require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
         require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
+        require(all(0 < w < WIDEST for w in self.ema_widths), f"optimizer.ema_widths={self.ema_widths}: widths lie between 0 and {WIDEST}.")
+        require(len(set(self.ema_widths)) == len(self.ema_widths), f"optimizer.ema_widths={self.ema_widths} names a width twice.")
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the averages that are kept: decays, and width=WIDTH."""
+        return (*(str(decay) for decay in self.ema), *(f"width={width}" for width in self.ema_widths))
 
     @property
     def factors(self) -> dict[str, float]:
@@ -284,13 +297,24 @@ class Train(Section):
     sample_every: int = 1000
     sample_prompts: tuple[str, ...] = ()  # none: captions of the validation split
     checkpoint_every: int = 1000
+    snapshot_every: int = 5000  # steps between snapshots of the averages of optimizer.ema_widths, which are never removed
     keep: int = 3  # newest checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this; 0 for none
     skip_limit: int = 20  # non-finite steps in a row that end the run
     profile_steps: int = 0  # steps, from the third of this start, that are traced into profile/ for TensorBoard
 
     def check(self):
-        for name in ("steps", "log_every", "validate_every", "validate_pictures", "sample_every", "checkpoint_every", "keep", "skip_limit"):
+        for name in (
+            "steps",
+            "log_every",
+            "validate_every",
+            "validate_pictures",
+            "sample_every",
+            "checkpoint_every",
+            "snapshot_every",
+            "keep",
+            "skip_limit",
+        ):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
         require(self.keep_every >= 0, "train.keep_every cannot be negative.")
@@ -310,7 +334,7 @@ class Sample(Section):
     unguided_steps: int = 0  # first steps without guidance
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times with guidance
     guidance_rescale: float = 0.0  # 0 none, 1 the spread of the conditional prediction (arXiv 2305.08891)
-    weights: str = "ema"  # ema (the largest decay), ema=DECAY, or params
+    weights: str = "ema"  # ema (the largest decay), ema=DECAY, width=WIDTH (optimizer.ema_widths), or params
     batch: int = 8  # pictures at a time
 
     @classmethod
@@ -327,9 +351,19 @@ class Sample(Section):
         require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
         require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
         require(
-            self.weights in ("params", "ema") or self.weights.startswith("ema="),
-            f"sample.weights={self.weights!r}: say params, ema or ema=DECAY.",
+            self.weights in ("params", "ema") or self.weights.startswith("ema=") or self.width is not None,
+            f"sample.weights={self.weights!r}: say params, ema, ema=DECAY or width=WIDTH, a width between 0 and {WIDEST}.",
         )
+
+    @property
+    def width(self) -> float | None:
+        """The relative width of the average that `weights` names, if it names one so."""
+        name, _, number = self.weights.partition("=")
+        try:
+            width = float(number) if name == "width" else None
+        except ValueError:
+            return None
+        return width if width is not None and 0 < width < WIDEST else None
 
 
 @dataclass(frozen=True)
@@ -388,7 +422,11 @@ class Config(Section):
             f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
         )
         require(
-            self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
+            self.sample.width is None or bool(self.optimizer.ema_widths),
+            f"sample.weights={self.sample.weights}, but the run keeps no such averages: it needs optimizer.ema_widths, such as 0.05,0.1.",
+        )
+        require(
+            self.sample.width is not None or self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
             f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
         )
 

@@ -197,7 +197,7 @@ def test_models_that_cannot_be(changes, match):
         ("train.seed=-1", "train.seed=-1"),
         ("train.keep=0", "train.keep=0"),
         ("sample.guidance_interval=0.8,0.2", "two rising times"),
-        ("sample.weights=emma", "params, ema or ema=DECAY"),
+        ("sample.weights=emma", "params, ema, ema=DECAY or width=WIDTH"),
         ("mesh.fsdp=-1", "one of them may be -1"),
         ("mesh.tensor=0", "at least 1"),
     ],

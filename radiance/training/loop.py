@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
 from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
-from radiance.training.checkpoints import Checkpoints, chosen_average
+from radiance.training.checkpoints import Checkpoints, Snapshots, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
@@ -105,6 +105,7 @@ def train(run: config.Config) -> int:
         closing(Journal(directory, first) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
+        closing(Snapshots(directory.averages, progress.say, clean=first_host)) if run.optimizer.ema_widths else nullcontext() as snapshots,
         _with_all_hosts(checkpoints),
     ):
         if first == 0 and run.init:
@@ -153,6 +154,8 @@ def train(run: config.Config) -> int:
                 _check_finite(run, metrics, number, checkpoints)
                 checkpoints.save(state)
                 saved = number
+            if snapshots and (number % run.train.snapshot_every == 0 or last):
+                snapshots.save(state)
             if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
                 _gallery(run, encoder, prompts, weights_of(run, state, base), directory.samples / f"{number:08d}.png")
         if number > saved:
@@ -204,6 +207,7 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         raise config.ConfigError(
             f"model.channels={run.model.channels}, but {run.data.source} has pictures of 3 channels: train a pixel model."
         )
+    chosen_average(run.sample.weights, run.optimizer.averages)  # raises for a width that is made of snapshots after the run
     times_of(run.sample, (run.data.side // run.model.patch) ** 2)  # raises when the schedule cannot be
     if run.model.pooled_dim:
         raise config.ConfigError(

@@ -205,16 +205,3 @@ def join(a: Params, b: Params) -> Params:
     """The tree of which `split_frozen` made two parts."""
     both = {key: join(a[key], b[key]) for key in a.keys() & b.keys()}
     return {**a, **b, **both}
-
-
-def average(ema: dict[str, Params], params: Params, step: Int32[Array, ""], key: PRNGKeyArray) -> dict[str, Params]:
-    """Exponential moving averages of float32 `params` after a step. The decay is ramped up as (1 + step) / (10 + step), so that a short run's average
-    does not remember its first weights."""
-
-    def update(decay: str, old: Params, key: PRNGKeyArray) -> Params:
-        d: Float32[Array, ""] = jnp.minimum(float(decay), (1 + step) / (10 + step)).astype(jnp.float32)
-        new = jax.tree.map(lambda o, p: o.astype(jnp.float32) + (1 - d) * (p - o.astype(jnp.float32)), old, params)
-        return rounded(key, new, old)
-
-    keys = jax.random.split(key, max(len(ema), 1))
-    return {decay: update(decay, old, key) for (decay, old), key in zip(ema.items(), keys)}

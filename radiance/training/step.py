@@ -12,7 +12,8 @@ from jaxtyping import Array, Float32, Int32
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
 from radiance.training.adapters import adapted, init_adapters
-from radiance.training.optimizer import average, join, make_optimizer, rounded, split_frozen, typed
+from radiance.training.averages import average
+from radiance.training.optimizer import join, make_optimizer, rounded, split_frozen, typed
 
 Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
 Metrics = dict[str, Any]  # numbers, and `gradient_norms`: one of each part of the network that is trained
@@ -27,7 +28,7 @@ class State:
 
     step: Int32[Array, ""]
     params: Params  # of the network, or of what is added to it (LoRA)
-    ema: dict[str, Params]  # by decay; only what is trained
+    ema: dict[str, Params]  # by decay, or width=WIDTH; only what is trained
     optimizer: Any
     skipped: Int32[Array, ""]  # steps without an update, since the start
     skipped_in_row: Int32[Array, ""]
@@ -41,7 +42,7 @@ def init_state(run: config.Config, params: Params | None = None) -> State:
     params = typed(params, run.optimizer.weights_dtype)
     trained, _ = split_frozen(params, run.optimizer.frozen)
     zero = jnp.zeros((), jnp.int32)
-    ema = {str(decay): jax.tree.map(jnp.copy, trained) for decay in run.optimizer.ema}
+    ema = {name: jax.tree.map(jnp.copy, trained) for name in run.optimizer.averages}
     return State(zero, params, ema, make_optimizer(run.optimizer, run.train.steps).init(trained), zero, zero)
 
 

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from radiance import config
-from radiance.training.optimizer import average, join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
+from radiance.training.optimizer import join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
 
 TREE = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}}}
 
@@ -76,18 +76,6 @@ def test_rates_that_cannot_be():
     ):
         with pytest.raises(config.ConfigError, match=told):
             config.Optimizer(rates=rates)
-
-
-def test_averages_ramp_up_to_their_decay():
-    ema = {"0.5": {"w": jnp.zeros(1)}, "0.9": {"w": jnp.zeros(1)}}
-    expected = {"0.5": 0.0, "0.9": 0.0}
-    for step in range(40):
-        ema = average(ema, {"w": jnp.full(1, float(step))}, jnp.int32(step), jax.random.key(0))
-        for decay in expected:
-            d = min(float(decay), (1 + step) / (10 + step))
-            expected[decay] = d * expected[decay] + (1 - d) * step
-    for decay in expected:
-        np.testing.assert_allclose(ema[decay]["w"], expected[decay], rtol=1e-5)
 
 
 # --- bfloat16, rounded at random -------------------------------------------------------------------------------------------
