@@ -213,6 +213,8 @@ class Optimizer(Section):
     clip_norm: float = 1.0
     accumulate: int = 1  # parts that a batch is computed in
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
+    rotate: tuple[int, int] = (0, 0)  # double and single blocks trained at a time, with moments of no more; 0,0 for all
+    rotate_every: int = 100  # steps until the next of them; the moments of the optimizer begin anew
     rates: tuple[str, ...] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
     # Relative widths of averages whose weight grows as a power of the step (arXiv 2312.02696), such as 0.05,0.1; snapshots of them (train.snapshot_every)
@@ -231,6 +233,7 @@ class Optimizer(Section):
         require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
         for name in ("beta1", "beta2", "muon_beta"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
+        require(self.rotate_every >= 1, f"optimizer.rotate_every={self.rotate_every} must be at least 1.")
         require(
             all(0 < factor < float("inf") for factor in self.factors.values()),
             f"optimizer.rates={self.rates}: factors are positive numbers (optimizer.frozen names what does not move).",
@@ -420,6 +423,16 @@ class Config(Section):
         require(
             self.lora.rank == 0 or not self.optimizer.frozen,
             f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
+        )
+        for kind, count, blocks in zip(("double", "single"), self.optimizer.rotate, (self.model.double_blocks, self.model.single_blocks)):
+            require(
+                self.optimizer.rotate == (0, 0) or min(1, blocks) <= count <= blocks,
+                f"optimizer.rotate={self.optimizer.rotate} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
+                f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
+            )
+        require(
+            self.lora.rank == 0 or self.optimizer.rotate == (0, 0),
+            f"optimizer.rotate={self.optimizer.rotate} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
         )
         require(
             self.sample.width is None or bool(self.optimizer.ema_widths),

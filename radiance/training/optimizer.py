@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, BFloat16, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, BFloat16, Bool, Float32, Int32, PRNGKeyArray
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from radiance import config
@@ -81,6 +81,12 @@ def _kept_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientT
         return updates, new._replace(mu=rounded(key, new.mu, state.mu))
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+
+
+def restarted(state: optax.OptState, fresh: optax.OptState, now: Bool[Array, ""]) -> optax.OptState:
+    """The state of `make_optimizer` with moments from the beginning where `now`; the learning rate goes on."""
+    clip, moments, *rest = state
+    return clip, jax.tree.map(lambda old, new: jnp.where(now, new, old), moments, fresh[1]), *rest
 
 
 def scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
