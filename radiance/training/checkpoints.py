@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from radiance import config
@@ -107,9 +108,16 @@ class Snapshots:
         if step in self.steps:  # of before a kill; it is the same
             return
         averages = {name: average for name, average in state.ema.items() if name.startswith("width=")}
+        ready = False
         with self._forgiven(step):
             self._checkpointer.wait()
             require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves((averages, _parts(state)))))
+            ready = True
+        if jax.process_count() > 1:  # all write, or none does
+            ready = bool(multihost_utils.process_allgather(np.array(ready)).all())
+        if not ready:
+            return
+        with self._forgiven(step):
             self._checkpointer.save_checkpointables_async(step, {"averages": averages})
 
     def average(self, run: config.Config, width: float, like: Params) -> Params:
