@@ -82,6 +82,11 @@ class Checkpoints:
         average = Snapshots(self.directory.with_name("averages")).average(run, width, trained) if made else parts["ema"][name]
         return join(average, split_frozen(parts["params"], run.optimizer.frozen)[1]) if run.optimizer.frozen else average
 
+    def wait(self):
+        """Until what is being written is. Raises CheckpointError when that failed."""
+        with _told("The last checkpoint", self.directory):
+            self._checkpointer.wait()
+
     def close(self):
         """Waits for what is being written."""
         with _told("The last checkpoint", self.directory):
@@ -103,14 +108,13 @@ class Snapshots:
         return sorted(found.step for found in self._checkpointer.checkpoints)
 
     def save(self, state: State):
-        """Starts writing those of `state`, in the type it keeps them in, where there is room for them and for a checkpoint."""
+        """Writes those of `state`, in the type it keeps them in, where there is room for them and for a checkpoint."""
         step = int(state.step)
         if step in self.steps:  # of before a kill; it is the same
             return
         averages = {name: average for name, average in state.ema.items() if name.startswith("width=")}
         ready = False
         with self._forgiven(step):
-            self._checkpointer.wait()
             require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves((averages, _parts(state)))))
             ready = True
         if jax.process_count() > 1:  # all write, or none does
@@ -118,7 +122,7 @@ class Snapshots:
         if not ready:
             return
         with self._forgiven(step):
-            self._checkpointer.save_checkpointables_async(step, {"averages": averages})
+            self._checkpointer.save_checkpointables(step, {"averages": averages})
 
     def average(self, run: config.Config, width: float, like: Params) -> Params:
         """The average of that relative width at the newest snapshot, in the shapes and places of `like`, computed leaf by leaf in float32.

@@ -155,6 +155,7 @@ def train(run: config.Config) -> int:
                 checkpoints.save(state)
                 saved = number
             if snapshots and (number % run.train.snapshot_every == 0 or last):
+                checkpoints.wait()  # two that write at once would wait for each other over several hosts
                 snapshots.save(state)
             if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
                 _gallery(run, encoder, prompts, weights_of(run, state, base), directory.samples / f"{number:08d}.png")
