@@ -304,6 +304,7 @@ class Train(Section):
     keep: int = 3  # newest checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this; 0 for none
     skip_limit: int = 20  # non-finite steps in a row that end the run
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where numbers and pictures go beside the run directory
     profile_steps: int = 0  # steps, from the third of this start, that are traced into profile/ for TensorBoard
 
     def check(self):
@@ -321,6 +322,7 @@ class Train(Section):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
         require(self.keep_every >= 0, "train.keep_every cannot be negative.")
+        require(len(set(self.track)) == len(self.track), f"train.track={self.track} names a tracker twice.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from radiance.data.pipeline import Batches, fixed_batches
 from radiance.devices import device_named
 from radiance.model.flops import training_flops
 from radiance.model.transformer import Params, abstract
-from radiance.pictures import contact_sheet, save_png
+from radiance.pictures import contact_sheet
 from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
 from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
@@ -36,6 +35,7 @@ from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
 from radiance.training.start import base_identity, known_loss, load_base, start, verdict
 from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
+from radiance.training.tracking import Trackers, require_trackers
 from radiance.weights.files import CheckpointError, require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
@@ -102,7 +102,7 @@ def train(run: config.Config) -> int:
         jax.set_mesh(mesh),
         _signals() as stopping,
         closing(checkpoints),
-        closing(Journal(directory, first) if first_host else Silence()) as journal,
+        closing(Journal(directory, first, Trackers(run, first)) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
         closing(Snapshots(directory.averages, progress.say, clean=first_host)) if run.optimizer.ema_widths else nullcontext() as snapshots,
@@ -158,7 +158,7 @@ def train(run: config.Config) -> int:
                 checkpoints.wait()  # two that write at once would wait for each other over several hosts
                 snapshots.save(state)
             if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
-                _gallery(run, encoder, prompts, weights_of(run, state, base), directory.samples / f"{number:08d}.png")
+                _gallery(run, encoder, prompts, weights_of(run, state, base), number, journal)
         if number > saved:
             checkpoints.save(state)
     return number
@@ -197,6 +197,7 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def _check(run: config.Config, mesh: jax.sharding.Mesh):
+    require_trackers(run.train.track)
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * run.optimizer.accumulate
     if run.data.batch % parts:
         raise config.ConfigError(
@@ -253,13 +254,11 @@ def _captions(source: Source, encoder: Encoder) -> tuple[str, ...]:
     return tuple(islice((caption for caption in captions if encoder.count(caption) <= encoder.limit), PROMPTS)) or ("",)
 
 
-def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, path: Path):
+def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, step: int, journal: Journal | Silence):
     """The same prompts and seeds, painted as the model learns."""
     pictures = list(Pipeline(run, params, encoder=encoder).paint(prompts))
-    if jax.process_index() > 0:
-        return
     sheet = contact_sheet([p.image for p in pictures], columns=min(len(pictures), 10))
-    save_png(path, sheet, {"prompts": list(prompts), "seeds": list(range(len(prompts))), "settings": config.to_dict(run.sample)})
+    journal.paint(step, sheet, prompts, {"seeds": list(range(len(prompts))), "settings": config.to_dict(run.sample)})
 
 
 @contextmanager
