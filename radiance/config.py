@@ -159,12 +159,19 @@ class Data(Section):
     directory: str = "~/.cache/radiance"  # where prepared data sets are kept
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts
+    broken_limit: float = 0.1  # share of the pictures that may turn out broken before the run stops
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt (for guidance)
+    tag_shuffle: bool = False  # of captions that are lists of tags: in a new order each time
+    tag_drop: float = 0.0  # the largest share of a caption's tags that is left out
+    lower: float = 0.0  # share of captions put in lower case
+    prefix: str = ""  # before every caption that is not dropped, such as "a painting of "
+    suffix: str = ""
     threads: int = 4  # readers ahead of the trainer
 
     def check(self):
         require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
-        require(0 <= self.caption_dropout <= 1, f"data.caption_dropout={self.caption_dropout} must lie between 0 and 1.")
+        for name in ("broken_limit", "caption_dropout", "tag_drop", "lower"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must lie between 0 and 1.")
         require(0 < self.validation < 1, f"data.validation={self.validation} must lie between 0 and 1: it is a share of the pictures.")
         require(self.source == "folder" or not self.path, f"data.path={self.path} is for data.source=folder: set that too.")
 
@@ -417,6 +424,12 @@ class Config(Section):
         require(
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
+        )
+        changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
+        told = ", ".join(f"data.{name}={value}" for name, value in changed.items() if value)
+        require(
+            not (told and self.text.encoder == "t5" and self.text.cache and not self.text.file),
+            f"{told} makes captions that text.cache={self.text.cache} cannot hold: give text.file, T5's weights, too, or leave captions as they are.",
         )
         require(
             self.lora.rank == 0 or bool(self.init),

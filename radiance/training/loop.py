@@ -97,7 +97,7 @@ def train(run: config.Config) -> int:
     feed = batches.start(first)
     number = saved = first
     facts: dict[str, float] = {}
-    before, waited, cut, words = None, 0.0, 0, []
+    before, waited, cut, passed_over, words = None, 0.0, 0, 0, []
     with (
         jax.set_mesh(mesh),
         _signals() as stopping,
@@ -120,6 +120,7 @@ def train(run: config.Config) -> int:
             batch = next(feed)
             waited += time.monotonic() - began
             cut += int(batch.pop("cut"))
+            passed_over += int((batch["weight"] == 0).sum())
             words.append(batch["text"].shape[1])
             state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
             number += 1
@@ -142,9 +143,17 @@ def train(run: config.Config) -> int:
                 )  # of a picture
                 speed = _speed(progress.rate * flops / mesh.size)
                 journal.write(
-                    number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed
+                    number,
+                    row
+                    | {
+                        "captions_cut": cut,
+                        "pictures_skipped": passed_over,
+                        "pictures_per_second": progress.rate,
+                        "input_wait_seconds": waited,
+                    }
+                    | speed,
                 )
-                waited, cut, words = 0.0, 0, []
+                waited, cut, passed_over, words = 0.0, 0, 0, []
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
                 bins = _validate(validate, weights_of(run, state, base), validation, mesh)

@@ -58,7 +58,7 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
     def loss_of(few: Params, fixed: tuple[Params, Blocks, Params, Params | None], part: Batch) -> tuple[jax.Array, jax.Array]:
         trained, blocks, frozen, base = fixed
         losses = picture_losses(run, complete(run, join(put_back(trained, few, blocks), frozen), base), part)
-        return flow.weighted_mean(losses, part["weight"]), losses.mean()
+        return flow.weighted_mean(losses, part["weight"]), jnp.where(part["weight"] > 0, losses, 0).mean()
 
     def step(state: State, batch: Batch, base: Params | None = None) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
@@ -68,6 +68,7 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
         batch = with_noise(run, batch, key)
         fixed = (trained, blocks, frozen, base)
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), few, fixed, batch, run.optimizer.accumulate)
+        loss = loss / jnp.maximum((batch["weight"] > 0).mean(), 1e-9)  # of the pictures that are there
         gradients = float32(gradients)
         norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
         norm = optax.tree.norm(norms)

@@ -58,6 +58,9 @@ def test_parts_of_a_batch_add_up(run):
     whole, m = jax.jit(make_step(run))(start(run), batch)
     parts, n = jax.jit(make_step(config.override(run, ["optimizer.accumulate=4"])))(start(run), batch)
     np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
+    key = jax.random.fold_in(jax.random.key(run.train.seed), 0)
+    losses = picture_losses(run, start(run).params, with_noise(run, batch, key))
+    np.testing.assert_allclose(m["loss"], losses[1:].mean(), rtol=1e-5)  # the first has no weight: it is not there
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
     first = lambda s: s.optimizer[1].mu  # noqa: E731 — moments are the gradient, clipped
     for x, y in zip(jax.tree.leaves(first(whole)), jax.tree.leaves(first(parts))):
