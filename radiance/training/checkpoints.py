@@ -43,6 +43,12 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    @property
+    def standing(self) -> int | None:
+        """The newest that is whole on the disk; `latest` may still be on its way there."""
+        steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()] if self.directory.is_dir() else []
+        return max(steps, default=None)
+
     def save(self, state: State):
         """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when the save before failed."""
         parts = _parts(state)

@@ -195,7 +195,7 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, CheckpointError) as error:
         if jax.process_count() == 1:
             raise
-        latest = checkpoints.latest
+        latest = checkpoints.standing
         print(
             f"radiance: another host is gone, or this one cannot go on ({str(error).splitlines()[0][:300]}): start all hosts again with the same "
             f"command, which goes on from {'the beginning' if latest is None else f'step {latest}'}.",
