@@ -35,6 +35,14 @@ def told(capsys, *arguments) -> str:
     return lines[0]
 
 
+def test_help_comes_without_jax():
+    """JAX takes seconds, and reads the environment that `prepare` sets."""
+    script = (
+        "import sys\nfrom radiance.cli import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules, 'numpy' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).splitlines()[-1] == "False False"
+
+
 def test_verify():
     """As users run it: with the compiler's optimisations, which tests do without."""
     user = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

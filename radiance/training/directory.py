@@ -5,19 +5,22 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
 from radiance import config
+from radiance.pictures import save_png
+from radiance.training.tracking import Trackers
 from radiance.weights.files import replacing
 
 # What may change between a run and its continuation.
 FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.path", "data.threads", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
-    f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "keep", "keep_every", "skip_limit", "profile_steps")
+    f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "snapshot_every", "keep", "keep_every", "skip_limit", "track", "profile_steps")
 )  # fmt: skip
 
 
@@ -25,6 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.averages = self.path / "averages"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
 
@@ -81,35 +85,35 @@ class RunDirectory:
 
 
 class Journal:
-    """metrics.jsonl, one object a line, and the same numbers for TensorBoard where tensorboardX is installed."""
+    """metrics.jsonl, one object a line, and samples/<step>.png; the same to the trackers."""
 
-    def __init__(self, directory: RunDirectory, step: int):
+    def __init__(self, directory: RunDirectory, step: int, trackers: Trackers):
         directory.cut_metrics(step)
         self._file = directory.metrics.open("a")
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1)
+        self._samples = directory.samples
+        self._trackers = trackers
 
     def write(self, step: int, numbers: Mapping[str, Any]):
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
-        for name, value in numbers.items() if self._board else ():
-            for i, x in enumerate(value if isinstance(value, list) else [value]):
-                self._board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, x, step)
+        self._trackers.write(step, numbers)
+
+    def paint(self, step: int, sheet: Image.Image, prompts: Sequence[str], facts: Mapping[str, Any]):
+        save_png(self._samples / f"{step:08d}.png", sheet, {"prompts": list(prompts), **facts})
+        self._trackers.paint(step, sheet, prompts)
 
     def close(self):
         self._file.close()
-        if self._board:
-            self._board.close()
+        self._trackers.close()
 
 
 class Silence:
     """A journal of a host that writes none: one host writes for all."""
 
     def write(self, step: int, numbers: Mapping[str, Any]):
+        pass
+
+    def paint(self, step: int, sheet: Image.Image, prompts: Sequence[str], facts: Mapping[str, Any]):
         pass
 
     def close(self):

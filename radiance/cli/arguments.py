@@ -1,0 +1,68 @@
+"""Arguments that several verbs have, and how their words are read."""
+
+import argparse
+import math
+from pathlib import Path
+
+from radiance import config
+
+
+def add_model(parser: argparse.ArgumentParser):
+    """MODEL, and what the user may have to tell of it."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run directory, or a checkpoint: safetensors (native or diffusers), an index, GGUF"
+    )
+    parser.add_argument("--text-ids", choices=["zero", "sequential"], help="where a file does not say it")
+    parser.add_argument("--prediction", choices=["velocity", "x0"], help="where a file does not say it")
+
+
+def known(options: argparse.Namespace) -> dict[str, str]:
+    told = {"text_ids": options.text_ids, "prediction": options.prediction}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def with_number(text: str) -> tuple[str, float | None]:
+    """FILE:NUMBER, or FILE alone."""
+    path, colon, number = text.rpartition(":")
+    try:
+        value = float(number) if colon else None
+    except ValueError:
+        return text, None  # a colon in the name
+    if value is None:
+        return text, None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{number} is not a finite number")
+    return path, value
+
+
+def lines(path: Path) -> list[str]:
+    """The prompts of a file, one a line."""
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise config.ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+
+
+def mesh(text: str) -> config.Mesh:
+    try:
+        return config.override(config.Mesh(data=1, fsdp=1, tensor=1), text.split(","))
+    except config.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def seeds(text: str) -> list[int]:
+    found = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        found += range(int(low), int(high) + 1) if dash else [int(low)]
+    if not found or max(found) >= 2**32:
+        raise argparse.ArgumentTypeError("seeds are whole numbers below 2**32")
+    return found
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    found = int(width), int(height or width)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError("a size is WIDTHxHEIGHT in pixels")
+    return found

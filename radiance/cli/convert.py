@@ -1,0 +1,119 @@
+"""`radiance convert`: formats, types, surgery and LoRA."""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radiance import config
+from radiance.cli.arguments import add_model, known, with_number
+
+if TYPE_CHECKING:
+    from radiance.weights.checkpoint import Checkpoint
+
+FORMATS = ("native", "diffusers", "gguf", "torch")
+LORA_NAMES = ("peft", "kohya")
+
+
+def add(verbs):
+    parser = verbs.add_parser("convert", help="write a model in another format or type, or operate on it", description=main.__doc__)
+    add_model(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a file (.safetensors or .gguf), or a new folder")
+    parser.add_argument("--to", choices=[*FORMATS, *LORA_NAMES], help="by default what the name of OUT says")
+    parser.add_argument(
+        "--dtype",
+        help="fp32, bf16, fp16; fp8 and int8, or in GGUF q8_0 and q4_0; by default each tensor's own, if OUT can have it, else bf16",
+    )
+    parser.add_argument("--weights", help="of a run: params, ema, ema=DECAY or width=WIDTH (optimizer.ema_widths)")
+    parser.add_argument("--merge", type=with_number, metavar="FILE:RATIO", help="(1 - RATIO) of MODEL and RATIO of another of its kind")
+    parser.add_argument(
+        "--lora", action="append", type=with_number, default=[], metavar="FILE[:STRENGTH]", help="merge; negative to unmerge"
+    )
+    parser.add_argument("--head", choices=["nerf_conv"], help="turn a linear NeRF head into a convolution with the same output")
+    parser.add_argument("--dilate", choices=["conv", "conv_half"], help="patch 16 to 32: a larger kernel, or every second pixel")
+    parser.add_argument("--graft", metavar="NAME", help="put the blocks under a fresh pixel head of this named model")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh head")
+    parser.add_argument("--extract", metavar="BASE", help="write what MODEL changed in BASE as a LoRA (--to peft or kohya)")
+    parser.add_argument("--rank", type=int, default=32, help="of the extracted LoRA")
+    parser.add_argument("--ggml-markers", action="store_true", help="markers with one value: ggml refuses empty tensors, ComfyUI others")
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Writes MODEL to OUT, tensor by tensor, and tells what was done. Operations come in the order of the flags in this help."""
+    from tqdm import tqdm
+
+    from radiance.models import encoded_prompts, opened
+    from radiance.training.directory import RunDirectory, is_run
+    from radiance.weights import lora, surgery
+    from radiance.weights.convert import SHORT, convert, format_of
+
+    to = options.to or ("peft" if options.extract else format_of(options.out))
+    if options.extract and to not in LORA_NAMES:
+        raise config.ConfigError(f"--extract writes a LoRA: --to is {' or '.join(LORA_NAMES)}, not {to}.")
+    if options.merge and options.merge[1] is None:
+        raise config.ConfigError(f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5.")
+    checkpoint = opened(options.model, options.weights, **known(options))
+    if options.merge:
+        checkpoint = surgery.merge(checkpoint, opened(options.merge[0], **known(options)), options.merge[1])
+    if to in LORA_NAMES:
+        return _write_lora(options, checkpoint, to)
+    for path, strength in options.lora:
+        checkpoint = lora.merged(checkpoint, lora.read(path, checkpoint.model), 1.0 if strength is None else strength)
+    if options.head:
+        checkpoint = surgery.conv_head(checkpoint)
+    if options.dilate:
+        checkpoint = surgery.dilate(checkpoint, options.dilate)
+    if options.graft:
+        checkpoint = surgery.graft(checkpoint, config.Model.named(options.graft), options.seed)
+    more = (
+        encoded_prompts(RunDirectory(Path(options.model)).read_config()) if to == "torch" and is_run(options.model) else lambda folder: None
+    )
+    count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
+        report = convert(checkpoint, options.out, to, SHORT.get(options.dtype, options.dtype), not options.ggml_markers, bar.update, more)
+    print(report)
+    print(f"{checkpoint.origin} is written to {options.out}.")
+    return 0
+
+
+def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: str) -> int:
+    """The difference to another checkpoint as a LoRA, or a LoRA file under other names."""
+    from tqdm import tqdm
+
+    from radiance.models import opened, trained_lora
+    from radiance.training.directory import RunDirectory, is_run
+    from radiance.weights import lora
+    from radiance.weights.convert import SHORT
+
+    dtype = SHORT.get(options.dtype, options.dtype) or "bfloat16"
+    run = RunDirectory(Path(options.model)).read_config() if is_run(options.model) else None
+    if run is not None and run.lora.rank and not options.extract and not options.lora:
+        run = replace(run, sample=replace(run.sample, weights=options.weights or run.sample.weights))
+        found = trained_lora(options.model, run)
+        lora.write(options.out, found, names, dtype)
+        print(f"{found.origin} is written to {options.out}: {len(found.pairs)} matrices.")
+    elif options.extract:
+        base = opened(options.extract, **known(options))
+        count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
+            found = lora.extract(base, checkpoint, options.rank, progress=bar.update)
+        lora.write(options.out, found.lora, names, dtype)
+        print(
+            f"{options.out} keeps {found.kept_in_all:.1%} of the squared difference of {len(found.lora.pairs)} matrices at rank {options.rank}."
+        )
+        if found.left:
+            worst = ", ".join(f"{name} ({change:.1e})" for name, change in sorted(found.left.items(), key=lambda x: -x[1])[:3])
+            print(f"{len(found.left)} other tensors changed too, which a LoRA of the blocks' matrices cannot carry; most of all {worst}.")
+    elif len(options.lora) == 1:
+        (path, strength), *_ = options.lora
+        if strength is not None:
+            raise config.ConfigError(f"--lora {path}:{strength:g}: a LoRA is renamed as it is; give it a strength where it is used.")
+        lora.write(options.out, lora.read(path, checkpoint.model), names, dtype)
+        print(f"{path} is written to {options.out} with the names of {names}.")
+    else:
+        raise config.ConfigError(
+            f"--to {names} writes a LoRA: give a run that trained one, --extract BASE, from which MODEL was trained, or one --lora FILE to rename."
+        )
+    return 0

@@ -1,0 +1,35 @@
+"""This process: one of several hosts that run the same command."""
+
+import argparse
+
+from radiance import config, startup
+
+
+def add_hosts(parser: argparse.ArgumentParser):
+    """One process of several: this command, started on every host."""
+    parser.add_argument("--hosts", help="how many hosts run this command; auto where SLURM, Kubernetes or Cloud TPU started them")
+    parser.add_argument("--host", type=int, help="which one this is, from 0")
+    parser.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0")
+
+
+def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
+    """Which host this is, of how many."""
+    import jax
+
+    from radiance import sharding
+
+    if options.hosts == "auto":
+        sharding.join_hosts()
+    elif options.hosts is not None:
+        if not options.hosts.isdecimal():
+            raise config.ConfigError(f"--hosts {options.hosts} is neither a number nor auto.")
+        sharding.join_hosts(options.coordinator, int(options.hosts), options.host)
+    return jax.process_index(), jax.process_count()
+
+
+def keep_memory():
+    """On CPUs: this process keeps the memory that it frees. After the hosts have joined, which must come before JAX names its devices."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        startup.keep_memory()

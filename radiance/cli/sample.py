@@ -1,0 +1,76 @@
+"""`radiance sample`: pictures of prompts."""
+
+import argparse
+from pathlib import Path
+
+from radiance import config
+from radiance.cli.arguments import add_model, known, lines, mesh, seeds, size, with_number
+from radiance.cli.hosts import add_hosts, join_hosts, keep_memory
+
+STORES = ("q8_0", "int8", "float8_e4m3fn")
+
+
+def add(verbs):
+    parser = verbs.add_parser("sample", help="make pictures", description=main.__doc__)
+    add_model(parser)
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of its sample settings, such as guidance=2")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt a line")
+    parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0, 0-3 or 1,5,9: every prompt is painted with each")
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; by default the run's or the preset's")
+    parser.add_argument("--preset", help=f"settings of a published model: {', '.join(config.PRESETS)}")
+    parser.add_argument("--text-encoder", default="", metavar="FILE", help="T5 v1.1: safetensors (file, index or folder) or GGUF")
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help="spiece.model or tokenizer.json; found beside T5 by default")
+    parser.add_argument("--autoencoder", default="", metavar="FILE", help="FLUX's, for latent models")
+    parser.add_argument("--lora", action="append", type=with_number, default=[], metavar="FILE[:STRENGTH]")
+    parser.add_argument("--store", choices=["none", *STORES], help="how the blocks' matrices are kept in memory; by default as in the file")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of a checkpoint file's weights and computation"
+    )
+    parser.add_argument("--mesh", type=mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
+    add_hosts(parser)
+    parser.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the pictures."""
+    from tqdm import tqdm
+
+    from radiance.models import load
+    from radiance.pictures import contact_sheet, save_png
+
+    prompts = options.prompt + (lines(options.prompts) if options.prompts else [])
+    if not prompts:
+        raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
+    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
+    host, hosts = join_hosts(options)
+    keep_memory()
+    mine = {f"{i:05d}_seed{jobs[i][1]}.png": jobs[i] for i in range(host, len(jobs), hosts)}
+    if any((options.out / name).exists() for name in (*mine, "sheet.png")):
+        raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
+    pipeline = load(
+        options.model,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        autoencoder=options.autoencoder,
+        loras=[(path, 1.0 if strength is None else strength) for path, strength in options.lora],
+        preset=options.preset,
+        changes=options.changes,
+        store=options.store,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        **known(options),
+    )
+    width, height = options.size or (None, None)
+    painted = pipeline.paint([p for p, _ in mine.values()], [s for _, s in mine.values()], width, height)
+    pictures = []
+    for name, picture in zip(mine, tqdm(painted, total=len(mine), unit="picture", disable=None)):  # disable=None: no bar in a log
+        save_png(options.out / name, picture.image, picture.facts)
+        pictures.append(picture.image)
+    if hosts == 1:
+        sheet = contact_sheet(pictures, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10))
+        settings = config.to_dict(pipeline.run.sample)
+        save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
+    print(f"{len(pictures)} pictures{' and sheet.png' if hosts == 1 else f' of {len(jobs)}'} are in {options.out}.")
+    return 0
