@@ -137,7 +137,10 @@ class PerBlock(nnx.Module):
     """FLUX: every block has its own linear layer on SiLU of the conditioning vector."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def stack(blocks: int, count: int) -> nnx.Linear:
+        def stack(blocks: int, count: int) -> nnx.Linear | None:
+            if blocks == 0:
+                return None
+
             def make(key):
                 zeros = nnx.initializers.zeros
                 return nnx.Linear(model.hidden, count * model.hidden, kernel_init=zeros, dtype=dtype, rngs=nnx.Rngs(key))
@@ -156,7 +159,9 @@ class PerBlock(nnx.Module):
     ) -> Vectors:
         x = nnx.silu(self.condition(time, guidance, pooled))
 
-        def vectors(layers: nnx.Linear, count: int):
+        def vectors(layers: nnx.Linear | None, count: int):
+            if layers is None:
+                return jnp.zeros((0, len(x), count, x.shape[-1]))
             # One layer at a time: with sharded weights only one block's are gathered at once.
             y = jax.lax.map(lambda layer: layer(x).astype(jnp.float32), layers)
             return y.reshape(y.shape[0], len(x), count, x.shape[-1])
@@ -172,9 +177,7 @@ class Shared(nnx.Module):
         d = model.hidden
         self.condition = Condition(model, dtype, rngs)
         self.linear = nnx.Linear(d, (6 + 6 + 3 + 2) * d, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
-        self.double_image = nnx.Param(jnp.zeros((model.double_blocks, 6, d)))
-        self.double_text = nnx.Param(jnp.zeros((model.double_blocks, 6, d)))
-        self.single = nnx.Param(jnp.zeros((model.single_blocks, 3, d)))
+        self.double_image, self.double_text, self.single = _learned(model)
 
     def __call__(
         self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None = None, pooled: Float[Array, "b p"] | None = None
@@ -183,7 +186,7 @@ class Shared(nnx.Module):
         image, text, single, output = jnp.split(x.reshape(len(x), 17, -1), [6, 12, 15], axis=1)
         return Vectors(
             *(
-                s[None] + offset[...][:, None]
+                jnp.zeros((0, *s.shape)) if offset is None else s[None] + offset[...][:, None]
                 for s, offset in zip((image, text, single), (self.double_image, self.double_text, self.single))
             ),
             output,
@@ -194,11 +197,20 @@ class Static(nnx.Module):
     """No time input: learned vectors (as in MiniT2I, whose network reads the noise level off the picture)."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        d = model.hidden
-        self.double_image = nnx.Param(jnp.zeros((model.double_blocks, 6, d)))
-        self.double_text = nnx.Param(jnp.zeros((model.double_blocks, 6, d)))
-        self.single = nnx.Param(jnp.zeros((model.single_blocks, 3, d)))
-        self.output = nnx.Param(jnp.zeros((2, d)))
+        self.double_image, self.double_text, self.single = _learned(model)
+        self.output = nnx.Param(jnp.zeros((2, model.hidden)))
 
     def __call__(self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None = None, pooled: None = None) -> Vectors:
-        return Vectors(self.double_image[...][:, None], self.double_text[...][:, None], self.single[...][:, None], self.output[...][None])
+        d = self.output.shape[-1]
+        image, text, single = (
+            jnp.zeros((0, 1, count, d)) if learned is None else learned[...][:, None]
+            for learned, count in ((self.double_image, 6), (self.double_text, 6), (self.single, 3))
+        )
+        return Vectors(image, text, single, self.output[...][None])
+
+
+def _learned(model: config.Model) -> list[nnx.Param | None]:
+    """Vectors of the double blocks' image and text, and of the single blocks; None for blocks that are not there, as nothing can save an
+    empty array."""
+    counts = ((model.double_blocks, 6), (model.double_blocks, 6), (model.single_blocks, 3))
+    return [nnx.Param(jnp.zeros((blocks, count, model.hidden))) if blocks else None for blocks, count in counts]

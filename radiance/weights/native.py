@@ -164,8 +164,6 @@ def layout(model: config.Model) -> tuple[dict[str, tuple[int, ...]], dict[str, S
             continue
         covered.update(paths)
         stacked = "{i}" in row.native
-        if stacked and leaves[paths[0]].shape[0] == 0:
-            continue  # a model without blocks of this kind
         join = partial(_join, row, 0 if stacked else None, model=model)
         shape = jax.eval_shape(join, {path: leaves[path] for path in paths}).shape
         for i in range(leaves[paths[0]].shape[0]) if stacked else [None]:

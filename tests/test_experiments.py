@@ -1,0 +1,66 @@
+"""Every experiment and every arm is a config that can be; those for a CPU take a step. Found by looking, so that a new file is covered."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from radiance import config
+from radiance.cli.experiments import experiment
+from radiance.model.transformer import abstract
+from radiance.sharding import make_mesh
+from radiance.text.encoders import make_encoder
+from radiance.training.step import init_state, make_step
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+SMALL = ("toy", "rehearsal")  # arms for a CPU
+
+
+def arms(path: Path) -> list[str]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(getattr(module, "ARMS", {}))
+
+
+NAMES = [str(path) + arm for path in sorted(FOLDER.glob("*.py")) for arm in ("", *(f":{name}" for name in arms(path)))]
+STEPS = [name for name in NAMES if name.endswith(SMALL) or Path(name).stem == "quickstart"]
+
+
+def short(name: str) -> str:
+    return Path(name).name
+
+
+@pytest.mark.parametrize("name", NAMES, ids=short)
+def test_it_builds(name):
+    run = experiment(name)
+    assert run.name.replace("-", ":", 1).partition(":")[0] == Path(name.partition(":")[0]).stem
+    assert config.from_json(config.Config, config.to_json(run)) == run
+    assert all(x.size for x in jax.tree.leaves(abstract(run.model)))  # checkpoints cannot hold an empty array
+    make_mesh(run.mesh)  # fits one device
+
+
+@pytest.mark.parametrize("name", STEPS, ids=short)
+def test_it_takes_a_step(name):
+    run = experiment(name)
+    run = replace(run, optimizer=replace(run.optimizer, warmup_steps=0), data=replace(run.data, batch=2 * run.optimizer.accumulate))
+    assert run.text.encoder == "hash"
+    draw, count = np.random.default_rng(0), run.data.batch
+    text, lengths = make_encoder(run.text, run.model.text_dim)(["a red cat"] * count)
+    image = draw.uniform(-1, 1, (count, run.data.side, run.data.side, run.model.channels)).astype(np.float32)
+    batch = {"image": image, "text": text, "lengths": lengths, "weight": np.ones(count, np.float32)}
+    base = None
+    if run.lora.rank:
+        base = jax.tree.map(lambda x: 0.05 * draw.standard_normal(x.shape, np.float32), abstract(run.model))
+    state = init_state(run)
+    after, metrics = jax.jit(make_step(run))(state, batch, base)
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0 and metrics["skipped"] == 0
+    moved = [bool((x != y).any()) for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params))]
+    assert any(moved), "no parameter has moved"
+
+
+def test_every_experiment_but_the_quickstart_has_an_arm_for_a_cpu():
+    assert {Path(name.partition(":")[0]).name for name in STEPS} == {path.name for path in FOLDER.glob("*.py")}
