@@ -159,12 +159,19 @@ class Data(Section):
     directory: str = "~/.cache/radiance"  # where prepared data sets are kept
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts
+    broken_limit: float = 0.1  # share of the pictures that may turn out broken before the run stops
     caption_dropout: float = 0.1  # share of captions replaced by the empty prompt (for guidance)
+    tag_shuffle: bool = False  # of captions that are lists of tags: in a new order each time
+    tag_drop: float = 0.0  # the largest share of a caption's tags that is left out
+    lower: float = 0.0  # share of captions put in lower case
+    prefix: str = ""  # before every caption that is not dropped, such as "a painting of "
+    suffix: str = ""
     threads: int = 4  # readers ahead of the trainer
 
     def check(self):
         require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
-        require(0 <= self.caption_dropout <= 1, f"data.caption_dropout={self.caption_dropout} must lie between 0 and 1.")
+        for name in ("broken_limit", "caption_dropout", "tag_drop", "lower"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must lie between 0 and 1.")
         require(0 < self.validation < 1, f"data.validation={self.validation} must lie between 0 and 1: it is a share of the pictures.")
         require(self.source == "folder" or not self.path, f"data.path={self.path} is for data.source=folder: set that too.")
 
@@ -192,21 +199,34 @@ class Flow(Section):
         )
 
 
+WIDEST = 0.288  # relative width of the plain mean, 1 / √12: no growing weight has a larger one
+
+
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW (arXiv 1711.05101) behind a clip, and the averages of the weights."""
+    """AdamW (arXiv 1711.05101) or Muon behind a clip, and the averages of the weights."""
 
+    # muon (Jordan et al. 2024): for the matrices of the blocks, every layer by itself, and AdamW for the rest. Its steps are as large as Adam's
+    # (arXiv 2502.16982), so that learning rates carry over. Of a LoRA it takes both factors of every matrix, each as a matrix.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine falls to 0 at train.steps
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95  # of Muon's momentum, which is kept in mu_dtype
     weight_decay: float = 0.0  # never on norms, biases, tables and registers
     clip_norm: float = 1.0
     accumulate: int = 1  # parts that a batch is computed in
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
+    rotate: tuple[int, int] = (0, 0)  # double and single blocks trained at a time, with moments of no more; 0,0 for all
+    rotate_every: int = 100  # steps until the next of them; the moments of the optimizer begin anew
+    rates: tuple[str, ...] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
+    # Relative widths of averages whose weight grows as a power of the step (arXiv 2312.02696), such as 0.05,0.1; snapshots of them (train.snapshot_every)
+    # give the average of any other width afterwards.
+    ema_widths: tuple[float, ...] = ()
     # What weights and their averages, and Adam's first and second moments are kept in. bfloat16 is rounded up or down at random, in proportion to what lies
     # between: a small change, which rounding to the nearest would lose every time, then arrives on average.
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -218,11 +238,36 @@ class Optimizer(Section):
         require(self.accumulate >= 1, f"optimizer.accumulate={self.accumulate} must be at least 1.")
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).")
         require(self.warmup_steps >= 0 and self.weight_decay >= 0, "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.")
+        for name in ("beta1", "beta2", "muon_beta"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
+        require(self.rotate_every >= 1, f"optimizer.rotate_every={self.rotate_every} must be at least 1.")
         require(
-            all(0 <= b < 1 for b in (self.beta1, self.beta2)), f"optimizer.beta1={self.beta1} and beta2={self.beta2} must lie in [0, 1)."
+            all(0 < factor < float("inf") for factor in self.factors.values()),
+            f"optimizer.rates={self.rates}: factors are positive numbers (optimizer.frozen names what does not move).",
         )
+        require(len(self.factors) == len(self.rates), f"optimizer.rates={self.rates} names a path twice.")
         require(all(0 < d < 1 for d in self.ema), f"optimizer.ema={self.ema}: decays lie between 0 and 1.")
         require(len(set(self.ema)) == len(self.ema), f"optimizer.ema={self.ema} names a decay twice.")
+        require(all(0 < w < WIDEST for w in self.ema_widths), f"optimizer.ema_widths={self.ema_widths}: widths lie between 0 and {WIDEST}.")
+        require(len(set(self.ema_widths)) == len(self.ema_widths), f"optimizer.ema_widths={self.ema_widths} names a width twice.")
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the averages that are kept: decays, and width=WIDTH."""
+        return (*(str(decay) for decay in self.ema), *(f"width={width}" for width in self.ema_widths))
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """`rates` by path."""
+        found = {}
+        for rate in self.rates:
+            path, _, factor = rate.rpartition("=")
+            try:
+                found[path] = float(factor)
+            except ValueError:
+                path = ""
+            require(path != "", f"optimizer.rates={rate!r}: write PATH=FACTOR, such as head=4.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -262,6 +307,7 @@ class Train(Section):
     sample_every: int = 1000
     sample_prompts: tuple[str, ...] = ()  # none: captions of the validation split
     checkpoint_every: int = 1000
+    snapshot_every: int = 5000  # steps between snapshots of the averages of optimizer.ema_widths, which are never removed
     keep: int = 3  # newest checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this; 0 for none
     skip_limit: int = 20  # non-finite steps in a row that end the run
@@ -269,7 +315,17 @@ class Train(Section):
     profile_steps: int = 0  # steps, from the third of this start, that are traced into profile/ for TensorBoard
 
     def check(self):
-        for name in ("steps", "log_every", "validate_every", "validate_pictures", "sample_every", "checkpoint_every", "keep", "skip_limit"):
+        for name in (
+            "steps",
+            "log_every",
+            "validate_every",
+            "validate_pictures",
+            "sample_every",
+            "checkpoint_every",
+            "snapshot_every",
+            "keep",
+            "skip_limit",
+        ):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
         require(self.keep_every >= 0, "train.keep_every cannot be negative.")
@@ -290,7 +346,7 @@ class Sample(Section):
     unguided_steps: int = 0  # first steps without guidance
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times with guidance
     guidance_rescale: float = 0.0  # 0 none, 1 the spread of the conditional prediction (arXiv 2305.08891)
-    weights: str = "ema"  # ema (the largest decay), ema=DECAY, or params
+    weights: str = "ema"  # ema (the largest decay), ema=DECAY, width=WIDTH (optimizer.ema_widths), or params
     batch: int = 8  # pictures at a time
 
     @classmethod
@@ -307,9 +363,19 @@ class Sample(Section):
         require(0 <= low <= high <= 1, f"sample.guidance_interval={self.guidance_interval} must be two rising times between 0 and 1.")
         require(0 <= self.guidance_rescale <= 1, f"sample.guidance_rescale={self.guidance_rescale} must lie between 0 and 1.")
         require(
-            self.weights in ("params", "ema") or self.weights.startswith("ema="),
-            f"sample.weights={self.weights!r}: say params, ema or ema=DECAY.",
+            self.weights in ("params", "ema") or self.weights.startswith("ema=") or self.width is not None,
+            f"sample.weights={self.weights!r}: say params, ema, ema=DECAY or width=WIDTH, a width between 0 and {WIDEST}.",
         )
+
+    @property
+    def width(self) -> float | None:
+        """The relative width of the average that `weights` names, if it names one so."""
+        name, _, number = self.weights.partition("=")
+        try:
+            width = float(number) if name == "width" else None
+        except ValueError:
+            return None
+        return width if width is not None and 0 < width < WIDEST else None
 
 
 @dataclass(frozen=True)
@@ -359,6 +425,12 @@ class Config(Section):
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
         )
+        changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
+        told = ", ".join(f"data.{name}={value}" for name, value in changed.items() if value)
+        require(
+            not (told and self.text.encoder == "t5" and self.text.cache and not self.text.file),
+            f"{told} makes captions that text.cache={self.text.cache} cannot hold: give text.file, T5's weights, too, or leave captions as they are.",
+        )
         require(
             self.lora.rank == 0 or bool(self.init),
             f"lora.rank={self.lora.rank} trains additions to weights that are there already: give init=FILE or a run.",
@@ -367,8 +439,22 @@ class Config(Section):
             self.lora.rank == 0 or not self.optimizer.frozen,
             f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
         )
+        for kind, count, blocks in zip(("double", "single"), self.optimizer.rotate, (self.model.double_blocks, self.model.single_blocks)):
+            require(
+                self.optimizer.rotate == (0, 0) or min(1, blocks) <= count <= blocks,
+                f"optimizer.rotate={self.optimizer.rotate} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
+                f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
+            )
         require(
-            self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
+            self.lora.rank == 0 or self.optimizer.rotate == (0, 0),
+            f"optimizer.rotate={self.optimizer.rotate} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
+        )
+        require(
+            self.sample.width is None or bool(self.optimizer.ema_widths),
+            f"sample.weights={self.sample.weights}, but the run keeps no such averages: it needs optimizer.ema_widths, such as 0.05,0.1.",
+        )
+        require(
+            self.sample.width is not None or self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
             f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
         )
 

@@ -47,7 +47,7 @@ def load(
 ) -> Pipeline:
     """The pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
 
-    weights: of a run: params, ema or ema=DECAY; its own choice when None. text_encoder, tokenizer: T5's files; a run's own when
+    weights: of a run: params, ema, ema=DECAY or width=WIDTH; its own choice when None. text_encoder, tokenizer: T5's files; a run's own when
     empty. autoencoder: the file that latent models (Chroma1-Base, -HD, -Flash) need. loras: files and strengths. preset: settings
     by name (`config.PRESETS`); when None a run's own, or those that suit the file. changes: of the settings, such as "guidance=2".
     store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from toys import toy_model
 
@@ -30,6 +31,17 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
         sample=config.Sample(steps=2, guidance=2.0),
     )  # fmt: skip
     return config.override(run, changes)
+
+
+def batch_of(run: config.Config, seed: int = 0) -> dict[str, jnp.ndarray]:
+    """A batch that has nothing to learn but its pictures."""
+    draw, b = np.random.default_rng(seed), run.data.batch
+    return {
+        "image": jnp.asarray(draw.uniform(-1, 1, (b, run.data.side, run.data.side, 3)), jnp.float32),
+        "text": jnp.asarray(draw.normal(size=(b, run.text.length, run.model.text_dim)), jnp.float32),
+        "lengths": jnp.asarray(draw.integers(1, run.text.length, b), jnp.int32),
+        "weight": jnp.ones(b),
+    }
 
 
 def environment_of(devices: int) -> dict[str, str]:

@@ -183,6 +183,8 @@ def test_models_that_cannot_be(changes, match):
     "change, match",
     [
         ("data.side=100", "data.side=100 is not a multiple of model.patch=16"),
+        ("data.tag_drop=1.5", "data.tag_drop=1.5 must lie between 0 and 1"),
+        ("data.broken_limit=-1", "data.broken_limit=-1.0 must lie between 0 and 1"),
         ("optimizer.accumulate=3", "data.batch=256 does not divide into optimizer.accumulate=3"),
         ("name=a/b", "name of one folder"),
         ("name=", "name of one folder"),
@@ -197,7 +199,7 @@ def test_models_that_cannot_be(changes, match):
         ("train.seed=-1", "train.seed=-1"),
         ("train.keep=0", "train.keep=0"),
         ("sample.guidance_interval=0.8,0.2", "two rising times"),
-        ("sample.weights=emma", "params, ema or ema=DECAY"),
+        ("sample.weights=emma", "params, ema, ema=DECAY or width=WIDTH"),
         ("mesh.fsdp=-1", "one of them may be -1"),
         ("mesh.tensor=0", "at least 1"),
     ],
@@ -264,3 +266,10 @@ def test_differences():
 def test_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(Config(name="a", output="~/runs").directory) == "/home/someone/runs/a"
+
+
+def test_captions_that_a_cache_cannot_hold():
+    changes = ["text.encoder=t5", "text.cache=there", "data.lower=0.25"]
+    with pytest.raises(config.ConfigError, match="data.lower=0.25 makes captions that text.cache=there cannot hold"):
+        config.override(config.Config(), changes)
+    config.override(config.Config(), [*changes, "text.file=t5.safetensors"])

@@ -25,7 +25,7 @@ def add(verbs):
         "--dtype",
         help="fp32, bf16, fp16; fp8 and int8, or in GGUF q8_0 and q4_0; by default each tensor's own, if OUT can have it, else bf16",
     )
-    parser.add_argument("--weights", help="of a run: params, ema or ema=DECAY")
+    parser.add_argument("--weights", help="of a run: params, ema, ema=DECAY or width=WIDTH (optimizer.ema_widths)")
     parser.add_argument("--merge", type=with_number, metavar="FILE:RATIO", help="(1 - RATIO) of MODEL and RATIO of another of its kind")
     parser.add_argument(
         "--lora", action="append", type=with_number, default=[], metavar="FILE[:STRENGTH]", help="merge; negative to unmerge"

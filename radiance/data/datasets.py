@@ -26,10 +26,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        """Raises Broken for a picture that cannot be decoded."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions alone, for who needs no pixels."""
+
+    def tags(self, index: int) -> bool:
+        """Whether they are lists of tags with commas between."""
 
     def fingerprint(self) -> str:
         """A hash of the contents."""
@@ -76,7 +80,7 @@ def _folder(data: config.Data, split: str) -> Source:
 
     if not data.path:
         raise config.ConfigError("data.source=folder needs data.path=FOLDER: a folder of pictures with captions.")
-    return Folder(data.path, split, validation=data.validation, side=data.side, threads=data.threads)
+    return Folder(data.path, split, validation=data.validation, side=data.side, threads=data.threads, broken_limit=data.broken_limit)
 
 
 class TfdsSource:
@@ -101,6 +105,9 @@ class TfdsSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(c.decode() for c in self.texts[index][self.keys[1]])
+
+    def tags(self, index: int) -> bool:
+        return False
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

@@ -1,52 +1,42 @@
 """`folder`: pictures with captions as people keep them, read where they lie.
 
 The captions of cat.png stand in cat.txt beside it, one a line, or else in a metadata.jsonl of its folder or of one above, as in
-Hugging Face's `imagefolder`: {"file_name": "cat.png", "text": "a cat"}, where "caption" will do for "text", and a list for several.
+Hugging Face's `imagefolder`: {"file_name": "cat.png", "text": "a cat"}, where "caption" will do for "text", and a list for several;
+"is_tag_based": true says that they are tags with commas between.
 Subfolders count, links are followed, and names that begin with a dot are passed over.
 
 When a run starts, all captions and the heads of all pictures are read, and what cannot be used is left out and counted by kind.
-Pixels are decoded when they are needed: decoding millions of files first would take hours. A picture that turns out broken then is
-told once, and the next one is read in its place, every time.
+Pixels are decoded when they are needed (data/decode.py): decoding millions of files first would take hours. A picture that turns out broken then is
+told once and passed over, every time.
 """
 
 import hashlib
-import io
 import json
 import os
 import posixpath
-import struct
 import sys
 import threading
 import time
 import unicodedata
-import warnings
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from radiance import config
+from radiance.data import decode
 from radiance.data.datasets import DataError, Example
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".tif", ".tiff")
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in decode.EXCLUDED)
+OTHER_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures to people, but not to Pillow without its plugins
 METADATA = "metadata.jsonl"
-LARGEST = 89_478_485  # pixels: where Pillow begins to suspect a decompression bomb
 ENLARGED = 2  # times, at most, that a picture may be scaled up
 EDGE = 4096  # bytes at either end of a file that enter the fingerprint
 CHUNK = 256  # files that a thread looks at in one go
 LINE_EVERY = 10.0  # seconds
-# What Pillow raises for a broken file.
-BROKEN = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 
 class _Unfit(Exception):
@@ -63,6 +53,7 @@ class Entry(NamedTuple):
 
     file: File
     captions: tuple[str, ...]
+    tags: bool  # whether the captions are lists of tags
     size: int  # bytes
     digest: str  # of both ends of the file
 
@@ -76,12 +67,13 @@ class Folder:
     validation: share of the pictures that is held out.
     side: pictures will be scaled to cover that many pixels; those that this would enlarge more than twice are left out.
     threads: that read heads and captions.
+    broken_limit: share of the pictures that may turn out broken.
 
     Raises ConfigError when `path` is not a folder, and DataError when it has nothing for this split.
     """
 
-    def __init__(self, path: str | Path, split: str, *, validation: float, side: int, threads: int):
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, split: str, *, validation: float, side: int, threads: int, broken_limit: float):
+        self.path, self.side, self.broken_limit = Path(path).expanduser(), side, broken_limit
         if not self.path.is_dir():
             raise config.ConfigError(f"data.path={path} is not a folder: give one that holds pictures and their captions.")
 
@@ -89,11 +81,11 @@ class Folder:
             return held_out(name, validation) == (split == "validation")
 
         files, closed = _walk(self.path)
-        listed, bad = _read_metadata(file for file in files if posixpath.basename(file.name) == METADATA)
+        listed, tagged, bad = _read_metadata(file for file in files if posixpath.basename(file.name) == METADATA)
         texts = {file.name: file.path for file in files if file.name.endswith(".txt")}
-        pictures = [file for file in files if _suffix(file) in SUFFIXES + OTHER_SUFFIXES or file.name in listed]
+        pictures = [file for file in files if _suffix(file) in SUFFIXES.union(OTHER_SUFFIXES) or file.name in listed]
         chosen = [file for file in pictures if ours(file.name)]
-        seen = _look_at_all(chosen, lambda file: _entry(file, texts, listed, side), threads)
+        seen = _look_at_all(chosen, lambda file: _entry(file, texts, listed, tagged, side), threads)
 
         self.entries = [entry for entry in seen if isinstance(entry, Entry)]
         self.broken: set[int] = set()  # entries that have been found impossible to decode
@@ -118,44 +110,47 @@ class Folder:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises DataError when a file has gone since the start, or when no picture can be decoded."""
+        """Raises Broken for a picture that cannot be decoded, and DataError when too many cannot, or when a file has gone since the start."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} pictures, and no number {index}.")
-        for i in range(index, index + len(self)):
-            picture = self._decode(i % len(self))
-            if picture is not None:
-                return Example(picture, self.captions(i % len(self)), {})
-        raise DataError(f"None of the {len(self)} pictures of {self.path} can be decoded: put whole ones there.")
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.entries[index].captions
-
-    def fingerprint(self) -> str:
-        """A hash of names, captions and sizes, and of the first and last 4 KB of each file: small files whole, and large ones at
-        the price of opening them. Where the folder lies, and the times of its files, do not matter."""
-        digest = hashlib.sha256()
-        for file, captions, size, edges in self.entries:
-            digest.update(json.dumps([file.name, captions, size, edges]).encode() + b"\n")
-        return digest.hexdigest()
-
-    def _decode(self, index: int) -> Image.Image | None:
-        """None for one that is broken."""
         path = self.entries[index].file.path
-        if index in self.broken:
-            return None
         try:
             content = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
         try:
-            return _pixels(content)
-        except BROKEN as error:
-            with self._lock:
-                new = index not in self.broken
-                self.broken.add(index)
-            if new:
-                _say(f"{path!r} cannot be decoded ({error}): the next picture is read in its place. So far {len(self.broken)} were broken.")
-            return None
+            return Example(decode.picture(content, (self.side, self.side)), self.captions(index), {})
+        except decode.Broken as broken:
+            self._note(index, broken)
+            raise
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.entries[index].captions
+
+    def tags(self, index: int) -> bool:
+        return self.entries[index].tags
+
+    def fingerprint(self) -> str:
+        """A hash of names, captions and sizes, and of the first and last 4 KB of each file: small files whole, and large ones at
+        the price of opening them. Where the folder lies, and the times of its files, do not matter."""
+        digest = hashlib.sha256()
+        for file, captions, tags, size, edges in self.entries:
+            digest.update(json.dumps([file.name, captions, *([True] if tags else []), size, edges]).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _note(self, index: int, broken: decode.Broken):
+        """Tells of a broken picture, once. Raises DataError when there are too many."""
+        with self._lock:
+            new = index not in self.broken
+            self.broken.add(index)
+        count = len(self.broken)
+        if new:
+            _say(f"{self.entries[index].file.path!r} cannot be used ({broken}) and is passed over. So far {count} were broken.")
+        if count > self.broken_limit * len(self):
+            raise DataError(
+                f"{count} of the {len(self)} pictures of {self.path} cannot be decoded, which is more than data.broken_limit={self.broken_limit}: "
+                "put whole ones there, or raise it."
+            )
 
 
 def held_out(name: str, share: float) -> bool:
@@ -188,10 +183,10 @@ def _walk(root: Path) -> tuple[list[File], list[str]]:
     return sorted(files), closed
 
 
-def _read_metadata(files: Iterable[File]) -> tuple[dict[str, list[str]], list[str]]:
-    """Captions by the name of the picture, and the places of lines that give none."""
+def _read_metadata(files: Iterable[File]) -> tuple[dict[str, list[str]], set[str], list[str]]:
+    """Captions by the name of the picture, the pictures whose captions are tags, and the places of lines that give none."""
     listed: dict[str, list[str]] = {}
-    bad = []
+    tagged, bad = set(), []
     for file in files:
         for number, line in enumerate(Path(file.path).read_bytes().split(b"\n"), 1):
             if not line.strip():
@@ -200,11 +195,15 @@ def _read_metadata(files: Iterable[File]) -> tuple[dict[str, list[str]], list[st
                 row = json.loads(line)
                 name = posixpath.normpath(posixpath.join(posixpath.dirname(file.name), row["file_name"]))
                 texts = _texts(row.get("text") or row.get("caption"))
+                tags = bool(row.get("is_tag_based"))
             except (ValueError, TypeError, LookupError, RecursionError):
                 bad.append(f"{file.name}:{number}")
             else:
-                listed.setdefault(unicodedata.normalize("NFC", name), []).extend(texts)
-    return listed, bad
+                name = unicodedata.normalize("NFC", name)
+                listed.setdefault(name, []).extend(texts)
+                if tags:
+                    tagged.add(name)
+    return listed, tagged, bad
 
 
 def _texts(value: Any) -> list[str]:
@@ -229,8 +228,7 @@ def _look_at_all(files: Sequence[File], look: Callable[[File], Entry], threads: 
 
     seen: list[Entry | _Unfit] = []
     told = time.monotonic()
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # of Pillow's, about what is counted here
+    with ThreadPoolExecutor(threads) as pool:
         for some in pool.map(look_at, [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]):
             seen += some
             if time.monotonic() - told > LINE_EVERY:
@@ -239,9 +237,9 @@ def _look_at_all(files: Sequence[File], look: Callable[[File], Entry], threads: 
     return seen
 
 
-def _entry(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]], side: int) -> Entry:
+def _entry(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]], tagged: Container[str], side: int) -> Entry:
     """What a run needs to know of a picture. Raises _Unfit when it cannot be used."""
-    if _suffix(file) in OTHER_SUFFIXES:
+    if _suffix(file) not in SUFFIXES and _suffix(file) in OTHER_SUFFIXES:
         raise _Unfit("format that is not read")
     try:
         captions = _captions(file, texts, listed)
@@ -252,10 +250,14 @@ def _entry(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[s
             opened.seek(max(size - EDGE, EDGE))
             edges += opened.read(EDGE)
             opened.seek(0)
-            _check_head(opened, side)
+            width, height = decode.size_of(opened)
+    except decode.Broken as broken:
+        raise _Unfit(broken.kind) from None
     except OSError:
         raise _Unfit("unreadable file") from None
-    return Entry(file, captions, size, hashlib.blake2b(edges, digest_size=16).hexdigest())
+    if ENLARGED * min(width, height) < side:
+        raise _Unfit("too small")
+    return Entry(file, captions, file.name in tagged, size, hashlib.blake2b(edges, digest_size=16).hexdigest())
 
 
 def _captions(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -272,38 +274,6 @@ def _captions(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequenc
     if not captions:
         raise _Unfit("empty caption")
     return captions
-
-
-def _check_head(opened: BinaryIO, side: int):
-    """Raises _Unfit for what a picture's head tells, without decoding it."""
-    try:
-        picture = Image.open(opened, formats=FORMATS)
-        # An MPO is a photograph, with its depth or preview behind it.
-        animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
-    except Image.DecompressionBombError:
-        raise _Unfit("too large") from None
-    except BROKEN:
-        raise _Unfit("not a picture") from None
-    if picture.width * picture.height > LARGEST:
-        raise _Unfit("too large")
-    if animated:
-        raise _Unfit("animated")
-    if ENLARGED * min(picture.size) < side:
-        raise _Unfit("too small")
-
-
-def _pixels(content: bytes) -> Image.Image:
-    """The decoded picture, upright, and nothing else of the file. Raises one of BROKEN when it is not whole."""
-    picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    picture.load()
-    try:
-        picture = ImageOps.exif_transpose(picture)
-    except BROKEN:  # an orientation that cannot be read is none
-        picture = picture.copy()
-    picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}
-    if picture.mode.startswith("I;16"):  # Pillow cuts such greys to 8 bits where it should scale them
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    return picture
 
 
 def _suffix(file: File) -> str:

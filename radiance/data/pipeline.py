@@ -4,9 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Float32
 
 from radiance import config
+from radiance.data.captions import caption_of
 from radiance.data.datasets import Source
+from radiance.data.decode import Broken
 from radiance.model.transformer import visible_tokens
 from radiance.pictures import to_array
 from radiance.text.encoders import BUCKET, Encoder, bucket
@@ -18,7 +21,7 @@ WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that mus
 class Batches:
     """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
 
-    Every epoch is a new permutation. Which caption is drawn, and whether it is dropped, depends on (seed, position) alone. Text is
+    Every epoch is a new permutation. Which caption is drawn, and what is left of it, depends on (seed, position) alone. Text is
     cut where no row of the global batch has a token that the model's `masking` shows.
     """
 
@@ -36,26 +39,33 @@ class Batches:
         first = step * self.data.batch
         # Every host looks at the captions of all, for their arrays must have one shape.
         positions = range(first, first + self.data.batch)
-        width = text_width((self._caption(p, self.source.captions(self.order[p])) for p in positions), self.encoder, self.masking)
-        pictures, captions = zip(*(self._example(first + row) for row in self.rows))
+        width = text_width(map(self._caption, positions), self.encoder, self.masking)
+        pictures, weight = _pictures(self.source, [self.order[first + row] for row in self.rows], self.data.side)
+        captions = [self._caption(first + row) for row in self.rows]
         text, lengths = self.encoder.pad(self.encoder.encode(captions, cut=True), width)
-        cut = sum(self.encoder.count(caption) > min(self.encoder.limit, width) for caption in captions)
-        weight = np.ones(len(captions), np.float32)
-        return {"image": np.stack(pictures), "text": text, "lengths": lengths, "weight": weight, "cut": np.int32(cut)}
+        cut = sum(self.encoder.count(caption) > self.encoder.limit for caption in captions)
+        return {"image": pictures, "text": text, "lengths": lengths, "weight": weight, "cut": np.int32(cut)}
 
-    def _example(self, position: int) -> tuple[np.ndarray, str]:
-        example = self.source[self.order[position]]
-        return to_array(example.picture, self.data.side, self.data.side), self._caption(position, example.captions)
-
-    def _caption(self, position: int, captions: Sequence[str]) -> str:
-        # Philox streams are fixed by NumPy's promise for bit generators; floor(random · n) does not lean on Generator's own methods.
-        choice, dropped = np.random.Generator(np.random.Philox(key=[self.seed, position])).random(2)
-        return "" if dropped < self.data.caption_dropout else captions[int(choice * len(captions))]
+    def _caption(self, position: int) -> str:
+        index = self.order[position]
+        draw = np.random.Generator(np.random.Philox(key=[self.seed, position]))  # whose stream is fixed by NumPy's promise
+        return caption_of(self.source.captions(index), self.source.tags(index), self.data, draw) or ""
 
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from `step` on, read ahead in threads."""
         ahead = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=2 * self.data.threads)
         return iter(grain.MapDataset.source(self)[step:].to_iter_dataset(ahead))
+
+
+def _pictures(source: Source, indices: Sequence[int], side: int) -> tuple[Float32[np.ndarray, "b side side 3"], Float32[np.ndarray, " b"]]:
+    """Pictures and their weights; in the place of a broken one is grey of weight 0."""
+    pixels, weights = np.zeros((len(indices), side, side, 3), np.float32), np.ones(len(indices), np.float32)
+    for row, index in enumerate(indices):
+        try:
+            pixels[row] = to_array(source[index].picture, side, side)
+        except Broken:
+            weights[row] = 0
+    return pixels, weights
 
 
 def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
@@ -73,9 +83,9 @@ def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures:
     width = text_width((source.captions(i)[0] for i in range(count)), encoder, masking)
     batches = []
     for start in range(0, count, size):
-        rows = [source[min(i, count - 1)] for i in range(start, start + size)]
-        text, lengths = encoder.pad(encoder.encode([row.captions[0] for row in rows], cut=True), width)
-        image = np.stack([to_array(row.picture, data.side, data.side) for row in rows])
-        weight = (np.arange(start, start + size) < count).astype(np.float32)
+        rows = [min(i, count - 1) for i in range(start, start + size)]
+        text, lengths = encoder.pad(encoder.encode([source.captions(i)[0] for i in rows], cut=True), width)
+        image, weight = _pictures(source, rows, data.side)
+        weight *= np.arange(start, start + size) < count
         batches.append({"image": image, "text": text, "lengths": lengths, "weight": weight})
     return batches

@@ -4,20 +4,26 @@ A save that is cut short leaves a temporary directory that nothing reads; the ch
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from radiance import config
 from radiance.model.transformer import Params, abstract
+from radiance.training.averages import combination
 from radiance.training.optimizer import join, split_frozen
 from radiance.training.step import State, init_state
 from radiance.weights.files import CheckpointError, require_space
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step of every save
+
+FAR = 0.1  # from the average that is asked for: what snapshots can give is another one
 
 
 class Checkpoints:
@@ -37,6 +43,12 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    @property
+    def standing(self) -> int | None:
+        """The newest that is whole on the disk; `latest` may still be on its way there."""
+        steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()] if self.directory.is_dir() else []
+        return max(steps, default=None)
+
     def save(self, state: State):
         """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when the save before failed."""
         parts = _parts(state)
@@ -55,23 +67,31 @@ class Checkpoints:
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
         """Only the weights (of a LoRA run, what it adds), on the first device unless `shardings` says otherwise.
 
-        which: params, ema (the largest decay; params where the run keeps none) or ema=DECAY.
+        which: params, ema (the largest decay; params where the run keeps none), ema=DECAY, or width=WIDTH, which is made from the run's
+        snapshots where it is none of those that the run keeps.
         """
         like = jax.eval_shape(partial(init_state, run)).params if run.lora.rank else abstract(run.model)
         if shardings is not None:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         like = _placed(like)
         trained, _ = split_frozen(like, run.optimizer.frozen)
-        decays = [str(d) for d in run.optimizer.ema]
-        decay = chosen_average(which, decays)
+        width = config.Sample(weights=which).width
+        made = width is not None and width not in run.optimizer.ema_widths
+        name = None if made else chosen_average(which, run.optimizer.averages)
+        wanted = {} if name is None else {"ema": {d: trained for d in run.optimizer.averages}}
+        if run.optimizer.frozen or not (made or name):
+            wanted["params"] = like
         with _told(f"The checkpoint of step {step}", self.directory, "read"):
-            if decay is None:
-                return self._checkpointer.load_checkpointables(step, {"params": like})["params"]
-            wanted = {"ema": {d: trained for d in decays}} | ({"params": like} if run.optimizer.frozen else {})
-            parts = self._checkpointer.load_checkpointables(step, wanted)
-        if not run.optimizer.frozen:
-            return parts["ema"][decay]
-        return join(parts["ema"][decay], split_frozen(parts["params"], run.optimizer.frozen)[1])
+            parts = self._checkpointer.load_checkpointables(step, wanted) if wanted else {}
+        if not (made or name):
+            return parts["params"]
+        average = Snapshots(self.directory.with_name("averages")).average(run, width, trained) if made else parts["ema"][name]
+        return join(average, split_frozen(parts["params"], run.optimizer.frozen)[1]) if run.optimizer.frozen else average
+
+    def wait(self):
+        """Until what is being written is. Raises CheckpointError when that failed."""
+        with _told("The last checkpoint", self.directory):
+            self._checkpointer.wait()
 
     def close(self):
         """Waits for what is being written."""
@@ -79,17 +99,95 @@ class Checkpoints:
             self._checkpointer.close()
 
 
-def chosen_average(which: str, decays: Iterable[str]) -> str | None:
-    """The decay that `which` (params, ema or ema=DECAY) means among those a run keeps; None for the weights themselves."""
-    decays = list(decays)
+class Snapshots:
+    """The averages of optimizer.ema_widths at some steps of a run, all of which are kept: from them come those of other widths.
+
+    Nothing that goes wrong in writing one stops a run: it is told, and there is a snapshot less.
+    """
+
+    def __init__(self, directory: Path, tell: Callable[[str], None] = print, clean: bool = False):
+        self.directory, self.tell = Path(directory).absolute(), tell
+        self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=clean)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(found.step for found in self._checkpointer.checkpoints)
+
+    def save(self, state: State):
+        """Writes those of `state`, in the type it keeps them in, where there is room for them and for a checkpoint."""
+        step = int(state.step)
+        if step in self.steps:  # of before a kill; it is the same
+            return
+        averages = {name: average for name, average in state.ema.items() if name.startswith("width=")}
+        ready = False
+        with self._forgiven(step):
+            require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves((averages, _parts(state)))))
+            ready = True
+        if jax.process_count() > 1:  # all write, or none does
+            ready = bool(multihost_utils.process_allgather(np.array(ready)).all())
+        if not ready:
+            return
+        with self._forgiven(step):
+            self._checkpointer.save_checkpointables(step, {"averages": averages})
+
+    def average(self, run: config.Config, width: float, like: Params) -> Params:
+        """The average of that relative width at the newest snapshot, in the shapes and places of `like`, computed leaf by leaf in float32.
+
+        Raises CheckpointError when the snapshots are too few to come within a tenth of it.
+        """
+        steps, widths = self.steps, run.optimizer.ema_widths
+        known = [(step, kept) for step in steps for kept in widths]
+        factors, missed = combination(known, (steps[-1], width)) if known else ([], 1.0)
+        if missed > FAR:
+            raise CheckpointError(
+                f"{self.directory} has {len(steps)} snapshots of the averages of width {', '.join(map(str, widths))}, too few for one of width "
+                f"{width:g} (off by {missed:.0%}): ask for a width nearer to those, or train with a smaller train.snapshot_every."
+            )
+        partial_load = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+
+        def leaf(keys: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+            wanted = {"averages": {f"width={kept}": _nested(keys, x) for kept in widths}}
+            total = 0.0
+            for step, share in zip(steps, np.reshape(factors, (len(steps), -1))):
+                loaded = ocp.load_checkpointables(self.directory / str(step), wanted)["averages"]
+                total += sum(float(s) * one for s, one in zip(share, (jax.tree.leaves(loaded[f"width={kept}"])[0] for kept in widths)))
+            return total
+
+        with _told("A snapshot", self.directory, "read"), ocp.Context(pytree_options=partial_load):
+            return jax.tree_util.tree_map_with_path(leaf, like)
+
+    def close(self):
+        """Waits for what is being written."""
+        with self._forgiven(None):
+            self._checkpointer.close()
+
+    @contextmanager
+    def _forgiven(self, step: int | None) -> Iterator[None]:
+        try:
+            with _told("The last snapshot" if step is None else f"The snapshot of step {step}", self.directory):
+                yield
+        except CheckpointError as error:
+            self.tell(f"No snapshot of the averages, and the run goes on. {error}")
+
+
+def _nested(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Params:
+    for key in reversed(keys):
+        leaf = {key.key: leaf}
+    return leaf
+
+
+def chosen_average(which: str, names: Iterable[str]) -> str | None:
+    """The average that `which` (params, ema, ema=DECAY or width=WIDTH) means among those a run keeps; None for the weights themselves."""
+    names = list(names)
+    decays = [name for name in names if not name.startswith("width=")]
     if which == "params" or (which == "ema" and not decays):
         return None
-    decay = which.partition("=")[2] or max(decays, key=float)
-    if decay not in decays:
-        raise CheckpointError(
-            f"The run has no average {which!r}: it has params and {', '.join(f'ema={d}' for d in decays) or 'no averages'}."
-        )
-    return decay
+    width = config.Sample(weights=which).width
+    name = f"width={width}" if width is not None else which.partition("=")[2] or max(decays, key=float)
+    if name not in names:
+        kept = (name if name not in decays else f"ema={name}" for name in names)
+        raise CheckpointError(f"The run has no average {which!r}: it has params and {', '.join(kept) or 'no averages'}.")
+    return name
 
 
 def _parts(state: State) -> dict:

@@ -20,7 +20,7 @@ from radiance.weights.files import replacing
 
 # What may change between a run and its continuation.
 FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.path", "data.threads", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
-    f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "keep", "keep_every", "skip_limit", "track", "profile_steps")
+    f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "snapshot_every", "keep", "keep_every", "skip_limit", "track", "profile_steps")
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.averages = self.path / "averages"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 
@@ -29,12 +29,12 @@ from radiance.pipeline import Pipeline
 from radiance.sampling import times_of
 from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
-from radiance.training.checkpoints import Checkpoints, chosen_average
+from radiance.training.checkpoints import Checkpoints, Snapshots, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
 from radiance.training.start import base_identity, known_loss, load_base, start, verdict
-from radiance.training.step import State, complete, init_state, make_step, validation_losses
+from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.training.tracking import Trackers, require_trackers
 from radiance.weights.files import CheckpointError, require_space
 
@@ -97,7 +97,7 @@ def train(run: config.Config) -> int:
     feed = batches.start(first)
     number = saved = first
     facts: dict[str, float] = {}
-    before, waited, cut, words = None, 0.0, 0, []
+    before, waited, cut, passed_over, words = None, 0.0, 0, 0, []
     with (
         jax.set_mesh(mesh),
         _signals() as stopping,
@@ -105,6 +105,7 @@ def train(run: config.Config) -> int:
         closing(Journal(directory, first, Trackers(run, first)) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
+        closing(Snapshots(directory.averages, progress.say, clean=first_host)) if run.optimizer.ema_widths else nullcontext() as snapshots,
         _with_all_hosts(checkpoints),
     ):
         if first == 0 and run.init:
@@ -119,6 +120,7 @@ def train(run: config.Config) -> int:
             batch = next(feed)
             waited += time.monotonic() - began
             cut += int(batch.pop("cut"))
+            passed_over += int((batch["weight"] == 0).sum())
             words.append(batch["text"].shape[1])
             state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
             number += 1
@@ -134,15 +136,24 @@ def train(run: config.Config) -> int:
             if number % run.train.log_every == 0 or last:
                 skipped = int(metrics["skipped"])
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
-                row = facts | {"learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
+                norms = {part: float(norm) for part, norm in metrics["gradient_norms"].items()}
+                row = facts | {"gradient_norms": norms, "learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
                 flops = np.mean(
                     [training_flops(run.model, run.data.side, run.data.side, count, run.lora.rank > 0) for count in words]
                 )  # of a picture
                 speed = _speed(progress.rate * flops / mesh.size)
                 journal.write(
-                    number, row | {"captions_cut": cut, "pictures_per_second": progress.rate, "input_wait_seconds": waited} | speed
+                    number,
+                    row
+                    | {
+                        "captions_cut": cut,
+                        "pictures_skipped": passed_over,
+                        "pictures_per_second": progress.rate,
+                        "input_wait_seconds": waited,
+                    }
+                    | speed,
                 )
-                waited, cut, words = 0.0, 0, []
+                waited, cut, passed_over, words = 0.0, 0, 0, []
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
                 bins = _validate(validate, weights_of(run, state, base), validation, mesh)
@@ -152,6 +163,9 @@ def train(run: config.Config) -> int:
                 _check_finite(run, metrics, number, checkpoints)
                 checkpoints.save(state)
                 saved = number
+            if snapshots and (number % run.train.snapshot_every == 0 or last):
+                checkpoints.wait()  # two that write at once would wait for each other over several hosts
+                snapshots.save(state)
             if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
                 _gallery(run, encoder, prompts, weights_of(run, state, base), number, journal)
         if number > saved:
@@ -181,7 +195,7 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, CheckpointError) as error:
         if jax.process_count() == 1:
             raise
-        latest = checkpoints.latest
+        latest = checkpoints.standing
         print(
             f"radiance: another host is gone, or this one cannot go on ({str(error).splitlines()[0][:300]}): start all hosts again with the same "
             f"command, which goes on from {'the beginning' if latest is None else f'step {latest}'}.",
@@ -204,6 +218,7 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         raise config.ConfigError(
             f"model.channels={run.model.channels}, but {run.data.source} has pictures of 3 channels: train a pixel model."
         )
+    chosen_average(run.sample.weights, run.optimizer.averages)  # raises for a width that is made of snapshots after the run
     times_of(run.sample, (run.data.side // run.model.patch) ** 2)  # raises when the schedule cannot be
     if run.model.pooled_dim:
         raise config.ConfigError(
@@ -218,7 +233,7 @@ def weights_of(run: config.Config, state: State, base: Params | None) -> Params:
     return complete(run, params, base)
 
 
-def _check_finite(run: config.Config, metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints):
+def _check_finite(run: config.Config, metrics: Metrics, step: int, checkpoints: Checkpoints):
     if int(metrics["skipped_in_row"]) < run.train.skip_limit:
         return
     latest = checkpoints.latest

@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, BFloat16, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, BFloat16, Bool, Float32, Int32, PRNGKeyArray
+from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from radiance import config
 from radiance.model.transformer import Params
@@ -23,13 +25,97 @@ def learning_rate(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay on matrices."""
+    """Clip, Adam or Muon, decoupled weight decay on matrices, and learning rates."""
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
-        scale_by_adam(optimizer),
+        scale_by_muon_and_adam(optimizer) if optimizer.kind == "muon" else scale_by_adam(optimizer),
         optax.add_decayed_weights(optimizer.weight_decay, mask=_is_matrix),
+        *([scale_by_path(optimizer.factors)] if optimizer.rates else []),
         optax.scale_by_learning_rate(learning_rate(optimizer, steps)),
     )
+
+
+def muon_axes(path: str) -> MuonDimensionNumbers | None:
+    """Which axes of a stacked leaf are a matrix's inputs and outputs, if it is one of the blocks' matrices. The others, the block among them,
+    count matrices, each orthogonalised by itself: so are queries, keys and values, which share a leaf."""
+    if not path.startswith(("double/", "single/")):
+        return None
+    if path.endswith("attention/qkv/kernel"):
+        return MuonDimensionNumbers(1, (3, 4))
+    if path.endswith("attention/proj/kernel"):
+        return MuonDimensionNumbers((1, 2), 3)
+    return MuonDimensionNumbers(1, 2) if path.endswith(("/kernel", "/down", "/up")) else None
+
+
+def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, scaled to the mean size of Adam's steps: 0.2 √max(in, out) (arXiv 2502.16982, eq. 4);
+    Adam for the rest."""
+
+    def labels(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: "muon" if muon_axes(_path(keys)) else "adam", params)
+
+    def axes(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: muon_axes(_path(keys)), params)
+
+    def sized(keys: tuple, update: jax.Array) -> jax.Array:
+        numbers = muon_axes(_path(keys))
+        sides = (np.prod([update.shape[axis] for axis in np.atleast_1d(side)]) for side in numbers)
+        return 0.2 * np.sqrt(max(sides)) * update
+
+    scaled = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(sized, updates))
+    orthogonal = scale_by_muon(beta=optimizer.muon_beta, mu_dtype="float32", weight_dimension_numbers=axes)
+    return optax.partition(
+        {"muon": optax.chain(_kept_as(optimizer.mu_dtype, orthogonal), scaled), "adam": scale_by_adam(optimizer)}, labels
+    )
+
+
+def _kept_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with a momentum that is kept in another type, rounded at random as Adam's."""
+
+    def cast(state: MuonState, kind: str) -> MuonState:
+        return state._replace(mu=jax.tree.map(lambda m: m.astype(kind), state.mu))
+
+    def update(gradients: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
+        updates, new = inner.update(gradients, cast(state, "float32"), params)
+        key = jax.random.fold_in(jax.random.key(1), new.count)
+        return updates, new._replace(mu=rounded(key, new.mu, state.mu))
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+
+
+def restarted(state: optax.OptState, fresh: optax.OptState, now: Bool[Array, ""]) -> optax.OptState:
+    """The state of `make_optimizer` with moments from the beginning where `now`; the learning rate goes on."""
+    clip, moments, *rest = state
+    return clip, jax.tree.map(lambda old, new: jnp.where(now, new, old), moments, fresh[1]), *rest
+
+
+def scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies what lies under each path, the longest that fits. `init` raises ConfigError for a path that is not in the tree."""
+
+    def found(path: str) -> str | None:
+        return max((start for start in factors if _starts(path, start)), key=len, default=None)
+
+    def init(params: Params) -> optax.EmptyState:
+        paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if unused := [start for start in factors if not any(_starts(path, start) for path in paths)]:
+            raise config.ConfigError(
+                f"optimizer.rates names {', '.join(unused)}, which is not among what is trained: that has {', '.join(params)}."
+            )
+        return optax.EmptyState()
+
+    def update(updates: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(lambda keys, u: factors.get(found(_path(keys)), 1.0) * u, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _path(keys: tuple) -> str:
+    return "/".join(key.key for key in keys)
+
+
+def _starts(path: str, start: str) -> bool:
+    """Whether `start` is a path's first part or parts; whole names count."""
+    return f"{path}/".startswith(f"{start}/")
 
 
 class AdamState(NamedTuple):
@@ -99,7 +185,7 @@ def split_frozen(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Param
     def visit(node: Params, path: str, trained: Params, kept: Params):
         for key, value in node.items():
             here = f"{path}/{key}" if path else key
-            matches = [name for name in frozen if here == name or here.startswith(f"{name}/")]
+            matches = [name for name in frozen if _starts(here, name)]
             unused.difference_update(matches)
             if matches:
                 kept[key] = value
@@ -125,16 +211,3 @@ def join(a: Params, b: Params) -> Params:
     """The tree of which `split_frozen` made two parts."""
     both = {key: join(a[key], b[key]) for key in a.keys() & b.keys()}
     return {**a, **b, **both}
-
-
-def average(ema: dict[str, Params], params: Params, step: Int32[Array, ""], key: PRNGKeyArray) -> dict[str, Params]:
-    """Exponential moving averages of float32 `params` after a step. The decay is ramped up as (1 + step) / (10 + step), so that a short run's average
-    does not remember its first weights."""
-
-    def update(decay: str, old: Params, key: PRNGKeyArray) -> Params:
-        d: Float32[Array, ""] = jnp.minimum(float(decay), (1 + step) / (10 + step)).astype(jnp.float32)
-        new = jax.tree.map(lambda o, p: o.astype(jnp.float32) + (1 - d) * (p - o.astype(jnp.float32)), old, params)
-        return rounded(key, new, old)
-
-    keys = jax.random.split(key, max(len(ema), 1))
-    return {decay: update(decay, old, key) for (decay, old), key in zip(ema.items(), keys)}

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float32, Int32
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
 from radiance.training.adapters import adapted, init_adapters
-from radiance.training.optimizer import average, join, make_optimizer, rounded, split_frozen, typed
+from radiance.training.averages import average
+from radiance.training.optimizer import join, make_optimizer, restarted, rounded, split_frozen, typed
+from radiance.training.rotation import Blocks, blocks_at, put_back, taken
 
 Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # numbers, and `gradient_norms`: one of each part of the network that is trained
 
 VALIDATION_BINS = 10
 
@@ -27,7 +29,7 @@ class State:
 
     step: Int32[Array, ""]
     params: Params  # of the network, or of what is added to it (LoRA)
-    ema: dict[str, Params]  # by decay; only what is trained
+    ema: dict[str, Params]  # by decay, or width=WIDTH; only what is trained
     optimizer: Any
     skipped: Int32[Array, ""]  # steps without an update, since the start
     skipped_in_row: Int32[Array, ""]
@@ -41,8 +43,9 @@ def init_state(run: config.Config, params: Params | None = None) -> State:
     params = typed(params, run.optimizer.weights_dtype)
     trained, _ = split_frozen(params, run.optimizer.frozen)
     zero = jnp.zeros((), jnp.int32)
-    ema = {str(decay): jax.tree.map(jnp.copy, trained) for decay in run.optimizer.ema}
-    return State(zero, params, ema, make_optimizer(run.optimizer, run.train.steps).init(trained), zero, zero)
+    ema = {name: jax.tree.map(jnp.copy, trained) for name in run.optimizer.averages}
+    optimizer = make_optimizer(run.optimizer, run.train.steps).init(taken(trained, blocks_at(run, 0)))
+    return State(zero, params, ema, optimizer, zero, zero)
 
 
 def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
@@ -52,33 +55,45 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
     """
     optimizer = make_optimizer(run.optimizer, run.train.steps)
 
-    def loss_of(trained: Params, fixed: tuple[Params, Params | None], part: Batch) -> tuple[jax.Array, jax.Array]:
-        frozen, base = fixed
-        losses = picture_losses(run, complete(run, join(trained, frozen), base), part)
-        return flow.weighted_mean(losses, part["weight"]), losses.mean()
+    def loss_of(few: Params, fixed: tuple[Params, Blocks, Params, Params | None], part: Batch) -> tuple[jax.Array, jax.Array]:
+        trained, blocks, frozen, base = fixed
+        losses = picture_losses(run, complete(run, join(put_back(trained, few, blocks), frozen), base), part)
+        return flow.weighted_mean(losses, part["weight"]), jnp.where(part["weight"] > 0, losses, 0).mean()
 
     def step(state: State, batch: Batch, base: Params | None = None) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
+        blocks = blocks_at(run, state.step)
+        few = taken(trained, blocks)
         key = jax.random.fold_in(jax.random.key(run.train.seed), state.step)
         batch = with_noise(run, batch, key)
-        gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), trained, (frozen, base), batch, run.optimizer.accumulate)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        norm = optax.tree.norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
-        moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, trained, updates)
+        fixed = (trained, blocks, frozen, base)
+        gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), few, fixed, batch, run.optimizer.accumulate)
+        loss = loss / jnp.maximum((batch["weight"] > 0).mean(), 1e-9)  # of the pictures that are there
+        gradients = float32(gradients)
+        norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
+        norm = optax.tree.norm(norms)
+        held = state.optimizer
+        if blocks:
+            held = restarted(held, optimizer.init(few), state.step % run.optimizer.rotate_every == 0)
+        updates, optimizer_state = optimizer.update(gradients, held, few)
+        moved = optax.tree.add(float32(few), updates)
         weights_key, ema_key = jax.random.split(jax.random.fold_in(key, 2))  # `with_noise` splits the key in 0 and 1
-        new = (rounded(weights_key, moved, trained), average(state.ema, moved, state.step, ema_key), optimizer_state)
+        ema = average(state.ema, put_back(float32(trained), moved, blocks), state.step, ema_key)
+        new = (rounded(weights_key, moved, few), ema, optimizer_state)
 
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept, ema, optimizer_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (trained, state.ema, state.optimizer))
+        few, ema, optimizer_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, (few, state.ema, held))
+        params = join(put_back(trained, few, blocks), frozen)
         skipped = (~good).astype(jnp.int32)
-        state = State(
-            state.step + 1, join(kept, frozen), ema, optimizer_state, state.skipped + skipped, (state.skipped_in_row + 1) * skipped
-        )
-        metrics = {"loss": loss, "gradient_norm": norm, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics
+        state = State(state.step + 1, params, ema, optimizer_state, state.skipped + skipped, (state.skipped_in_row + 1) * skipped)
+        metrics = {"loss": loss, "gradient_norm": norm, "gradient_norms": norms}
+        return state, metrics | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
     return step
+
+
+def float32(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def complete(run: config.Config, params: Params, base: Params | None) -> Params:

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from radiance import config
-from radiance.training.optimizer import average, join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
+from radiance.training.optimizer import join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
 
 TREE = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}}}
 
@@ -53,16 +53,29 @@ def test_a_frozen_name_is_a_whole_part_of_a_path():
         split_frozen(TREE, ("a", "b"))
 
 
-def test_averages_ramp_up_to_their_decay():
-    ema = {"0.5": {"w": jnp.zeros(1)}, "0.9": {"w": jnp.zeros(1)}}
-    expected = {"0.5": 0.0, "0.9": 0.0}
-    for step in range(40):
-        ema = average(ema, {"w": jnp.full(1, float(step))}, jnp.int32(step), jax.random.key(0))
-        for decay in expected:
-            d = min(float(decay), (1 + step) / (10 + step))
-            expected[decay] = d * expected[decay] + (1 - d) * step
-    for decay in expected:
-        np.testing.assert_allclose(ema[decay]["w"], expected[decay], rtol=1e-5)
+def test_rates_multiply_the_whole_step_under_the_longest_path():
+    rates = config.Optimizer(rates=("b=0.1", "b/d=4", "a/kernel=2"), learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    gradients = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), TREE)
+    steps = []
+    for settings in (config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), rates):
+        optimizer = make_optimizer(settings, 10)
+        steps.append(optimizer.update(gradients, optimizer.init(TREE), TREE)[0])
+    factors = {"a": {"kernel": 2, "bias": 1}, "b": {"c": {"scale": 0.1}, "d": {"kernel": 4}}}
+    jax.tree.map(lambda plain, scaled, f: np.testing.assert_allclose(scaled, f * plain, rtol=1e-6), *steps, factors)
+
+
+def test_rates_that_cannot_be():
+    with pytest.raises(config.ConfigError, match="optimizer.rates names b/cc, which is not among what is trained: that has a, b"):
+        make_optimizer(config.Optimizer(rates=("b/cc=2", "a=3")), 10).init(TREE)
+    for rates, told in (
+        (("head",), "PATH=FACTOR"),
+        (("=2",), "PATH=FACTOR"),
+        (("head=x",), "PATH=FACTOR"),
+        (("head=-1",), "are positive"),
+        (("a=1", "a=2"), "twice"),
+    ):
+        with pytest.raises(config.ConfigError, match=told):
+            config.Optimizer(rates=rates)
 
 
 # --- bfloat16, rounded at random -------------------------------------------------------------------------------------------

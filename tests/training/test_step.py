@@ -4,22 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import same, toy_run
+from runs import batch_of, same, toy_run
 from toys import apply, toy_params
 
 from radiance import config, flow
 from radiance.training.optimizer import split_frozen
 from radiance.training.step import init_state, make_step, picture_losses, validation_losses, with_noise
-
-
-def batch_of(run, seed=0):
-    draw, b = np.random.default_rng(seed), run.data.batch
-    return {
-        "image": jnp.asarray(draw.uniform(-1, 1, (b, run.data.side, run.data.side, 3)), jnp.float32),
-        "text": jnp.asarray(draw.normal(size=(b, run.text.length, run.model.text_dim)), jnp.float32),
-        "lengths": jnp.asarray(draw.integers(1, run.text.length, b), jnp.int32),
-        "weight": jnp.ones(b),
-    }
 
 
 @pytest.fixture
@@ -68,10 +58,28 @@ def test_parts_of_a_batch_add_up(run):
     whole, m = jax.jit(make_step(run))(start(run), batch)
     parts, n = jax.jit(make_step(config.override(run, ["optimizer.accumulate=4"])))(start(run), batch)
     np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
+    key = jax.random.fold_in(jax.random.key(run.train.seed), 0)
+    losses = picture_losses(run, start(run).params, with_noise(run, batch, key))
+    np.testing.assert_allclose(m["loss"], losses[1:].mean(), rtol=1e-5)  # the first has no weight: it is not there
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
     first = lambda s: s.optimizer[1].mu  # noqa: E731 — moments are the gradient, clipped
     for x, y in zip(jax.tree.leaves(first(whole)), jax.tree.leaves(first(parts))):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_gradient_norms_by_part_make_up_the_whole(run):
+    _, metrics = jax.jit(make_step(run))(start(run), batch_of(run))
+    norms = metrics["gradient_norms"]
+    assert norms.keys() == start(run).params.keys() and all(norm > 0 for norm in norms.values())
+    assert metrics["gradient_norm"] == pytest.approx(np.sqrt(sum(float(norm) ** 2 for norm in norms.values())), rel=1e-5)
+    frozen = config.override(run, ["optimizer.frozen=modulation,head"])
+    state, metrics = jax.jit(make_step(frozen))(start(frozen), batch_of(run))
+    assert metrics["gradient_norms"].keys() == start(run).params.keys() - {"modulation", "head"}
+    # The norms are of the gradient as it came, and the first moment holds it clipped.
+    clip = min(1, 1 / float(metrics["gradient_norm"]))
+    for part, moment in state.optimizer[1].mu.items():
+        expected = np.sqrt(sum(float((x.astype(jnp.float32) ** 2).sum()) for x in jax.tree.leaves(moment))) / (0.1 * clip)
+        assert metrics["gradient_norms"][part] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_weight_of_zero_removes_a_picture(run):

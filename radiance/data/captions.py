@@ -1,0 +1,50 @@
+"""What is said of a picture at one step: one of its captions, and tags in a new order each time."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+# Letters alone end a word, for tags are also written like looking_left.
+SIDES = re.compile(r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE)
+
+
+class Rules(Protocol):
+    """As in config.Data. Shares and probabilities lie between 0 and 1."""
+
+    caption_dropout: float  # share of captions that are left out, for guidance
+    tag_shuffle: bool
+    tag_drop: float  # the largest share of a caption's tags that is left out
+    lower: float  # share of captions in lower case
+    prefix: str
+    suffix: str
+
+
+def caption_of(captions: Sequence[str], tags: bool, rules: Rules, draw: np.random.Generator) -> str | None:
+    """One of the captions, of which there is at least one. None for one that is dropped: how "nothing" is said is the caller's affair.
+
+    tags: whether they are lists of tags with commas between. Of n tags ceil(n u) are kept, u uniform in (1 - tag_drop, 1], and
+    they are shuffled, or stay in their order. The prefix and the suffix stand as they are written, around what is left: they are
+    neither shuffled, dropped nor put in lower case, and bring their own spaces and commas.
+
+    Four numbers are drawn, and then one for each tag; all with Generator.random, whose stream no version of NumPy has changed.
+    """
+    chosen, dropped, lowered, share = draw.random(4)
+    text = captions[int(chosen * len(captions))]
+    if dropped < rules.caption_dropout:
+        return None
+    if tags:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        kept = np.argsort(draw.random(len(names)), kind="stable")[: math.ceil(len(names) * (1 - rules.tag_drop * share))]
+        text = ", ".join(names[i] for i in (kept if rules.tag_shuffle else np.sort(kept)))
+    if lowered < rules.lower:
+        text = text.lower()
+    return f"{rules.prefix}{text}{rules.suffix}"
+
+
+def mentions_sides(caption: str) -> bool:
+    """Whether it says left or right in English, so that the mirrored picture would make it wrong. "All right", "she has left" and
+    "a right angle" count too: a picture too many that is never mirrored costs nothing."""
+    return SIDES.search(caption) is not None
