@@ -10,7 +10,8 @@ cores (x86, JAX 0.10.2, a minute of processor time a size):
     | both        |       33 M |   1.14 GB |  1.19 GB |  0.96 |
     | weights     |      116 M |   3.07 GB |  3.15 GB |  0.97 |
 
-What is missing, 50 to 80 MB, is the process's own: the programs, threads, and the batch as the host has it.
+What is missing, 50 to 80 MB, is the process's own: the programs, threads, and the batch as the host has it. Now and then a run measures one
+set of temporaries more (for `activations` 2.1 GB): XLA's CPU runtime has then not given those of a step back when the next one begins.
 """
 
 import ctypes

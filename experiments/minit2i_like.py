@@ -45,7 +45,7 @@ def config() -> c.Config:
         ),
         compute=c.Compute(dtype="bfloat16", remat="full"),
         text=c.Text(encoder="t5", length=256),
-        data=c.Data(source="folder", side=512, batch=1024, caption_dropout=0.1, threads=16),
+        data=c.Data(source="folder", side=512, batch=1024, caption_dropout=0.1, dropout_to="masked", threads=16),
         flow=c.Flow(time_law="logit_normal", time_mean=0.8, time_scale=0.8, noise_scale=2.0, epsilon=0.01, bound="clamp"),
         optimizer=c.Optimizer(learning_rate=4e-4, warmup_steps=5000, beta2=0.95, ema=(0.99995,)),
         train=c.Train(steps=250_000, validate_every=5000, sample_every=5000, checkpoint_every=5000),

@@ -173,7 +173,8 @@ class Data(Section):
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts
     broken_limit: float = 0.1  # share of the pictures that may turn out broken before the run stops
-    caption_dropout: float = 0.1  # share of captions replaced by the empty prompt (for guidance)
+    caption_dropout: float = 0.1  # share of captions that are left out, for guidance
+    dropout_to: Literal["empty", "masked"] = "empty"  # what stands in their place: the empty prompt, or no text token at all
     tag_shuffle: bool = False  # of captions that are lists of tags: in a new order each time
     tag_drop: float = 0.0  # the largest share of a caption's tags that is left out
     lower: float = 0.0  # share of captions put in lower case
@@ -468,6 +469,10 @@ class Config(Section):
         require(
             self.sample.unconditional == "negative" or self.model.padding == "learned",
             f"sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
+        )
+        require(
+            self.data.dropout_to == "empty" or self.model.padding == "learned",
+            f"data.dropout_to=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
         )
         require(
             self.lora.rank == 0 or self.optimizer.rotate == (0, 0),

@@ -18,6 +18,7 @@ import radiance
 from radiance import config
 from radiance.cli import main
 from radiance.model.transformer import bind
+from radiance.pipeline import encode
 from radiance.sampling import sample, times_of
 from radiance.weights import checkpoint
 
@@ -80,7 +81,7 @@ def test_its_export_opens_in_pytorch_and_paints_the_same_picture(tuned, tmp_path
     theirs = importlib.import_module("model").load(tmp_path / "torch")  # strict
 
     pipeline = radiance.load(out, text_encoder=str(tuned.parent / "t5"), dtype="float32")
-    positive, negative = pipeline.encode(["a red cat", "two cats and three dogs"], "")
+    positive, negative = encode(pipeline.encoder, ["a red cat", "two cats and three dogs"], pipeline.run.sample, MODEL.masking)
     negative = type(negative)(np.repeat(negative.text, 2, axis=0), np.repeat(negative.lengths, 2))
     settings = config.override(pipeline.run.sample, ["guidance=2", "steps=4"])
     times = times_of(settings, 16)

@@ -1,18 +1,19 @@
-"""`radiance report`: a run as a page."""
+"""`radiance report`: runs as a page."""
 
 import argparse
 from pathlib import Path
 
 
 def add(verbs):
-    parser = verbs.add_parser("report", help="write a run's report.html", description=main.__doc__)
-    parser.add_argument("run_directory", metavar="RUN", type=Path)
+    parser = verbs.add_parser("report", help="write a run's report.html, or one of several runs", description=main.__doc__)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="several are laid over each other")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="by default report.html in the first run's directory")
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Writes report.html into the run directory: curves, pictures, config."""
+    """Writes one page without scripts or network: curves, pictures, config, and what the run was made with."""
     from radiance.evaluation.report import write_report
 
-    print(write_report(options.run_directory))
+    print(write_report(*options.runs, out=options.out))
     return 0

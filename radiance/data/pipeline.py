@@ -39,17 +39,20 @@ class Batches:
         first = step * self.data.batch
         # Every host looks at the captions of all, for their arrays must have one shape.
         positions = range(first, first + self.data.batch)
-        width = text_width(map(self._caption, positions), self.encoder, self.masking)
+        width = text_width((self._caption(p) or "" for p in positions), self.encoder, self.masking)
         pictures, weight = _pictures(self.source, [self.order[first + row] for row in self.rows], self.data.side)
         captions = [self._caption(first + row) for row in self.rows]
-        text, lengths = self.encoder.pad(self.encoder.encode(captions, cut=True), width)
-        cut = sum(self.encoder.count(caption) > self.encoder.limit for caption in captions)
+        text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in captions], cut=True), width)
+        if self.data.dropout_to == "masked":
+            lengths[[caption is None for caption in captions]] = 0
+        cut = sum(self.encoder.count(caption) > self.encoder.limit for caption in captions if caption)
         return {"image": pictures, "text": text, "lengths": lengths, "weight": weight, "cut": np.int32(cut)}
 
-    def _caption(self, position: int) -> str:
+    def _caption(self, position: int) -> str | None:
+        """None for one that is dropped."""
         index = self.order[position]
         draw = np.random.Generator(np.random.Philox(key=[self.seed, position]))  # whose stream is fixed by NumPy's promise
-        return caption_of(self.source.captions(index), self.source.tags(index), self.data, draw) or ""
+        return caption_of(self.source.captions(index), self.source.tags(index), self.data, draw)
 
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from `step` on, read ahead in threads."""

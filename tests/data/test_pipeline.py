@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_text_is_cut_where_nobody_sees_it_alike_on_all_hosts(masking):
         width = batch["text"].shape[1]
         seen = {"one_pad": batch["lengths"].max() + 1, "strict": batch["lengths"].max(), "off": 128}[masking]
         assert seen <= width < seen + 16 and width % 16 == 0 and batch["cut"] == 0
-        full, lengths = whole.encoder.pad(whole.encoder.encode([whole._caption(4 * step + i) for i in range(4)]), 128)
+        full, lengths = whole.encoder.pad(whole.encoder.encode([whole._caption(4 * step + i) or "" for i in range(4)]), 128)
         assert np.array_equal(batch["text"], full[:, :width]) and np.array_equal(batch["lengths"], lengths)
         assert all(make(**arguments, rows=[row])[step]["text"].shape == (1, width, 8) for row in range(4))
         widths.add(width)
@@ -113,6 +114,15 @@ def test_text_is_cut_where_nobody_sees_it_alike_on_all_hosts(masking):
 def test_few_widths_are_compiled():
     lengths = {text_width(["word " * i], HashEncoder(8, 512), "one_pad") for i in range(600)}
     assert lengths == set(range(64, 513, 64))
+
+
+@pytest.mark.parametrize("to, length", [("empty", 1), ("masked", 0)])
+def test_captions_that_are_dropped(to, length):
+    batches = make(dropout=0.5, batch=20)
+    batches.data = replace(batches.data, dropout_to=to)
+    batch = batches[0]
+    dropped = np.array([batches._caption(i) is None for i in range(20)])
+    assert 4 < dropped.sum() < 16 and (batch["lengths"][dropped] == length).all() and (batch["lengths"][~dropped] == 3).all()
 
 
 def test_captions_over_the_limit_are_cut_and_counted():

@@ -1,0 +1,105 @@
+"""The page of a run: well-formed, alone, complete, and safe whatever a run is called."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from radiance import config
+from radiance.cli import main
+from radiance.evaluation.charts import MOST, Line, line_chart, log_ticks, number, ticks
+from radiance.evaluation.report import thinned, write_report
+from radiance.pictures import save_png
+
+HOSTILE = "<script>alert('&\"')</script>"
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def lines(self):
+        return [len(a["points"].split()) for tag, a in self.tags if tag == "polyline"]
+
+
+def a_run(folder, name: str, rows=(), pictures=()):
+    path = folder / "run"
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config.to_json(config.Config(name=name, model=config.Model.named("nano"))))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in pictures:
+        save_png(path / "samples" / f"{step:08d}.png", Image.effect_noise((600, 300), 90), {"prompts": [HOSTILE, "two"]})
+    return path
+
+
+def measured(n: int):
+    rows = [{"step": 10 * i, "loss": 1 / i, "gradient_norm": 2.0, "gradient_norms": {HOSTILE: 1.0, "head": 2.0}} for i in range(1, n + 1)]
+    return [*rows, {"step": 10 * n, "validation_loss": 0.5, "validation_bins": [0.5, 0.25]}]
+
+
+def test_one_run(tmp_path):
+    path = a_run(tmp_path, HOSTILE.replace("/", ""), measured(7), (10, 20))
+    (path / "skipped.jsonl").write_text(json.dumps({"name": "a<b>.png", "reason": "broken"}) + '\n{"na')
+    text = write_report(path).read_text()
+    page = Page(text)
+    assert "http:" not in text and "https:" not in text and "script" not in {tag for tag, _ in page.tags}
+    assert page.lines() == [7, 7, 1, 1, 1, 7, 7, 7]  # raw, smoothed, validation; two bins; norm; two parts
+    assert sum(tag == "img" for tag, _ in page.tags) == 2 and page.text.count(f"{HOSTILE} · two") == 1
+    assert "70 of 100000" in page.text and "broken (a<b>.png)" in page.text and "nano" in page.text
+
+
+def test_several_runs(tmp_path, capsys):
+    one, two = a_run(tmp_path / "1", "same", measured(7), (10, 20)), a_run(tmp_path / "2", "same", measured(5), (20, 30))
+    out = tmp_path / "both.html"
+    assert main(["report", str(one), str(two), "--out", str(out)]) == 0
+    page = Page(out.read_text())
+    assert page.lines()[:6] == [7, 7, 1, 5, 5, 1] and sum(tag == "img" for tag, _ in page.tags) == 2
+    assert f"{two}, step 20" in page.text and not (one / "report.html").exists()
+
+
+def test_a_fresh_run_and_a_broken_one(tmp_path):
+    path = a_run(tmp_path, "fresh")
+    Page(write_report(path).read_text())
+    (path / "data.json").write_text("{")
+    (path / "samples").mkdir()
+    (path / "samples" / "00000010.png").write_bytes(b"\x89PNG")
+    (path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.0}\n{"st')
+    assert Page(write_report(path).read_text()).lines() == [1, 1]
+    with pytest.raises(config.ConfigError, match="is not a run directory"):
+        write_report(tmp_path)
+
+
+def test_the_page_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("radiance.evaluation.report.BYTES", 200_000)
+    text = write_report(a_run(tmp_path, "many", pictures=range(1, 30))).read_text()
+    assert text.count("<img") == 10 and len(text) < 350_000
+
+
+def test_charts():
+    assert ticks(0, 60) == [0, 20, 40, 60] and log_ticks(0.1, 20) == [0.1, 1, 10] and log_ticks(0.2, 3)[:2] == [0.2, 0.5]
+    assert [number(x) for x in (0, 5e-5, 20000, 1.5e6)] == ["0", "5e-5", "20k", "1.5M"]
+    assert thinned(range(100), 4) == [0, 33, 66, 99]
+    many = [(i, 9.0 if i == 5001 else 1.0 + i % 2) for i in range(10_000)]
+    page = Page(line_chart("spike", "x", [Line("", many)]))
+    heights = [float(p.split(",")[1]) for tag, a in page.tags if tag == "polyline" for p in a["points"].split()]
+    assert len(heights) <= MOST + 2 and sorted(heights)[1] - min(heights) > 50  # the spike is still there
+    assert page.lines() and line_chart("none", "x", [Line("", [(1, float("nan"))])]) == ""
