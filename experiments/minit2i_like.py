@@ -16,8 +16,7 @@ for RMS norms and SwiGLU at 8/3, which is as many weights; our norms of queries 
 theirs are added to the picture's tokens too; the gradient is clipped to 1. Their second stage, 40,000 steps on a small set of
 chosen pictures, is left out.
 
-A dropped caption here is the empty prompt, one token before the learned vectors, and guidance leads away from that. Theirs has no token
-at all, which is what sample.unconditional=masked paints with; it is for models that were trained so.
+A dropped caption leaves no token at all, only learned vectors (data.dropout_to=masked), and guidance leads away from that, as theirs does.
 
 Only the toy has been run. There are no pictures and no numbers of the recipe itself.
 """
@@ -49,6 +48,6 @@ def config() -> c.Config:
         flow=c.Flow(time_law="logit_normal", time_mean=0.8, time_scale=0.8, noise_scale=2.0, epsilon=0.01, bound="clamp"),
         optimizer=c.Optimizer(learning_rate=4e-4, warmup_steps=5000, beta2=0.95, ema=(0.99995,)),
         train=c.Train(steps=250_000, validate_every=5000, sample_every=5000, checkpoint_every=5000),
-        sample=c.Sample(solver="euler", steps=100, guidance=6.0, floor=0.05),
+        sample=c.Sample(solver="euler", steps=100, guidance=6.0, floor=0.05, unconditional="masked"),
         mesh=c.Mesh(data=1, fsdp=-1),
     )  # fmt: skip
