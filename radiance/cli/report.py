@@ -13,7 +13,10 @@ def add(verbs):
 
 def main(options: argparse.Namespace) -> int:
     """Writes one page without scripts or network: curves, pictures, config, and what the run was made with."""
+    import jax
+
     from radiance.evaluation.report import write_report
 
+    jax.config.update("jax_platforms", "cpu")  # the accelerators may be the run's that is watched
     print(write_report(*options.runs, out=options.out))
     return 0

@@ -29,7 +29,7 @@ pre{background:#8881;padding:.8em;overflow:auto;font-size:12px;white-space:pre-w
 """
 SHEETS = 10  # of each run
 BYTES = 6_000_000  # of all pictures, before base64
-SMOOTH = 0.1  # weight of a new measurement
+SMOOTH = 20  # the training loss is averaged over about a 20th of its measurements
 
 
 class Run(NamedTuple):
@@ -233,10 +233,10 @@ def _pre(text: str) -> str:
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """An exponential average without the bias of its start; what is not finite stays as it is and is not averaged."""
     total = weight = 0.0
-    found = []
+    new, found = min(1.0, SMOOTH / max(len(points), 1)), []
     for step, x in points:
         if isfinite(x):
-            total, weight = (1 - SMOOTH) * total + SMOOTH * x, (1 - SMOOTH) * weight + SMOOTH
+            total, weight = (1 - new) * total + new * x, (1 - new) * weight + new
         found.append((step, total / weight if isfinite(x) else x))
     return found
 

@@ -1,6 +1,9 @@
 """The page of a run: well-formed, alone, complete, and safe whatever a run is called."""
 
 import json
+import os
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 from radiance import config
 from radiance.cli import main
 from radiance.evaluation.charts import MOST, Line, line_chart, log_ticks, number, ticks
-from radiance.evaluation.report import thinned, write_report
+from radiance.evaluation.report import _smoothed, thinned, write_report
 from radiance.pictures import save_png
 
 HOSTILE = "<script>alert('&\"')</script>"
@@ -86,6 +89,19 @@ def test_a_fresh_run_and_a_broken_one(tmp_path):
     assert Page(write_report(path).read_text()).lines() == [1, 1]
     with pytest.raises(config.ConfigError, match="is not a run directory"):
         write_report(tmp_path)
+
+
+def test_the_devices_of_a_running_run_are_left_alone(tmp_path):
+    command = [sys.executable, "-m", "radiance", "report", str(a_run(tmp_path, "busy", measured(3)))]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "a_device_that_is_taken"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_smoothing_follows_a_short_run_and_calms_a_long_one():
+    short = [(i, float(i % 2)) for i in range(20)]
+    assert _smoothed(short) == short
+    long = [(i, float(i % 2)) for i in range(2000)]
+    assert all(abs(y - 0.5) < 0.01 for _, y in _smoothed(long)[500:])
 
 
 def test_the_page_stays_small(tmp_path, monkeypatch):
