@@ -85,9 +85,7 @@ def measure(name: str) -> dict[str, float]:
         for _ in range(3):
             state, metrics = step(state, batch, None)
             jax.block_until_ready(metrics)
-            time.sleep(
-                0.5
-            )  # a step's results are ready a moment before its temporaries are given back, and the next would not wait for that
+            time.sleep(0.5)  # results are ready before their step's temporaries are given back, for which the next would not wait
     return {"parameters": predicted.parameters, "predicted": predicted.peak, "measured": resident("VmHWM") - before}
 
 

@@ -11,10 +11,10 @@ the loss of the velocity with the divisor clamped at 0.01 in training and at 0.0
 after 5000 steps; batch 1024, 250,000 steps, an average of 0.99995; a tenth of the captions dropped; 100 steps of Euler at guidance 6.
 Its time runs the other way, with the picture at 1: its logit-normal(-0.8, 0.8) is one of mean 0.8 here.
 
-What differs: blocks have learned shifts, scales and gates that start at 0, and theirs have none; layer norms and GELU at four times the width
-for RMS norms and SwiGLU at 8/3, which is as many weights; our norms of queries and keys have a scale; positions are rotary alone, and
-theirs are added to the picture's tokens too; the gradient is clipped to 1. Their second stage, 40,000 steps on a small set of
-chosen pictures, is left out.
+What differs: blocks have learned shifts, scales and gates that start at 0, and theirs have none; layer norms and GELU at four times the
+width for RMS norms and SwiGLU at 8/3, which is as many weights; our text embedding has a bias, and our norms of queries and keys a
+scale; positions are rotary alone, and theirs are added to the picture's tokens too; the gradient is clipped to 1. Their second stage,
+40,000 steps on a small set of chosen pictures, is left out.
 
 A dropped caption leaves no token at all, only learned vectors (data.dropout_to=masked), and guidance leads away from that, as theirs does.
 

@@ -172,6 +172,9 @@ class Data(Section):
     directory: str = "~/.cache/radiance"  # where prepared data sets are kept
     side: int = 512  # pictures are squares of this many pixels
     batch: int = 256  # pictures a step, over all devices and hosts
+    crop: Literal["centre", "random"] = "centre"  # what is kept of a picture that is no square
+    mirror: float = 0.0  # share of the pictures that are mirrored; never one whose caption says left or right
+    background: tuple[int, int, int] = (255, 255, 255)  # behind transparent pixels
     broken_limit: float = 0.1  # share of the pictures that may turn out broken before the run stops
     caption_dropout: float = 0.1  # share of captions that are left out, for guidance
     dropout_to: Literal["empty", "masked"] = "empty"  # what stands in their place: the empty prompt, or no text token at all
@@ -184,8 +187,9 @@ class Data(Section):
 
     def check(self):
         require(self.side >= 1 and self.batch >= 1 and self.threads >= 1, "data.side, data.batch and data.threads must be at least 1.")
-        for name in ("broken_limit", "caption_dropout", "tag_drop", "lower"):
+        for name in ("mirror", "broken_limit", "caption_dropout", "tag_drop", "lower"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} must lie between 0 and 1.")
+        require(all(0 <= c <= 255 for c in self.background), f"data.background={self.background}: three numbers from 0 to 255 are needed.")
         require(0 < self.validation < 1, f"data.validation={self.validation} must lie between 0 and 1: it is a share of the pictures.")
         require(self.source == "folder" or not self.path, f"data.path={self.path} is for data.source=folder: set that too.")
 
@@ -330,16 +334,8 @@ class Train(Section):
 
     def check(self):
         for name in (
-            "steps",
-            "log_every",
-            "validate_every",
-            "validate_pictures",
-            "sample_every",
-            "checkpoint_every",
-            "snapshot_every",
-            "keep",
-            "skip_limit",
-        ):
+            "steps", "log_every", "validate_every", "validate_pictures", "sample_every", "checkpoint_every", "snapshot_every", "keep", "skip_limit",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
         require(self.keep_every >= 0, "train.keep_every cannot be negative.")

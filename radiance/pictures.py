@@ -7,24 +7,21 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 Pixels = Float32[np.ndarray, "height width 3"]
 
 
-def to_array(picture: Image.Image, width: int, height: int) -> Pixels:
-    """The centre of `picture`, upright and over white, scaled (Lanczos) to cover width × height."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+def to_array(picture: Image.Image, width: int, height: int, across: float = 0.5, down: float = 0.5) -> Pixels:
+    """`picture` (mode RGB) scaled (Lanczos) to cover width × height, with its proportions, and what lies beyond cut off.
+
+    across, down: where the cut lies along the side that has something to cut, from 0 (left, top) to 1 (right, bottom).
+    """
     scale = max(width / picture.width, height / picture.height)
-    crop_width, crop_height = width / scale, height / scale
-    left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(picture, np.float32) / 127.5 - 1
+    kept_width, kept_height = min(width / scale, picture.width), min(height / scale, picture.height)
+    left, top = (picture.width - kept_width) * across, (picture.height - kept_height) * down
+    box = (left, top, min(left + kept_width, picture.width), min(top + kept_height, picture.height))
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box), np.float32) / 127.5 - 1
 
 
 def to_picture(pixels: Pixels) -> Image.Image:

@@ -187,6 +187,9 @@ def test_models_that_cannot_be(changes, match):
     "change, match",
     [
         ("data.side=100", "data.side=100 is not a multiple of model.patch=16"),
+        ("data.background=0,0,256", "three numbers from 0 to 255"),
+        ("data.mirror=2", "data.mirror=2.0 must lie between 0 and 1"),
+        ("data.dropout_to=masked", "model.padding=encoder has nothing to put there"),
         ("data.tag_drop=1.5", "data.tag_drop=1.5 must lie between 0 and 1"),
         ("data.broken_limit=-1", "data.broken_limit=-1.0 must lie between 0 and 1"),
         ("optimizer.accumulate=3", "data.batch=256 does not divide into optimizer.accumulate=3"),

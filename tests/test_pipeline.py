@@ -9,7 +9,7 @@ from toys import toy_params
 
 from radiance import config
 from radiance.models import load
-from radiance.pictures import contact_sheet, save_png, to_array, to_picture
+from radiance.pictures import save_png, to_picture
 from radiance.pipeline import Pipeline, encode
 from radiance.sampling import modulations, paint
 from radiance.text.encoders import TextError
@@ -115,21 +115,3 @@ def test_a_run_without_a_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json(config.Config()))
     with pytest.raises(config.ConfigError, match="has no checkpoint yet"):
         load(tmp_path)
-
-
-def test_pictures_and_arrays():
-    draw = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(to_picture(to_array(Image.fromarray(draw), 12, 9))), draw)
-    wide = Image.fromarray(
-        np.concatenate([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4, 3), np.uint8)], 1)
-    )
-    assert to_array(wide, 4, 4).min() > 0.9  # the centre
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert to_array(clear, 4, 4).min() == 1  # what is transparent shows white, not the colour hidden there
-    turned = Image.new("RGB", (8, 4))
-    turned.getexif()[0x0112] = 6
-    turned.paste((255, 255, 255), (0, 0, 4, 4))
-    assert to_array(turned, 4, 8)[:4].mean() > 0.9  # as the camera was held
-    sheet = contact_sheet([Image.new("RGB", (5, 4))] * 7, 3, gap=1)
-    assert sheet.size == (3 * 6 + 1, 3 * 5 + 1)
-    assert np.array_equal(np.asarray(to_picture(np.full((1, 1, 3), 7, np.float32)))[0, 0], [255] * 3)

@@ -3,26 +3,16 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
+
+from radiance import config
 
 # Letters alone end a word, for tags are also written like looking_left.
 SIDES = re.compile(r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE)
 
 
-class Rules(Protocol):
-    """As in config.Data. Shares and probabilities lie between 0 and 1."""
-
-    caption_dropout: float  # share of captions that are left out, for guidance
-    tag_shuffle: bool
-    tag_drop: float  # the largest share of a caption's tags that is left out
-    lower: float  # share of captions in lower case
-    prefix: str
-    suffix: str
-
-
-def caption_of(captions: Sequence[str], tags: bool, rules: Rules, draw: np.random.Generator) -> str | None:
+def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np.random.Generator) -> str | None:
     """One of the captions, of which there is at least one. None for one that is dropped: how "nothing" is said is the caller's affair.
 
     tags: whether they are lists of tags with commas between. Of n tags ceil(n u) are kept, u uniform in (1 - tag_drop, 1], and

@@ -80,7 +80,7 @@ def _folder(data: config.Data, split: str) -> Source:
 
     if not data.path:
         raise config.ConfigError("data.source=folder needs data.path=FOLDER: a folder of pictures with captions.")
-    return Folder(data.path, split, validation=data.validation, side=data.side, threads=data.threads, broken_limit=data.broken_limit)
+    return Folder(data, split)
 
 
 class TfdsSource:

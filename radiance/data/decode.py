@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageCms
 
 LARGEST = 89_478_485  # pixels: where Pillow begins to suspect a decompression bomb
@@ -83,7 +82,7 @@ def picture(content: bytes, cover: tuple[int, int] | None = None, background: tu
     another colour space than the pixels; without one they are sRGB. Transparent pixels lie over `background`, blended in sRGB as
     browsers do.
 
-    cover: (width, height) that `fitted` will be asked for. A JPEG that is far larger is decoded at a half, a quarter or an eighth of
+    cover: (width, height) that the picture will be scaled to cover. A JPEG that is far larger is decoded at a half, a quarter or an eighth of
     its size, and never at less than twice what is needed.
 
     Raises Broken, and nothing else: for what size_of does, and for files that are cut short or broken.
@@ -104,20 +103,6 @@ def picture(content: bytes, cover: tuple[int, int] | None = None, background: tu
         except (*BROKEN, Image.DecompressionBombError) as error:
             raise Broken("broken picture", error) from None
     return decoded.transpose(TURNS[orientation]) if orientation in TURNS else decoded
-
-
-def fitted(
-    picture: Image.Image, width: int, height: int, horizontal: float = 0.5, vertical: float = 0.5
-) -> UInt8[np.ndarray, "height width 3"]:
-    """`picture` scaled (Lanczos) to cover width × height, with its proportions, and what lies beyond cut off.
-
-    horizontal, vertical: where the cut lies along the side that has something to cut, from 0 (left, top) to 1 (right, bottom).
-    """
-    scale = max(width / picture.width, height / picture.height)
-    kept_width, kept_height = min(width / scale, picture.width), min(height / scale, picture.height)
-    left, top = (picture.width - kept_width) * horizontal, (picture.height - kept_height) * vertical
-    box = (left, top, min(left + kept_width, picture.width), min(top + kept_height, picture.height))
-    return np.array(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 # --- opening ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ Hugging Face's `imagefolder`: {"file_name": "cat.png", "text": "a cat"}, where "
 Subfolders count, links are followed, and names that begin with a dot are passed over.
 
 When a run starts, all captions and the heads of all pictures are read, and what cannot be used is left out and counted by kind.
-Pixels are decoded when they are needed (data/decode.py): decoding millions of files first would take hours. A picture that turns out broken then is
-told once and passed over, every time.
+Pixels are decoded when they are needed (data/decode.py): decoding millions of files first would take hours. A picture that turns out
+broken then is told once and passed over, every time.
 """
 
 import hashlib
@@ -64,28 +64,26 @@ class Folder:
     A hash of the name, its suffix left out, says which split a picture belongs to: none ever moves because others come or go, because
     the folder moves, or because it is saved again in another format.
 
-    validation: share of the pictures that is held out.
-    side: pictures will be scaled to cover that many pixels; those that this would enlarge more than twice are left out.
-    threads: that read heads and captions.
-    broken_limit: share of the pictures that may turn out broken.
+    Of the settings it reads path, validation, side (pictures that covering it would enlarge more than twice are left out), background, threads (that
+    read heads and captions) and broken_limit.
 
-    Raises ConfigError when `path` is not a folder, and DataError when it has nothing for this split.
+    Raises ConfigError when the path is not a folder, and DataError when it has nothing for this split.
     """
 
-    def __init__(self, path: str | Path, split: str, *, validation: float, side: int, threads: int, broken_limit: float):
-        self.path, self.side, self.broken_limit = Path(path).expanduser(), side, broken_limit
+    def __init__(self, data: config.Data, split: str):
+        self.data, self.path = data, Path(data.path).expanduser()
         if not self.path.is_dir():
-            raise config.ConfigError(f"data.path={path} is not a folder: give one that holds pictures and their captions.")
+            raise config.ConfigError(f"data.path={data.path} is not a folder: give one that holds pictures and their captions.")
 
         def ours(name: str) -> bool:
-            return held_out(name, validation) == (split == "validation")
+            return held_out(name, data.validation) == (split == "validation")
 
         files, closed = _walk(self.path)
         listed, tagged, bad = _read_metadata(file for file in files if posixpath.basename(file.name) == METADATA)
         texts = {file.name: file.path for file in files if file.name.endswith(".txt")}
         pictures = [file for file in files if _suffix(file) in SUFFIXES.union(OTHER_SUFFIXES) or file.name in listed]
         chosen = [file for file in pictures if ours(file.name)]
-        seen = _look_at_all(chosen, lambda file: _entry(file, texts, listed, tagged, side), threads)
+        seen = _look_at_all(chosen, lambda file: _entry(file, texts, listed, tagged, data.side), data.threads)
 
         self.entries = [entry for entry in seen if isinstance(entry, Entry)]
         self.broken: set[int] = set()  # entries that have been found impossible to decode
@@ -101,7 +99,7 @@ class Folder:
         if not self.entries:
             raise DataError(
                 f"The {split} split of the folder {self.path} is empty (left out: {told or 'none'}; in the other split: "
-                f"{len(pictures) - len(chosen)}): put pictures with captions there, or change data.validation={validation}."
+                f"{len(pictures) - len(chosen)}): put pictures with captions there, or change data.validation={data.validation}."
             )
         if told:
             _say(f"{self.path}, {split}: {len(self.entries)} pictures; left out: {told}.")
@@ -119,7 +117,7 @@ class Folder:
         except OSError as error:
             raise DataError(f"{path} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
         try:
-            return Example(decode.picture(content, (self.side, self.side)), self.captions(index), {})
+            return Example(decode.picture(content, (self.data.side, self.data.side), self.data.background), self.captions(index), {})
         except decode.Broken as broken:
             self._note(index, broken)
             raise
@@ -135,7 +133,7 @@ class Folder:
         the price of opening them. Where the folder lies, and the times of its files, do not matter."""
         digest = hashlib.sha256()
         for file, captions, tags, size, edges in self.entries:
-            digest.update(json.dumps([file.name, captions, *([True] if tags else []), size, edges]).encode() + b"\n")
+            digest.update(json.dumps([file.name, captions, tags, size, edges]).encode() + b"\n")
         return digest.hexdigest()
 
     def _note(self, index: int, broken: decode.Broken):
@@ -146,9 +144,9 @@ class Folder:
         count = len(self.broken)
         if new:
             _say(f"{self.entries[index].file.path!r} cannot be used ({broken}) and is passed over. So far {count} were broken.")
-        if count > self.broken_limit * len(self):
+        if count > self.data.broken_limit * len(self):
             raise DataError(
-                f"{count} of the {len(self)} pictures of {self.path} cannot be decoded, which is more than data.broken_limit={self.broken_limit}: "
+                f"{count} of the {len(self)} pictures of {self.path} cannot be decoded, which is more than data.broken_limit={self.data.broken_limit}: "
                 "put whole ones there, or raise it."
             )
 

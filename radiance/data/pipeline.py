@@ -1,13 +1,14 @@
 """Batches as a function of (seed, step) alone, on any number of hosts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Float32
 
 from radiance import config
-from radiance.data.captions import caption_of
+from radiance.data.captions import caption_of, mentions_sides
 from radiance.data.datasets import Source
 from radiance.data.decode import Broken
 from radiance.model.transformer import visible_tokens
@@ -18,10 +19,19 @@ Batch = dict[str, np.ndarray]  # image [b, height, width, 3], text [b, l, d], le
 WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that must be compiled
 
 
+class View(NamedTuple):
+    """What is seen of a picture at one step."""
+
+    across: float = 0.5  # where it is cut, from 0 to 1
+    down: float = 0.5
+    mirrored: bool = False
+
+
 class Batches:
     """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
 
-    Every epoch is a new permutation. Which caption is drawn, and what is left of it, depends on (seed, position) alone. Text is
+    Every epoch is a new permutation. Which caption is drawn, what is left of it, and what is
+    seen of the picture, depends on (seed, position) alone. Text is
     cut where no row of the global batch has a token that the model's `masking` shows.
     """
 
@@ -38,10 +48,11 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         first = step * self.data.batch
         # Every host looks at the captions of all, for their arrays must have one shape.
-        positions = range(first, first + self.data.batch)
-        width = text_width((self._caption(p) or "" for p in positions), self.encoder, self.masking)
-        pictures, weight = _pictures(self.source, [self.order[first + row] for row in self.rows], self.data.side)
-        captions = [self._caption(first + row) for row in self.rows]
+        of_all = [self._caption(position) for position in range(first, first + self.data.batch)]
+        width = text_width((caption or "" for caption in of_all), self.encoder, self.masking)
+        captions = [of_all[row] for row in self.rows]
+        views = [self._view(first + row, caption) for row, caption in zip(self.rows, captions)]
+        pictures, weight = _pictures(self.source, [self.order[first + row] for row in self.rows], self.data.side, views)
         text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in captions], cut=True), width)
         if self.data.dropout_to == "masked":
             lengths[[caption is None for caption in captions]] = 0
@@ -51,8 +62,17 @@ class Batches:
     def _caption(self, position: int) -> str | None:
         """None for one that is dropped."""
         index = self.order[position]
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, position]))  # whose stream is fixed by NumPy's promise
-        return caption_of(self.source.captions(index), self.source.tags(index), self.data, draw)
+        return caption_of(self.source.captions(index), self.source.tags(index), self.data, self._draw(position, 0))
+
+    def _view(self, position: int, caption: str | None) -> View:
+        across, down, mirrored = self._draw(position, 1).random(3)
+        if self.data.crop == "centre":
+            across = down = 0.5
+        return View(across, down, mirrored < self.data.mirror and not mentions_sides(caption or ""))
+
+    def _draw(self, position: int, what: int) -> np.random.Generator:
+        """Numbers of their own for each thing that is drawn; NumPy promises that Philox's stream stays as it is."""
+        return np.random.Generator(np.random.Philox(key=[self.seed | what << 32, position]))
 
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from `step` on, read ahead in threads."""
@@ -60,12 +80,16 @@ class Batches:
         return iter(grain.MapDataset.source(self)[step:].to_iter_dataset(ahead))
 
 
-def _pictures(source: Source, indices: Sequence[int], side: int) -> tuple[Float32[np.ndarray, "b side side 3"], Float32[np.ndarray, " b"]]:
-    """Pictures and their weights; in the place of a broken one is grey of weight 0."""
+def _pictures(
+    source: Source, indices: Sequence[int], side: int, views: Sequence[View] | None = None
+) -> tuple[Float32[np.ndarray, "b side side 3"], Float32[np.ndarray, " b"]]:
+    """Pictures and their weights; in the place of a broken one is grey of weight 0. views: their centres, as they are, when None."""
     pixels, weights = np.zeros((len(indices), side, side, 3), np.float32), np.ones(len(indices), np.float32)
     for row, index in enumerate(indices):
         try:
-            pixels[row] = to_array(source[index].picture, side, side)
+            across, down, mirrored = views[row] if views else View()
+            found = to_array(source[index].picture, side, side, across, down)
+            pixels[row] = found[:, ::-1] if mirrored else found
         except Broken:
             weights[row] = 0
     return pixels, weights

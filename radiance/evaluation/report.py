@@ -122,7 +122,7 @@ def _curves(runs: Sequence[Run]) -> list[str]:
     overlay("Waiting for input", "% of the time", _waiting)
     overlay("Operations", "TFLOP/s a device", lambda run: run.series("tflops_per_device"))
     overlay("Share of the device's peak (MFU)", "%", lambda run: [(s, 100 * x) for s, x in run.series("mfu")])
-    overlay("Pictures skipped in the interval", "pictures", lambda run: [(s, _total(x)) for s, x in run.series("pictures_skipped")])
+    overlay("Pictures skipped in the interval", "pictures", lambda run: run.series("pictures_skipped"))
     return found
 
 
@@ -191,15 +191,6 @@ def _skipped(runs: Sequence[Run]) -> str:
         data = _json(run.directory.path / "data.json") or {}
         for split, told in data.items():
             rows += [(run.label, split, kind, count) for kind, count in (told.get("skipped") or {}).items()]
-        reasons: dict[str, list[str]] = {}
-        file = run.directory.path / "skipped.jsonl"
-        for line in file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut short by a kill
-            reasons.setdefault(str(entry.get("reason")), []).append(str(entry.get("name")))
-        rows += [(run.label, "while training", f"{why} ({', '.join(names[:3])})", len(names)) for why, names in reasons.items()]
     return f"<h2>Skipped data</h2>{table(('run', 'where', 'what', 'pictures'), rows)}" if rows else ""
 
 
@@ -250,10 +241,6 @@ def _waiting(run: Run) -> list[tuple[int, float]]:
             found.append((r["step"], min(100.0, 100 * r["input_wait_seconds"] / seconds) if seconds else float("nan")))
             before = r["step"]
     return found
-
-
-def _total(value: float | Mapping[str, float]) -> float:
-    return sum(value.values()) if isinstance(value, Mapping) else value
 
 
 def _has(value: Any, part: str | int) -> bool:

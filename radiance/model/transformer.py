@@ -129,8 +129,6 @@ class Transformer(nnx.Module):
 
     def read(self, y: Float[Array, "b w d"], rope: Float32[Array, "2 w 1 half"], kv_len: Int[Array, " b"] | None) -> Float[Array, "b w d"]:
         """The text after the blocks of its own."""
-        # Where no token is to be seen the hidden ones see the first of them, for an empty row would be NaN. Nobody reads what they find.
-        kv_len = None if kv_len is None else jnp.maximum(kv_len, 1)
         attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
         def body(y, block):

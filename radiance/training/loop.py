@@ -138,21 +138,9 @@ def train(run: config.Config) -> int:
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
                 norms = {part: float(norm) for part, norm in metrics["gradient_norms"].items()}
                 row = facts | {"gradient_norms": norms, "learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
-                flops = np.mean(
-                    [training_flops(run.model, run.data.side, run.data.side, count, run.lora.rank > 0) for count in words]
-                )  # of a picture
-                speed = _speed(progress.rate * flops / mesh.size)
-                journal.write(
-                    number,
-                    row
-                    | {
-                        "captions_cut": cut,
-                        "pictures_skipped": passed_over,
-                        "pictures_per_second": progress.rate,
-                        "input_wait_seconds": waited,
-                    }
-                    | speed,
-                )
+                row |= {"captions_cut": cut, "pictures_skipped": passed_over}
+                row |= {"pictures_per_second": progress.rate, "input_wait_seconds": waited} | _speed(run, progress.rate / mesh.size, words)
+                journal.write(number, row)
                 waited, cut, passed_over, words = 0.0, 0, 0, []
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
@@ -173,8 +161,13 @@ def train(run: config.Config) -> int:
     return number
 
 
-def _speed(flops: float) -> dict[str, float]:
-    """Operations a second of each device, and their share of what it can do, where that is known."""
+def _speed(run: config.Config, rate: float, words: Sequence[int]) -> dict[str, float]:
+    """Operations a second of each device, and their share of what it can do, where that is known.
+
+    rate: pictures a second of each. words: text tokens a picture had, step by step.
+    """
+    side = run.data.side
+    flops = rate * np.mean([training_flops(run.model, side, side, count, run.lora.rank > 0) for count in words])
     device = device_named(jax.devices()[0].device_kind)
     return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / device.flops} if device else {})
 

@@ -38,7 +38,7 @@ def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTra
 def muon_axes(path: str) -> MuonDimensionNumbers | None:
     """Which axes of a stacked leaf are a matrix's inputs and outputs, if it is one of the blocks' matrices. The others, the block among them,
     count matrices, each orthogonalised by itself: so are queries, keys and values, which share a leaf."""
-    if not path.startswith(("double/", "single/")):
+    if not path.startswith(("preamble/", "double/", "single/")):
         return None
     if path.endswith("attention/qkv/kernel"):
         return MuonDimensionNumbers(1, (3, 4))

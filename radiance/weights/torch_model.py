@@ -363,7 +363,7 @@ class Transformer(nn.Module):
         x, y = self.embed_image(image), self.embed_text(text)
 
         n = x.shape[1]
-        alone = None if visible is None else F.pad(visible[:, n + 1 :], (1, 0), value=True)  # the first at least: no row is empty
+        alone = None if visible is None else visible[:, n:]
         for block in self.text_blocks:
             y = run(self.recompute, block, y, rope[:, n:], alone)
         for block, vectors in zip(self.double_blocks, double):

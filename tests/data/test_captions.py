@@ -1,17 +1,16 @@
 """What is said of a picture: shares, tags, and numbers drawn in a fixed order."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from radiance import config
 from radiance.data.captions import caption_of, mentions_sides
 
 
 def rules(**changes):
-    plain = dict(caption_dropout=0.0, tag_shuffle=False, tag_drop=0.0, lower=0.0, prefix="", suffix="")
-    return SimpleNamespace(**{**plain, **changes})
+    return config.Data(**{"caption_dropout": 0.0, **changes})
 
 
 def said(captions, tags, changed, count=2000):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from radiance.data.decode import LARGEST, TURNS, Broken, fitted, picture, size_of
+from radiance.data.decode import LARGEST, TURNS, Broken, picture, size_of
+from radiance.pictures import to_array, to_picture
 
 DRAW = np.random.default_rng(0)
 SMOOTH = Image.fromarray(DRAW.integers(0, 256, (4, 6, 3), np.uint8)).resize((48, 32), Image.Resampling.BICUBIC)
@@ -54,7 +55,7 @@ if features.check("avif"):
 
 
 def test_no_jax():
-    told = "import sys, radiance.data.decode, radiance.data.buckets, radiance.data.captions; print('jax' in sys.modules)"
+    told = "import sys, radiance.data.decode, radiance.data.captions, radiance.pictures; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -205,22 +206,9 @@ def test_a_large_jpeg_is_decoded_smaller(size, orientation):
     for asked in (cover, (cover[0] * 3, cover[1] * 3)):
         small = picture(content, asked)
         assert small.width < whole.width and small.width >= 2 * asked[0] and small.height >= 2 * asked[1]
-        assert psnr(fitted(small, *asked), fitted(whole, *asked)) > 38
+        assert psnr(*(np.asarray(to_picture(to_array(x, *asked))) for x in (small, whole))) > 38
     assert picture(content, whole.size).size == whole.size
     assert picture(FILES["png"], (4, 4)).size == SMOOTH.size
-
-
-def test_fitted_covers_and_cuts():
-    ramp = Image.fromarray(np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None], (100, 200, 3)).copy())
-    for place, left in ((0, 0), (0.5, 50), (1, 100)):
-        assert np.array_equal(fitted(ramp, 100, 100, place)[0, :, 0], np.arange(left, left + 100))
-    assert np.array_equal(fitted(ramp, 100, 100, vertical=1.0), fitted(ramp, 100, 100))
-    upright = ramp.transpose(Image.Transpose.TRANSPOSE)
-    assert np.array_equal(fitted(upright, 100, 100, vertical=1.0)[:, 0, 0], np.arange(100, 200))
-    for size in ((1, 10_000), (10_000, 1), (7, 13), (1, 1)):
-        for place in (0.0, 1 / 3, 1.0):
-            cut = fitted(Image.new("RGB", size, (5, 6, 7)), 33, 17, place, place)
-            assert cut.dtype == np.uint8 and cut.shape == (17, 33, 3) and (cut == (5, 6, 7)).all()
 
 
 # --- what cannot be used ------------------------------------------------------------------------------------------------

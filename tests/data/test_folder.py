@@ -38,9 +38,10 @@ def fill(folder, count=40):
     return folder
 
 
-def opened(folder, split="train", validation=1e-9, side=8, broken_limit=1.0):
+def opened(folder, split="train", validation=1e-9, side=8, broken_limit=1.0, **more):
     """By default everything is for training."""
-    return Folder(folder, split, validation=validation, side=side, threads=2, broken_limit=broken_limit)
+    data = config.Data(source="folder", path=str(folder), validation=validation, side=side, threads=2, broken_limit=broken_limit, **more)
+    return Folder(data, split)
 
 
 def names(source):
@@ -182,7 +183,8 @@ def test_pixels_come_upright_transparent_and_not_clipped(tmp_path):
     Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "grey.png")
     (tmp_path / "grey.txt").write_text("sixteen bits of grey")
     clear, grey, turned = opened(tmp_path)
-    assert (to_array(clear.picture, 10, 10) == 1).all()  # over white
+    assert clear.picture.getpixel((0, 0)) == (255, 255, 255)
+    assert opened(tmp_path, background=(0, 0, 255))[0].picture.getpixel((0, 0)) == (0, 0, 255)
     assert grey.picture.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
     assert turned.picture.size == (10, 20)
 
@@ -493,7 +495,7 @@ def test_a_run_on_a_folder(tmp_path):
     assert data["train"]["count"] + data["validation"]["count"] == 40
     assert data["train"]["skipped"] | data["validation"]["skipped"] == {"no caption": 1}
     (tmp_path / "pictures").rename(tmp_path / "moved")
-    moved = config.override(run, [f"data.path={tmp_path / 'moved'}", "train.steps=3"])
+    moved = config.override(run, [f"data.path={tmp_path / 'moved'}", "data.broken_limit=0.5", "train.steps=3"])
     assert train(moved) == 3
     save(tmp_path / "moved" / "new.png", "a new one")
     with pytest.raises(config.ConfigError, match="other data"):

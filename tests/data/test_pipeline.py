@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from runs import toy_run
 
 from radiance import config
@@ -23,8 +24,6 @@ class Numbers:
         return self.count
 
     def __getitem__(self, index):
-        from PIL import Image
-
         return Example(Image.new("RGB", (10, 6), (index, index, index)), (f"number {index}", f"picture {index}"), {"number": index})
 
     def captions(self, index):
@@ -123,6 +122,35 @@ def test_captions_that_are_dropped(to, length):
     batch = batches[0]
     dropped = np.array([batches._caption(i) is None for i in range(20)])
     assert 4 < dropped.sum() < 16 and (batch["lengths"][dropped] == length).all() and (batch["lengths"][~dropped] == 3).all()
+
+
+class Pairs(Numbers):
+    """Dark on the left and bright on the right, twice as wide as high; every second one says so."""
+
+    def __getitem__(self, index):
+        picture = np.zeros((4, 8, 3), np.uint8) + np.arange(8, dtype=np.uint8)[:, None] * 30
+        captions = ("bright on the right",) if index % 2 else ("a picture",)
+        return Example(Image.fromarray(picture), captions, {})
+
+
+def test_pictures_are_mirrored_but_for_those_whose_caption_tells_left_from_right():
+    batches = make(source=Pairs, count=40, batch=40)
+    plain = batches[0]["image"]
+    batches.data = replace(batches.data, mirror=0.5)
+    batch = batches[0]
+    turned = np.array([not np.array_equal(a, b) for a, b in zip(batch["image"], plain)])
+    told = np.array([batches.order[i] % 2 for i in range(40)], bool)
+    assert not turned[told].any() and 4 < turned[~told].sum() < 16
+    assert np.array_equal(batch["image"][turned], plain[turned][:, :, ::-1])
+
+
+def test_pictures_are_cut_at_random_and_alike_every_time():
+    batches = make(source=Pairs, count=40, batch=40)
+    batches.data = replace(batches.data, crop="random")
+    left = batches[0]["image"][:, 0, 0, 0]
+    assert len(set(left)) > 20 and left.min() < -0.9 and left.max() > -0.2  # from 0 to 120 of 255
+    assert np.array_equal(left, batches[0]["image"][:, 0, 0, 0]) and not np.array_equal(left, batches[1]["image"][:, 0, 0, 0])
+    assert len(set(fixed_batches(batches.source, batches.data, batches.encoder, 40, "one_pad")[0]["image"][:, 0, 0, 0])) == 1
 
 
 def test_captions_over_the_limit_are_cut_and_counted():

@@ -12,8 +12,9 @@ from PIL import Image
 from radiance import config
 from radiance.cli import main
 from radiance.evaluation.charts import MOST, Line, line_chart, log_ticks, number, ticks
-from radiance.evaluation.report import _smoothed, thinned, write_report
+from radiance.evaluation.report import Run, _smoothed, _waiting, thinned, write_report
 from radiance.pictures import save_png
+from radiance.training.directory import RunDirectory
 
 HOSTILE = "<script>alert('&\"')</script>"
 
@@ -55,19 +56,31 @@ def a_run(folder, name: str, rows=(), pictures=()):
 
 
 def measured(n: int):
-    rows = [{"step": 10 * i, "loss": 1 / i, "gradient_norm": 2.0, "gradient_norms": {HOSTILE: 1.0, "head": 2.0}} for i in range(1, n + 1)]
+    same = {"gradient_norm": 2.0, "gradient_norms": {HOSTILE: 1.0, "head": 2.0}, "learning_rate": 1e-4, "pictures_skipped": 1}
+    same |= {
+        "pictures_per_second": 256.0,
+        "input_wait_seconds": 2.5,
+        "tflops_per_device": 1.0,
+        "mfu": 0.4,
+    }  # 10 steps of 256 pictures take 10 s
+    rows = [{"step": 10 * i, "loss": 1 / i, **same} for i in range(1, n + 1)]
     return [*rows, {"step": 10 * n, "validation_loss": 0.5, "validation_bins": [0.5, 0.25]}]
 
 
 def test_one_run(tmp_path):
     path = a_run(tmp_path, HOSTILE.replace("/", ""), measured(7), (10, 20))
-    (path / "skipped.jsonl").write_text(json.dumps({"name": "a<b>.png", "reason": "broken"}) + '\n{"na')
+    (path / "data.json").write_text(json.dumps({"train": {"hash": "abc", "skipped": {"no <caption>": 3}}, "text": {"encoder": "hash"}}))
     text = write_report(path).read_text()
     page = Page(text)
     assert "http:" not in text and "https:" not in text and "script" not in {tag for tag, _ in page.tags}
-    assert page.lines() == [7, 7, 1, 1, 1, 7, 7, 7]  # raw, smoothed, validation; two bins; norm; two parts
+    assert page.lines() == [7, 7, 1, 1, 1, *[7] * 9]  # raw, smoothed, validation; two bins; norm, two parts, and six of speed and data
     assert sum(tag == "img" for tag, _ in page.tags) == 2 and page.text.count(f"{HOSTILE} · two") == 1
-    assert "70 of 100000" in page.text and "broken (a<b>.png)" in page.text and "nano" in page.text
+    assert "70 of 100000" in page.text and "no <caption>" in page.text and "nano" in page.text
+
+
+def test_waiting_is_a_share_of_the_time():
+    run = Run("", RunDirectory("unused"), config.Config(), measured(3), "")
+    assert _waiting(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
 
 
 def test_several_runs(tmp_path, capsys):
