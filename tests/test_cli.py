@@ -84,7 +84,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
         time.sleep(0.01)
     command.send_signal(number)
     errors = command.communicate(timeout=60)[1]
-    assert command.returncode == code and errors.strip() == line
+    assert (command.returncode, errors.strip()) == (code, line), errors
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 

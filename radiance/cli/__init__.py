@@ -4,6 +4,7 @@ A verb is a module with `add`, which tells argparse its arguments, and `main`. N
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -47,9 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _terminate(*_):
-    """An end by SIGTERM that removes what is half written; training has a way of its own to stop."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(143)
+    """An end by SIGTERM that removes what is half written; training has a way of its own to stop.
+
+    No exception: raised inside a destructor or a callback of the garbage collector it would be told and forgotten.
+    """
+    from radiance.weights.files import remove_unfinished
+
+    remove_unfinished()
+    os._exit(143)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -314,6 +314,7 @@ def finite(array: np.ndarray) -> bool:
 def replacing(path: Path):
     """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _unfinished.add(part)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -323,6 +324,19 @@ def replacing(path: Path):
     finally:
         with suppress(OSError):
             part.unlink()
+        _unfinished.discard(part)
+
+
+_unfinished: set[Path] = set()  # files and folders inside `replacing`
+
+
+def remove_unfinished():
+    """Removes what `replacing` would, for a process that is about to end."""
+    for part in list(_unfinished):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def require_space(directory: Path, needed: int):
