@@ -1,6 +1,6 @@
 """Sections: frozen dataclasses that check their fields when they are built, read `key=value` changes, and go to JSON and back.
 
-What the settings are stands in `config.py`.
+What the settings are stands in `config/`.
 """
 
 from __future__ import annotations

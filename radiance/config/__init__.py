@@ -1,0 +1,95 @@
+"""Every setting of the project, with its default, its meaning and its limits.
+
+A `Config` is a tree of frozen dataclasses: hashable (so it can be a static argument of `jax.jit`), compared by value, and
+checked when it is built. Experiments return one from `config()`; the command line changes it with `section.key=value`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from radiance.config.data import Data, Text
+from radiance.config.network import MODELS, Compute, Model
+from radiance.config.sampling import PRESETS, Preset, Sample, preset, preset_for
+from radiance.config.training import Flow, Lora, Mesh, Optimizer, Train
+from radiance.sections import ConfigError, Section, differences, from_dict, from_json, override, require, to_dict, to_json
+
+__all__ = [
+    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Preset", "Sample", "Section", "Text", "Train",
+    "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    output: str = "runs"  # the run directory is output/name
+    init: str = ""  # a checkpoint file or a run directory to start the weights from
+    model: Model = field(default_factory=Model)
+    compute: Compute = field(default_factory=Compute)
+    text: Text = field(default_factory=Text)
+    data: Data = field(default_factory=Data)
+    flow: Flow = field(default_factory=Flow)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lora: Lora = field(default_factory=Lora)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def check(self):
+        require(self.name != "" and "/" not in self.name, f"name={self.name!r} must be the name of one folder.")
+        require(
+            self.data.side % self.model.patch == 0,
+            f"data.side={self.data.side} is not a multiple of model.patch={self.model.patch}: pictures must divide into whole patches.",
+        )
+        require(
+            self.data.batch % self.optimizer.accumulate == 0,
+            f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
+        )
+        changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
+        told = ", ".join(f"data.{name}={value}" for name, value in changed.items() if value)
+        require(
+            not (told and self.text.encoder == "t5" and self.text.cache and not self.text.file),
+            f"{told} makes captions that text.cache={self.text.cache} cannot hold: give text.file, T5's weights, too, or leave captions as they are.",
+        )
+        require(
+            self.lora.rank == 0 or bool(self.init),
+            f"lora.rank={self.lora.rank} trains additions to weights that are there already: give init=FILE or a run.",
+        )
+        require(
+            self.lora.rank == 0 or not self.optimizer.frozen,
+            f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
+        )
+        for kind, count, blocks in zip(("double", "single"), self.optimizer.rotate, (self.model.double_blocks, self.model.single_blocks)):
+            require(
+                self.optimizer.rotate == (0, 0) or min(1, blocks) <= count <= blocks,
+                f"optimizer.rotate={self.optimizer.rotate} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
+                f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
+            )
+        require(
+            self.sample.unconditional == "negative" or self.model.padding == "learned",
+            f"sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
+        )
+        require(
+            self.data.dropout_to == "empty" or self.model.padding == "learned",
+            f"data.dropout_to=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
+        )
+        require(
+            self.lora.rank == 0 or self.optimizer.rotate == (0, 0),
+            f"optimizer.rotate={self.optimizer.rotate} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
+        )
+        require(
+            self.sample.width is None or bool(self.optimizer.ema_widths),
+            f"sample.weights={self.sample.weights}, but the run keeps no such averages: it needs optimizer.ema_widths, such as 0.05,0.1.",
+        )
+        require(
+            self.sample.width is not None or self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
+            f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
+        )
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output).expanduser() / self.name
