@@ -1,4 +1,4 @@
-"""Pictures between Pillow and arrays: [height, width, 3] float32 in [-1, 1]; PNG files that say how they were made."""
+"""Pictures between Pillow and arrays, [height, width, 3]: 8 bits, or float32 in [-1, 1]; PNG files that say how they were made."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32, UInt8
 from PIL import Image, PngImagePlugin
 
 Pixels = Float32[np.ndarray, "height width 3"]
 
 
-def to_array(picture: Image.Image, width: int, height: int, across: float = 0.5, down: float = 0.5) -> Pixels:
+def fitted(picture: Image.Image, width: int, height: int, across: float = 0.5, down: float = 0.5) -> UInt8[np.ndarray, "height width 3"]:
     """`picture` (mode RGB) scaled (Lanczos) to cover width × height, with its proportions, and what lies beyond cut off.
 
     across, down: where the cut lies along the side that has something to cut, from 0 (left, top) to 1 (right, bottom).
@@ -21,7 +21,17 @@ def to_array(picture: Image.Image, width: int, height: int, across: float = 0.5,
     kept_width, kept_height = min(width / scale, picture.width), min(height / scale, picture.height)
     left, top = (picture.width - kept_width) * across, (picture.height - kept_height) * down
     box = (left, top, min(left + kept_width, picture.width), min(top + kept_height, picture.height))
-    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box), np.float32) / 127.5 - 1
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def to_array(picture: Image.Image, width: int, height: int) -> Pixels:
+    """`picture` fitted to a size from its centre, as the model sees it."""
+    return to_signed(fitted(picture, width, height))
+
+
+def to_signed(pixels: UInt8[np.ndarray | Array, "*shape"] | Float32[Array, "*shape"]) -> Float32[np.ndarray | Array, "*shape"]:
+    """0 to 255 as -1 to 1, in NumPy or inside a JAX program; float32 is in [-1, 1] already."""
+    return pixels.astype(np.float32) / np.float32(127.5) - 1 if pixels.dtype == np.uint8 else pixels
 
 
 def to_picture(pixels: Pixels) -> Image.Image:

@@ -108,7 +108,7 @@ def plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
     if program is not None:
         facts |= _read(program, known)
         peak = program.memory_analysis().argument_size_in_bytes + facts["temporary"]
-    side, words = run.data.side, run.text.length
+    side, words = _side(run, sampling), run.text.length
     if sampling:
         of_one, pictures = forward_flops, run.sample.batch * evaluations(run.sample, (side // run.model.patch) ** 2)
     else:
@@ -152,9 +152,9 @@ def _training(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Callable[[],
     places = shardings(like, mesh)
     like = _placed(like, places)
     base = _weights(run.model, run.lora.dtype, run.lora.store, mesh) if run.lora.rank else None
-    count, side, spread = run.data.batch, run.data.side, NamedSharding(mesh, BATCH)
+    count, side, spread = run.data.batch, _side(run, False), NamedSharding(mesh, BATCH)
     shapes = {
-        "image": ((count, side, side, run.model.channels), "float32"), "text": ((count, run.text.length, run.model.text_dim), _text_type(run)),
+        "image": ((count, side, side, run.model.channels), "uint8"), "text": ((count, run.text.length, run.model.text_dim), _text_type(run)),
         "lengths": ((count,), "int32"), "weight": ((count,), "float32"),
     }  # fmt: skip
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=spread) for name, (shape, kind) in shapes.items()}
@@ -219,6 +219,11 @@ def _check(run: config.Config, sampling: bool):
         )
 
 
+def _side(run: config.Config, sampling: bool) -> int:
+    """Of the square that is planned for: no bucket has more pixels than that of the largest base resolution."""
+    return run.data.side if sampling else max(run.data.sides)
+
+
 def _rate(device: devices.Device, groups: np.ndarray) -> float:
     """Bytes a second that a device of such groups sends at best. Where they go beyond the reach of the links, the members of a group
     within it share their network cards."""
@@ -233,7 +238,8 @@ def _rate(device: devices.Device, groups: np.ndarray) -> float:
 
 
 def _what(run: config.Config, sampling: bool) -> str:
-    size = f"{run.data.side}×{run.data.side}, {run.text.length} text tokens"
+    side = _side(run, sampling)
+    size = f"{side}×{side}, {run.text.length} text tokens"
     if sampling:
         return f"{run.name}: {run.sample.batch} pictures of {size}, {run.sample.steps} steps of {run.sample.solver}, guidance {run.sample.guidance:g}"
     parts = f" in {run.optimizer.accumulate} parts" if run.optimizer.accumulate > 1 else ""

@@ -59,10 +59,10 @@ def override(config: S, changes: Iterable[str]) -> S:
         node, section = tree, type(config)
         for part in parents:
             section = _field_type(section, part, key)
-            require(isinstance(section, type) and issubclass(section, Section), f"{key!r}: {part!r} is a value, not a section.")
+            require(_is_section(section), f"{key!r}: {part!r} is a value, not a section.")
             node = node[part]
         kind = _field_type(section, last, key)
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             node[last] = to_dict(kind.named(text))
         else:
             node[last] = _parse(key, text, kind)
@@ -70,8 +70,14 @@ def override(config: S, changes: Iterable[str]) -> S:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain dicts, ready for JSON."""
-    return {f.name: to_dict(v) if isinstance(v := getattr(config, f.name), Section) else v for f in dataclasses.fields(config)}
+    """Nested plain dicts and tuples, ready for JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return to_dict(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -80,8 +86,16 @@ def from_dict(kind: type[S], values: Mapping[str, Any]) -> S:
     made = {}
     for key, value in values.items():
         sub = _field_type(kind, key, key)
-        made[key] = from_dict(sub, value) if isinstance(sub, type) and issubclass(sub, Section) else value
+        if _is_section(sub):
+            value = from_dict(sub, value)
+        elif get_origin(sub) is tuple and _is_section(item := get_args(sub)[0]) and isinstance(value, (list, tuple)):
+            value = tuple(part if isinstance(part, item) else from_dict(item, part) for part in value)
+        made[key] = value
     return kind(**made)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def to_json(config: Section) -> str:
@@ -129,11 +143,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return _parse(key, text, next(a for a in get_args(kind) if a is not type(None)))
     if origin is tuple:
         item = get_args(kind)[0]
-        if item is str and text.startswith("["):  # texts may hold commas
+        if _is_section(item) or (item is str and text.startswith("[")):  # texts may hold commas
             try:
                 return json.loads(text)
             except json.JSONDecodeError:
-                raise ConfigError(f'{key}={text}: this list is not JSON: write ["one", "two"].') from None
+                example = '[{"key": "value"}, …]' if _is_section(item) else '["one", "two"]'
+                raise ConfigError(f"{key}={text}: this list is not JSON: write {example}.") from None
         return tuple(_parse(key, part.strip(), item) for part in text.strip("()[]").split(",") if part.strip())
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"

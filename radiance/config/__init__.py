@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radiance.config.data import Data, Text
+from radiance.config.data import Data, Part, Text
 from radiance.config.network import MODELS, Compute, Model
 from radiance.config.sampling import PRESETS, Preset, Sample, preset, preset_for
 from radiance.config.training import Flow, Lora, Mesh, Optimizer, Train
 from radiance.sections import ConfigError, Section, differences, from_dict, from_json, override, require, to_dict, to_json
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Preset", "Sample", "Section", "Text", "Train",
+    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Part", "Preset", "Sample", "Section", "Text", "Train",
     "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
 ]  # fmt: skip
 
@@ -41,9 +41,14 @@ class Config(Section):
 
     def check(self):
         require(self.name != "" and "/" not in self.name, f"name={self.name!r} must be the name of one folder.")
+        for side in self.data.sides:
+            require(
+                side % self.model.patch == 0,
+                f"data.side={side} is not a multiple of model.patch={self.model.patch}: pictures must divide into whole patches.",
+            )
         require(
-            self.data.side % self.model.patch == 0,
-            f"data.side={self.data.side} is not a multiple of model.patch={self.model.patch}: pictures must divide into whole patches.",
+            self.data.bucket_step % self.model.patch == 0,
+            f"data.bucket_step={self.data.bucket_step} is not a multiple of model.patch={self.model.patch}: pictures must divide into whole patches.",
         )
         require(
             self.data.batch % self.optimizer.accumulate == 0,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from radiance import config
+from radiance.data.datasets import Source
+from radiance.data.draws import Of, draws
 
 # Letters alone end a word, for tags are also written like looking_left.
 SIDES = re.compile(r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE)
@@ -32,6 +34,11 @@ def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np
     if lowered < rules.lower:
         text = text.lower()
     return f"{rules.prefix}{text}{rules.suffix}"
+
+
+def drawn_caption(source: Source, index: int, rules: config.Data, seed: int, position: int) -> str | None:
+    """The caption of the picture that stands at a position of the run: step × batch + row."""
+    return caption_of(source.captions(index), source.tags(index), rules, draws(seed, Of.CAPTION, position))
 
 
 def mentions_sides(caption: str) -> bool:

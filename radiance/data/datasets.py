@@ -1,53 +1,181 @@
-"""Sources: random-access sequences of captioned pictures."""
+"""Sources: captioned pictures by number, with what is known of each before it is decoded."""
 
 import hashlib
-import logging
-from collections.abc import Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from jaxtyping import Float32, Int64, UInt32
 from PIL import Image
 
 from radiance import config
+from radiance.data import decode
+from radiance.data.buckets import fits, shapes
+from radiance.data.catalogue import Catalogue, DataError, Listing
+
+__all__ = ["Catalogued", "DataError", "Mixture", "Source", "Span", "describe", "open_source"]
 
 
-class DataError(ValueError):
-    """Data that cannot be used; the message says what is wrong and what to do."""
+class Span(NamedTuple):
+    """The pictures of one part of a source, which are numbered together."""
 
-
-class Example(NamedTuple):
-    picture: Image.Image
-    captions: tuple[str, ...]  # of which one is drawn each time
-    attributes: dict[str, Any]  # what is known to be in the picture
+    first: int
+    count: int
+    share: float  # of the pictures that are seen; all shares sum to 1
 
 
 class Source(Protocol):
+    """One split of captioned pictures. Can be pickled, and read from many threads."""
+
+    sizes: UInt32[np.ndarray, "n 2"]  # width and height, upright
+    weights: Float32[np.ndarray, " n"]  # of their losses
+    spans: Sequence[Span]
     skipped: Mapping[str, int]  # pictures that could not be used, by kind
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example:
-        """Raises Broken for a picture that cannot be decoded."""
+    def picture(self, index: int, cover: tuple[int, int] | None = None) -> Image.Image:
+        """Mode RGB. cover: (width, height) that it will be scaled to cover: it may come smaller than it is, but no smaller than that.
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions alone, for who needs no pixels."""
+        Raises Broken when it cannot be decoded."""
+
+    def captions(self, index: int) -> tuple[str, ...]: ...
 
     def tags(self, index: int) -> bool:
-        """Whether they are lists of tags with commas between."""
+        """Whether the captions are lists of tags with commas between."""
+
+    def attributes(self, index: int) -> dict[str, Any]:
+        """What is known to be in the picture."""
+
+    def name(self, index: int) -> str:
+        """What messages call it."""
 
     def fingerprint(self) -> str:
         """A hash of the contents."""
 
 
+class Catalogued:
+    """A split of a catalogue: the pictures that can be used as the settings say. Ordered as the catalogue is."""
+
+    def __init__(self, catalogue: Catalogue, data: config.Data, split: str):
+        self.catalogue, self.background = catalogue, data.background
+        facts = catalogue.facts
+        validation = facts["lot"] < np.uint64(min(data.validation * 2.0**64, 2.0**64 - 2**12))
+        ours = validation == (split == "validation")
+        fit = (shapes(facts["width"], facts["height"], data).at >= 0).any(axis=0)
+        self.rows: Int64[np.ndarray, " n"] = np.flatnonzero(ours & fit)
+
+        left_out = defaultdict(list)
+        for unfit, lot in catalogue.unfit():
+            if (lot < data.validation * 2**64) == (split == "validation"):
+                left_out[unfit.kind].append(unfit.name)
+        counts = {kind: len(names) for kind, names in left_out.items()}
+        long = ~fits(facts["width"], facts["height"], data.bucket_ratio) & (data.bucket_step > 0)
+        for kind, those in (("too long for its width", ours & long), ("too small", ours & ~fit & ~long)):
+            if those.any():
+                counts[kind] = int(those.sum())
+                left_out[kind] = [catalogue.row(row).name for row in np.flatnonzero(those)[:3]]
+        self.skipped: Mapping[str, int] = dict(sorted(counts.items()))
+        told = ", ".join(f"{count} × {kind} ({', '.join(map(repr, left_out[kind][:3]))})" for kind, count in self.skipped.items())
+        if len(self.rows) == 0:
+            raise DataError(
+                f"The {split} split of {catalogue.title} is empty (left out: {told or 'none'}; in the other split: "
+                f"{int((~ours & fit).sum())}): put pictures with captions there, or change data.validation={data.validation}."
+            )
+        if told:
+            print(f"{catalogue.title}, {split}: {len(self)} pictures; left out: {told}.", file=sys.stderr, flush=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        return [Span(0, len(self), 1.0)]
+
+    @cached_property
+    def sizes(self) -> UInt32[np.ndarray, "n 2"]:
+        facts = self.catalogue.facts
+        return np.stack([facts["width"][self.rows], facts["height"][self.rows]], axis=-1)
+
+    @cached_property
+    def weights(self) -> Float32[np.ndarray, " n"]:
+        return self.catalogue.facts["weight"][self.rows]
+
+    def picture(self, index: int, cover: tuple[int, int] | None = None) -> Image.Image:
+        return decode.picture(self.catalogue.read(self.rows[index]), cover, self.background)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.catalogue.row(self.rows[index]).captions
+
+    def tags(self, index: int) -> bool:
+        return bool(self.catalogue.facts["tags"][self.rows[index]])
+
+    def attributes(self, index: int) -> dict[str, Any]:
+        return self.catalogue.row(self.rows[index]).attributes
+
+    def name(self, index: int) -> str:
+        return self.catalogue.row(self.rows[index]).name
+
+    def fingerprint(self) -> str:
+        """Of names, captions, sizes and of as much of each file as was looked at. Where the data set lies does not matter."""
+        return hashlib.sha256(self.catalogue.facts["digest"][self.rows].tobytes()).hexdigest()
+
+
+class Mixture:
+    """Several sources as one: their pictures are numbered one source after the other."""
+
+    def __init__(self, sources: Sequence[Source], shares: Sequence[float]):
+        self.sources = sources
+        self.firsts = np.cumsum([0, *(len(source) for source in sources)])
+        self.spans = [Span(int(f), len(s), share / sum(shares)) for f, s, share in zip(self.firsts, sources, shares)]
+        self.sizes = np.concatenate([source.sizes for source in sources])
+        self.weights = np.concatenate([source.weights for source in sources])
+        self.skipped: Mapping[str, int] = {
+            kind: sum(source.skipped.get(kind, 0) for source in sources) for kind in sorted(set().union(*(s.skipped for s in sources)))
+        }
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        return self.sources[part], index - int(self.firsts[part])
+
+    def picture(self, index: int, cover: tuple[int, int] | None = None) -> Image.Image:
+        source, index = self._at(index)
+        return source.picture(index, cover)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, index = self._at(index)
+        return source.captions(index)
+
+    def tags(self, index: int) -> bool:
+        source, index = self._at(index)
+        return source.tags(index)
+
+    def attributes(self, index: int) -> dict[str, Any]:
+        source, index = self._at(index)
+        return source.attributes(index)
+
+    def name(self, index: int) -> str:
+        source, index = self._at(index)
+        return source.name(index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
+
+
 def open_source(data: config.Data, split: str) -> Source:
-    """The source that the config names, prepared on first use. Raises DataError when it is empty, and ConfigError when there is no such folder.
+    """The source that the config names, prepared on first use. Raises DataError when it is empty, and ConfigError when there is none.
 
     split: train or validation.
     """
-    source = {"digits": _digits, "folder": _folder}[data.source](data, split)
-    if len(source) == 0:
-        raise DataError(f"The {split} split of {data.source} in {data.directory} is empty: there is nothing to learn from.")
-    return source
+    sources = [Catalogued(_catalogue(part, data), data, split) for part in data.parts]
+    return sources[0] if len(sources) == 1 else Mixture(sources, [part.share for part in data.parts])
 
 
 def describe(source: Source, data: config.Data, split: str) -> dict[str, Any]:
@@ -55,62 +183,24 @@ def describe(source: Source, data: config.Data, split: str) -> dict[str, Any]:
     return {"source": data.source, "split": split, "count": len(source), "hash": source.fingerprint(), "skipped": dict(source.skipped)}
 
 
-def _digits(data: config.Data, split: str) -> Source:
-    import tensorflow_datasets as tfds
-
-    from radiance.data.digits import Digits
-
-    def opened() -> tfds.core.DatasetBuilder:
-        return Digits(data_dir=str(Path(data.directory).expanduser()), file_format="array_record")
-
-    builder = opened()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it recommends OpenCV at every start
-    tfds.disable_progress_bar()  # its bars are for downloads; these take a second
-    try:
-        builder.download_and_prepare()
-    except OSError:
-        builder = opened()
-        if not builder.is_prepared():  # by another process, at the same time
-            raise
-    return TfdsSource(builder, split, picture="image", captions="captions", attributes=("digit",))
+def _catalogue(part: config.Part, data: config.Data) -> Catalogue:
+    directory = Path(data.directory).expanduser()
+    if part.source != "digits" and not part.path:
+        raise config.ConfigError(f"data.source={part.source} needs data.path: where the pictures and captions are.")
+    title = " ".join(word for word in (part.source, part.path) if word)
+    return Catalogue(_listing(part, directory), title, directory, data.threads)
 
 
-def _folder(data: config.Data, split: str) -> Source:
-    from radiance.data.folder import Folder
+def _listing(part: config.Part, directory: Path) -> Listing:
+    """Each kind is imported when it is asked for, for what it needs besides."""
+    match part.source:
+        case "folder":
+            from radiance.data.folder import Folder
 
-    if not data.path:
-        raise config.ConfigError("data.source=folder needs data.path=FOLDER: a folder of pictures with captions.")
-    return Folder(data, split)
+            return Folder(part.path)
+        case "digits":
+            from radiance.data.digits import Digits
+            from radiance.data.tfds import Tfds, prepared
 
-
-class TfdsSource:
-    """A split of a prepared TensorFlow Dataset, read without TensorFlow."""
-
-    def __init__(self, builder: Any, split: str, picture: str, captions: str, attributes: tuple[str, ...]):
-        from tensorflow_datasets import decode
-
-        self.builder, self.split = builder, split
-        self.keys = (picture, captions, attributes)
-        self.data = builder.as_data_source(split=split)
-        self.texts = builder.as_data_source(split=split, decoders={picture: decode.SkipDecoding()})
-        self.skipped: Mapping[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Example:
-        picture, captions, attributes = self.keys
-        row = self.data[index]
-        return Example(Image.fromarray(row[picture]), tuple(c.decode() for c in row[captions]), {name: row[name] for name in attributes})
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(c.decode() for c in self.texts[index][self.keys[1]])
-
-    def tags(self, index: int) -> bool:
-        return False
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in sorted(str(p) for p in self.builder.info.splits[self.split].filepaths):
-            digest.update(Path(path).read_bytes())
-        return digest.hexdigest()
+            return Tfds(prepared(Digits, directory), "image", "captions")
+    raise NotImplementedError(part.source)

@@ -14,13 +14,9 @@ import hashlib
 import json
 import os
 import posixpath
-import sys
-import threading
-import time
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +24,12 @@ from PIL import Image
 
 from radiance import config
 from radiance.data import decode
-from radiance.data.datasets import DataError, Example
+from radiance.data.catalogue import DataError, Row, Unfit, in_threads
 
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in decode.EXCLUDED)
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures to people, but not to Pillow without its plugins
 METADATA = "metadata.jsonl"
-ENLARGED = 2  # times, at most, that a picture may be scaled up
 EDGE = 4096  # bytes at either end of a file that enter the fingerprint
-CHUNK = 256  # files that a thread looks at in one go
-LINE_EVERY = 10.0  # seconds
-
-
-class _Unfit(Exception):
-    """Why a picture cannot be used: the kind that it is counted under."""
 
 
 class File(NamedTuple):
@@ -48,113 +37,46 @@ class File(NamedTuple):
     path: str  # as this system spells it
 
 
-class Entry(NamedTuple):
-    """A picture that can be used."""
-
-    file: File
-    captions: tuple[str, ...]
-    tags: bool  # whether the captions are lists of tags
-    size: int  # bytes
-    digest: str  # of both ends of the file
-
-
 class Folder:
-    """One split of a folder of captioned pictures, ordered by name. May be read from many threads.
+    """A folder of captioned pictures, ordered by name.
 
-    A hash of the name, its suffix left out, says which split a picture belongs to: none ever moves because others come or go, because
-    the folder moves, or because it is saved again in another format.
-
-    Of the settings it reads path, validation, side (pictures that covering it would enlarge more than twice are left out), background, threads (that
-    read heads and captions) and broken_limit.
-
-    Raises ConfigError when the path is not a folder, and DataError when it has nothing for this split.
+    Raises ConfigError when the path is not a folder.
     """
 
-    def __init__(self, data: config.Data, split: str):
-        self.data, self.path = data, Path(data.path).expanduser()
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser()
         if not self.path.is_dir():
-            raise config.ConfigError(f"data.path={data.path} is not a folder: give one that holds pictures and their captions.")
+            raise config.ConfigError(f"data.path={path} is not a folder: give one that holds pictures and their captions.")
+        self.files, self.closed = _walk(self.path)
+        digest = hashlib.sha256(str(self.path.resolve()).encode(errors="surrogatepass"))
+        for file in self.files:
+            try:
+                status = os.stat(file.path)
+                told = [file.name, status.st_size, status.st_mtime_ns]
+            except OSError:
+                told = [file.name]
+            digest.update(json.dumps(told).encode())
+        digest.update(json.dumps(self.closed).encode())
+        self.identity = digest.hexdigest()
 
-        def ours(name: str) -> bool:
-            return held_out(name, data.validation) == (split == "validation")
+    def __getstate__(self):
+        return {"path": self.path}  # what reads pictures needs no more
 
-        files, closed = _walk(self.path)
-        listed, tagged, bad = _read_metadata(file for file in files if posixpath.basename(file.name) == METADATA)
-        texts = {file.name: file.path for file in files if file.name.endswith(".txt")}
-        pictures = [file for file in files if _suffix(file) in SUFFIXES.union(OTHER_SUFFIXES) or file.name in listed]
-        chosen = [file for file in pictures if ours(file.name)]
-        seen = _look_at_all(chosen, lambda file: _entry(file, texts, listed, tagged, data.side), data.threads)
+    def rows(self, threads: int) -> Iterator[Row | Unfit]:
+        listed, tagged, bad = _read_metadata(file for file in self.files if posixpath.basename(file.name) == METADATA)
+        texts = {file.name: file.path for file in self.files if file.name.endswith(".txt")}
+        pictures = [file for file in self.files if _suffix(file) in SUFFIXES.union(OTHER_SUFFIXES) or file.name in listed]
+        yield from (Unfit(name, "closed folder") for name in self.closed)
+        yield from (Unfit(place, f"bad line of {METADATA}") for place in bad)
+        yield from (Unfit(name, "missing file") for name in sorted(listed.keys() - {file.name for file in self.files}))
+        yield from in_threads(partial(_row, root=str(self.path), texts=texts, listed=listed, tagged=tagged), pictures, threads)
 
-        self.entries = [entry for entry in seen if isinstance(entry, Entry)]
-        self.broken: set[int] = set()  # entries that have been found impossible to decode
-        self._lock = threading.Lock()
-        left_out = defaultdict(list, {"closed folder": list(filter(ours, closed)), f"bad line of {METADATA}": list(filter(ours, bad))})
-        left_out["missing file"] = sorted(filter(ours, listed.keys() - {file.name for file in files}))
-        for file, unfit in zip(chosen, seen):
-            if isinstance(unfit, _Unfit):
-                left_out[str(unfit)].append(file.name)
-        self.skipped = {kind: len(names) for kind, names in sorted(left_out.items()) if names}
-
-        told = ", ".join(f"{count} × {kind} ({', '.join(map(repr, left_out[kind][:3]))})" for kind, count in self.skipped.items())
-        if not self.entries:
-            raise DataError(
-                f"The {split} split of the folder {self.path} is empty (left out: {told or 'none'}; in the other split: "
-                f"{len(pictures) - len(chosen)}): put pictures with captions there, or change data.validation={data.validation}."
-            )
-        if told:
-            _say(f"{self.path}, {split}: {len(self.entries)} pictures; left out: {told}.")
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Example:
-        """Raises Broken for a picture that cannot be decoded, and DataError when too many cannot, or when a file has gone since the start."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"There are {len(self)} pictures, and no number {index}.")
-        path = self.entries[index].file.path
+    def read(self, place: str) -> bytes:
+        path = os.path.join(self.path, place)
         try:
-            content = Path(path).read_bytes()
+            return Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
-        try:
-            return Example(decode.picture(content, (self.data.side, self.data.side), self.data.background), self.captions(index), {})
-        except decode.Broken as broken:
-            self._note(index, broken)
-            raise
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.entries[index].captions
-
-    def tags(self, index: int) -> bool:
-        return self.entries[index].tags
-
-    def fingerprint(self) -> str:
-        """A hash of names, captions and sizes, and of the first and last 4 KB of each file: small files whole, and large ones at
-        the price of opening them. Where the folder lies, and the times of its files, do not matter."""
-        digest = hashlib.sha256()
-        for file, captions, tags, size, edges in self.entries:
-            digest.update(json.dumps([file.name, captions, tags, size, edges]).encode() + b"\n")
-        return digest.hexdigest()
-
-    def _note(self, index: int, broken: decode.Broken):
-        """Tells of a broken picture, once. Raises DataError when there are too many."""
-        with self._lock:
-            new = index not in self.broken
-            self.broken.add(index)
-        count = len(self.broken)
-        if new:
-            _say(f"{self.entries[index].file.path!r} cannot be used ({broken}) and is passed over. So far {count} were broken.")
-        if count > self.data.broken_limit * len(self):
-            raise DataError(
-                f"{count} of the {len(self)} pictures of {self.path} cannot be decoded, which is more than data.broken_limit={self.data.broken_limit}: "
-                "put whole ones there, or raise it."
-            )
-
-
-def held_out(name: str, share: float) -> bool:
-    """Whether that picture belongs to the validation split."""
-    stem = posixpath.splitext(name)[0].encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(stem, digest_size=8).digest(), "little") < share * 2**64
 
 
 def _walk(root: Path) -> tuple[list[File], list[str]]:
@@ -212,35 +134,14 @@ def _texts(value: Any) -> list[str]:
     return texts
 
 
-def _look_at_all(files: Sequence[File], look: Callable[[File], Entry], threads: int) -> list[Entry | _Unfit]:
-    """`look` at each file, in threads, with a line now and then when it takes long."""
-
-    def look_at(chunk: Sequence[File]) -> list[Entry | _Unfit]:
-        seen = []
-        for file in chunk:
-            try:
-                seen.append(look(file))
-            except _Unfit as unfit:
-                seen.append(unfit)
-        return seen
-
-    seen: list[Entry | _Unfit] = []
-    told = time.monotonic()
-    with ThreadPoolExecutor(threads) as pool:
-        for some in pool.map(look_at, [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]):
-            seen += some
-            if time.monotonic() - told > LINE_EVERY:
-                told = time.monotonic()
-                _say(f"Looked at {len(seen)} of {len(files)} pictures.")
-    return seen
-
-
-def _entry(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]], tagged: Container[str], side: int) -> Entry:
-    """What a run needs to know of a picture. Raises _Unfit when it cannot be used."""
+def _row(file: File, root: str, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]], tagged: Container[str]) -> Row | Unfit:
+    """What a run needs to know of a picture."""
     if _suffix(file) not in SUFFIXES and _suffix(file) in OTHER_SUFFIXES:
-        raise _Unfit("format that is not read")
+        return Unfit(file.name, "format that is not read")
+    captions = _captions(file, texts, listed)
+    if isinstance(captions, Unfit):
+        return captions
     try:
-        captions = _captions(file, texts, listed)
         with open(file.path, "rb") as opened:
             size = opened.seek(0, os.SEEK_END)
             opened.seek(0)
@@ -250,33 +151,28 @@ def _entry(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[s
             opened.seek(0)
             width, height = decode.size_of(opened)
     except decode.Broken as broken:
-        raise _Unfit(broken.kind) from None
+        return Unfit(file.name, broken.kind)
     except OSError:
-        raise _Unfit("unreadable file") from None
-    if ENLARGED * min(width, height) < side:
-        raise _Unfit("too small")
-    return Entry(file, captions, file.name in tagged, size, hashlib.blake2b(edges, digest_size=16).hexdigest())
+        return Unfit(file.name, "unreadable file")
+    content = f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
+    return Row(file.name, os.path.relpath(file.path, root), captions, width, height, tags=file.name in tagged, content=content)
 
 
-def _captions(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _captions(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]]) -> tuple[str, ...] | Unfit:
     """Of the file beside it, or else of metadata.jsonl."""
     beside = texts.get(posixpath.splitext(file.name)[0] + ".txt")
     if beside is None and file.name not in listed:
-        raise _Unfit("no caption")
+        return Unfit(file.name, "no caption")
     try:
         lines = listed[file.name] if beside is None else Path(beside).read_bytes().decode("utf-8-sig").splitlines()
         "".join(lines).encode()
     except UnicodeError:
-        raise _Unfit("caption not in UTF-8") from None
+        return Unfit(file.name, "caption not in UTF-8")
+    except OSError:
+        return Unfit(file.name, "unreadable file")
     captions = tuple(line.strip() for line in lines if line.strip())
-    if not captions:
-        raise _Unfit("empty caption")
-    return captions
+    return captions or Unfit(file.name, "empty caption")
 
 
 def _suffix(file: File) -> str:
     return posixpath.splitext(file.name)[1].lower()
-
-
-def _say(line: str):
-    print(line, file=sys.stderr, flush=True)

@@ -1,38 +1,32 @@
-"""Batches as a function of (seed, step) alone, on any number of hosts."""
+"""Batches as a function of (seed, step) alone, on any number of hosts and with any number of processes."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float32
 
 from radiance import config
-from radiance.data.captions import caption_of, mentions_sides
-from radiance.data.datasets import Source
-from radiance.data.decode import Broken
+from radiance.data.captions import drawn_caption
+from radiance.data.datasets import DataError, Source
+from radiance.data.order import EMPTY, Chosen, Order
+from radiance.data.pixels import Pixels, View, draw
 from radiance.model.transformer import visible_tokens
-from radiance.pictures import to_array
 from radiance.text.encoders import BUCKET, Encoder, bucket
 
-Batch = dict[str, np.ndarray]  # image [b, height, width, 3], text [b, l, d], lengths [b], weight [b]
+Batch = dict[str, np.ndarray]  # image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b]
 WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that must be compiled
-
-
-class View(NamedTuple):
-    """What is seen of a picture at one step."""
-
-    across: float = 0.5  # where it is cut, from 0 to 1
-    down: float = 0.5
-    mirrored: bool = False
+AHEAD = 2  # batches that stand ready for the trainer, their text encoded
 
 
 class Batches:
     """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
 
-    Every epoch is a new permutation. Which caption is drawn, what is left of it, and what is
-    seen of the picture, depends on (seed, position) alone. Text is
-    cut where no row of the global batch has a token that the model's `masking` shows.
+    What is in a batch, which caption of a picture is drawn, what is left of it, and what is seen of the picture, follows from
+    the seed and the step. Text is cut where no row of the global batch has a token that the model's `masking` shows.
+    Besides what the trainer needs, a batch counts the captions that were `cut` at the encoder's limit and the pictures that were
+    `skipped` because they are broken.
     """
 
     def __init__(
@@ -40,59 +34,77 @@ class Batches:
     ):
         self.source, self.data, self.encoder, self.seed, self.steps, self.masking = source, data, encoder, seed, steps, masking
         self.rows = range(data.batch) if rows is None else rows
-        self.order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-
-    def __len__(self) -> int:
-        return self.steps
+        self.order = Order(source, data, seed)
+        self.pixels = Pixels(source, self.order, data, seed, self.rows)
+        self.broken: dict[int, str] = {}  # pictures that have been found impossible to decode
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.data.batch
-        # Every host looks at the captions of all, for their arrays must have one shape.
-        of_all = [self._caption(position) for position in range(first, first + self.data.batch)]
-        width = text_width((caption or "" for caption in of_all), self.encoder, self.masking)
-        captions = [of_all[row] for row in self.rows]
-        views = [self._view(first + row, caption) for row, caption in zip(self.rows, captions)]
-        pictures, weight = _pictures(self.source, [self.order[first + row] for row in self.rows], self.data.side, views)
-        text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in captions], cut=True), width)
+        return self._complete(step, self.pixels[step])
+
+    def start(self, step: int) -> grain.DatasetIterator[Batch]:
+        """Batches from `step` on, read ahead: pictures by threads, or by processes with threads, and text by a thread of this process,
+        where the encoder's devices are. To be closed. Raises DataError when too many pictures are broken."""
+        reading = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=self.data.threads)
+        pictures = grain.MapDataset.source(_Steps(self.pixels, step, self.steps)).to_iter_dataset(reading)
+        if self.data.workers:
+            import absl.flags
+
+            absl.flags.FLAGS.mark_as_parsed()  # grain reads one of them in its processes
+            pictures = pictures.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.data.workers, per_worker_buffer_size=2))
+        whole = pictures.map(lambda drawn: self._complete(drawn.pop("step"), drawn))
+        return grain.experimental.ThreadPrefetchIterDataset(whole, prefetch_buffer_size=AHEAD).__iter__()
+
+    def _complete(self, step: int, drawn: dict[str, Any]) -> Batch:
+        """The batch of a step from its pictures."""
+        self._note(drawn["broken"])
+        captions = self._captions(step, self.order[step])  # of all hosts, for their arrays must have one shape
+        width = text_width((caption or "" for caption in captions), self.encoder, self.masking)
+        ours = [captions[row] for row in self.rows]
+        text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in ours], cut=True), width)
         if self.data.dropout_to == "masked":
-            lengths[[caption is None for caption in captions]] = 0
-        cut = sum(self.encoder.count(caption) > self.encoder.limit for caption in captions if caption)
-        return {"image": pictures, "text": text, "lengths": lengths, "weight": weight, "cut": np.int32(cut)}
+            lengths[[caption is None for caption in ours]] = 0
+        counts = {
+            "cut": sum(self.encoder.count(caption) > self.encoder.limit for caption in ours if caption),
+            "skipped": len(drawn["broken"]),
+        }
+        return {"image": drawn["image"], "weight": drawn["weight"], "text": text, "lengths": lengths} | {
+            name: np.int32(count) for name, count in counts.items()
+        }
 
-    def _caption(self, position: int) -> str | None:
-        """None for one that is dropped."""
-        index = self.order[position]
-        return caption_of(self.source.captions(index), self.source.tags(index), self.data, self._draw(position, 0))
+    def _captions(self, step: int, chosen: Chosen) -> list[str | None]:
+        """None for one that is dropped; empty where there is no picture."""
+        first = step * self.data.batch
+        return [
+            "" if index == EMPTY else drawn_caption(self.source, index, self.data, self.seed, first + row)
+            for row, index in enumerate(chosen.pictures.tolist())
+        ]
 
-    def _view(self, position: int, caption: str | None) -> View:
-        across, down, mirrored = self._draw(position, 1).random(3)
-        if self.data.crop == "centre":
-            across = down = 0.5
-        return View(across, down, mirrored < self.data.mirror and not mentions_sides(caption or ""))
+    def _note(self, broken: dict[int, str]):
+        """Tells of each broken picture once. Raises DataError when there are too many."""
+        for index in broken.keys() - self.broken.keys():
+            self.broken[index] = broken[index]
+            told = (
+                f"{self.source.name(index)!r} cannot be used ({broken[index]}) and is passed over. So far {len(self.broken)} were broken."
+            )
+            print(told, file=sys.stderr, flush=True)
+        if len(self.broken) > self.data.broken_limit * len(self.source):
+            raise DataError(
+                f"{len(self.broken)} of the {len(self.source)} pictures cannot be used, which is more than "
+                f"data.broken_limit={self.data.broken_limit}: put whole ones there, or raise it."
+            )
 
-    def _draw(self, position: int, what: int) -> np.random.Generator:
-        """Numbers of their own for each thing that is drawn; NumPy promises that Philox's stream stays as it is."""
-        return np.random.Generator(np.random.Philox(key=[self.seed | what << 32, position]))
 
-    def start(self, step: int) -> Iterator[Batch]:
-        """Batches from `step` on, read ahead in threads."""
-        ahead = grain.ReadOptions(num_threads=self.data.threads, prefetch_buffer_size=2 * self.data.threads)
-        return iter(grain.MapDataset.source(self)[step:].to_iter_dataset(ahead))
+class _Steps:
+    """The pictures of the steps from `first` on, as grain reads them."""
 
+    def __init__(self, pixels: Pixels, first: int, end: int):
+        self.pixels, self.first, self.end = pixels, first, end
 
-def _pictures(
-    source: Source, indices: Sequence[int], side: int, views: Sequence[View] | None = None
-) -> tuple[Float32[np.ndarray, "b side side 3"], Float32[np.ndarray, " b"]]:
-    """Pictures and their weights; in the place of a broken one is grey of weight 0. views: their centres, as they are, when None."""
-    pixels, weights = np.zeros((len(indices), side, side, 3), np.float32), np.ones(len(indices), np.float32)
-    for row, index in enumerate(indices):
-        try:
-            across, down, mirrored = views[row] if views else View()
-            found = to_array(source[index].picture, side, side, across, down)
-            pixels[row] = found[:, ::-1] if mirrored else found
-        except Broken:
-            weights[row] = 0
-    return pixels, weights
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"step": self.first + index} | self.pixels[self.first + index]
 
 
 def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
@@ -104,15 +116,23 @@ def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
 
 
 def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures: int, masking: str) -> list[Batch]:
-    """The first `pictures` examples with their first caption, in batches of one shape; the last one is filled with rows of weight 0."""
-    count = min(pictures, len(source))
-    size = min(data.batch, count)
-    width = text_width((source.captions(i)[0] for i in range(count)), encoder, masking)
+    """The first `pictures` examples with their first caption, cut to squares from their centres, in batches of one shape; the last one is
+    filled with rows of weight 0. Of a mixture, as many of each part as its share says."""
+    chosen = first_pictures(source, min(pictures, len(source)))
+    size = min(data.batch, len(chosen))
+    width = text_width((source.captions(i)[0] for i in chosen), encoder, masking)
     batches = []
-    for start in range(0, count, size):
-        rows = [min(i, count - 1) for i in range(start, start + size)]
-        text, lengths = encoder.pad(encoder.encode([source.captions(i)[0] for i in rows], cut=True), width)
-        image, weight = _pictures(source, rows, data.side)
-        weight *= np.arange(start, start + size) < count
-        batches.append({"image": image, "text": text, "lengths": lengths, "weight": weight})
+    for start in range(0, len(chosen), size):
+        rows = chosen[start : start + size]
+        rows += [EMPTY] * (size - len(rows))
+        captions = ["" if i == EMPTY else source.captions(i)[0] for i in rows]
+        text, lengths = encoder.pad(encoder.encode(captions, cut=True), width)
+        drawn = draw(source, rows, (data.side, data.side), [View()] * size)
+        batches.append({"image": drawn.image, "text": text, "lengths": lengths, "weight": np.sign(drawn.weight)})
     return batches
+
+
+def first_pictures(source: Source, count: int) -> list[int]:
+    """The first pictures of a source, at most `count`; of a mixture, of each part as many as its share says, part after part."""
+    ends = np.rint(np.cumsum([span.share for span in source.spans]) * count).astype(int)
+    return [span.first + i for span, wanted in zip(source.spans, np.diff(ends, prepend=0).tolist()) for i in range(min(wanted, span.count))]

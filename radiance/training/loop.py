@@ -94,13 +94,13 @@ def train(run: config.Config) -> int:
     step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
     validate = jax.jit(partial(validation_losses, run))
     rate = learning_rate(run.optimizer, run.train.steps)
-    feed = batches.start(first)
     number = saved = first
     facts: dict[str, float] = {}
-    before, waited, cut, passed_over, words = None, 0.0, 0, 0, []
+    before, waited, cut, passed_over, shapes = None, 0.0, 0, 0, []
     with (
         jax.set_mesh(mesh),
         _signals() as stopping,
+        closing(batches.start(first)) as feed,
         closing(checkpoints),
         closing(Journal(directory, first, Trackers(run, first)) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
@@ -120,8 +120,8 @@ def train(run: config.Config) -> int:
             batch = next(feed)
             waited += time.monotonic() - began
             cut += int(batch.pop("cut"))
-            passed_over += int((batch["weight"] == 0).sum())
-            words.append(batch["text"].shape[1])
+            passed_over += int(batch.pop("skipped"))
+            shapes.append((*batch["image"].shape[1:3], batch["text"].shape[1]))
             state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
             number += 1
             # Read one step late, so that the device always has the next step to do.
@@ -139,9 +139,9 @@ def train(run: config.Config) -> int:
                 norms = {part: float(norm) for part, norm in metrics["gradient_norms"].items()}
                 row = facts | {"gradient_norms": norms, "learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
                 row |= {"captions_cut": cut, "pictures_skipped": passed_over}
-                row |= {"pictures_per_second": progress.rate, "input_wait_seconds": waited} | _speed(run, progress.rate / mesh.size, words)
+                row |= {"pictures_per_second": progress.rate, "input_wait_seconds": waited} | _speed(run, progress.rate / mesh.size, shapes)
                 journal.write(number, row)
-                waited, cut, passed_over, words = 0.0, 0, 0, []
+                waited, cut, passed_over, shapes = 0.0, 0, 0, []
             progress.update(number, facts)
             if number % run.train.validate_every == 0 or last:
                 bins = _validate(validate, weights_of(run, state, base), validation, mesh)
@@ -161,13 +161,12 @@ def train(run: config.Config) -> int:
     return number
 
 
-def _speed(run: config.Config, rate: float, words: Sequence[int]) -> dict[str, float]:
+def _speed(run: config.Config, rate: float, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:
     """Operations a second of each device, and their share of what it can do, where that is known.
 
-    rate: pictures a second of each. words: text tokens a picture had, step by step.
+    rate: pictures a second of each. shapes: height, width and text tokens of a picture, step by step.
     """
-    side = run.data.side
-    flops = rate * np.mean([training_flops(run.model, side, side, count, run.lora.rank > 0) for count in words])
+    flops = rate * np.mean([training_flops(run.model, *shape, run.lora.rank > 0) for shape in shapes])
     device = device_named(jax.devices()[0].device_kind)
     return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / device.flops} if device else {})
 

@@ -11,12 +11,13 @@ from jaxtyping import Array, Float32, Int32
 
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
+from radiance.pictures import to_signed
 from radiance.training.adapters import adapted, init_adapters
 from radiance.training.averages import average
 from radiance.training.optimizer import join, make_optimizer, restarted, rounded, split_frozen, typed
 from radiance.training.rotation import Blocks, blocks_at, put_back, taken
 
-Batch = dict[str, jax.Array]  # image [b, height, width, c], text [b, l, e], lengths [b], weight [b]
+Batch = dict[str, jax.Array]  # image [b, height, width, c] uint8, or float32 in [-1, 1]; text [b, l, e], lengths [b], weight [b]
 Metrics = dict[str, Any]  # numbers, and `gradient_norms`: one of each part of the network that is trained
 
 VALIDATION_BINS = 10
@@ -104,14 +105,14 @@ def complete(run: config.Config, params: Params, base: Params | None) -> Params:
 def with_noise(run: config.Config, batch: Batch, key: jax.Array) -> Batch:
     """The batch with its times and noise, paired over the whole batch as the config's coupling says."""
     noise_key, time_key = jax.random.split(key)
-    image = batch["image"]
+    image = to_signed(batch["image"])
     count, height, width, _ = image.shape
     noise = run.flow.noise_scale * jax.random.normal(noise_key, image.shape)
     if run.flow.coupling == "optimal_transport":
         noise = noise[flow.transport(image, noise, run.flow.coupling_cost)]
     tokens = (height // run.model.patch) * (width // run.model.patch)
-    names = ("image", "text", "lengths", "weight")
-    return {n: batch[n] for n in names} | {"noise": noise, "time": flow.draw_times(time_key, run.flow, count, tokens)}
+    names = ("text", "lengths", "weight")
+    return {n: batch[n] for n in names} | {"image": image, "noise": noise, "time": flow.draw_times(time_key, run.flow, count, tokens)}
 
 
 def picture_losses(run: config.Config, params: Params, batch: Batch) -> Float32[Array, " b"]:
@@ -141,7 +142,7 @@ def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Ba
 
 def validation_losses(run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""]) -> Float32[Array, "b bins"]:
     """Loss of every picture at one time in each of ten equal bins. Times and noise depend on `seed` and the row alone."""
-    count = len(batch["image"])
+    count, batch = len(batch["image"]), batch | {"image": to_signed(batch["image"])}
 
     def at_bin(i):
         noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(run.train.seed), seed), i))

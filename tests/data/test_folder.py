@@ -15,9 +15,10 @@ from PIL import Image
 from runs import toy_run
 
 from radiance import config
+from radiance.data.catalogue import lot_of
 from radiance.data.datasets import DataError, describe, open_source
 from radiance.data.decode import Broken
-from radiance.data.folder import EDGE, Folder, held_out
+from radiance.data.folder import EDGE
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.pictures import to_array
 from radiance.text.encoders import HashEncoder
@@ -38,14 +39,27 @@ def fill(folder, count=40):
     return folder
 
 
-def opened(folder, split="train", validation=1e-9, side=8, broken_limit=1.0, **more):
-    """By default everything is for training."""
-    data = config.Data(source="folder", path=str(folder), validation=validation, side=side, threads=2, broken_limit=broken_limit, **more)
-    return Folder(data, split)
+def settings(folder, validation=1e-9, side=8, broken_limit=1.0, **more):
+    """By default everything is for training. The catalogues lie where no picture is looked for."""
+    more = {"directory": f"{folder}/.prepared", "enlarge": 2.0, "threads": 2, "caption_dropout": 0.0} | more
+    return config.Data(source="folder", path=str(folder), validation=validation, side=side, broken_limit=broken_limit, **more)
+
+
+def opened(folder, split="train", *values, **more):
+    return open_source(settings(folder, *values, **more), split)
 
 
 def names(source):
-    return [entry.file.name for entry in source.entries]
+    return [source.name(i) for i in range(len(source))]
+
+
+def captions(source):
+    return {source.name(i): source.captions(i) for i in range(len(source))}
+
+
+def pixels_of(batch):
+    """The red of each picture's first pixel."""
+    return batch["image"][:, 0, 0, 0].astype(int)
 
 
 def listing(folder, *rows):
@@ -64,24 +78,24 @@ def test_every_format_in_order_of_names(tmp_path):
     source = opened(tmp_path)
     assert names(source) == sorted(names(source))
     assert set(names(source)) == {"b/x.jpg", "a.png", "B.JPEG", "c.d.webp", "b/a.bmp", "e.gif", "b.PNG", "f.tif", "really_a_jpeg.png"}
-    example = source[names(source).index("c.d.webp")]
-    assert example.captions == ("caption 3",) and example.picture.size == (12, 10) and example.attributes == {}
+    index = names(source).index("c.d.webp")
+    assert source.captions(index) == ("caption 3",) and source.picture(index).size == (12, 10) and source.attributes(index) == {}
+    assert source.sizes.tolist() == [[12, 10]] * 9 and source.weights.tolist() == [1] * 9
     assert source.skipped == {}
 
 
 def test_captions_beside_the_picture(tmp_path):
-    captions = {
+    told = {
         "plain": (b"a red square", ("a red square",)),
         "several": (b"one\n\n  two \nthree\n", ("one", "two", "three")),
         "windows": (b"\xef\xbb\xbfa caf\xc3\xa9\r\nsecond line\r\n", ("a café", "second line")),
         "scripts": ("猫と犬\nкот 🐈".encode(), ("猫と犬", "кот 🐈")),
     }
-    for name, (content, _) in captions.items():
+    for name, (content, _) in told.items():
         save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(content)
     source = opened(tmp_path)
-    assert {e.file.name: e.captions for e in source.entries} == {f"{name}.png": told for name, (_, told) in captions.items()}
-    assert source.captions(0) == source[0].captions
+    assert captions(source) == {f"{name}.png": expected for name, (_, expected) in told.items()}
 
 
 def test_captions_of_metadata(tmp_path):
@@ -104,7 +118,7 @@ def test_captions_of_metadata(tmp_path):
         file.seek(0)
         file.write(b"\xef\xbb\xbf" + content + b"\r\n")
     source = opened(tmp_path)
-    assert dict(zip(names(source), (e.captions for e in source.entries))) == {
+    assert captions(source) == {
         "a.png": ("of a",),
         "b.png": ("of b", "again b", "and again"),
         "both.png": ("beside",),
@@ -123,13 +137,14 @@ def test_tags_of_metadata(tmp_path):
     listing(tmp_path, *rows)
     source = opened(tmp_path)
     assert [source.tags(i) for i in range(3)] == [False, True, False]
-    data = config.Data(side=8, batch=3, caption_dropout=0, tag_shuffle=True, tag_drop=0.5, lower=0.5, prefix="X ", suffix=".")
+    data = settings(tmp_path, batch=3, tag_shuffle=True, tag_drop=0.5, lower=0.5, prefix="X ", suffix=".")
     batches = Batches(source, data, HashEncoder(8, 6), 0, 50, "one_pad")
-    captions = {source.captions(0)[0]: set(), "tags": set()}
-    for position in range(150):
-        captions["tags" if batches.order[position] == 1 else "a,b, c"].add(batches._caption(position))
-    assert captions["a,b, c"] == {"X a,b, c."}
-    assert captions["tags"] > {"X a, b, c.", "X c, a, b.", "X b, c.", "X c, a."} and not any(x.count(",") == 0 for x in captions["tags"])
+    told = {"text": set(), "tags": set()}
+    for step in range(50):
+        for index, caption in zip(batches.order[step].pictures, batches._captions(step, batches.order[step])):
+            told["tags" if index == 1 else "text"].add(caption)
+    assert told["text"] == {"X a,b, c."}
+    assert told["tags"] > {"X a, b, c.", "X c, a, b.", "X b, c.", "X c, a."} and not any(x.count(",") == 0 for x in told["tags"])
 
 
 def test_odd_names(tmp_path):
@@ -147,7 +162,7 @@ def test_odd_names(tmp_path):
         pytest.skip("this file system takes only names in Unicode")
     source = opened(tmp_path)
     assert set(names(source)) == {*odd, "café.png", os.fsdecode(b"\xff\xfe.png")}
-    assert len(source.fingerprint()) == 64 and all(source[i].picture.size == (12, 10) for i in range(len(source)))
+    assert len(source.fingerprint()) == 64 and all(source.picture(i).size == (12, 10) for i in range(len(source)))
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path):
@@ -182,11 +197,12 @@ def test_pixels_come_upright_transparent_and_not_clipped(tmp_path):
     (tmp_path / "clear.txt").write_text("nothing")
     Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "grey.png")
     (tmp_path / "grey.txt").write_text("sixteen bits of grey")
-    clear, grey, turned = opened(tmp_path)
-    assert clear.picture.getpixel((0, 0)) == (255, 255, 255)
-    assert opened(tmp_path, background=(0, 0, 255))[0].picture.getpixel((0, 0)) == (0, 0, 255)
-    assert grey.picture.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
-    assert turned.picture.size == (10, 20)
+    source = opened(tmp_path)
+    clear, grey, turned = (source.picture(i) for i in range(3))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert opened(tmp_path, background=(0, 0, 255)).picture(0).getpixel((0, 0)) == (0, 0, 255)
+    assert grey.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
+    assert turned.size == (10, 20) and source.sizes[2].tolist() == [10, 20]
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------------
@@ -237,7 +253,7 @@ def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
             path.with_suffix(".txt").write_bytes(caption)
     source = opened(tmp_path)
     assert names(source) == ["00.png", "01.png", "02.png"] and source.skipped == {kind: 5}
-    assert capsys.readouterr().err == f"{tmp_path}, train: 3 pictures; left out: 5 × {kind} ('0{name}', '1{name}', '2{name}').\n"
+    assert capsys.readouterr().err == f"folder {tmp_path}, train: 3 pictures; left out: 5 × {kind} ('0{name}', '1{name}', '2{name}').\n"
     assert not recwarn.list
     described = describe(source, config.Data(source="folder", path=str(tmp_path)), "train")
     assert json.loads(json.dumps(described)) == described and described["skipped"] == {kind: 5}
@@ -246,7 +262,7 @@ def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
 def test_a_photograph_with_a_preview_is_not_animated(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(gif(format="MPO"))
     (tmp_path / "photo.txt").write_text("a photograph")
-    assert opened(tmp_path)[0].picture.getpixel((0, 0))[0] > 200
+    assert opened(tmp_path).picture(0).getpixel((0, 0))[0] > 200
 
 
 def test_lines_of_metadata_that_say_nothing(tmp_path):
@@ -290,14 +306,14 @@ def test_nothing_to_learn_from(tmp_path):
         opened(tmp_path)
     assert "\n" not in str(error.value)
     fill(tmp_path, 3)
-    with pytest.raises(DataError, match=r"validation split .* is empty \(left out: none; in the other split: 4\).* data.validation=1e-09"):
+    with pytest.raises(DataError, match=r"validation split .* is empty \(left out: none; in the other split: 3\).* data.validation=1e-09"):
         opened(tmp_path, "validation")
 
 
 def test_settings_that_contradict():
-    with pytest.raises(config.ConfigError, match="data.path=x is for data.source=folder: set that too"):
+    with pytest.raises(config.ConfigError, match="data.path=x is not for data.source=digits: choose another source"):
         config.Data(path="x")
-    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path=FOLDER"):
+    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path: where"):
         open_source(config.Data(source="folder"), "train")
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(config.ConfigError, match="data.validation"):
@@ -326,7 +342,7 @@ def numbers_of(source):
 
     def number_of(i):
         try:
-            return source[i].picture.getpixel((0, 0))[0]
+            return source.picture(i).getpixel((0, 0))[0]
         except Broken as broken:
             return broken.kind
 
@@ -338,37 +354,36 @@ def test_a_broken_picture_is_told_once_and_passed_over(tmp_path, capsys):
     source = opened(broken_folder(tmp_path))
     assert len(source) == 5 and source.skipped == {}
     assert numbers_of(source) == [0, "broken picture", 2, "broken picture", "broken picture"] * 40
+    batches = Batches(source, settings(tmp_path, batch=5), HashEncoder(8, 6), 0, 20, "one_pad")
+    assert [batch["skipped"] for batch in batches.start(0)] == [3] * 20
     told = sorted(capsys.readouterr().err.splitlines())
     assert len(told) == 3 and all("cannot be used" in line and "passed over" in line for line in told)
     assert "1.png" in told[0] and any(line.endswith("So far 3 were broken.") for line in told)
-    assert source.broken == {1, 3, 4}
+    assert batches.broken.keys() == {1, 3, 4}
 
 
 def test_broken_pictures_have_no_weight_and_keep_their_captions_to_themselves(tmp_path):
-    source = opened(broken_folder(tmp_path), side=64)
-    data, encoder = config.Data(side=64, batch=5, caption_dropout=0), HashEncoder(8, 6)
+    data, encoder = settings(broken_folder(tmp_path), side=64, batch=5), HashEncoder(8, 6)
+    source = open_source(data, "train")
     batch = Batches(source, data, encoder, 0, 1, "one_pad")[0]
-    numbers = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5)
+    numbers = pixels_of(batch)
     assert sorted(zip(batch["weight"], numbers)) == [(0, 128), (0, 128), (0, 128), (1, 0), (1, 2)]
     for row in np.flatnonzero(batch["weight"]):
-        assert np.array_equal(batch["text"][row, :2], encoder.encode([f"picture {numbers[row]:.0f}"])[0].rows[:2])
+        assert np.array_equal(batch["text"][row, :2], encoder.encode([f"picture {numbers[row]}"])[0].rows[:2])
     fixed = fixed_batches(source, data, encoder, 5, "one_pad")[0]
     assert list(fixed["weight"]) == [1, 0, 1, 0, 0]
 
 
 def test_too_many_broken_pictures_end_the_run(tmp_path):
-    source = opened(broken_folder(tmp_path), broken_limit=0.4)
+    data = settings(broken_folder(tmp_path), side=64, batch=5, broken_limit=0.4)
     with pytest.raises(DataError, match=r"3 of the 5 pictures .* data.broken_limit=0.4: put whole ones there"):
-        numbers_of(source)
-    batches = Batches(source, config.Data(side=64, batch=5), HashEncoder(8, 6), 0, 10, "one_pad")
-    with pytest.raises(DataError, match="3 of the 5 pictures"):
-        list(batches.start(0))
+        list(Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad").start(0))
 
 
 def test_an_orientation_that_cannot_be_read(tmp_path):
     save(tmp_path / "a.png", "a caption", exif=b"Exif\0\0no TIFF", size=(12, 8))
     source = opened(tmp_path)
-    assert to_array(source[0].picture, 12, 8).shape == (8, 12, 3) and not source.broken
+    assert to_array(source.picture(0), 12, 8).shape == (8, 12, 3)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif"])
@@ -386,10 +401,12 @@ def test_no_broken_file_ends_a_run(suffix, tmp_path):
         (tmp_path / f"{i}{suffix}").write_bytes(content)
         (tmp_path / f"{i}.txt").write_text("a caption")
     source = opened(tmp_path)
+    whole = 0
     for i in range(len(source)):
         with suppress(Broken):
-            assert to_array(source[i].picture, 8, 8).shape == (8, 8, 3)
-    assert source.broken or suffix == ".webp"  # whose head is checked against the whole
+            assert to_array(source.picture(i), 8, 8).shape == (8, 8, 3)
+            whole += 1
+    assert whole < len(source) or suffix == ".webp"  # whose head is checked against the whole
     assert 0 < len(source) < 150 and sum(source.skipped.values()) == 150 - len(source)
 
 
@@ -397,7 +414,7 @@ def test_a_file_that_goes_while_it_is_needed(tmp_path):
     source = opened(fill(tmp_path, 2))
     (tmp_path / "01.png").unlink()
     with pytest.raises(DataError, match="01.png was there at the start and cannot be read now"):
-        source[1]
+        source.picture(1)
 
 
 # --- that it stays the same ---------------------------------------------------------------------------------------------
@@ -416,8 +433,12 @@ def test_no_picture_ever_changes_its_split(tmp_path):
     for split, old in before.items():
         now = set(names(opened(moved, split, 0.3)))
         assert {name for name in now if "/" not in name} == {name for name in old if int(name[:2]) % 2}
-    assert held_out("a/b.png", 0.5) == held_out("a/b.webp", 0.5)
+    assert lot_of("a/b.png") == lot_of("a/b.webp")
     assert before["validation"] <= {f"{i:02d}.png" for i in range(40) if held_out(f"{i:02d}.png", 0.6)}  # a larger share only adds
+
+
+def held_out(name, share):
+    return lot_of(name) < share * 2**64
 
 
 def test_the_split_is_known_for_ever():
@@ -468,16 +489,16 @@ def test_fingerprint(tmp_path):
 
 
 def test_batches(tmp_path):
-    source = opened(fill(tmp_path, 20))
-    batches = Batches(source, config.Data(side=8, batch=5, caption_dropout=0), HashEncoder(8, 6), 0, 10, "one_pad")
+    data = settings(fill(tmp_path, 20), batch=5)
+    batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
     ahead = list(batches.start(0))
-    seen = [np.rint((b["image"][:, 0, 0, 0] + 1) * 127.5).astype(int) for b in ahead[:4]]
-    assert sorted(np.concatenate(seen)) == list(range(20))
+    assert sorted(np.concatenate([pixels_of(batch) for batch in ahead[:4]])) == list(range(20))
     assert all(np.array_equal(b["image"], batches[i]["image"]) for i, b in enumerate(ahead))
 
 
 def test_a_file_that_goes_ends_the_run_with_its_sentence(tmp_path):
-    batches = Batches(opened(fill(tmp_path, 8)), config.Data(side=8, batch=8), HashEncoder(8, 6), 0, 10, "one_pad")
+    data = settings(fill(tmp_path, 8), batch=8)
+    batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
     (tmp_path / "03.png").unlink()
     with pytest.raises(DataError, match="03.png was there at the start"):
         list(batches.start(0))
@@ -488,8 +509,10 @@ def test_a_run_on_a_folder(tmp_path):
     """It records what it left out, goes on when the folder has moved, and refuses one that has changed."""
     fill(tmp_path / "pictures")
     save(tmp_path / "pictures" / "no_caption.png")
-    changes = "data.source=folder data.validation=0.2 data.batch=4 train.checkpoint_every=1 train.sample_prompts=[] sample.steps=1"
-    run = toy_run(tmp_path, "unused", *changes.split(), f"data.path={tmp_path / 'pictures'}", "train.steps=2")
+    changes = (
+        "data.source=folder data.validation=0.2 data.batch=4 train.checkpoint_every=1 train.sample_prompts=[] sample.steps=1 data.enlarge=2"
+    )
+    run = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), f"data.path={tmp_path / 'pictures'}", "train.steps=2")
     assert train(run) == 2
     data = json.loads((run.directory / "data.json").read_text())
     assert data["train"]["count"] + data["validation"]["count"] == 40
