@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from runs import command, metrics, same, toy_run
 
 from radiance import config
@@ -98,6 +99,30 @@ def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
     process = command(run)
     assert f"going on from step {stopped}" in process.output
     assert same(final_state(run), final_state(unbroken[0])) and metrics(run) == metrics(unbroken[0])
+
+
+def test_batches_of_many_shapes_go_on_in_the_middle_of_an_epoch(tmp_path):
+    """With resolutions drawn anew each epoch, broken pictures, and other processes to read them."""
+    draw = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i, (width, height) in enumerate(((32, 32), (40, 17), (17, 40), (12, 12)) * 5):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
+    for i in (2, 5):  # cut short
+        (tmp_path / "pictures" / f"{i}.png").write_bytes((tmp_path / "pictures" / f"{i}.png").read_bytes()[:500])
+    changes = (
+        "data.source=folder data.validation=0.2 data.side=16 data.other_sides=8 data.bucket_step=8 data.bucket_ratio=2.5 data.batch=4 data.mirror=0.5 "
+        f"data.broken_limit=0.5 data.path={tmp_path / 'pictures'} train.steps=9 train.log_every=1 train.checkpoint_every=4 sample.steps=1"
+    )
+    unbroken = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split())
+    assert train(unbroken) == 9
+    rows = [row for row in metrics(unbroken) if "loss" in row]
+    assert sum(row["pictures_skipped"] for row in rows) > 1
+    broken_off = config.override(unbroken, ["name=broken_off", "train.steps=4"])
+    assert train(broken_off) == 4
+    assert train(config.override(broken_off, ["train.steps=9", "data.workers=2"])) == 9
+    assert same(final_state(broken_off), final_state(unbroken))
+    assert [row for row in metrics(broken_off) if "loss" in row] == rows
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_directory):
