@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
@@ -128,9 +129,9 @@ def test_parts_are_drawn_by_the_seed_and_use_all_vectors(monkeypatch):
     x, y = np.arange(25.0)[:, None], -np.arange(31.0)[:, None]
     assert kernel_distance(x, y) == kernel_distance(x, y) != kernel_distance(x, y, seed=1)
     seen = []
-    monkeypatch.setattr(distances, "squared_discrepancy", lambda a, b: seen.append((a, b)) or 0.0)
-    kernel_distance(x, y)
-    assert len(seen) == 10
+    monkeypatch.setattr(distances, "squared_discrepancy", lambda a, b: seen.append((a, b)) or len(seen) ** 2)
+    found = kernel_distance(x, y)
+    assert len(seen) == 10 and found == (38.5, pytest.approx(scipy.stats.sem(np.arange(1, 11) ** 2)))
     for whole, parts in zip((x, y), zip(*seen)):
         np.testing.assert_array_equal(np.sort(np.concatenate(parts), axis=None), np.sort(whole, axis=None))
 
