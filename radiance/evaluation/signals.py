@@ -60,8 +60,8 @@ def _size(pictures: Pictures) -> str:
 
 
 def clipping_fraction(pictures: Pictures) -> float:
-    """The share of values outside [-1, 1], which a file would clip. The pictures must be those of the sampler, not of a file."""
-    return float((np.abs(pictures) > 1).mean())
+    """The share of values that are not in [-1, 1], which a file would clip. The pictures must be those of the sampler, not of a file."""
+    return float(1 - (np.abs(pictures) <= 1).mean())
 
 
 def seam_score(pictures: Pictures, patch: int) -> float:

@@ -75,10 +75,10 @@ def test_pictures_that_have_no_common_spectrum():
 
 
 def test_clipping():
-    """The ends of the range belong to it."""
+    """The ends of the range belong to it; what is no number does not."""
     pictures = np.zeros((2, 5, 5, 3))
-    pictures.flat[:5] = [1.01, -1.01, 1, -1, 5]
-    assert clipping_fraction(pictures) == 3 / 150
+    pictures.flat[:6] = [1.01, -1.01, 1, -1, 5, np.nan]
+    assert clipping_fraction(pictures) == pytest.approx(4 / 150)
 
 
 # --- seams ------------------------------------------------------------------------------------------------------------
