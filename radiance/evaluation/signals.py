@@ -39,7 +39,7 @@ def _hann(n: int) -> Float64[np.ndarray, " n"]:
     return np.square(np.sin(np.pi * (np.arange(n) + 0.5) / n))
 
 
-def spectrum_error(generated: Pictures, real: Pictures) -> Float64[np.ndarray, " frequencies"]:
+def spectrum_error(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> Float64[np.ndarray, " frequencies"]:
     """How much more power generated pictures have than real ones of the same size, in decibels, at each frequency of `radial_spectrum`.
 
     Power far below that of rounding to 8 bits counts for nothing. Raises DataError for other sizes.
@@ -50,7 +50,7 @@ def spectrum_error(generated: Pictures, real: Pictures) -> Float64[np.ndarray, "
     return ours - theirs
 
 
-def log_spectral_distance(generated: Pictures, real: Pictures) -> float:
+def log_spectral_distance(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> float:
     """The root mean square of `spectrum_error` over the frequencies, in decibels."""
     return float(np.sqrt(np.square(spectrum_error(generated, real)).mean()))
 

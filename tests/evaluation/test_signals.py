@@ -53,6 +53,7 @@ def test_power_counts_in_decibels():
 def test_a_shuffle_has_the_same_spectrum():
     real = noise(20, 16, 16, 3)
     assert log_spectral_distance(real[::-1], real) < 1e-9
+    assert log_spectral_distance(np.tile(real, (3, 1, 1, 1)), real) < 1e-9  # and any number of them
 
 
 def test_blur_loses_high_frequencies_alone():
