@@ -1,0 +1,29 @@
+"""Generated pictures against real ones, in numbers that say what they were measured with and on how many pictures."""
+
+from collections.abc import Iterable
+
+from radiance.evaluation.distances import frechet_distance, kernel_distance, moments, precision_recall
+from radiance.evaluation.features import Extractor, Features, Pictures, extract
+
+
+def compare(generated: Iterable[Pictures], real: Iterable[Pictures], extractor: Extractor) -> dict[str, float]:
+    """`compare_features` of batches of pictures in [-1, 1]."""
+    return compare_features(extract(generated, extractor), extract(real, extractor), extractor.name)
+
+
+def compare_features(generated: Features, real: Features, name: str) -> dict[str, float]:
+    """The Fréchet distance and KID (lower is better), and precision and recall (higher is better), each under the name of its features.
+
+    Raises DataError for fewer than 20 pictures of either kind.
+    """
+    kernel = kernel_distance(generated, real)
+    coverage = precision_recall(generated, real)
+    return {
+        f"FD({name})": frechet_distance(moments([generated]), moments([real])),
+        f"KID({name})": kernel.value,
+        f"KID({name}) standard error": kernel.error,
+        f"precision({name})": coverage.precision,
+        f"recall({name})": coverage.recall,
+        "generated pictures": len(generated),
+        "real pictures": len(real),
+    }

@@ -1,0 +1,58 @@
+"""Intervals against tables, SciPy's own tests, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from radiance.evaluation.intervals import bootstrap, paired_differences, student
+from radiance.sections import ConfigError
+
+# Two-sided quantiles of Student's t as printed in tables, by the number of values.
+TABLE = [(2, 0.95, 12.706), (3, 0.95, 4.303), (8, 0.95, 2.365), (8, 0.99, 3.499), (31, 0.90, 1.697)]
+
+
+@pytest.mark.parametrize("count, confidence, quantile", TABLE)
+def test_the_table_of_student(count, confidence, quantile):
+    values = np.random.default_rng(0).normal(3, 2, count)
+    found = student(values, confidence)
+    half = quantile * np.std(values, ddof=1) / np.sqrt(count)
+    assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), rel=1e-3)
+
+
+def test_scipy_gives_the_same_for_pairs():
+    a, b = np.random.default_rng(0).normal(0, 1, (2, 8))
+    found = student(paired_differences(dict(enumerate(a)), dict(reversed(list(enumerate(b))))))
+    assert found[1:] == pytest.approx(tuple(scipy.stats.ttest_rel(a, b).confidence_interval(0.95)), rel=1e-9)
+
+
+@pytest.mark.parametrize("interval, count, shares", [(student, 3, (0.93, 0.97)), (lambda v: bootstrap(v, draws=300), 30, (0.89, 0.97))])
+def test_the_truth_lies_inside_as_often_as_promised(interval, count, shares):
+    draws = np.random.default_rng(0).normal(1, 2, (500, count))
+    inside = [low <= 1 <= high for _, low, high in map(interval, draws)]
+    assert shares[0] < np.mean(inside) < shares[1]
+
+
+def test_bootstrap_leans_with_its_values_and_repeats():
+    values = np.random.default_rng(1).exponential(1, 40)
+    found = bootstrap(values)
+    assert found == bootstrap(values) != bootstrap(values, seed=1)
+    assert found.high - found.mean > 1.1 * (found.mean - found.low) > 0
+    assert bootstrap(values, 0.8).high < found.high
+
+
+def test_no_scatter():
+    assert student([2.0] * 4) == bootstrap([2.0] * 4) == (2, 2, 2)
+    assert str(student([2.0] * 4)) == "2 (2 … 2)"
+
+
+@pytest.mark.parametrize("interval", [student, bootstrap])
+@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")]])
+def test_what_has_no_interval(interval, values):
+    with pytest.raises(ConfigError, match="at least two seeds"):
+        interval(values)
+
+
+def test_pairs_are_of_one_seed():
+    assert paired_differences({3: 5.0, 1: 2.0}, {1: 0.5, 3: 1.0}) == [1.5, 4.0]
+    with pytest.raises(ConfigError, match="Seeds 2, 4 have no partner"):
+        paired_differences({1: 0.0, 2: 0.0}, {1: 0.0, 4: 0.0})
