@@ -93,6 +93,8 @@ class Catalogue:
         if not self.path.is_dir():
             try:
                 self._make(threads)
+            except DataError:
+                raise
             except OSError as error:
                 raise DataError(
                     f"The catalogue of {title} cannot be written to {self.path.parent} ({error.strerror or error}): make room there, or "
