@@ -113,7 +113,7 @@ def look_at(address: str, size: int | None = None) -> Look:
             edges += opened.read(EDGE)
     except storage.Unreachable:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise decode.Broken("missing file") from None
     except OSError:
         raise decode.Broken("unreadable file") from None

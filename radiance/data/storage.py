@@ -22,19 +22,7 @@ PAUSES = (1, 2, 4, 8, 15, 30)  # seconds between attempts
 HEAD = 2**16  # bytes of a remote file that are fetched at a time to look at its head
 STREAM = 2**23  # and to read it from its beginning to its end
 # What file systems call that which changes with a file's content.
-STAMPS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "blob_id",
-    "Content-MD5",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "updated",
-    "created",
-)
+STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NOWHERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 MOMENTARY = (408, 425, 429)  # of the HTTP status codes that blame who asks: they ask to ask later
@@ -66,9 +54,11 @@ def absolute(address: str) -> str:
 
 def join(folder: str, place: str) -> str:
     """The address of a place below a folder; a place that is an address itself stays what it is."""
-    if is_remote(place) or not is_remote(folder):
-        return place if is_remote(place) else os.path.join(folder, place)
-    return place if place.startswith("/") else f"{folder}{'' if folder.endswith('/') else '/'}{place.removeprefix('./')}"
+    if is_remote(place) or place.startswith("/"):
+        return place
+    if not is_remote(folder):
+        return os.path.join(folder, place)
+    return f"{folder}{'' if folder.endswith('/') else '/'}{place.removeprefix('./')}"
 
 
 def parent(address: str) -> str:
@@ -79,7 +69,7 @@ def parent(address: str) -> str:
 def files(folder: str) -> tuple[list[File], list[str]]:
     """All files below a folder by name, and the names of folders that cannot be listed. Names that begin with a dot are passed over.
 
-    Raises NotADirectoryError when there is no such folder, and Unreachable.
+    HTTP's listings tell neither sizes nor stamps. Raises NotADirectoryError when there is no such folder, and Unreachable.
     """
     found, closed = _remote_files(folder) if is_remote(folder) else _local_files(folder)
     return sorted(found), closed
@@ -97,7 +87,10 @@ def file(address: str) -> File:
 
 
 def read(address: str, begin: int = 0, end: int | None = None) -> bytes:
-    """Bytes `begin` to `end` of a file. Raises FileNotFoundError, PermissionError, Unreachable."""
+    """Bytes `begin` to `end` of a file: all, or a range that lies within it, or as much as there is of a range from its beginning.
+
+    Raises FileNotFoundError, PermissionError, Unreachable.
+    """
     if is_remote(address):
         return _tried(address, partial(_fetched, address, begin, end))
     with _judged(address), open(address, "rb") as opened:
