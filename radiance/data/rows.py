@@ -106,7 +106,6 @@ def look_at(address: str, size: int | None = None) -> Look:
     try:
         with storage.open_head(address, size) as opened:
             edges = opened.read(EDGE)
-            opened.seek(0)
             width, height = decode.size_of(opened)
             size = opened.seek(0, os.SEEK_END)
             opened.seek(max(size - EDGE, EDGE))

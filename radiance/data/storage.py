@@ -11,7 +11,7 @@ import stat
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -236,24 +236,22 @@ def _fetched(address: str, begin: int, end: int | None) -> bytes:
 
 
 def _opened(address: str, size: int | None, block: int) -> BinaryIO:
-    opened = io.BufferedReader(_Fetched(address, size), block)
-    opened.peek(1)  # whether it is there is known before anyone looks into it
-    return opened
+    """With its first block, so that whether it is there is known before anyone looks into it."""
+    head = read(address, 0, block if size is None else min(block, size))
+    return io.BytesIO(head) if len(head) < block else io.BufferedReader(_Fetched(address, size, head), block)
 
 
 class _Fetched(io.RawIOBase):
-    """A remote file, fetched as it is read."""
+    """A remote file, fetched as it is read; its head is kept."""
 
-    def __init__(self, address: str, size: int | None):
-        self.address, self._size, self._position = address, size, 0
+    def __init__(self, address: str, size: int | None, head: bytes):
+        self.address, self._size, self.head, self._position = address, size, head, 0
 
     @property
     def size(self) -> int:
         if self._size is None:
-            try:
+            with suppress(FileNotFoundError):  # servers may give a file and tell nothing of it
                 self._size = file(self.address).size
-            except FileNotFoundError:  # although some was read: servers may give a file and tell nothing of it
-                self._size = None
         if self._size is None:
             self._size = len(read(self.address))
         return self._size
@@ -272,19 +270,15 @@ class _Fetched(io.RawIOBase):
         return position
 
     def readinto(self, buffer: Any) -> int:
-        end = self._position + len(buffer)
-        if self._size is None and self._position == 0:
-            content = read(self.address, 0, end)
-            if len(content) < end:
-                self._size = len(content)
-        else:
-            content = read(self.address, self._position, min(end, self.size))
+        begin, end = self._position, self._position + len(buffer)
+        content = self.head[begin:end] or read(self.address, begin, min(end, self.size))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
 
     def readall(self) -> bytes:
-        content = read(self.address, self._position, self.size)
+        content = self.head[self._position :]
+        content += read(self.address, self._position + len(content), self.size)
         self._position += len(content)
         return content
 

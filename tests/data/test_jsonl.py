@@ -39,7 +39,7 @@ def opened(path, *values, **more):
 
 
 def test_the_fields_of_a_line(tmp_path):
-    for name in ("a.png", "b.png", "sub/c.png"):
+    for name in ("a.png", "b.png", "sub/c.png", "cafe\u0301.png"):
         save(tmp_path / name)
     trainer = {"filename": "a.png", "caption_or_tags": "x, y", "width": 30, "height": 20.0, "is_tag_based": True, "is_url_based": False}
     path = written(
@@ -49,13 +49,14 @@ def test_the_fields_of_a_line(tmp_path):
         "",
         {"filename": "sub/c.png", "caption": "c", "width": 0, "height": 30, "loss_weight": None},
         trainer | {"caption_or_tags": "again"},
+        {"filename": "cafe\u0301.png", "text": "a café"},
     )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n").rstrip())
     source = opened(path)
-    assert [source.name(i) for i in range(4)] == ["a.png", "b.png", "sub/c.png", "a.png"] and source.skipped == {}
+    assert [source.name(i) for i in range(5)] == ["a.png", "b.png", "sub/c.png", "a.png", "caf\u00e9.png"] and source.skipped == {}
     assert [source.captions(i) for i in range(4)] == [("x, y",), ("one", "two"), ("c",), ("again",)]
-    assert source.sizes.tolist() == [[30, 20], [12, 10], [12, 10], [30, 20]]
-    assert source.weights.tolist() == [0.5, 1, 1, 1] and [source.tags(i) for i in range(4)] == [True, False, False, True]
+    assert source.sizes.tolist() == [[30, 20], [12, 10], [12, 10], [30, 20], [12, 10]] and source.picture(4).size == (12, 10)
+    assert source.weights.tolist() == [0.5, 1, 1, 1, 1] and [source.tags(i) for i in range(4)] == [True, False, False, True]
 
 
 def test_where_the_pictures_are(tmp_path):
@@ -106,6 +107,7 @@ UNFIT = {
     "no weight": ({"filename": "x.png", "text": "x", "loss_weight": 0}, "loss_weight not above 0"),
     "negative weight": ({"filename": "x.png", "text": "x", "loss_weight": -1.0}, "loss_weight not above 0"),
     "endless weight": ('{"filename": "x.png", "text": "x", "loss_weight": 1e39}', "loss_weight not above 0"),
+    "vanishing weight": ('{"filename": "x.png", "text": "x", "loss_weight": 1e-50}', "loss_weight not above 0"),
     "weight that is none": ('{"filename": "x.png", "text": "x", "loss_weight": NaN}', "loss_weight not above 0"),
     "no caption": ({"filename": "x.png"}, "empty caption"),
     "empty captions": ({"filename": "x.png", "text": ["", " "]}, "empty caption"),
