@@ -1,6 +1,5 @@
 """What is learned of a picture before it is decoded: from a line of JSON, and from its head."""
 
-import hashlib
 import json
 import math
 import os
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radiance.data import decode, storage
+from radiance.data.catalogue import head_of
 
-EDGE = 4096  # bytes at either end of a file that enter the fingerprint
 BAD = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)  # what `entry_of` raises
 
 
@@ -98,22 +97,17 @@ class Look(NamedTuple):
 
     width: int  # pixels, upright
     height: int
-    content: str  # a digest of the file's size and its edges
+    content: str  # a digest of as much of the file as was read
 
 
 def look_at(address: str, size: int | None = None) -> Look:
     """size: of the file, in bytes, where it is known. Raises Broken, and Unreachable when a remote file may be there and cannot be read."""
     try:
         with storage.open_head(address, size) as opened:
-            edges = opened.read(EDGE)
-            width, height = decode.size_of(opened)
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(max(size - EDGE, EDGE))
-            edges += opened.read(EDGE)
+            return Look(*head_of(opened))
     except storage.Unreachable:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise decode.Broken("missing file") from None
     except OSError:
         raise decode.Broken("unreadable file") from None
-    return Look(width, height, f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}")
