@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+from radiance.data.decode import size_of
 
 FACTS = np.dtype(
     [
@@ -38,6 +40,7 @@ FACTS = np.dtype(
 FORMAT = 1  # of what is written here
 TRAIN = 2**64 - 1  # the lot of a picture that its data set puts into the training split
 CHUNK = 256  # pictures that a thread looks at in one go
+EDGE = 4096  # bytes at either end of a file that enter the fingerprint
 LINE_EVERY = 10.0  # seconds
 ABANDONED = 3600.0  # seconds after which a catalogue that nobody goes on writing is removed
 
@@ -93,6 +96,8 @@ class Catalogue:
         if not self.path.is_dir():
             try:
                 self._make(threads)
+            except DataError:
+                raise
             except OSError as error:
                 raise DataError(
                     f"The catalogue of {title} cannot be written to {self.path.parent} ({error.strerror or error}): make room there, or "
@@ -194,6 +199,18 @@ def lot_of(name: str) -> int:
     """Decides which split a picture belongs to. The suffix does not count: one that is saved again in another format stays where it was."""
     stem = posixpath.splitext(name)[0].encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(stem, digest_size=8).digest(), "little")
+
+
+def head_of(file: BinaryIO) -> tuple[int, int, str]:
+    """Of a picture: width and height, upright, and a digest of its size and of its bytes at either end. Raises what `size_of` does."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    edges = file.read(EDGE)
+    file.seek(max(size - EDGE, EDGE))
+    edges += file.read(EDGE)
+    file.seek(0)
+    width, height = size_of(file)
+    return width, height, f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
 
 
 def _digest(row: Row) -> np.ndarray:

@@ -198,6 +198,10 @@ def _listing(part: config.Part, directory: Path) -> Listing:
             from radiance.data.folder import Folder
 
             return Folder(part.path)
+        case "jsonl":
+            from radiance.data.jsonl import Jsonl
+
+            return Jsonl(part.path, part.root)
         case "digits":
             from radiance.data.digits import Digits
             from radiance.data.tfds import Tfds, prepared

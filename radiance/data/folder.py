@@ -1,40 +1,34 @@
-"""`folder`: pictures with captions as people keep them, read where they lie.
+"""`folder`: pictures with captions as people keep them, read where they lie: on a disk, or anywhere fsspec reaches.
 
 The captions of cat.png stand in cat.txt beside it, one a line, or else in a metadata.jsonl of its folder or of one above, as in
 Hugging Face's `imagefolder`: {"file_name": "cat.png", "text": "a cat"}, where "caption" will do for "text", and a list for several;
-"is_tag_based": true says that they are tags with commas between.
+"is_tag_based": true says that they are tags with commas between, and "loss_weight": 2 that the picture counts twice.
 Subfolders count, links are followed, and names that begin with a dot are passed over.
 
 When a run starts, all captions and the heads of all pictures are read, and what cannot be used is left out and counted by kind.
 Pixels are decoded when they are needed (data/decode.py): decoding millions of files first would take hours. A picture that turns out
-broken then is told once and passed over, every time.
+broken then is told once and passed over, every time. Of a remote folder each head takes a request or two: for millions, `jsonl`
+declares what the heads would say, and shards need no looking for.
 """
 
 import hashlib
 import json
-import os
 import posixpath
 import unicodedata
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
 from PIL import Image
 
 from radiance import config
-from radiance.data import decode
+from radiance.data import decode, storage
 from radiance.data.catalogue import DataError, Row, Unfit, in_threads
+from radiance.data.rows import BAD, Entry, captions_of, entry_of, look_at, weight_of
+from radiance.data.storage import File
 
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in decode.EXCLUDED)
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures to people, but not to Pillow without its plugins
 METADATA = "metadata.jsonl"
-EDGE = 4096  # bytes at either end of a file that enter the fingerprint
-
-
-class File(NamedTuple):
-    name: str  # within the folder, with "/" and in Unicode NFC: the same on every system
-    path: str  # as this system spells it
 
 
 class Folder:
@@ -44,18 +38,14 @@ class Folder:
     """
 
     def __init__(self, path: str):
-        self.path = Path(path).expanduser()
-        if not self.path.is_dir():
-            raise config.ConfigError(f"data.path={path} is not a folder: give one that holds pictures and their captions.")
-        self.files, self.closed = _walk(self.path)
-        digest = hashlib.sha256(str(self.path.resolve()).encode(errors="surrogatepass"))
+        self.path = storage.absolute(path)
+        try:
+            self.files, self.closed = storage.files(self.path)
+        except NotADirectoryError:
+            raise config.ConfigError(f"data.path={path} is not a folder: give one that holds pictures and their captions.") from None
+        digest = hashlib.sha256(self.path.encode(errors="surrogatepass"))
         for file in self.files:
-            try:
-                status = os.stat(file.path)
-                told = [file.name, status.st_size, status.st_mtime_ns]
-            except OSError:
-                told = [file.name]
-            digest.update(json.dumps(told).encode())
+            digest.update(json.dumps([file.name, file.size, file.stamp]).encode())
         digest.update(json.dumps(self.closed).encode())
         self.identity = digest.hexdigest()
 
@@ -63,115 +53,66 @@ class Folder:
         return {"path": self.path}  # what reads pictures needs no more
 
     def rows(self, threads: int) -> Iterator[Row | Unfit]:
-        listed, tagged, bad = _read_metadata(file for file in self.files if posixpath.basename(file.name) == METADATA)
-        texts = {file.name: file.path for file in self.files if file.name.endswith(".txt")}
+        listed, bad = self._metadata()
+        texts = {file.name: file.place for file in self.files if file.name.endswith(".txt")}
         pictures = [file for file in self.files if _suffix(file) in SUFFIXES.union(OTHER_SUFFIXES) or file.name in listed]
         yield from (Unfit(name, "closed folder") for name in self.closed)
         yield from (Unfit(place, f"bad line of {METADATA}") for place in bad)
         yield from (Unfit(name, "missing file") for name in sorted(listed.keys() - {file.name for file in self.files}))
-        yield from in_threads(partial(_row, root=str(self.path), texts=texts, listed=listed, tagged=tagged), pictures, threads)
+        yield from in_threads(partial(self._row, texts=texts, listed=listed), pictures, threads)
 
     def read(self, place: str) -> bytes:
-        path = os.path.join(self.path, place)
+        address = storage.join(self.path, place)
         try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
+            return storage.read(address)
+        except (FileNotFoundError, PermissionError) as error:
+            raise DataError(f"{address} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
 
-
-def _walk(root: Path) -> tuple[list[File], list[str]]:
-    """Files by name, and the names of folders that cannot be listed. A folder that is met again through a link is passed over."""
-    files, closed, met = [], [], set()
-
-    def name_of(path: str) -> str:
-        return unicodedata.normalize("NFC", Path(path).relative_to(root).as_posix())
-
-    def note(error: OSError):
-        closed.append(name_of(error.filename))
-
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=note):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in met:
-            folders.clear()
-            continue
-        met.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = "" if folder == str(root) else name_of(folder)
-        for name in names:
-            if not name.startswith("."):
-                files.append(File(posixpath.join(inside, unicodedata.normalize("NFC", name)), os.path.join(folder, name)))
-    return sorted(files), closed
-
-
-def _read_metadata(files: Iterable[File]) -> tuple[dict[str, list[str]], set[str], list[str]]:
-    """Captions by the name of the picture, the pictures whose captions are tags, and the places of lines that give none."""
-    listed: dict[str, list[str]] = {}
-    tagged, bad = set(), []
-    for file in files:
-        for number, line in enumerate(Path(file.path).read_bytes().split(b"\n"), 1):
-            if not line.strip():
+    def _metadata(self) -> tuple[dict[str, Entry], list[str]]:
+        """What is said of pictures, by their names, and the places of lines that say nothing."""
+        listed: dict[str, Entry] = {}
+        bad = []
+        for file in self.files:
+            if posixpath.basename(file.name) != METADATA:
                 continue
-            try:
-                row = json.loads(line)
-                name = posixpath.normpath(posixpath.join(posixpath.dirname(file.name), row["file_name"]))
-                texts = _texts(row.get("text") or row.get("caption"))
-                tags = bool(row.get("is_tag_based"))
-            except (ValueError, TypeError, LookupError, RecursionError):
-                bad.append(f"{file.name}:{number}")
-            else:
-                name = unicodedata.normalize("NFC", name)
-                listed.setdefault(name, []).extend(texts)
-                if tags:
-                    tagged.add(name)
-    return listed, tagged, bad
+            for number, line in enumerate(self.read(file.place).split(b"\n"), 1):
+                if not line.strip():
+                    continue
+                try:
+                    entry = entry_of(line)
+                except BAD:
+                    bad.append(f"{file.name}:{number}")
+                else:
+                    name = posixpath.normpath(posixpath.join(posixpath.dirname(file.name), entry.file))
+                    name = unicodedata.normalize("NFC", name)
+                    before = listed[name].captions if name in listed else []
+                    listed[name] = entry._replace(captions=[*before, *entry.captions])
+        return listed, bad
 
+    def _row(self, file: File, texts: Mapping[str, str], listed: Mapping[str, Entry]) -> Row | Unfit:
+        """What a run needs to know of a picture."""
+        if _suffix(file) not in SUFFIXES and _suffix(file) in OTHER_SUFFIXES:
+            return Unfit(file.name, "format that is not read")
+        beside, entry = texts.get(posixpath.splitext(file.name)[0] + ".txt"), listed.get(file.name)
+        if beside is None and entry is None:
+            return Unfit(file.name, "no caption")
+        try:
+            captions = captions_of(entry.captions if beside is None else self._beside(beside))
+            weight = 1.0 if entry is None else weight_of(entry)
+            width, height, content = look_at(storage.join(self.path, file.place), file.size)
+        except decode.Broken as broken:
+            return Unfit(file.name, broken.kind)
+        tags = entry is not None and entry.tags
+        return Row(file.name, file.place, captions, width, height, tags, weight, content)
 
-def _texts(value: Any) -> list[str]:
-    """Of a text, a list of texts, or none. Raises TypeError for anything else."""
-    texts = [value] if isinstance(value, str) else value or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{value!r} is no caption")
-    return texts
-
-
-def _row(file: File, root: str, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]], tagged: Container[str]) -> Row | Unfit:
-    """What a run needs to know of a picture."""
-    if _suffix(file) not in SUFFIXES and _suffix(file) in OTHER_SUFFIXES:
-        return Unfit(file.name, "format that is not read")
-    captions = _captions(file, texts, listed)
-    if isinstance(captions, Unfit):
-        return captions
-    try:
-        with open(file.path, "rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(0)
-            edges = opened.read(EDGE)
-            opened.seek(max(size - EDGE, EDGE))
-            edges += opened.read(EDGE)
-            opened.seek(0)
-            width, height = decode.size_of(opened)
-    except decode.Broken as broken:
-        return Unfit(file.name, broken.kind)
-    except OSError:
-        return Unfit(file.name, "unreadable file")
-    content = f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
-    return Row(file.name, os.path.relpath(file.path, root), captions, width, height, tags=file.name in tagged, content=content)
-
-
-def _captions(file: File, texts: Mapping[str, str], listed: Mapping[str, Sequence[str]]) -> tuple[str, ...] | Unfit:
-    """Of the file beside it, or else of metadata.jsonl."""
-    beside = texts.get(posixpath.splitext(file.name)[0] + ".txt")
-    if beside is None and file.name not in listed:
-        return Unfit(file.name, "no caption")
-    try:
-        lines = listed[file.name] if beside is None else Path(beside).read_bytes().decode("utf-8-sig").splitlines()
-        "".join(lines).encode()
-    except UnicodeError:
-        return Unfit(file.name, "caption not in UTF-8")
-    except OSError:
-        return Unfit(file.name, "unreadable file")
-    captions = tuple(line.strip() for line in lines if line.strip())
-    return captions or Unfit(file.name, "empty caption")
+    def _beside(self, place: str) -> list[str]:
+        """The lines of the file of captions. Raises Broken when it cannot be read."""
+        try:
+            return storage.read(storage.join(self.path, place)).decode("utf-8-sig").splitlines()
+        except UnicodeError:
+            raise decode.Broken("caption not in UTF-8") from None
+        except (FileNotFoundError, PermissionError):
+            raise decode.Broken("unreadable file") from None
 
 
 def _suffix(file: File) -> str:
