@@ -50,9 +50,9 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | ({"XLA_FLAGS": " ".join(flags)} if devices > 1 else {})
 
 
-def written_experiment(run: config.Config) -> Path:
-    """A file of that experiment, beside its run directory."""
-    path = Path(run.output) / "experiment.py"
+def written_experiment(run: config.Config, folder: Path | None = None) -> Path:
+    """A file of that experiment, in a folder that is there; beside its run directory when None."""
+    path = Path(folder or run.output) / "experiment.py"
     path.write_text(f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n")
     return path
 
