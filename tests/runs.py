@@ -8,9 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from toys import toy_model
 
 from radiance import config, startup
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.step import init_state
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
@@ -77,6 +80,21 @@ def metrics(run: config.Config) -> list[dict]:
     rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("pictures_per_second", "input_wait_seconds", "tflops_per_device")
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def state_of(run: config.Config, step: int):
+    """What the checkpoint of that step holds."""
+    import jax
+
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(run)))
+    checkpoints.close()
+    return state
+
+
+def painted(run: config.Config) -> dict[str, bytes]:
+    """Pixels by the name of the file."""
+    return {path.name: Image.open(path).tobytes() for path in (run.directory / "samples").iterdir()}
 
 
 def same(a, b) -> bool:

@@ -6,19 +6,16 @@ RADIANCE_KILLS is how often, RADIANCE_KILLS_SEED when.
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from forks import Forks, Moment
 from orbax.checkpoint import v1 as ocp
-from PIL import Image
-from runs import metrics, same, toy_run
+from runs import metrics, painted, same, state_of, toy_run
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import UNFINISHED, RunDirectory
 from radiance.training.loop import train
-from radiance.training.step import init_state
 
 KILLS = int(os.environ.get("RADIANCE_KILLS", 6))
 SEED = int(os.environ.get("RADIANCE_KILLS_SEED", 0))
@@ -32,17 +29,6 @@ def often_saved(output: Path, data_directory: str, *changes: str) -> config.Conf
         output, data_directory, "text.length=4", "optimizer.ema=0.9", "optimizer.ema_widths=0.1,0.2", "train.validate_every=6",
         "train.sample_every=6", "train.snapshot_every=6", "train.keep=1", *changes, head="linear", modulation="none", double_blocks=0,
     )  # fmt: skip
-
-
-def state_of(run: config.Config, step: int):
-    checkpoints = Checkpoints(run.directory / "checkpoints")
-    state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(run)))
-    checkpoints.close()
-    return state
-
-
-def pictures(run: config.Config) -> dict[str, bytes]:
-    return {path.name: Image.open(path).tobytes() for path in RunDirectory(run.directory).samples.iterdir()}
 
 
 def snapshots(run: config.Config) -> dict[str, dict]:
@@ -96,15 +82,15 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(unbroken, tmp_path, data_di
     assert ended.code == 0, ended.output
     assert same(state_of(run, run.train.steps), state_of(unbroken, run.train.steps))
     assert metrics(run) == metrics(unbroken)
-    assert same(snapshots(run), snapshots(unbroken)) and pictures(run) == pictures(unbroken)
+    assert same(snapshots(run), snapshots(unbroken)) and painted(run) == painted(unbroken)
     assert not left_over(run)
 
 
 def test_a_picture_that_a_kill_prevented_is_painted_by_the_next_start(unbroken):
-    before, written = pictures(unbroken), metrics(unbroken)
+    before, written = painted(unbroken), metrics(unbroken)
     (unbroken.directory / "samples" / f"{unbroken.train.steps:08d}.png").unlink()
     assert train(unbroken) == unbroken.train.steps
-    assert pictures(unbroken) == before and metrics(unbroken) == written
+    assert painted(unbroken) == before and metrics(unbroken) == written
 
 
 def test_from_step_0_on_all_is_measured_again(tmp_path):
