@@ -107,16 +107,20 @@ def watched(run: config.Config, folder: Path) -> list[Reading]:
     experiment.write_text(
         f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n"
     )
-    readings = []
-    with (folder / "output.txt").open("w+") as output:
-        command = [sys.executable, "-m", "radiance", "train", str(experiment)]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        while process.poll() is None:
-            step = last_step(run.directory / "metrics.jsonl")
-            resident, anonymous = (sum(memory_of(p, field) for p in family(process.pid)) for field in ("VmRSS", "RssAnon"))
-            if step and anonymous:
-                readings.append(Reading(step, resident, anonymous))
-            time.sleep(READ_EVERY)
+    readings, command = [], [sys.executable, "-m", "radiance", "train", str(experiment)]
+    with (
+        (folder / "output.txt").open("w+") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process,
+    ):
+        try:
+            while process.poll() is None:
+                step = last_step(run.directory / "metrics.jsonl")
+                resident, anonymous = (sum(memory_of(p, field) for p in family(process.pid)) for field in ("VmRSS", "RssAnon"))
+                if step and anonymous:
+                    readings.append(Reading(step, resident, anonymous))
+                time.sleep(READ_EVERY)
+        finally:
+            process.kill()
         output.seek(0)
         if process.returncode:
             raise SystemExit(f"The run failed:\n{output.read()}")

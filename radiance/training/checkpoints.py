@@ -21,7 +21,8 @@ from radiance.training.optimizer import join, split_frozen
 from radiance.training.step import State, init_state
 from radiance.weights.files import CheckpointError, is_full, require_space
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step of every save
+# Orbax tells of every step of every save, and of one that fails in thousands of lines: here it is one sentence.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 FAR = 0.1  # from the average that is asked for: what snapshots can give is another one
 
