@@ -21,10 +21,10 @@ AGAIN = "make room there and give the same command again"
 # When the disk is filled, and what is said: in the second save, some rows after the first checkpoint, and at the first picture.
 MOMENTS = {
     "checkpoint": (Moment("checkpoints", 45), rf"The .*checkpoint .* could not be written: its disk is full: {AGAIN} \(.*\)\.?"),
-    "metrics": (Moment("metrics.jsonl", 18), rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\."),
-    "picture": (Moment("samples", 2), rf"\S+/00000024.png could not be written \(No space left on device\): {AGAIN}\."),
+    "metrics": (Moment("metrics.jsonl", 22), rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\."),
+    "picture": (Moment("samples", 2), rf"\S+/00000018.png could not be written \(No space left on device\): {AGAIN}\."),
 }
-STANDS = 16  # the step whose checkpoint is whole by then
+STANDS = 16  # the step whose checkpoint is whole by then: the first picture, of step 18, takes long enough
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def forks(disk, tmp_path_factory):
 def unbroken(tmp_path_factory, data_directory, forks):
     run = toy_run(
         tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=40", "train.log_every=1", "train.checkpoint_every=16",
-        "train.sample_every=24", "train.validate_every=8", head="linear", modulation="none", double_blocks=0,
+        "train.sample_every=18", "train.validate_every=8", head="linear", modulation="none", double_blocks=0,
     )  # fmt: skip
     ended = forks.train(run)
     assert ended.code == 0, ended.output
