@@ -1,4 +1,4 @@
-"""Measurements of speed beside named peers and the limits of the device, such as `python -m benchmarks.sampling`.
+"""Measurements of speed beside named peers and the limits of the device, and of memory, such as `python -m benchmarks.sampling`.
 
 A room above all others: nothing imports it.
 """

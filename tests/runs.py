@@ -8,9 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from toys import toy_model
 
 from radiance import config, startup
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.step import init_state
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
@@ -50,9 +53,9 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | ({"XLA_FLAGS": " ".join(flags)} if devices > 1 else {})
 
 
-def written_experiment(run: config.Config) -> Path:
-    """A file of that experiment, beside its run directory."""
-    path = Path(run.output) / "experiment.py"
+def written_experiment(run: config.Config, folder: Path | None = None) -> Path:
+    """A file of that experiment, in a folder that is there; beside its run directory when None."""
+    path = Path(folder or run.output) / "experiment.py"
     path.write_text(f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n")
     return path
 
@@ -77,6 +80,21 @@ def metrics(run: config.Config) -> list[dict]:
     rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("pictures_per_second", "input_wait_seconds", "tflops_per_device")
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def state_of(run: config.Config, step: int):
+    """What the checkpoint of that step holds."""
+    import jax
+
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(run)))
+    checkpoints.close()
+    return state
+
+
+def painted(run: config.Config) -> dict[str, bytes]:
+    """Pixels by the name of the file."""
+    return {path.name: Image.open(path).tobytes() for path in (run.directory / "samples").iterdir()}
 
 
 def same(a, b) -> bool:

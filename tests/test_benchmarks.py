@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import toy_model, toy_params
 
-from benchmarks import attention, compile_time, measure, networks, sampling, training
+from benchmarks import attention, compile_time, host_memory, measure, networks, sampling, training
 from benchmarks.measure import Contender, Limits, Report, Result
 from radiance import config
 from radiance.model.flops import forward_flops
@@ -213,6 +213,20 @@ def test_compile_time(monkeypatch):
     lines = report.parts[-1].splitlines()[2:]
     assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
     assert all("not measured: there are" in line for line in lines[1::2]) or len(jax.devices()) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc.")
+def test_host_memory():
+    report = host_memory.main(["--steps", "20", "--pictures", "20", "--side", "8"])
+    rows = rows_of(report)
+    assert "20" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")
+    assert "each 1,000 steps add" in report.parts[-1]
+
+
+def test_slope_of_memory():
+    readings = [host_memory.Reading(step, 50 * step + 7, 0) for step in (10, 20, 50)]
+    assert abs(host_memory.slope(readings, "resident") - 50_000) < 1e-6 and host_memory.slope(readings, "anonymous") == 0
 
 
 def test_what_is_too_large_to_compile_in_pytorch():

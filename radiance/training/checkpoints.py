@@ -19,9 +19,10 @@ from radiance.model.transformer import Params, abstract
 from radiance.training.averages import combination
 from radiance.training.optimizer import join, split_frozen
 from radiance.training.step import State, init_state
-from radiance.weights.files import CheckpointError, require_space
+from radiance.weights.files import CheckpointError, is_full, require_space
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step of every save
+# Orbax tells of every step of every save, and of one that fails in thousands of lines: here it is one sentence.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 FAR = 0.1  # from the average that is asked for: what snapshots can give is another one
 
@@ -29,14 +30,11 @@ FAR = 0.1  # from the average that is asked for: what snapshots can give is anot
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, keep: int = 1, keep_every: int = 0, clean: bool = False):
-        """clean: remove what a killed save left behind; for the one process that writes here."""
+    def __init__(self, directory: Path, keep: int = 1, keep_every: int = 0):
         policies = ocp.training.preservation_policies
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.directory = Path(directory).absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policies.AnyPreservationPolicy(preserve), cleanup_tmp_directories=clean
-        )
+        self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=policies.AnyPreservationPolicy(preserve))
 
     @property
     def latest(self) -> int | None:
@@ -105,9 +103,9 @@ class Snapshots:
     Nothing that goes wrong in writing one stops a run: it is told, and there is a snapshot less.
     """
 
-    def __init__(self, directory: Path, tell: Callable[[str], None] = print, clean: bool = False):
+    def __init__(self, directory: Path, tell: Callable[[str], None] = print):
         self.directory, self.tell = Path(directory).absolute(), tell
-        self._checkpointer = ocp.training.Checkpointer(self.directory, cleanup_tmp_directories=clean)
+        self._checkpointer = ocp.training.Checkpointer(self.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -205,7 +203,7 @@ class _told:
     """Turns what goes wrong inside Orbax into one sentence."""
 
     def __init__(self, what: str, directory: Path, verb: str = "written"):
-        self.message = f"{what} in {directory} could not be {verb}"
+        self.message, self.verb = f"{what} in {directory} could not be {verb}", verb
 
     def __enter__(self):
         return self
@@ -213,4 +211,6 @@ class _told:
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else kind.__name__
+            if self.verb == "written" and is_full(error):
+                reason = f"its disk is full: make room there and give the same command again ({reason})"
             raise CheckpointError(f"{self.message}: {reason}") from error

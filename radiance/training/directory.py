@@ -3,12 +3,14 @@
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from PIL import Image
@@ -16,12 +18,16 @@ from PIL import Image
 from radiance import config
 from radiance.pictures import save_png
 from radiance.training.tracking import Trackers
-from radiance.weights.files import replacing
+from radiance.weights.files import replacing, unwritten
 
 # What may change between a run and its continuation.
 FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.path", "data.root", "data.workers", "data.threads", "data.broken_limit", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
     f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "snapshot_every", "keep", "keep_every", "skip_limit", "track", "profile_steps")
 )  # fmt: skip
+
+
+# What is being written and has not its name yet: by `replacing`, and by Orbax.
+UNFINISHED = (".*.part", "samples/.*.part", "checkpoints/*.orbax-checkpoint-tmp*", "averages/*.orbax-checkpoint-tmp*")
 
 
 class RunDirectory:
@@ -56,16 +62,25 @@ class RunDirectory:
                 "directory."
             )
 
+    def clean(self):
+        """Removes what a killed run left half written, which may be as large as a checkpoint; for the one process that writes here."""
+        for path in (path for pattern in UNFINISHED for path in self.path.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def record(self, run: config.Config, data: Mapping[str, Any], step: int):
         """Writes down the config, the command, the data, and the environment of every start."""
-        self.samples.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(config.to_json(run))
-        with (self.path / "command.txt").open("a") as file:
-            file.write(shlex.join(sys.argv) + "\n")
-        (self.path / "data.json").write_text(json.dumps(data, indent=2) + "\n")
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.is_file() else []
-        path.write_text(json.dumps([*starts, {"from_step": step, **environment()}], indent=2) + "\n")
+        texts = {
+            "config.json": config.to_json(run),
+            "data.json": json.dumps(data, indent=2) + "\n",
+            "environment.json": json.dumps([*starts, {"from_step": step, **environment()}], indent=2) + "\n",
+        }
+        for name, text in texts.items():
+            with replacing(self.path / name) as part:
+                part.write_text(text)
+        with appending(self.path / "command.txt") as file:
+            file.write(shlex.join(sys.argv) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All that was measured; a line cut short by a kill is left out."""
@@ -78,10 +93,24 @@ class RunDirectory:
         return rows
 
     def cut_metrics(self, step: int):
-        """Forgets what was measured after `step`, which is going to be done again."""
-        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+        """Forgets what was measured after `step`, which is going to be done again; from step 0 on that is all, for it is measured too."""
+        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if step and row["step"] <= step]
         with replacing(self.metrics) as part:
             part.write_text("".join(kept))
+
+    def sample(self, step: int) -> Path:
+        """The file of what was painted at that step."""
+        return self.samples / f"{step:08d}.png"
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[TextIO]:
+    """A file to write more into. Raises CheckpointError when it cannot be written, and then a part of it may be."""
+    try:
+        with path.open("a") as file:
+            yield file
+    except OSError as error:
+        raise unwritten(path, error) from error
 
 
 class Journal:
@@ -89,21 +118,19 @@ class Journal:
 
     def __init__(self, directory: RunDirectory, step: int, trackers: Trackers):
         directory.cut_metrics(step)
-        self._file = directory.metrics.open("a")
-        self._samples = directory.samples
-        self._trackers = trackers
+        self._directory, self._trackers = directory, trackers
 
     def write(self, step: int, numbers: Mapping[str, Any]):
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        with appending(self._directory.metrics) as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._trackers.write(step, numbers)
 
     def paint(self, step: int, sheet: Image.Image, prompts: Sequence[str], facts: Mapping[str, Any]):
-        save_png(self._samples / f"{step:08d}.png", sheet, {"prompts": list(prompts), **facts})
+        with replacing(self._directory.sample(step)) as part:
+            save_png(part, sheet, {"prompts": list(prompts), **facts})
         self._trackers.paint(step, sheet, prompts)
 
     def close(self):
-        self._file.close()
         self._trackers.close()
 
 

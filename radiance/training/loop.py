@@ -75,9 +75,11 @@ def train(run: config.Config) -> int:
     like = jax.eval_shape(partial(init_state, run))
     places = shardings(like, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
-    require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     first_host = jax.process_index() == 0
-    checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every, clean=first_host)
+    if first_host:
+        directory.clean()
+    require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
+    checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every)
     first, state, origin = start(run, checkpoints, like, places)
     base = load_base(run, shardings(abstract(run.model), mesh)) if run.lora.rank else None
     if first_host:
@@ -86,7 +88,9 @@ def train(run: config.Config) -> int:
     print(
         f"{directory.path}: {count / 1e6:.1f} M parameters, {len(sources['train'])} pictures, {mesh.size} device(s), {origin}.", flush=True
     )
-    if first >= run.train.steps:
+    unpainted = first > 0 and _due(run, first, run.train.sample_every) and not directory.sample(first).is_file()
+    unpainted = bool(multihost_utils.broadcast_one_to_all(np.array(unpainted)))
+    if first >= run.train.steps and not unpainted:
         checkpoints.close()
         return first
 
@@ -94,18 +98,19 @@ def train(run: config.Config) -> int:
     step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
     validate = jax.jit(partial(validation_losses, run))
     rate = learning_rate(run.optimizer, run.train.steps)
+    told = first - first % run.train.log_every  # the last row of metrics there is: the next one counts from here
     number = saved = first
     facts: dict[str, float] = {}
-    before, waited, cut, passed_over, shapes = None, 0.0, 0, 0, []
+    before, waited, tally = None, 0.0, _Tally()
     with (
         jax.set_mesh(mesh),
         _signals() as stopping,
-        closing(batches.start(first)) as feed,
+        closing(batches.start(told)) as feed,
         closing(checkpoints),
         closing(Journal(directory, first, Trackers(run, first)) if first_host else Silence()) as journal,
         closing(Progress(first, run.train.steps, run.data.batch)) as progress,
         closing(Profile(directory.path / "profile", first, run.train.profile_steps)) as profile,
-        closing(Snapshots(directory.averages, progress.say, clean=first_host)) if run.optimizer.ema_widths else nullcontext() as snapshots,
+        closing(Snapshots(directory.averages, progress.say)) if run.optimizer.ema_widths else nullcontext() as snapshots,
         _with_all_hosts(checkpoints),
     ):
         if first == 0 and run.init:
@@ -114,14 +119,16 @@ def train(run: config.Config) -> int:
             uncut = partial(fixed_batches, sources["validation"], run.data, encoder, run.train.validate_pictures, "off")
             other = partial(_validate_otherwise, params=weights_of(run, state, base), batches=uncut, mesh=mesh)
             progress.say(verdict(run, known, bins, other))
+        if unpainted:  # by a kill between the checkpoint and its pictures
+            _gallery(run, encoder, prompts, weights_of(run, state, base), first, journal)
+        for _ in range(told, min(first, run.train.steps - 1)):
+            tally.add(next(feed))
         while number < run.train.steps and not _anywhere(stopping, number, run.train.log_every):
             began = time.monotonic()
             profile.before_step(number)
             batch = next(feed)
             waited += time.monotonic() - began
-            cut += int(batch.pop("cut"))
-            passed_over += int(batch.pop("skipped"))
-            shapes.append((*batch["image"].shape[1:3], batch["text"].shape[1]))
+            tally.add(batch)
             state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
             number += 1
             # Read one step late, so that the device always has the next step to do.
@@ -132,33 +139,51 @@ def train(run: config.Config) -> int:
                 jax.block_until_ready(metrics)
                 progress.first_step_done(number)
 
-            last = number == run.train.steps
-            if number % run.train.log_every == 0 or last:
+            if _due(run, number, run.train.log_every):
                 skipped = int(metrics["skipped"])
                 facts = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
                 norms = {part: float(norm) for part, norm in metrics["gradient_norms"].items()}
                 row = facts | {"gradient_norms": norms, "learning_rate": float(rate(number - 1 - skipped)), "skipped": skipped}
-                row |= {"captions_cut": cut, "pictures_skipped": passed_over}
-                row |= {"pictures_per_second": progress.rate, "input_wait_seconds": waited} | _speed(run, progress.rate / mesh.size, shapes)
+                row |= {"captions_cut": tally.cut, "pictures_skipped": tally.skipped}
+                row |= {"pictures_per_second": progress.rate, "input_wait_seconds": waited}
+                row |= _speed(run, progress.rate / mesh.size, tally.shapes)
                 journal.write(number, row)
-                waited, cut, passed_over, shapes = 0.0, 0, 0, []
+                waited, tally = 0.0, _Tally()
             progress.update(number, facts)
-            if number % run.train.validate_every == 0 or last:
+            if _due(run, number, run.train.validate_every):
                 bins = _validate(validate, weights_of(run, state, base), validation, mesh)
                 journal.write(number, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
                 progress.say(f"step {number}: validation loss {bins.mean():.4f}")
-            if number % run.train.checkpoint_every == 0 or last:
+            if snapshots and _due(run, number, run.train.snapshot_every):  # before the checkpoint: no start does this step again after it
+                checkpoints.wait()  # two that write at once would wait for each other over several hosts
+                snapshots.save(state)
+            if _due(run, number, run.train.checkpoint_every):
                 _check_finite(run, metrics, number, checkpoints)
                 checkpoints.save(state)
                 saved = number
-            if snapshots and (number % run.train.snapshot_every == 0 or last):
-                checkpoints.wait()  # two that write at once would wait for each other over several hosts
-                snapshots.save(state)
-            if number % run.train.sample_every == 0 or last:  # after the checkpoint: a picture is not worth a step
+            if _due(run, number, run.train.sample_every):  # after the checkpoint: a picture is not worth a step
                 _gallery(run, encoder, prompts, weights_of(run, state, base), number, journal)
         if number > saved:
             checkpoints.save(state)
     return number
+
+
+def _due(run: config.Config, number: int, every: int) -> bool:
+    """Whether what is done so often, and at the end, is done after that step."""
+    return number % every == 0 or number == run.train.steps
+
+
+class _Tally:
+    """What the batches since the last row of metrics had."""
+
+    def __init__(self):
+        self.cut = self.skipped = 0  # captions and pictures
+        self.shapes: list[tuple[int, int, int]] = []  # height, width and text tokens of a picture, step by step
+
+    def add(self, batch: dict[str, np.ndarray]):
+        self.cut += int(batch.pop("cut"))
+        self.skipped += int(batch.pop("skipped"))
+        self.shapes.append((*batch["image"].shape[1:3], batch["text"].shape[1]))
 
 
 def _speed(run: config.Config, rate: float, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:

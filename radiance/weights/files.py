@@ -3,6 +3,7 @@
 Reading is plain reading. A memory map would be shorter, but its pages count as resident memory, and a 19 GB file has many.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -320,7 +321,7 @@ def replacing(path: Path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error}): nothing was changed.") from error
+        raise unwritten(path, error) from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -337,6 +338,18 @@ def remove_unfinished():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def unwritten(path: Path, error: OSError) -> CheckpointError:
+    """What to say of a file that could not be written whole."""
+    remedy = "make room there and give the same command again" if is_full(error) else "nothing was changed"
+    return CheckpointError(f"{path} could not be written ({error.strerror or error}): {remedy}.")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, a quota, or what a file may grow to is used up; what libraries make of it keeps at least the system's words."""
+    kinds = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in kinds or any(os.strerror(kind) in str(error) for kind in kinds)
 
 
 def require_space(directory: Path, needed: int):

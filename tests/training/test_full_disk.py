@@ -1,0 +1,77 @@
+"""A disk that fills up while a run writes: one sentence, no checkpoint lost, and with room again the run goes on as if nothing had been.
+
+The disk is a small tmpfs that only the run's processes see, for which user namespaces (or root) are needed.
+"""
+
+import re
+import subprocess
+
+import pytest
+from forks import Forks, Moment
+from runs import metrics, painted, same, state_of, toy_run
+
+from radiance import config
+from radiance.training.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.slow
+
+MOUNT = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"')
+# When the disk is filled, after which the run fails: in its second save, some rows after its first checkpoint, and at its first picture.
+AGAIN = "make room there and give the same command again"
+# When the disk is filled, and what is said: in the second save, some rows after the first checkpoint, and at the first picture.
+MOMENTS = {
+    "checkpoint": (Moment("checkpoints", 45), rf"The .*checkpoint .* could not be written: its disk is full: {AGAIN} \(.*\)\.?"),
+    "metrics": (Moment("metrics.jsonl", 22), rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\."),
+    "picture": (Moment("samples", 2), rf"\S+/00000018.png could not be written \(No space left on device\): {AGAIN}\."),
+}
+STANDS = 16  # the step whose checkpoint is whole by then: the first picture, of step 18, takes long enough
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """Where the disk is mounted for the forks."""
+    folder = tmp_path_factory.mktemp("disk")
+    try:
+        done = subprocess.run([*MOUNT, str(folder), "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("There is no unshare(1) to mount a small disk with.")
+    if done.returncode:
+        pytest.skip(f"No small disk can be mounted here: {done.stderr.strip()}.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forks(disk, tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("forks"), *MOUNT, str(disk)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data_directory, forks):
+    run = toy_run(
+        tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=40", "train.log_every=1", "train.checkpoint_every=16",
+        "train.sample_every=18", "train.validate_every=8", head="linear", modulation="none", double_blocks=0,
+    )  # fmt: skip
+    ended = forks.train(run)
+    assert ended.code == 0, ended.output
+    return run
+
+
+@pytest.mark.parametrize("what", MOMENTS)
+def test_a_full_disk(what, unbroken, disk, forks):
+    run = config.override(unbroken, [f"output={disk}", f"name={what}"])
+    seen = config.override(run, [f"output=/proc/{forks.pid}/root{disk}"])  # the same directory from outside
+    moment, sentence = MOMENTS[what]
+    # Once more while it is still full, which is found before anything is done.
+    starts = [(forks.train(run, fill=moment), sentence), (forks.train(run), r".* GB free, and .* GB are needed: make room .*")]
+    for ended, sentence in starts:
+        told = [line for line in ended.output.splitlines() if "radiance: " in line]
+        assert ended.code == 2 and len(told) == 1 and "absl" not in ended.output, ended.output
+        assert re.fullmatch(f"radiance: {sentence}", told[0]), told
+        assert Checkpoints(seen.directory / "checkpoints").standing == STANDS
+        assert same(state_of(seen, STANDS), state_of(unbroken, STANDS))
+    (seen.directory.parent / "ballast").unlink()
+    ended = forks.train(run)
+    assert ended.code == 0 and f"going on from step {STANDS}" in ended.output, ended.output
+    assert same(state_of(seen, 40), state_of(unbroken, 40))
+    assert metrics(seen) == metrics(unbroken) and painted(seen) == painted(unbroken)
