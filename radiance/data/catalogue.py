@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+from radiance.data.decode import size_of
 
 FACTS = np.dtype(
     [
@@ -38,6 +40,7 @@ FACTS = np.dtype(
 FORMAT = 1  # of what is written here
 TRAIN = 2**64 - 1  # the lot of a picture that its data set puts into the training split
 CHUNK = 256  # pictures that a thread looks at in one go
+EDGE = 4096  # bytes at either end of a file that enter the fingerprint
 LINE_EVERY = 10.0  # seconds
 ABANDONED = 3600.0  # seconds after which a catalogue that nobody goes on writing is removed
 
@@ -196,6 +199,18 @@ def lot_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(stem, digest_size=8).digest(), "little")
 
 
+def head_of(file: BinaryIO) -> tuple[int, int, str]:
+    """Of a picture: width and height, upright, and a digest of its size and of its bytes at either end. Raises what `size_of` does."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    edges = file.read(EDGE)
+    file.seek(max(size - EDGE, EDGE))
+    edges += file.read(EDGE)
+    file.seek(0)
+    width, height = size_of(file)
+    return width, height, f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
+
+
 def _digest(row: Row) -> np.ndarray:
     told = json.dumps([row.name, row.captions, row.tags, row.weight, row.width, row.height, row.content])
     return np.frombuffer(hashlib.blake2b(told.encode(), digest_size=16).digest(), np.uint8)
@@ -205,16 +220,16 @@ Item = TypeVar("Item")
 Seen = TypeVar("Seen")
 
 
-def in_threads(look: Callable[[Item], Seen], items: Iterable[Item], threads: int) -> Iterator[Seen]:
-    """`look` at each item, in threads; the results in the order of the items, and no more than a few ahead."""
+def in_threads(look: Callable[[Item], Seen], items: Iterable[Item], threads: int, chunk: int = CHUNK) -> Iterator[Seen]:
+    """`look` at each item, in threads; the results in the order of the items, and no more than a few chunks ahead."""
     items = iter(items)
 
-    def look_at(chunk: Sequence[Item]) -> list[Seen]:
-        return [look(item) for item in chunk]
+    def look_at(some: Sequence[Item]) -> list[Seen]:
+        return [look(item) for item in some]
 
     with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(look_at, chunk) for _ in range(2 * threads) if (chunk := list(islice(items, CHUNK)))]
+        ahead = [pool.submit(look_at, some) for _ in range(2 * threads) if (some := list(islice(items, chunk)))]
         while ahead:
             yield from ahead.pop(0).result()
-            if chunk := list(islice(items, CHUNK)):
-                ahead.append(pool.submit(look_at, chunk))
+            if some := list(islice(items, chunk)):
+                ahead.append(pool.submit(look_at, some))

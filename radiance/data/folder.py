@@ -24,12 +24,11 @@ from PIL import Image
 
 from radiance import config
 from radiance.data import decode
-from radiance.data.catalogue import DataError, Row, Unfit, in_threads
+from radiance.data.catalogue import DataError, Row, Unfit, head_of, in_threads
 
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in decode.EXCLUDED)
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl")  # pictures to people, but not to Pillow without its plugins
 METADATA = "metadata.jsonl"
-EDGE = 4096  # bytes at either end of a file that enter the fingerprint
 
 
 class File(NamedTuple):
@@ -143,18 +142,11 @@ def _row(file: File, root: str, texts: Mapping[str, str], listed: Mapping[str, S
         return captions
     try:
         with open(file.path, "rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            opened.seek(0)
-            edges = opened.read(EDGE)
-            opened.seek(max(size - EDGE, EDGE))
-            edges += opened.read(EDGE)
-            opened.seek(0)
-            width, height = decode.size_of(opened)
+            width, height, content = head_of(opened)
     except decode.Broken as broken:
         return Unfit(file.name, broken.kind)
     except OSError:
         return Unfit(file.name, "unreadable file")
-    content = f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
     return Row(file.name, os.path.relpath(file.path, root), captions, width, height, tags=file.name in tagged, content=content)
 
 

@@ -15,10 +15,9 @@ from PIL import Image
 from runs import toy_run
 
 from radiance import config
-from radiance.data.catalogue import lot_of
+from radiance.data.catalogue import EDGE, lot_of
 from radiance.data.datasets import DataError, describe, open_source
 from radiance.data.decode import Broken
-from radiance.data.folder import EDGE
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.pictures import to_array
 from radiance.text.encoders import HashEncoder
