@@ -100,7 +100,8 @@ class Parquet:
                 raise Broken("no bytes in the file")
             caption = _value(record, self.caption)
             if columns.labels is not None:
-                caption = [columns.labels[i] for i in (caption if isinstance(caption, list) else [caption]) if i is not None and i >= 0]
+                several = caption if isinstance(caption, list) else [caption]
+                caption = [columns.labels[i] for i in several if i in range(len(columns.labels))]
             told = records.said({"text": caption} | {name: record.get(name) for name in ("is_tag_based", "loss_weight")})
             if not told.captions:
                 raise Broken("no caption")
