@@ -4,14 +4,11 @@ import io
 import json
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from radiance import config
 from radiance.data.datasets import DataError, open_source
-from radiance.data.pipeline import Batches
-from radiance.text.encoders import HashEncoder
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -186,15 +183,3 @@ def test_a_disk_without_room_for_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(DataError, match=r"has 0\.00 GB free, and the pictures of data\.source=parquet are kept there"):
         opened(tmp_path / "in", tmp_path / "not" / "there")
-
-
-# --- in a run -----------------------------------------------------------------------------------------------------------
-
-
-def test_workers_give_what_threads_give(tmp_path):
-    fill(tmp_path / "in")
-    made = []
-    for workers in (0, 2):
-        data = settings(tmp_path / "in" / "train-*", tmp_path, workers=workers, batch=5)
-        made.append(list(Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 4, "one_pad").start(0)))
-    assert all(np.array_equal(a[name], b[name]) for a, b in zip(*made, strict=True) for name in a)

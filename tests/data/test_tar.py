@@ -6,7 +6,6 @@ import json
 import pickle
 import tarfile
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,8 +13,6 @@ from radiance import config
 from radiance.data import tar
 from radiance.data.catalogue import Row, Unfit
 from radiance.data.datasets import DataError, open_source
-from radiance.data.pipeline import Batches
-from radiance.text.encoders import HashEncoder
 
 
 def picture(grey=0, size=(12, 10), suffix="PNG"):
@@ -207,20 +204,6 @@ def test_a_shard_that_goes_or_shrinks_while_it_is_needed(tmp_path):
     (tmp_path / "0001.tar").unlink()
     with pytest.raises(DataError, match="0001.tar cannot be read .*No such file"):
         source.picture(6)
-
-
-# --- in a run -----------------------------------------------------------------------------------------------------------
-
-
-def test_workers_give_what_threads_give(tmp_path):
-    fill(tmp_path)
-    made = []
-    for workers in (0, 2):
-        data = settings(f"{tmp_path}/*.tar", tmp_path / str(workers), workers=workers, batch=5)
-        made.append(list(Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 4, "one_pad").start(0)))
-    assert all(np.array_equal(a[name], b[name]) for a, b in zip(*made, strict=True) for name in a)
-    shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in made[1]])
-    assert len(shown) == 20 and sorted(set(shown.tolist())) == list(range(18))
 
 
 def test_what_is_sent_to_a_worker_is_small(tmp_path):
