@@ -1,47 +1,15 @@
 """Tables of pictures in Parquet: columns, captions, what is left out, and what cannot be used at all."""
 
-import io
-import json
 import shutil
 
 import pytest
-from PIL import Image
+from toy_shards import fill_parquet, picture, pictures, write_parquet
 
 from radiance import config
 from radiance.data.datasets import DataError, open_source
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-PICTURE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-
-
-def png(grey=0, size=(12, 10)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (grey, grey, grey)).save(file, "PNG")
-    return file.getvalue()
-
-
-def pictures(count, first=0):
-    return pyarrow.array([{"bytes": png(i), "path": f"{i}.png"} for i in range(first, first + count)], PICTURE)
-
-
-def write(path, features=None, rows=2, **columns):
-    """A file with so many rows in each group. features: what the `datasets` package notes of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pyarrow.table(columns)
-    if features:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    parquet.write_table(table, path, row_group_size=rows)
-    return path
-
-
-def fill(folder):
-    for shard in range(3):
-        captions = [f"picture {i}" for i in range(6 * shard, 6 * shard + 6)]
-        write(folder / f"train-{shard:05d}-of-00003.parquet", image=pictures(6, 6 * shard), text=captions)
-    write(folder / "test-00000-of-00001.parquet", image=pictures(1), text=["another split"])
-    return folder
 
 
 def settings(path, directory, **more):
@@ -61,7 +29,7 @@ def greys(source):
 
 
 def test_the_layout_of_hugging_face(tmp_path):
-    source = opened(fill(tmp_path) / "train-*", tmp_path)
+    source = opened(fill_parquet(tmp_path) / "train-*", tmp_path)
     assert greys(source) == list(range(18)) and source.sizes.tolist() == [[12, 10]] * 18
     assert [source.captions(i) for i in range(18)] == [(f"picture {i}",) for i in range(18)]
     assert source.name(7) == "train-00001-of-00003/1" and source.skipped == {}
@@ -69,16 +37,16 @@ def test_the_layout_of_hugging_face(tmp_path):
 
 
 def test_the_catalogue_has_it_all(tmp_path):
-    before = opened(fill(tmp_path / "in"), tmp_path)
+    before = opened(fill_parquet(tmp_path / "in"), tmp_path)
     source = opened(tmp_path / "in", tmp_path)
     shutil.rmtree(tmp_path / "in")
     assert greys(source) == greys(before) and source.fingerprint() == before.fingerprint()
 
 
 def test_columns_of_other_names_and_kinds(tmp_path):
-    path = write(
+    path = write_parquet(
         tmp_path / "x.parquet",
-        jpg=pyarrow.array([png(3), png(4)], pyarrow.large_binary()),
+        jpg=pyarrow.array([picture(3), picture(4)], pyarrow.large_binary()),
         said=pyarrow.array([["one", " two ", None], ["three"]], pyarrow.list_(pyarrow.large_string())),
         is_tag_based=[True, None],
         loss_weight=[0.5, None],
@@ -103,17 +71,17 @@ def test_columns_of_other_names_and_kinds(tmp_path):
     ],
 )
 def test_class_labels(labels, features, tmp_path):
-    path = write(tmp_path / "x.parquet", {"image": {"_type": "Image"}, "label": features}, image=pictures(2), label=labels)
+    path = write_parquet(tmp_path / "x.parquet", {"image": {"_type": "Image"}, "label": features}, image=pictures(2), label=labels)
     source = opened(path, tmp_path, caption="label")
     assert [source.captions(i) for i in range(2)] == [("dog",), ("cat",)]
 
 
 def test_columns_within_columns(tmp_path):
-    path = write(
+    path = write_parquet(
         tmp_path / "x.parquet",
         {"objects": {"feature": {"kind": {"names": ["cat", "dog"]}}}},
         image=pictures(2),
-        all=[{"image": png(8), "texts": [{"text": "a"}, {"text": "b"}]}, {"image": png(9), "texts": [{"text": "c"}]}],
+        all=[{"image": picture(8), "texts": [{"text": "a"}, {"text": "b"}]}, {"image": picture(9), "texts": [{"text": "c"}]}],
         objects=[[{"kind": 0}, {"kind": 1}], [{"kind": 1}]],
     )
     source = opened(path, tmp_path, picture="all/image", caption="all/texts/text")
@@ -123,11 +91,11 @@ def test_columns_within_columns(tmp_path):
 
 
 def test_what_is_left_out(tmp_path):
-    rows = [{"bytes": png(5)}, {"path": "elsewhere.png"}, None, {"bytes": b"no picture"}, {"bytes": png()}, {"bytes": png()}]
+    rows = [{"bytes": picture(5)}, {"path": "elsewhere.png"}, None, {"bytes": b"no picture"}, {"bytes": picture()}, {"bytes": picture()}]
     source = opened(
-        write(
+        write_parquet(
             tmp_path / "x.parquet",
-            image=pyarrow.array(rows, PICTURE),
+            image=pyarrow.array(rows, pictures(0).type),
             text=["a", "b", "c", "d", None, "f"],
             loss_weight=[1.0, 1.0, 1.0, 1.0, 1.0, float("nan")],
         ),
@@ -152,14 +120,14 @@ def test_what_is_left_out(tmp_path):
     ],
 )
 def test_columns_that_are_not_there_or_hold_something_else(settings, told, tmp_path):
-    path = write(tmp_path / "x.parquet", image=pictures(2), text=["a", "b"], number=[1, 2])
+    path = write_parquet(tmp_path / "x.parquet", image=pictures(2), text=["a", "b"], number=[1, 2])
     with pytest.raises(DataError, match=told):
         opened(path, tmp_path, **settings)
 
 
 def test_a_column_that_the_last_file_lacks_is_told_before_the_first_is_read(tmp_path, monkeypatch):
-    fill(tmp_path)
-    write(tmp_path / "z.parquet", image=pictures(1))
+    fill_parquet(tmp_path)
+    write_parquet(tmp_path / "z.parquet", image=pictures(1))
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)
     with pytest.raises(DataError, match=r"z.parquet has no column data\.caption=text"):
         opened(tmp_path, tmp_path)
@@ -168,7 +136,7 @@ def test_a_column_that_the_last_file_lacks_is_told_before_the_first_is_read(tmp_
 def test_files_that_are_none(tmp_path):
     with pytest.raises(config.ConfigError, match=r"is no \.parquet file and has none in it"):
         opened(tmp_path, tmp_path)
-    path = write(tmp_path / "x.parquet", image=pictures(20), text=["a"] * 20)
+    path = write_parquet(tmp_path / "x.parquet", image=pictures(20), text=["a"] * 20)
     content = path.read_bytes()
     path.write_bytes(content[:-30])
     with pytest.raises(DataError, match="x.parquet cannot be read as Parquet .* fetch it again"):
@@ -179,7 +147,7 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_a_disk_without_room_for_the_pictures(tmp_path, monkeypatch):
-    fill(tmp_path / "in")
+    fill_parquet(tmp_path / "in")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(DataError, match=r"has 0\.00 GB free, and the pictures of data\.source=parquet are kept there"):
         opened(tmp_path / "in", tmp_path / "not" / "there")

@@ -1,27 +1,20 @@
 """TensorFlow Datasets: which features are pictures and captions, how splits are made, and what is told of those that cannot be read."""
 
-import io
 import json
 import pickle
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 from tensorflow_datasets import features as f
+from toy_shards import picture
 
 from radiance import config
 from radiance.data.datasets import DataError, open_source
 from radiance.data.tfds import FORMAT, Tfds, named, prepared
-
-
-def png(grey, size=(12, 10)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (grey, grey, grey)).save(file, "PNG")
-    file.seek(0)
-    return file
 
 
 class Toy(tfds.core.GeneratorBasedBuilder):
@@ -58,15 +51,15 @@ class Toy(tfds.core.GeneratorBasedBuilder):
             yield (
                 i,
                 {
-                    "image": png(i),
+                    "image": BytesIO(picture(i)),
                     "text": f"picture {i}" if i != 3 else " ",
                     "captions": [{"id": 10 * i + k, "text": f"{k} of {i}"} for k in range(i % 3)],
                     "label": "dog" if i % 2 else "cat",
                     "labels": ["cat", "dog"][: i % 3],
-                    "within": {"view": png(i + 1, (20, 10)), "score": 0.5},
+                    "within": {"view": BytesIO(picture(i + 1, (20, 10))), "score": 0.5},
                     "score": i / 4,
                     "array": [0, 1],
-                    "many": [png(i), png(i)],
+                    "many": [BytesIO(picture(i)), BytesIO(picture(i))],
                     "told": [{"text": "one"}, {"text": "two"}],
                 },
             )
@@ -152,7 +145,7 @@ def test_nothing_is_decoded_but_what_is_asked_for(directory, monkeypatch):
     monkeypatch.setattr(f.Image, "decode_example_np", None)
     listing = Tfds(folder, "image", "text")
     rows = list(listing.rows(2))
-    assert len(rows) == 16 and listing.read(rows[5].place) == png(5).read()
+    assert len(rows) == 16 and listing.read(rows[5].place) == picture(5)
 
 
 def test_versions_and_where_they_are_looked_for(directory, monkeypatch):
