@@ -103,11 +103,12 @@ def test_each_part_is_gone_through_before_it_begins_again():
 
 
 def test_the_turns_of_a_part_have_orders_of_their_own():
-    """Of parts that are alike, and of the same part the second time."""
-    source = mixture((8, 8), (1, 1))
-    first, second = epochs(source, 2)
-    turns = [[index % 8 for index in epoch if index // 8 == part] for epoch in (first, second) for part in (0, 1)]
-    assert all(sorted(turn) == list(range(8)) for turn in turns) and len(set(map(tuple, turns))) == 4
+    """Of parts that are alike, and of the same part the second time: an epoch shows half of each."""
+    source = mixture((8, 8, 16), (1, 1, 6))
+    halves = [[{index % 8 for index in epoch if index // 8 == part} for epoch in epochs(source, 6)] for part in (0, 1)]
+    assert all(len(half) == 4 for part in halves for half in part)
+    assert all(part[turn] | part[turn + 1] == set(range(8)) for part in halves for turn in (0, 2, 4))
+    assert halves[0] != halves[1] and all(part[0] != part[2] for part in halves)
 
 
 def test_parts_are_mixed_within_batches():

@@ -54,7 +54,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "image": BytesIO(picture(i)),
                     "text": f"picture {i}" if i != 3 else " ",
                     "captions": [{"id": 10 * i + k, "text": f"{k} of {i}"} for k in range(i % 3)],
-                    "label": "dog" if i % 2 else "cat",
+                    "label": -1 if i == 11 else i % 2,
                     "labels": ["cat", "dog"][: i % 3],
                     "within": {"view": BytesIO(picture(i + 1, (20, 10))), "score": 0.5},
                     "score": i / 4,
@@ -133,6 +133,11 @@ def test_captions(caption, captions, directory):
     source = opened("toy", directory, caption=caption)
     seen = {grey: source.captions(i) for i, grey in enumerate(greys(source))}
     assert {grey: seen.get(grey) for grey in range(4)} == {grey: captions.get(grey) for grey in range(4)}
+
+
+def test_examples_without_a_label(directory):
+    source = opened("toy", directory, caption="label")
+    assert greys(source) == list(range(11)) and source.skipped == {"no caption": 1}
 
 
 def test_a_picture_within_a_feature(directory):
