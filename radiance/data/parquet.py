@@ -6,8 +6,8 @@ the column of the captions: a text, several, or a class label, whose name it the
 attributes of the picture.
 
 Rows are called FILE/ROW. A row cannot be read without those around it, so the catalogue keeps the pictures, which takes the space
-that the files take; while it is made, a group of rows is in memory, often twice. Splits are files: `data.path=FOLDER/train-*` leaves
-the others out.
+that the files take. While it is made a few row groups' worth of memory is in use. Splits are files: `data.path=FOLDER/train-*`
+leaves the others out.
 """
 
 import json
@@ -25,6 +25,7 @@ from radiance.data.decode import Broken
 from radiance.data.shards import Shard, find, identity, opened
 
 BATCH = 64  # rows that are unpacked at once
+BUFFER = 2**20  # bytes of each column that are read at once
 
 
 class Columns(NamedTuple):
@@ -133,7 +134,7 @@ def _table(shard: Shard) -> Iterator[Any]:
         raise config.ConfigError("data.source=parquet needs the pyarrow package: pip install 'radiance[parquet]'.") from None
     with opened(shard.path) as file:
         try:
-            yield ParquetFile(file, pre_buffer=False)
+            yield ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(f"{shard.path} cannot be read as Parquet ({reason}): take it away, or fetch it again.") from None
