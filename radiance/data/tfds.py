@@ -58,7 +58,7 @@ class Tfds:
 
     def read(self, place: list) -> bytes:
         try:
-            return _inside(self._example(*place, [self.picture]), self.picture)
+            return _inside(self._example(*place, self._shown), self.picture)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{self.folder} was there at the start and cannot be read now ({error}): put it back.") from None
 
@@ -75,16 +75,28 @@ class Tfds:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         return {split: self._builder.as_data_source(split=split, deserialize_method=raw, file_format=FORMAT) for split in self.splits}
 
-    def _example(self, split: str, number: int, paths: list[str]) -> dict[str, Any]:
-        """Of an example, the features at the top of those paths; its picture as a file."""
+    @cached_property
+    def _shown(self) -> Any:
+        """The features of which the picture is one, or part of one."""
+        return self._top([self.picture])
+
+    @cached_property
+    def _listed(self) -> Any:
+        """The features that say something of the picture, and itself."""
+        return self._top([self.picture, self.caption, *self._attributes])
+
+    def _top(self, paths: list[str]) -> Any:
         features = self._builder.info.features
-        tops = tfds.features.FeaturesDict({top: features[top] for top in sorted({path.partition("/")[0] for path in paths})})
+        return tfds.features.FeaturesDict({top: features[top] for top in sorted({path.partition("/")[0] for path in paths})})
+
+    def _example(self, split: str, number: int, features: Any) -> dict[str, Any]:
+        """These features of an example; its picture as a file."""
         skip = reduce(lambda inner, key: {key: inner}, reversed(self.picture.split("/")), tfds.decode.SkipDecoding())
-        return tops.deserialize_example_np(self._sources[split][number], decoders=skip)
+        return features.deserialize_example_np(self._sources[split][number], decoders=skip)
 
     def _row(self, split: str, number: int) -> Row | Unfit:
         name = f"{split}/{number}"
-        example = self._example(split, number, [self.picture, self.caption, *self._attributes])
+        example = self._example(split, number, self._listed)
         try:
             width, height, content = head_of(BytesIO(_inside(example, self.picture)))
             captions = records.texts(self._captions(_inside(example, self.caption)))
