@@ -48,9 +48,8 @@ def read_digits(run: c.Config, pictures: int = 200) -> tuple[float, float]:
 
     def real(split):
         source = open_source(run.data, split)
-        rows = [source[i] for i in range(len(source))]
-        pixels = [to_array(row.picture, run.data.side, run.data.side).mean(axis=-1).ravel() for row in rows]
-        return np.stack(pixels), np.array([row.attributes["digit"] for row in rows])
+        pixels = [to_array(source.picture(i), run.data.side, run.data.side).mean(axis=-1).ravel() for i in range(len(source))]
+        return np.stack(pixels), np.array([source.attributes(i)["digit"] for i in range(len(source))])
 
     reader = SVC().fit(*real("train"))
     asked = np.arange(pictures) % 10

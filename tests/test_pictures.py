@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radiance.pictures import contact_sheet, to_array, to_picture
+from radiance.pictures import contact_sheet, fitted, to_array, to_picture
 
 
 def test_a_picture_of_that_size_comes_back():
@@ -25,14 +25,14 @@ RAMP = Image.fromarray(np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None], 
 
 @pytest.mark.parametrize("place, first", [(0.0, 0), (0.5, 50), (1.0, 100)])
 def test_what_lies_beyond_is_cut_off_along_the_longer_side(place, first):
-    expected = np.arange(first, first + 100, dtype=np.float32) / 127.5 - 1
-    assert np.array_equal(to_array(RAMP, 100, 100, across=place, down=0.3)[0, :, 0], expected)
+    expected = np.arange(first, first + 100)
+    assert np.array_equal(fitted(RAMP, 100, 100, across=place, down=0.3)[0, :, 0], expected)
     upright = RAMP.transpose(Image.Transpose.TRANSPOSE)
-    assert np.array_equal(to_array(upright, 100, 100, across=0.3, down=place)[:, 0, 0], expected)
+    assert np.array_equal(fitted(upright, 100, 100, across=0.3, down=place)[:, 0, 0], expected)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (7, 13), (1, 1)])
 def test_any_size_covers(size):
     for place in (0.0, 1 / 3, 1.0):
-        cut = np.asarray(to_picture(to_array(Image.new("RGB", size, (5, 6, 7)), 33, 17, place, place)))
+        cut = fitted(Image.new("RGB", size, (5, 6, 7)), 33, 17, place, place)
         assert cut.shape == (17, 33, 3) and (cut == (5, 6, 7)).all()

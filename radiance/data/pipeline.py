@@ -129,6 +129,10 @@ def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures:
         text, lengths = encoder.pad(encoder.encode(captions, cut=True), width)
         drawn = draw(source, rows, (data.side, data.side), [View()] * size)
         batches.append({"image": drawn.image, "text": text, "lengths": lengths, "weight": np.sign(drawn.weight)})
+    if not any(batch["weight"].any() for batch in batches):
+        raise DataError(
+            f"None of the {len(chosen)} pictures to validate with can be decoded ({source.name(chosen[0])!r} is the first): put whole ones there."
+        )
     return batches
 
 

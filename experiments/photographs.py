@@ -1,0 +1,162 @@
+"""Photographs learned by heart: sixteen real ones in many formats and proportions, and files that are broken on purpose.
+
+    python experiments/photographs.py          (needs pip install 'radiance[photographs]')
+
+A test of everything between a folder and a picture: formats, profiles, turns, aspect buckets, captions, broken files, training and sampling. It
+writes the photographs that ship with scikit-image, scikit-learn and matplotlib into runs/photographs/pictures, trains until each
+is known by its caption, paints every caption at the shape its picture was trained at, and lays the pairs side by side in
+runs/photographs/pairs.png with their PSNR.
+
+RESULTS
+"""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from radiance import config as c
+from radiance.cli import main as radiance
+from radiance.data.datasets import open_source
+from radiance.data.decode import Broken
+from radiance.data.order import Order
+from radiance.models import load
+from radiance.pictures import contact_sheet, fitted, save_png
+
+CAPTIONS = {
+    "astronaut": "an astronaut in an orange suit, smiling before a flag",
+    "brick": "a wall of bricks, grey",
+    "camera": "a man with a camera on a tripod, in black and white",
+    "chelsea": "a ginger cat looking at you",
+    "china": "a temple in China behind trees",
+    "coffee": "a cup of coffee on a wooden table, with a spoon",
+    "coins": "rows of old coins on a dark ground",
+    "flower": "an orange flower, close",
+    "grace_hopper": "a portrait of an admiral in uniform",
+    "grass": "blades of grass, grey",
+    "gravel": "a ground of gravel, grey",
+    "hubble_deep_field": "many galaxies on black",
+    "moon": "the cratered surface of the moon",
+    "motorcycle_left": "a motorcycle in a workshop",
+    "retina": "the retina of an eye, orange and round",
+    "rocket": "a rocket starting at night",
+}
+
+
+def config() -> c.Config:
+    return c.Config(
+        name="photographs",
+        model=c.Model(
+            patch=16, hidden=192, heads=6, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
+            approximator_hidden=64, approximator_depth=2, nerf_hidden=32, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=8, prediction="x0",
+        ),
+        compute=c.Compute(dtype="float32", head_tile=0),
+        text=c.Text(encoder="hash", length=16),
+        data=c.Data(
+            source="folder", path="runs/photographs/pictures", validation=0.03, side=128, bucket_step=32, batch=8, caption_dropout=0.0,
+            broken_limit=0.5, threads=2,
+        ),
+        flow=c.Flow(time_law="parabola"),
+        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema=(0.99,)),
+        train=c.Train(
+            steps=2500, log_every=50, validate_every=2500, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
+        ),
+        sample=c.Sample(solver="euler", steps=30, guidance=1.0, batch=16),
+    )  # fmt: skip
+
+
+def write(folder: Path):
+    """The photographs, each kept in another way, with their captions, and what a folder of millions has besides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by a quarter
+    adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, caption in CAPTIONS.items():
+        picture = original(name)
+        match name:
+            case "chelsea":
+                picture.transpose(Image.Transpose.ROTATE_90).save(folder / f"{name}.jpg", quality=95, exif=turned)
+            case "coffee":
+                picture.convert("CMYK").save(folder / f"{name}.jpg", quality=95)
+            case "moon":
+                Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / f"{name}.tif")  # 16 bits
+            case "astronaut":
+                picture.save(folder / f"{name}.webp", quality=95, icc_profile=adobe)
+            case "rocket":
+                picture.quantize(256).save(folder / f"{name}.png")
+            case "coins":
+                picture.save(folder / f"{name}.bmp")
+            case "flower":
+                picture.convert("RGBA").save(folder / f"{name}.png")
+            case _:
+                picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption + "\n")
+
+    original("chelsea").resize((300, 200)).save(folder / "chelsea_again.webp", quality=60)  # whose name holds it out, alone
+    (folder / "chelsea_again.txt").write_text(CAPTIONS["chelsea"] + "\n")
+
+    file = io.BytesIO()
+    original("china").save(file, "JPEG")
+    broken = {
+        "cut_short.jpg": file.getvalue()[: len(file.getvalue()) // 2], "not_found.jpg": b"<!DOCTYPE html><title>404</title>", "empty.png": b"",
+        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 640 480\n",
+    }  # fmt: skip
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("a picture that is not there\n")
+    original("rocket").resize((64, 42)).save(folder / "too_small.png")
+    (folder / "too_small.txt").write_text("a small rocket\n")
+    original("rocket").resize((900, 150)).save(folder / "too_long.png")
+    (folder / "too_long.txt").write_text("a long rocket\n")
+    original("rocket").save(folder / "no_caption.png")
+
+
+def original(name: str) -> Image.Image:
+    """A photograph as it ships."""
+    try:
+        import matplotlib
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise SystemExit(f"The photographs ship with other packages ({error}): pip install 'radiance[photographs]'.") from None
+    places = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images", Path(matplotlib.__file__).parent / "mpl-data/sample_data")  # fmt: skip
+    found = next(path for place in places for path in sorted(place.glob(f"{name}.*")) if path.suffix in (".png", ".jpg"))
+    return Image.open(found).convert("RGB")
+
+
+def pairs(run: c.Config) -> dict[str, float]:
+    """PSNR in dB of every learned photograph's caption, painted; both side by side in pairs.png."""
+    source, painter = open_source(run.data, "train"), load(run.directory)
+    order = Order(source, run.data, run.train.seed)
+    sheet, scores = [], {}
+    for index in range(len(source)):
+        size = order.shapes.sizes[order.shapes.at[0, index]]
+        try:
+            real = fitted(source.picture(index, size), *size)
+        except Broken:
+            continue
+        painted = painter([source.captions(index)[0]], seeds=[0], width=size[0], height=size[1])[0].image
+        error = np.mean((np.asarray(painted, np.float64) - real) ** 2)
+        scores[Path(source.name(index)).stem] = float(10 * np.log10(255**2 / error))
+        sheet += [Image.fromarray(real), painted]
+    save_png(run.directory / "pairs.png", contact_sheet(sheet, columns=8), {"psnr": scores})
+    return scores
+
+
+def main(changes: list[str]) -> int:
+    run = c.override(config(), changes)
+    write(Path(run.data.path))
+    code = radiance(["train", __file__, *changes])
+    if code == 0:
+        scores = pairs(run)
+        print("PSNR in dB: " + ", ".join(f"{name} {score:.1f}" for name, score in scores.items()))
+        print(
+            f"Median {np.median(list(scores.values())):.1f} dB, least {min(scores.values()):.1f} dB. Look at {run.directory / 'pairs.png'}."
+        )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
