@@ -222,16 +222,16 @@ Item = TypeVar("Item")
 Seen = TypeVar("Seen")
 
 
-def in_threads(look: Callable[[Item], Seen], items: Iterable[Item], threads: int) -> Iterator[Seen]:
-    """`look` at each item, in threads; the results in the order of the items, and no more than a few ahead."""
+def in_threads(look: Callable[[Item], Seen], items: Iterable[Item], threads: int, chunk: int = CHUNK) -> Iterator[Seen]:
+    """`look` at each item, in threads; the results in the order of the items, and no more than a few chunks ahead."""
     items = iter(items)
 
-    def look_at(chunk: Sequence[Item]) -> list[Seen]:
-        return [look(item) for item in chunk]
+    def look_at(some: Sequence[Item]) -> list[Seen]:
+        return [look(item) for item in some]
 
     with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(look_at, chunk) for _ in range(2 * threads) if (chunk := list(islice(items, CHUNK)))]
+        ahead = [pool.submit(look_at, some) for _ in range(2 * threads) if (some := list(islice(items, chunk)))]
         while ahead:
             yield from ahead.pop(0).result()
-            if chunk := list(islice(items, CHUNK)):
-                ahead.append(pool.submit(look_at, chunk))
+            if some := list(islice(items, chunk)):
+                ahead.append(pool.submit(look_at, some))

@@ -207,4 +207,16 @@ def _listing(part: config.Part, directory: Path) -> Listing:
             from radiance.data.tfds import Tfds, prepared
 
             return Tfds(prepared(Digits, directory), "image", "captions")
+        case "tar":
+            from radiance.data.tar import Tar
+
+            return Tar(part.path)
+        case "parquet":
+            from radiance.data.parquet import Parquet
+
+            return Parquet(part.path, part.picture, part.caption, directory)
+        case "tfds":
+            from radiance.data.tfds import Tfds, named
+
+            return Tfds(named(part.path, directory), part.picture, part.caption)
     raise NotImplementedError(part.source)

@@ -13,6 +13,7 @@ class Of(IntEnum):
     PICTURES = 2  # their order in an epoch
     SIDES = 3  # base resolutions
     BATCHES = 4  # their order in an epoch
+    PARTS = 5  # of a mixture: how an epoch's pictures are mixed
 
 
 def draws(seed: int, of: Of, position: int, part: int = 0) -> np.random.Generator:

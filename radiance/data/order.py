@@ -96,7 +96,7 @@ class Order:
         return Epoch(self._firsts[number], [batches[i] for i in order], tuple(carried))
 
     def _pictures(self, epoch: int) -> Int64[np.ndarray, " some"]:
-        """Those of an epoch, in a random order within each part."""
+        """Those of an epoch in a random order, in which no part comes before another."""
         total = sum(span.count for span in self.spans)
         # Rounded so that they sum to the whole: each part ends where the shares up to it do.
         ends = np.rint(np.cumsum([span.share for span in self.spans]) * total).astype(int)
@@ -108,7 +108,8 @@ class Order:
                 some = shuffled(draws(self.seed, Of.PICTURES, turn, part), span.count)[inside : inside + end - position]
                 found.append(span.first + some)
                 position += len(some)
-        return np.concatenate(found)
+        pictures = np.concatenate(found)
+        return pictures if len(found) == 1 else pictures[shuffled(draws(self.seed, Of.PARTS, epoch), len(pictures))]
 
     def _drawn_shapes(self, epoch: int, pictures: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
         """Of each picture, at one of the base resolutions that it has one for."""
