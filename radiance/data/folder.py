@@ -71,8 +71,11 @@ class Folder:
         yield from (Unfit(name, "missing file") for name in sorted(listed.keys() - {file.name for file in self.files}))
         yield from in_threads(partial(_row, root=str(self.path), texts=texts, listed=listed, tagged=tagged), pictures, threads)
 
+    def address(self, place: str) -> str:
+        return os.path.join(self.path, place)
+
     def read(self, place: str) -> bytes:
-        path = os.path.join(self.path, place)
+        path = self.address(place)
         try:
             return Path(path).read_bytes()
         except OSError as error:
