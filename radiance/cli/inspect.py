@@ -119,5 +119,5 @@ def _data(run: config.Config, options: argparse.Namespace) -> int:
     if options.write:
         with tqdm(total=len(stay), unit="line", disable=None) as bar:
             write_list(options.write, whole, stay, bar.update)
-        print(f"\n{options.write} lists {len(stay):,} of {len(whole):,} pictures: data.source=jsonl data.path={options.write}")
+        print(f"\n{options.write} lists {len(stay):,} of the {len(whole):,} pictures, for data.source=jsonl data.path=…")
     return 0

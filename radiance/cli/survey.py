@@ -1,5 +1,6 @@
-"""A survey of data in words, tables and bars, within 100 columns."""
+"""A survey of data in words, tables and bars."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -9,7 +10,8 @@ from radiance.data.duplicates import Group, Hashed
 from radiance.data.survey import PROPORTIONS, Histogram, Survey
 from radiance.weights.convert import table
 
-BAR = 50  # columns
+COLUMNS = 100
+BAR = 50  # of them
 EIGHTHS = " ▏▎▍▌▋▊▉"
 NAMES = 24  # characters of a name
 SHOWN = 5  # groups of duplicates
@@ -47,7 +49,11 @@ def _splits(splits: Mapping[str, Source | str]) -> str:
         names.append([name for split in opened.values() for name in split.examples.get(kind, ())][:EXAMPLES])
     first, second, *others = table(rows, left=1).split("\n")
     told = [f"{line}\n  {', '.join(map(_short, some))}" for line, some in zip(others, names)]
-    return "\n".join([first, second, *told, *(split for split in splits.values() if isinstance(split, str))])
+    return "\n".join([first, second, *told, *(_wrapped(split) for split in splits.values() if isinstance(split, str))])
+
+
+def _wrapped(sentence: str) -> str:
+    return textwrap.fill(sentence, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _parts(run: config.Config, survey: Survey) -> str:
