@@ -118,6 +118,8 @@ def _data(run: config.Config, options: argparse.Namespace) -> int:
         stay = [index for index in stay if index not in left_out]
     if options.write:
         with tqdm(total=len(stay), unit="line", disable=None) as bar:
-            write_list(options.write, whole, stay, bar.update)
+            renamed = write_list(options.write, whole, stay, bar.update)
         print(f"\n{options.write} lists {len(stay):,} of the {len(whole):,} pictures, for data.source=jsonl data.path=…")
+        if renamed:
+            print("Under new names, other pictures are held out: a list in the pictures' own folder keeps the splits as they are.")
     return 0

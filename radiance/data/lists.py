@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,19 @@ def check_list(path: Path, source: Source, parts: Sequence[config.Part]):
             raise config.ConfigError(f"{path} is the list that is read: give another name.")
 
 
-def write_list(path: Path, source: Source, pictures: Sequence[int], progress: Callable[[int], Any] = lambda pictures: None):
+def write_list(path: Path, source: Source, pictures: Sequence[int], progress: Callable[[int], Any] = lambda pictures: None) -> int:
     """The file appears when it is whole. Pictures below its folder are named from there, and others by their whole path: the list
-    is its own data.root. progress: is called with the number just written."""
-    folder = os.path.abspath(path.parent)
+    needs no data.root. How many pictures have other names than in the source, by which they may come into the other split.
+
+    progress: is called with the number just written."""
+    folder, renamed = os.path.abspath(path.parent), 0
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         for index in pictures:
-            captions = source.captions(index)
+            captions, name = source.captions(index), _named(source.address(index), folder)
+            renamed += unicodedata.normalize("NFC", name) != source.name(index)
             width, height = source.sizes[index].tolist()
             line = {
-                "filename": _named(source.address(index), folder),
+                "filename": name,
                 "caption_or_tags": captions[0] if len(captions) == 1 else captions,
                 "width": width,
                 "height": height,
@@ -42,6 +46,7 @@ def write_list(path: Path, source: Source, pictures: Sequence[int], progress: Ca
             }
             file.write(json.dumps(line) + "\n")
             progress(1)
+    return renamed
 
 
 def _named(address: str, folder: str) -> str:

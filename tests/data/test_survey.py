@@ -33,6 +33,9 @@ class Listed:
     def tags(self, index):
         return index in self.tagged
 
+    def name(self, index):
+        return f"{index}.png"
+
     def address(self, index):
         return f"/pictures/{index}.png"
 
@@ -142,7 +145,7 @@ def test_a_list_of_a_folder(tmp_path):
     ]
     for where, change in (("data/kept.jsonl", ""), ("kept.jsonl", "data/"), ("new/kept.jsonl", f"{tmp_path}/data/")):
         check_list(tmp_path / where, source, data.parts)
-        write_list(tmp_path / where, source, range(2))
+        assert write_list(tmp_path / where, source, range(2)) == (2 if change else 0)
         lines = [json.loads(line) for line in (tmp_path / where).read_bytes().splitlines()]
         assert lines == [line | {"filename": change + line["filename"]} for line in expected]
         assert all((tmp_path / where).parent.joinpath(line["filename"]).is_file() for line in lines)
