@@ -94,6 +94,11 @@ def test_shapes_are_those_of_the_first_epoch(remainder):
         assert sum((those != EMPTY).sum() for those in ours) == pictures - rest * (remainder != "fill")
 
 
+def test_parts():
+    mixture = Mixture([Listed([(32, 32)] * count, [("a",)] * count) for count in (3, 5)], [3.0, 5.0])
+    assert of(mixture, settings()).parts == [Seen(3, 3 / 8, 3), Seen(5, 5 / 8, 5)]
+
+
 def test_a_survey_of_what_fills_no_batch():
     found = of(Listed([(32, 32)] * 3, [("a",)] * 3), settings("data.remainder=drop"))
     assert found.shapes == [Shape(32, 32, 3, 0, 3)]
