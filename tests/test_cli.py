@@ -1,6 +1,8 @@
 """What a user sees: results, and one clear sentence for each thing that is wrong."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import toy_run
+from sklearn.datasets import load_sample_image
 from toy_files import PIXELS, published, save
 
 from radiance import config
 from radiance.cli import experiment, main
+from radiance.cli.inspect import data_of
 from radiance.training.loop import train
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -154,6 +158,67 @@ def test_experiments(tmp_path):
         experiment("experiments/quickstrat.py")
     with pytest.raises(config.ConfigError, match="There is no experiment nothing.here"):
         experiment("nothing.here")
+
+
+def test_inspect_data(capsys, tmp_path):
+    """Of a folder: what is used, how it is cut, which pictures are alike; and a list of the others."""
+    china = Image.fromarray(load_sample_image("china.jpg"))
+    pictures = {"a.jpg": china, "b.png": china.resize((320, 213)), "c.jpg": china.crop((0, 0, 300, 300)), "d.png": china.resize((20, 20))}
+    pictures["plain.png"] = Image.new("RGB", (256, 256), "red")
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a temple " * 9)
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:9000])
+    (tmp_path / "broken.txt").write_text("a temple")
+    (tmp_path / "none.png").write_bytes((tmp_path / "b.png").read_bytes())
+    changes = ["data.side=128", "data.batch=2", "data.validation=1e-9", f"data.directory={tmp_path}/.kept", "text.length=16"]
+    assert main(["inspect", str(tmp_path), "--duplicates", "--write", str(tmp_path / "kept.jsonl"), *changes]) == 0
+    told, errors = capsys.readouterr()
+    assert not errors and all(len(line) <= 100 for line in told.splitlines() if str(tmp_path) not in line)
+    for line in (
+        r"pictures +5",
+        r"left out: no caption +1\n  'none.png'",
+        r"left out: too small +1\n  'd.png'",
+        r"The validation split of folder .* is empty",
+        r"  256 – 383  3  60.0%  █{50}\n  384 – 511  0   0.0%\n  512 – 767  2  40.0%  █{33}▍\n",
+        r"  3:2  3  60.0%  █{50}",
+        r"128 × 128 +5 +2 +1\n",
+        r"over 16  4  80.0%  █{50}",
+        r"cut: 4 captions \(80.0%\)",
+        r"Programs to compile, at most: 1 = 1 shape × 1 text width \(16 tokens\)",
+        r"1 picture like a larger one, of 1 group\n  'a.jpg' 640×427, 'b.png' 320×213",
+        r"Too plain to be compared: 1 picture",
+        r"Cannot be decoded: 1 picture\n  'broken.jpg'",
+        r"kept.jsonl lists 3 of the 5 pictures",
+    ):
+        assert re.search(line, told), (line, told)
+    lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [(line["filename"], line["width"]) for line in lines] == [("a.jpg", 640), ("c.jpg", 300), ("plain.png", 256)]
+
+
+def test_what_is_inspected(capsys, tmp_path, trained):
+    def source(what):
+        run = data_of(str(what))
+        return run and (run.data.source, run.data.path)
+
+    for name in ("pictures", "tars", "parquets", "mixed"):
+        (tmp_path / name).mkdir()
+    for name in ("tars/0.tar", "parquets/0.parquet", "mixed/0.tar", "mixed/a.PNG"):
+        (tmp_path / name).touch()
+    expected = {"pictures": "folder", "mixed": "folder", "tars": "tar", "parquets": "parquet"}
+    expected |= {"a.jsonl": "jsonl", "tars/0.tar": "tar", "tars/*.tar": "tar", "parquets/0.parquet": "parquet"}
+    for name, kind in expected.items():
+        assert source(tmp_path / name) == (kind, str(tmp_path / name))
+    for model in (trained, GOLDEN / "radiance_v.safetensors", "chroma1-base", "missing", tmp_path / "missing.safetensors"):
+        assert source(model) is None
+    assert source("experiments/quickstart.py") == source("experiments.quickstart") == ("digits", "")
+
+    assert main(["inspect", str(trained)]) == 0 and "together" in capsys.readouterr().out
+    assert "--write is for data" in told(capsys, "inspect", trained, "--write", "kept.jsonl")
+    assert "data.side=8 is for data" in told(capsys, "inspect", "chroma1-base", "data.side=8")
+    assert "There is no run directory and no checkpoint missing" in told(capsys, "inspect", "missing")
+    assert "--distance 12 must lie between 0 and 11" in told(capsys, "inspect", tmp_path / "pictures", "--duplicates", "--distance", 12)
+    assert "give that too" in told(capsys, "inspect", tmp_path / "pictures", "--distance", 3)
 
 
 def test_unknown_keys_and_names(capsys):

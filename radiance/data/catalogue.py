@@ -82,6 +82,8 @@ class Listing(Protocol):
     def read(self, place: Any) -> bytes:
         """The file of a picture. Raises Broken when it is not there, and DataError when it cannot be reached."""
 
+    # One whose pictures are files by themselves also says where they are: `address(place: Any) -> str`, a path or a URL.
+
 
 class Catalogue:
     """The rows of a listing. Pictures are numbered in the listing's order.
@@ -136,6 +138,12 @@ class Catalogue:
             return self.listing.read(place)
         begin, end = place["kept"]
         return self._pictures[begin:end].tobytes()
+
+    def address(self, index: int) -> str | None:
+        """Where the file of a picture is; None where it is a part of one."""
+        place = self.row(index).place
+        kept = isinstance(place, dict) and "kept" in place
+        return self.listing.address(place) if hasattr(self.listing, "address") and not kept else None
 
     def unfit(self) -> Iterator[tuple[Unfit, int]]:
         """What was left out, and its lot."""

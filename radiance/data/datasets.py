@@ -17,7 +17,9 @@ from radiance.data import decode
 from radiance.data.buckets import fits, shapes
 from radiance.data.catalogue import Catalogue, DataError, Listing
 
-__all__ = ["Catalogued", "DataError", "Mixture", "Source", "Span", "describe", "open_source"]
+__all__ = ["Catalogued", "DataError", "Mixture", "Source", "Span", "describe", "open_source", "title"]
+
+EXAMPLES = 3  # names of a kind of pictures that are left out
 
 
 class Span(NamedTuple):
@@ -35,6 +37,7 @@ class Source(Protocol):
     weights: Float32[np.ndarray, " n"]  # of their losses
     spans: Sequence[Span]
     skipped: Mapping[str, int]  # pictures that could not be used, by kind
+    examples: Mapping[str, Sequence[str]]  # names of some of them
 
     def __len__(self) -> int: ...
 
@@ -54,14 +57,20 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What messages call it."""
 
+    def address(self, index: int) -> str | None:
+        """Where its file is; None for a picture that is a part of one, as in shards."""
+
     def fingerprint(self) -> str:
         """A hash of the contents."""
 
 
 class Catalogued:
-    """A split of a catalogue: the pictures that can be used as the settings say. Ordered as the catalogue is."""
+    """A split of a catalogue: the pictures that can be used as the settings say. Ordered as the catalogue is.
 
-    def __init__(self, catalogue: Catalogue, data: config.Data, split: str):
+    tell: whether a line says what was left out.
+    """
+
+    def __init__(self, catalogue: Catalogue, data: config.Data, split: str, tell: bool = True):
         self.catalogue, self.background = catalogue, data.background
         facts = catalogue.facts
         validation = facts["lot"] < np.uint64(min(data.validation * 2.0**64, 2.0**64 - 2**12))
@@ -78,15 +87,16 @@ class Catalogued:
         for kind, those in (("too long for its width", ours & long), ("too small", ours & ~fit & ~long)):
             if those.any():
                 counts[kind] = int(those.sum())
-                left_out[kind] = [catalogue.row(row).name for row in np.flatnonzero(those)[:3]]
+                left_out[kind] = [catalogue.row(row).name for row in np.flatnonzero(those)[:EXAMPLES]]
         self.skipped: Mapping[str, int] = dict(sorted(counts.items()))
-        told = ", ".join(f"{count} × {kind} ({', '.join(map(repr, left_out[kind][:3]))})" for kind, count in self.skipped.items())
+        self.examples: Mapping[str, Sequence[str]] = {kind: left_out[kind][:EXAMPLES] for kind in self.skipped}
+        told = ", ".join(f"{count} × {kind} ({', '.join(map(repr, self.examples[kind]))})" for kind, count in self.skipped.items())
         if len(self.rows) == 0:
             raise DataError(
                 f"The {split} split of {catalogue.title} is empty (left out: {told or 'none'}; in the other split: "
                 f"{int((~ours & fit).sum())}): put pictures with captions there, or change data.validation={data.validation}."
             )
-        if told:
+        if told and tell:
             print(f"{catalogue.title}, {split}: {len(self)} pictures; left out: {told}.", file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
@@ -120,6 +130,9 @@ class Catalogued:
     def name(self, index: int) -> str:
         return self.catalogue.row(self.rows[index]).name
 
+    def address(self, index: int) -> str | None:
+        return self.catalogue.address(self.rows[index])
+
     def fingerprint(self) -> str:
         """Of names, captions, sizes and of as much of each file as was looked at. Where the data set lies does not matter."""
         return hashlib.sha256(self.catalogue.facts["digest"][self.rows].tobytes()).hexdigest()
@@ -136,6 +149,9 @@ class Mixture:
         self.weights = np.concatenate([source.weights for source in sources])
         self.skipped: Mapping[str, int] = {
             kind: sum(source.skipped.get(kind, 0) for source in sources) for kind in sorted(set().union(*(s.skipped for s in sources)))
+        }
+        self.examples: Mapping[str, Sequence[str]] = {
+            kind: [name for source in sources for name in source.examples.get(kind, ())][:EXAMPLES] for kind in self.skipped
         }
 
     def __len__(self) -> int:
@@ -165,16 +181,20 @@ class Mixture:
         source, index = self._at(index)
         return source.name(index)
 
+    def address(self, index: int) -> str | None:
+        source, index = self._at(index)
+        return source.address(index)
+
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
 
 
-def open_source(data: config.Data, split: str) -> Source:
+def open_source(data: config.Data, split: str, tell: bool = True) -> Source:
     """The source that the config names, prepared on first use. Raises DataError when it is empty, and ConfigError when there is none.
 
-    split: train or validation.
+    split: train or validation. tell: whether a line says what was left out.
     """
-    sources = [Catalogued(_catalogue(part, data), data, split) for part in data.parts]
+    sources = [Catalogued(_catalogue(part, data), data, split, tell) for part in data.parts]
     return sources[0] if len(sources) == 1 else Mixture(sources, [part.share for part in data.parts])
 
 
@@ -187,8 +207,12 @@ def _catalogue(part: config.Part, data: config.Data) -> Catalogue:
     directory = Path(data.directory).expanduser()
     if part.source != "digits" and not part.path:
         raise config.ConfigError(f"data.source={part.source} needs data.path: where the pictures and captions are.")
-    title = " ".join(word for word in (part.source, part.path) if word)
-    return Catalogue(_listing(part, directory), title, directory, data.threads)
+    return Catalogue(_listing(part, directory), title(part), directory, data.threads)
+
+
+def title(part: config.Part) -> str:
+    """What messages call a data set."""
+    return " ".join(word for word in (part.source, part.path) if word)
 
 
 def _listing(part: config.Part, directory: Path) -> Listing:

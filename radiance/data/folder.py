@@ -61,8 +61,11 @@ class Folder:
         yield from (Unfit(name, "missing file") for name in sorted(listed.keys() - {file.name for file in self.files}))
         yield from in_threads(partial(self._row, texts=texts, listed=listed), pictures, threads)
 
+    def address(self, place: str) -> str:
+        return storage.join(self.path, place)
+
     def read(self, place: str) -> bytes:
-        address = storage.join(self.path, place)
+        address = self.address(place)
         try:
             return storage.read(address)
         except (FileNotFoundError, PermissionError) as error:

@@ -47,9 +47,12 @@ class Jsonl:
         lines = ((number, line) for number, line in enumerate(storage.lines(self.path), 1) if line.strip())
         yield from in_threads(self._row, lines, threads)
 
+    def address(self, place: str) -> str:
+        return storage.join(self.root, place)
+
     def read(self, place: str) -> bytes:
         try:
-            return storage.read(storage.join(self.root, place))
+            return storage.read(self.address(place))
         except FileNotFoundError:
             raise decode.Broken("missing file") from None
         except PermissionError:

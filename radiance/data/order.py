@@ -80,8 +80,7 @@ class Order:
         return self._held[number]
 
     def _made(self, number: int) -> Epoch:
-        pictures = self._pictures(number)
-        shape = self._drawn_shapes(number, pictures)
+        pictures, shape = self.drawn(number)
         size, batches, carried = self.data.batch, [], []
         for this, (before, (width, height)) in enumerate(zip(self._carried[number], self.shapes.sizes)):
             queue = np.concatenate([before, pictures[shape == this]])
@@ -94,6 +93,11 @@ class Order:
             batches += [Chosen(queue[i : i + size], width, height) for i in range(0, whole, size)]
         order = shuffled(draws(self.seed, Of.BATCHES, number), len(batches))
         return Epoch(self._firsts[number], [batches[i] for i in order], tuple(carried))
+
+    def drawn(self, epoch: int) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
+        """The pictures of an epoch, and the shape that each is cut to."""
+        pictures = self._pictures(epoch)
+        return pictures, self._drawn_shapes(epoch, pictures)
 
     def _pictures(self, epoch: int) -> Int64[np.ndarray, " some"]:
         """Those of an epoch in a random order, in which no part comes before another."""

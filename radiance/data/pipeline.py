@@ -109,10 +109,14 @@ class _Steps:
 
 def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
     """Tokens that the texts of a batch are cut to: what is cut off is hidden in all of them."""
-    if masking == "off":
-        return encoder.limit
-    counts = np.array([min(encoder.count(caption), encoder.limit) for caption in captions])
-    return bucket(int(visible_tokens(counts, encoder.limit, masking).max()), encoder.limit, max(BUCKET, encoder.limit // WIDTHS))
+    longest = encoder.limit if masking == "off" else max(encoder.count(caption) for caption in captions)
+    return width_for(longest, encoder.limit, masking)
+
+
+def width_for(longest: int, limit: int, masking: str) -> int:
+    """Tokens that the texts of a batch are cut to when the longest has so many."""
+    visible = visible_tokens(np.array([min(longest, limit)]), limit, masking)
+    return bucket(int(visible[0]), limit, max(BUCKET, limit // WIDTHS))
 
 
 def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures: int, masking: str) -> list[Batch]:

@@ -104,6 +104,24 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     return encoder
 
 
+def token_counter(text: config.Text) -> Callable[[str], int]:
+    """`Encoder.count` of a config's encoder, for which T5's tokenizer alone will do. Raises ConfigError when there is not even that."""
+    from radiance.text.cache import CachedEncoder  # which is an Encoder itself
+
+    if text.encoder == "hash":
+        return HashEncoder(1, text.length).count
+    if text.tokenizer:
+        tokenizer = open_tokenizer(text.tokenizer)
+        return lambda caption: len(tokenizer(caption))
+    if text.file:
+        return T5Encoder(text.file, limit=text.length).count
+    if text.cache:
+        return CachedEncoder(text.cache, text.encoder, text.length).count
+    raise config.ConfigError(
+        "text.encoder=t5 counts tokens with T5's tokenizer: give it as text.tokenizer (spiece.model or tokenizer.json), or change text.encoder."
+    )
+
+
 def bucket(tokens: int, limit: int, step: int = BUCKET) -> int:
     """The least multiple of `step` that holds that many tokens, at most the limit."""
     return min(-(-tokens // step) * step, limit)

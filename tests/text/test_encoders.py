@@ -15,7 +15,7 @@ from toy_t5 import CAPTIONS, TOY, torch_tensors, toy_folder, train_tokenizer
 
 from radiance.config import ConfigError, Text
 from radiance.text import encoders, t5
-from radiance.text.encoders import HashEncoder, T5Encoder, TextError, bucket, make_encoder
+from radiance.text.encoders import HashEncoder, T5Encoder, TextError, bucket, make_encoder, token_counter
 from radiance.weights.files import CheckpointError
 
 
@@ -240,6 +240,16 @@ def alone(encoder, text):
     ids = encoder.tokenizer(text)
     padded = np.array([[*ids, 0, 0]], np.int32)
     return np.asarray(t5.encode(TOY, "float32", encoder.weights.load("float32"), padded, np.array([len(ids)], np.int32)))[0]
+
+
+def test_tokens_are_counted_without_weights(toy, folder):
+    """By the tokenizer alone, or the one beside the weights; and of whatever width the model takes."""
+    caption = "a red cat, two dogs"
+    for text in (Text("t5", tokenizer=str(folder / "spiece.model")), Text("t5", file=str(folder), length=4)):
+        assert token_counter(text)(caption) == toy.count(caption) > 4
+    assert token_counter(Text(length=3))("one two, three") == 5
+    with pytest.raises(ConfigError, match="give it as text.tokenizer"):
+        token_counter(Text("t5"))
 
 
 def test_t5_shapes_and_types(toy, folder):
