@@ -23,7 +23,7 @@ from PIL import Image
 from radiance import config
 from radiance.data import decode, storage
 from radiance.data.catalogue import DataError, Row, Unfit, in_threads
-from radiance.data.rows import BAD, Entry, captions_of, entry_of, look_at, weight_of
+from radiance.data.records import Said, captions_of, entry_of, lines, look_at, weight_of
 from radiance.data.storage import File
 
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in decode.EXCLUDED)
@@ -71,9 +71,9 @@ class Folder:
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(f"{address} was there at the start and cannot be read now ({error.strerror}): put it back.") from None
 
-    def _metadata(self) -> tuple[dict[str, Entry], list[str]]:
+    def _metadata(self) -> tuple[dict[str, Said], list[str]]:
         """What is said of pictures, by their names, and the places of lines that say nothing."""
-        listed: dict[str, Entry] = {}
+        listed: dict[str, Said] = {}
         bad = []
         for file in self.files:
             if posixpath.basename(file.name) != METADATA:
@@ -83,37 +83,34 @@ class Folder:
                     continue
                 try:
                     entry = entry_of(line)
-                except BAD:
+                except decode.Broken:
                     bad.append(f"{file.name}:{number}")
                 else:
                     name = posixpath.normpath(posixpath.join(posixpath.dirname(file.name), entry.file))
                     name = unicodedata.normalize("NFC", name)
-                    before = listed[name].captions if name in listed else []
-                    listed[name] = entry._replace(captions=[*before, *entry.captions])
+                    before = listed[name].captions if name in listed else ()
+                    listed[name] = entry.said._replace(captions=(*before, *entry.said.captions))
         return listed, bad
 
-    def _row(self, file: File, texts: Mapping[str, str], listed: Mapping[str, Entry]) -> Row | Unfit:
+    def _row(self, file: File, texts: Mapping[str, str], listed: Mapping[str, Said]) -> Row | Unfit:
         """What a run needs to know of a picture."""
         if _suffix(file) not in SUFFIXES and _suffix(file) in OTHER_SUFFIXES:
             return Unfit(file.name, "format that is not read")
-        beside, entry = texts.get(posixpath.splitext(file.name)[0] + ".txt"), listed.get(file.name)
-        if beside is None and entry is None:
+        beside, told = texts.get(posixpath.splitext(file.name)[0] + ".txt"), listed.get(file.name)
+        if beside is None and told is None:
             return Unfit(file.name, "no caption")
+        told = told or Said()
         try:
-            captions = captions_of(entry.captions if beside is None else self._beside(beside))
-            weight = 1.0 if entry is None else weight_of(entry)
-            width, height, content = look_at(storage.join(self.path, file.place), file.size)
+            captions, weight = captions_of(told.captions if beside is None else self._beside(beside)), weight_of(told)
+            width, height, content = look_at(self.address(file.place), file.size)
         except decode.Broken as broken:
             return Unfit(file.name, broken.kind)
-        tags = entry is not None and entry.tags
-        return Row(file.name, file.place, captions, width, height, tags, weight, content)
+        return Row(file.name, file.place, captions, width, height, told.tags, weight, content)
 
     def _beside(self, place: str) -> list[str]:
         """The lines of the file of captions. Raises Broken when it cannot be read."""
         try:
-            return storage.read(storage.join(self.path, place)).decode("utf-8-sig").splitlines()
-        except UnicodeError:
-            raise decode.Broken("caption not in UTF-8") from None
+            return lines(storage.read(self.address(place)))
         except (FileNotFoundError, PermissionError):
             raise decode.Broken("unreadable file") from None
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from radiance import config
 from radiance.data import decode, storage
 from radiance.data.catalogue import Row, Unfit, in_threads
-from radiance.data.rows import BAD, Look, captions_of, entry_of, look_at, weight_of
+from radiance.data.records import captions_of, entry_of, look_at, weight_of
 
 
 class Jsonl:
@@ -62,18 +62,17 @@ class Jsonl:
         number, line = numbered
         try:
             entry = entry_of(line)
-        except BAD:
+        except decode.Broken:
             return Unfit(f"line {number}", "bad line")
         name = entry.file if storage.is_remote(entry.file) else posixpath.normpath(entry.file)
         name = unicodedata.normalize("NFC", name)
         try:
-            captions, weight = captions_of(entry.captions), weight_of(entry)
-            if entry.width and entry.height:
-                look = Look(entry.width, entry.height, "")
-                if look.width * look.height > decode.LARGEST:
-                    raise decode.Broken("too large")
-            else:
-                look = look_at(storage.join(self.root, entry.file))
+            captions, weight = captions_of(entry.said.captions), weight_of(entry.said)
+            width, height, content = entry.width, entry.height, ""
+            if not (width and height):
+                width, height, content = look_at(self.address(entry.file))
+            if width * height > decode.LARGEST:
+                raise decode.Broken("too large")
         except decode.Broken as broken:
             return Unfit(name, broken.kind)
-        return Row(name, entry.file, captions, look.width, look.height, entry.tags, weight, look.content)
+        return Row(name, entry.file, captions, width, height, entry.said.tags, weight, content)

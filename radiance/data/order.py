@@ -102,11 +102,11 @@ class Order:
     def _pictures(self, epoch: int) -> Int64[np.ndarray, " some"]:
         """Those of an epoch in a random order, in which no part comes before another."""
         total = sum(span.count for span in self.spans)
-        # Rounded so that they sum to the whole: each part ends where the shares up to it do.
-        ends = np.rint(np.cumsum([span.share for span in self.spans]) * total).astype(int)
+        shares = np.cumsum([span.share for span in self.spans])
+        # How many of each part were seen before this epoch and will have been after it; each sums to whole epochs.
+        before, after = (np.diff(np.rint(shares * total * epochs).astype(int), prepend=0).tolist() for epochs in (epoch, epoch + 1))
         found = []
-        for part, (span, wanted) in enumerate(zip(self.spans, np.diff(ends, prepend=0).tolist())):
-            position, end = epoch * wanted, (epoch + 1) * wanted
+        for part, (span, position, end) in enumerate(zip(self.spans, before, after)):
             while position < end:
                 turn, inside = divmod(position, span.count)
                 some = shuffled(draws(self.seed, Of.PICTURES, turn, part), span.count)[inside : inside + end - position]

@@ -106,11 +106,12 @@ class Parquet:
             told = records.said({"text": caption} | {name: record.get(name) for name in ("is_tag_based", "loss_weight")})
             if not told.captions:
                 raise Broken("no caption")
+            captions, weight = records.captions_of(told.captions), records.weight_of(told)
             width, height, digest = head_of(BytesIO(content))
         except Broken as broken:
             return Unfit(name, broken.kind)
         attributes = {name: record[name] for name in columns.attributes if record[name] is not None}
-        return Row(name, content, told.captions, width, height, told.tags, told.weight, digest, attributes)
+        return Row(name, content, captions, width, height, told.tags, weight, digest, attributes)
 
 
 def _require_space(directory: Path, needed: int):

@@ -118,11 +118,12 @@ def _row(shard: Shard, key: str, files: dict[str, Any]) -> Row | Unfit:
         for file in files.values():
             if isinstance(file, Broken):
                 raise file
-        told = records.parsed(files[".json"]) if ".json" in files else records.Said()
-        captions = records.lines(files[".txt"]) if ".txt" in files else told.captions
-        if not captions:
-            raise Broken("empty caption" if ".txt" in files else "no caption")
+        told = records.said(records.parsed(files[".json"])) if ".json" in files else records.Said()
+        if ".txt" not in files and not told.captions:
+            raise Broken("no caption")
+        captions = records.captions_of(records.lines(files[".txt"]) if ".txt" in files else told.captions)
+        weight = records.weight_of(told)
     except Broken as broken:
         return Unfit(name, broken.kind)
     offset, size, width, height, content = pictures[0]
-    return Row(name, [shard.name, offset, size], captions, width, height, told.tags, told.weight, content)
+    return Row(name, [shard.name, offset, size], captions, width, height, told.tags, weight, content)

@@ -99,9 +99,10 @@ class Tfds:
         example = self._example(split, number, self._listed)
         try:
             width, height, content = head_of(BytesIO(_inside(example, self.picture)))
-            captions = records.texts(self._captions(_inside(example, self.caption)))
-            if not captions:
+            told = [text for text in self._captions(_inside(example, self.caption)) if text.strip()]
+            if not told:
                 raise Broken("no caption")
+            captions = records.captions_of(told)
         except Broken as broken:
             return Unfit(name, broken.kind)
         lot = None if len(self.splits) == 1 else 0 if split == "validation" else TRAIN

@@ -106,7 +106,7 @@ def test_what_is_left_out(tmp_path):
         tmp_path,
     )
     assert greys(source) == [5]
-    assert source.skipped == {"bad loss weight": 1, "no bytes in the file": 2, "no caption": 1, "not a picture": 1}
+    assert source.skipped == {"loss_weight not above 0": 1, "no bytes in the file": 2, "no caption": 1, "not a picture": 1}
 
 
 # --- what cannot be used ------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_what_is_left_out(tmp_path):
     assert names(source) == ["x/good"]
     assert source.skipped == {
         "no picture": 1, "no caption": 1, "empty caption": 1, "several pictures of one key": 1, "not a picture": 1,
-        "format that is not read": 1, "bad record": 2, "caption that is no text": 1, "caption not in UTF-8": 1, "bad loss weight": 1,
+        "format that is not read": 1, "bad record": 3, "caption not in UTF-8": 1, "loss_weight not above 0": 1,
     }  # fmt: skip
 
 
