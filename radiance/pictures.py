@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, PngImagePlugin
 
 Pixels = Float32[np.ndarray, "height width 3"]
@@ -29,7 +29,7 @@ def to_array(picture: Image.Image, width: int, height: int) -> Pixels:
     return to_signed(fitted(picture, width, height))
 
 
-def to_signed(pixels: UInt8[np.ndarray | Array, "*shape"] | Float32[Array, "*shape"]) -> Float32[np.ndarray | Array, "*shape"]:
+def to_signed(pixels: UInt8[Any, "*shape"] | Float32[Any, "*shape"]) -> Float32[Any, "*shape"]:
     """0 to 255 as -1 to 1, in NumPy or inside a JAX program; float32 is in [-1, 1] already."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1 if pixels.dtype == np.uint8 else pixels
 

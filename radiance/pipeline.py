@@ -85,8 +85,8 @@ class Pipeline:
     ) -> Iterator[Picture]:
         """One picture per prompt and seed (0, 1, 2, … when None), of any size: whole patches are painted and cropped.
 
-        A picture depends on its prompt, seed, size and settings, not on the others. Raises TextError for a prompt over the
-        encoder's limit, before anything is painted.
+        A picture depends on its prompt, seed, size and settings, not on the others. Prompts are encoded batch by batch: any number of
+        them takes the memory of a few. Raises TextError for one over the encoder's limit, before anything is painted.
         """
         run, settings = self.run, settings or self.run.sample
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -95,7 +95,7 @@ class Pipeline:
         if not prompts:
             return
         width, height = width or run.data.side, height or width or run.data.side
-        positive, negative = encode(self.encoder, prompts, settings, run.model.masking)
+        tokens = visible(self.encoder, [*prompts, settings.negative], run.model.masking)
         size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
         times = times_of(settings, math.prod(size.values()) // run.model.patch**2)
         facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
@@ -103,11 +103,12 @@ class Pipeline:
         count = min(settings.batch, len(prompts))
         for start in range(0, len(prompts), count):
             rows = np.minimum(np.arange(start, start + count), len(prompts) - 1)  # a last, shorter batch is filled up
+            positive, negative = encode(self.encoder, [prompts[row] for row in rows], settings, run.model.masking, tokens)
             with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
                 painted = paint(
                     self._network,
                     np.array(seeds, np.uint32)[rows],
-                    Condition(positive.text[rows], positive.lengths[rows]),
+                    positive,
                     Condition(np.repeat(negative.text, count, axis=0), np.repeat(negative.lengths, count)),
                     model=run.model,
                     compute=run.compute,
@@ -130,15 +131,25 @@ class Pipeline:
         return self._vectors[1]
 
 
-def encode(encoder: Encoder, prompts: Sequence[str], settings: config.Sample, masking: str) -> tuple[Condition, Condition]:
+def encode(
+    encoder: Encoder, prompts: Sequence[str], settings: config.Sample, masking: str, tokens: int | None = None
+) -> tuple[Condition, Condition]:
     """Conditions of the prompts, and of what guidance leads away from: the negative prompt, or a text of length 0.
 
-    They are cut where no token is visible in any of them. What is cut off is masked anyway: the picture is the same for less work.
+    They are cut to `tokens`, or where no token is visible in any of them. What is cut off is masked anyway: the picture is the same for less
+    work.
     """
     encoded = encoder.encode([*prompts, settings.negative])
-    lengths = np.array([length for _, length in encoded])
-    seen = int(visible_tokens(lengths, encoder.limit, masking).max())
-    text, lengths = encoder.pad(encoded, bucket(seen, encoder.limit))
+    text, lengths = encoder.pad(encoded, tokens or visible(encoder, [*prompts, settings.negative], masking))
     if settings.unconditional == "masked":
         lengths[-1] = 0
     return Condition(text[:-1], lengths[:-1]), Condition(text[-1:], lengths[-1:])
+
+
+def visible(encoder: Encoder, texts: Sequence[str], masking: str) -> int:
+    """Tokens that hold what is visible of every text, in steps, so that few programs are compiled. Raises TextError for a text over the
+    limit."""
+    counts = np.array([encoder.count(text) for text in texts])
+    for text, count in zip(texts, counts.tolist()):
+        encoder.check(text, count, cut=False)
+    return bucket(int(visible_tokens(counts, encoder.limit, masking).max()), encoder.limit)

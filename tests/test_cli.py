@@ -19,6 +19,7 @@ from toy_files import PIXELS, published, save
 from radiance import config
 from radiance.cli import experiment, main
 from radiance.cli.inspect import data_of
+from radiance.data.datasets import open_source
 from radiance.training.loop import train
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -136,11 +137,35 @@ def test_pictures_are_not_overwritten(capsys, trained, tmp_path):
     assert "holds pictures already" in told(capsys, "sample", trained, "--prompt", "one", "--out", tmp_path)
 
 
+def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, data_directory):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "painted"
+    prompts.write_text("a handwritten one\nthe digit 2\n")
+    command = ["sample", str(trained), "guidance=1", "--prompts", str(prompts), "--seeds", "3-4", "--folder", str(folder)]
+    assert main(command) == 0
+    names = [f"{i:05d}_seed{s}" for i, s in enumerate([3, 4, 3, 4])]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}{end}" for name in names for end in (".png", ".txt"))
+    source = open_source(config.Data(source="folder", path=str(folder), directory=data_directory, side=8, validation=1e-9), "train")
+    assert [source.captions(i) for i in range(4)] == [("a handwritten one",)] * 2 + [("the digit 2",)] * 2
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    lost = folder / f"{names[1]}.png"
+    lost.unlink()
+    assert main(command) == 0
+    assert lost.read_bytes() == before.pop(lost)[0]
+    lost.with_suffix(".txt").write_bytes(before.pop(lost.with_suffix(".txt"))[0])
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+    assert main(command) == 0 and "Nothing is left" in capsys.readouterr().out
+    assert "begun with other prompts" in told(capsys, *command[:-4], "--seeds", "4-5", "--folder", folder)
+    assert "(it holds 00002_seed3.txt)" in told(capsys, *command[:3], "--prompt", "a handwritten one", "--prompt", "3", *command[5:])
+
+
 def test_a_dotted_experiment(monkeypatch, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "small.py").write_text("from radiance import config as c\n\n\ndef config():\n    return c.Config(name='mine')\n")
+    (tmp_path / "mine" / "larger.py").write_text("import small\n\nARMS = {'b': ['data.batch=8']}\nconfig = small.config\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert experiment("mine.small").name == "mine"
+    assert experiment("mine.larger:b").data.batch == experiment("mine/larger.py:b").data.batch == 8  # it imports what lies beside it
 
 
 def test_experiments(tmp_path):
@@ -148,12 +173,16 @@ def test_experiments(tmp_path):
     assert run.name == "quickstart"
     file = tmp_path / "arms.py"
     file.write_text(
-        "from radiance import config as c\nARMS = {'none': ['model.modulation=none']}\n\n\ndef config():\n    return c.Config()\n"
+        "from radiance import config as c\nARMS = {'none': ['model.modulation=none'], 'shared': ['model.modulation=shared', 'data.batch=8']}\n"
+        "\n\ndef config():\n    return c.Config()\n"
     )
     arm = experiment(f"{file}:none")
     assert arm.model.modulation == "none" and arm.name == "run-none"
-    with pytest.raises(config.ConfigError, match="has no arm 'nine': it has none"):
-        experiment(f"{file}:nine")
+    both = experiment(f"{file}:shared:none")  # the later one counts
+    assert (both.model.modulation, both.data.batch, both.name) == ("none", 8, "run-shared-none")
+    for name in ("nine", "none:nine"):
+        with pytest.raises(config.ConfigError, match="has no arm 'nine': it has none, shared"):
+            experiment(f"{file}:{name}")
     with pytest.raises(config.ConfigError, match="There is no experiment file"):
         experiment("experiments/quickstrat.py")
     with pytest.raises(config.ConfigError, match="There is no experiment nothing.here"):

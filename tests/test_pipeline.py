@@ -34,6 +34,19 @@ def test_pictures_do_not_depend_on_their_neighbours(pipeline):
     assert np.abs(pixels(together[0]) - pixels(pipeline(["a one"], seeds=[9])[0])).max() > 5
 
 
+def test_prompts_are_encoded_batch_by_batch_after_all_were_counted(pipeline, monkeypatch):
+    asked, whole = [], pipeline.encoder.encode
+    monkeypatch.setattr(pipeline.encoder, "encode", lambda texts, cut=False: asked.append(len(texts)) or whole(texts, cut))
+    painted = pipeline.paint(["a one", "two", "three", "four", "five"], seeds=[4, 5, 6, 7, 8])
+    next(painted)
+    assert asked == [4]  # three prompts, and the negative one
+    assert len([*painted]) == 4 and asked == [4, 4]
+    asked.clear()
+    with pytest.raises(TextError, match="has 51 tokens"):
+        next(pipeline.paint(["a one", "two", "three", "four " * 50]))
+    assert not asked
+
+
 def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(pipeline, monkeypatch):
     made = []
     monkeypatch.setattr("radiance.pipeline.modulations", lambda *a, **k: made.append(1) or modulations(*a, **k))

@@ -10,7 +10,7 @@ from radiance.cli.experiments import experiment
 
 def add(verbs):
     parser = verbs.add_parser("encode", help="encode an experiment's captions into its text.cache", description=main.__doc__)
-    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM]")
+    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM…]")
     parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--host", type=int, default=0, help="this process, of --hosts that share the captions")
     parser.add_argument("--hosts", type=int, default=1)

@@ -12,7 +12,7 @@ from radiance.cli.experiments import experiment
 
 def add(verbs):
     parser = verbs.add_parser("plan", help="say what a run will cost on devices that are not here", description=main.__doc__)
-    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM]", help="or, with --sample, the name of a published model or a size")
+    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM…]", help="or, with --sample, the name of a published model or a size")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of its config, such as data.batch=64")
     parser.add_argument("--mesh", type=mesh, default=config.Mesh(1, 1, 1), help="such as fsdp=8 or data=16,fsdp=64; by default one device")
     parser.add_argument("--device", required=True, help="a100, h100, h200, b200, v4, v5e, v5p, v6e, v7x, or cpu")

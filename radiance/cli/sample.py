@@ -1,6 +1,7 @@
 """`radiance sample`: pictures of prompts."""
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 from radiance import config
@@ -30,6 +31,11 @@ def add(verbs):
     parser.add_argument("--mesh", type=mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
     add_hosts(parser)
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="instead of --out: a data set for data.source=folder, each prompt in a .txt beside its picture; the same command goes on",
+    )
     parser.set_defaults(run=main)
 
 
@@ -39,6 +45,7 @@ def main(options: argparse.Namespace) -> int:
 
     from radiance.models import load
     from radiance.pictures import contact_sheet, save_png
+    from radiance.weights.files import replacing
 
     prompts = options.prompt + (lines(options.prompts) if options.prompts else [])
     if not prompts:
@@ -46,9 +53,17 @@ def main(options: argparse.Namespace) -> int:
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     host, hosts = join_hosts(options)
     keep_memory()
-    mine = {f"{i:05d}_seed{jobs[i][1]}.png": jobs[i] for i in range(host, len(jobs), hosts)}
-    if any((options.out / name).exists() for name in (*mine, "sheet.png")):
-        raise config.ConfigError(f"{options.out} holds pictures already: give another --out.")
+    named = {f"{i:05d}_seed{seed}.png": (prompt, seed) for i, (prompt, seed) in enumerate(jobs)}
+    mine = dict(islice(named.items(), host, None, hosts))
+    out = options.folder or options.out
+    if options.folder:
+        _check_begun(out, named)
+        mine = {name: job for name, job in mine.items() if not (out / name).is_file()}
+        if not mine:
+            print(f"Nothing is left to paint for {out}.")
+            return 0
+    elif any((out / name).exists() for name in (*mine, "sheet.png")):
+        raise config.ConfigError(f"{out} holds pictures already: give another --out.")
     pipeline = load(
         options.model,
         text_encoder=options.text_encoder,
@@ -66,11 +81,33 @@ def main(options: argparse.Namespace) -> int:
     painted = pipeline.paint([p for p, _ in mine.values()], [s for _, s in mine.values()], width, height)
     pictures = []
     for name, picture in zip(mine, tqdm(painted, total=len(mine), unit="picture", disable=None)):  # disable=None: no bar in a log
-        save_png(options.out / name, picture.image, picture.facts)
-        pictures.append(picture.image)
-    if hosts == 1:
+        if options.folder:
+            with replacing((out / name).with_suffix(".txt")) as part:
+                part.write_text(_caption(mine[name][0]) + "\n", "utf-8")
+        else:
+            pictures.append(picture.image)
+        with replacing(out / name) as part:
+            save_png(part, picture.image, picture.facts)
+    if hosts == 1 and not options.folder:
         sheet = contact_sheet(pictures, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10))
         settings = config.to_dict(pipeline.run.sample)
-        save_png(options.out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
-    print(f"{len(pictures)} pictures{' and sheet.png' if hosts == 1 else f' of {len(jobs)}'} are in {options.out}.")
+        save_png(out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
+    others = f" of {len(jobs)}" if options.folder or hosts > 1 else " and sheet.png"
+    print(f"{len(mine)} pictures{others} are in {out}.")
     return 0
+
+
+def _caption(prompt: str) -> str:
+    """One line, for each line of a caption file is a caption."""
+    return " ".join(prompt.splitlines())
+
+
+def _check_begun(folder: Path, jobs: dict[str, tuple[str, int]]):
+    """Raises ConfigError when a data set was begun with other prompts or seeds."""
+    others = {path.name for path in folder.glob("*.png")} - jobs.keys()
+    for name, (prompt, _) in jobs.items():
+        beside = (folder / name).with_suffix(".txt")
+        if beside.is_file() and beside.read_text("utf-8").removesuffix("\n") != _caption(prompt):
+            others.add(beside.name)
+    if others:
+        raise config.ConfigError(f"{folder} was begun with other prompts or seeds (it holds {min(others)}): give another --folder.")

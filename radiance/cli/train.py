@@ -10,7 +10,7 @@ from radiance.cli.hosts import add_hosts, join_hosts, keep_memory
 
 def add(verbs):
     parser = verbs.add_parser("train", help="train an experiment, or go on with it", description=main.__doc__)
-    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM]", help="a file of experiments/, or its dotted name")
+    parser.add_argument("experiment", metavar="EXPERIMENT[:ARM…]", help="a file of experiments/, or its dotted name")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of its config, such as optimizer.learning_rate=2e-4")
     add_hosts(parser)
     parser.set_defaults(run=main)

@@ -68,12 +68,21 @@ class Config(Section):
             self.lora.rank == 0 or not self.optimizer.frozen,
             f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.parts says what is trained.",
         )
-        for kind, count, blocks in zip(("double", "single"), self.optimizer.rotate, (self.model.double_blocks, self.model.single_blocks)):
+        for name, counts in (("rotate", self.optimizer.rotate), ("edges", self.optimizer.edges)):
+            for kind, count, blocks in zip(("double", "single"), counts, (self.model.double_blocks, self.model.single_blocks)):
+                require(
+                    counts == (0, 0) or min(1, blocks) <= count <= blocks,
+                    f"optimizer.{name}={counts} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
+                    f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
+                )
             require(
-                self.optimizer.rotate == (0, 0) or min(1, blocks) <= count <= blocks,
-                f"optimizer.rotate={self.optimizer.rotate} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
-                f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
+                self.lora.rank == 0 or counts == (0, 0),
+                f"optimizer.{name}={counts} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
             )
+        require(
+            (0, 0) in (self.optimizer.rotate, self.optimizer.edges),
+            f"optimizer.rotate={self.optimizer.rotate} and optimizer.edges={self.optimizer.edges} both say which blocks are trained: leave one out.",
+        )
         require(
             self.sample.unconditional == "negative" or self.model.padding == "learned",
             f"sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
@@ -81,10 +90,6 @@ class Config(Section):
         require(
             self.data.dropout_to == "empty" or self.model.padding == "learned",
             f"data.dropout_to=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
-        )
-        require(
-            self.lora.rank == 0 or self.optimizer.rotate == (0, 0),
-            f"optimizer.rotate={self.optimizer.rotate} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
         )
         require(
             self.sample.width is None or bool(self.optimizer.ema_widths),

@@ -54,6 +54,8 @@ class Optimizer(Section):
     frozen: tuple[str, ...] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
     rotate: tuple[int, int] = (0, 0)  # double and single blocks trained at a time, with moments of no more; 0,0 for all
     rotate_every: int = 100  # steps until the next of them; the moments of the optimizer begin anew
+    # The first double and the last single blocks are trained, with moments of no more, and those between stay (L2P, arXiv 2605.12013); 0,0 for all.
+    edges: tuple[int, int] = (0, 0)
     rates: tuple[str, ...] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
     ema: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
     # Relative widths of averages whose weight grows as a power of the step (arXiv 2312.02696), such as 0.05,0.1; snapshots of them (train.snapshot_every)

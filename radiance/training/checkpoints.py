@@ -60,7 +60,7 @@ class Checkpoints:
         """The state of that step, on the devices and in the shapes of the abstract state `like`."""
         with _told(f"The checkpoint of step {step}", self.directory, "read"):
             parts = self._checkpointer.load_checkpointables(step, _parts(_placed(like)))
-        return State(params=parts["params"], ema=parts["ema"], optimizer=parts["optimizer"], **parts["progress"])
+        return State(params=parts["params"], ema=parts.get("ema", {}), optimizer=parts["optimizer"], **parts["progress"])
 
     def restore_weights(self, step: int, run: config.Config, which: str, shardings: Params | None = None) -> Params:
         """Only the weights (of a LoRA run, what it adds), on the first device unless `shardings` says otherwise.
@@ -189,8 +189,10 @@ def chosen_average(which: str, names: Iterable[str]) -> str | None:
 
 
 def _parts(state: State) -> dict:
+    """What is kept apart. Orbax writes nothing empty, as the averages of a run are that has none."""
     progress = {"step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-    return {"params": state.params, "ema": state.ema, "optimizer": state.optimizer, "progress": progress}
+    averages = {"ema": state.ema} if state.ema else {}
+    return {"params": state.params, **averages, "optimizer": state.optimizer, "progress": progress}
 
 
 def _placed(like):

@@ -1,5 +1,5 @@
-"""Layer rotation: only a few blocks are trained at a time, and then the next of a shuffled list, until each had its turn and the list is
-shuffled anew. What is not in a block is always trained.
+"""Training a few blocks: those at the edges of the trunk, or, in rotation, some at a time and then the next of a shuffled list, until each
+had its turn and the list is shuffled anew. What is not in a block is always trained.
 
 The optimizer holds moments of the blocks at hand alone. The weights' gradient is computed for all blocks, inside the step, and kept for
 these.
@@ -19,8 +19,12 @@ _SHUFFLES = 1 << 31  # keys from here on are no step's
 
 def blocks_at(run: config.Config, step: Int32[Array, ""] | int) -> Blocks:
     """The blocks that are trained in a step, from (seed, step) alone. A list that does not divide ends with some from its beginning."""
-    turn = jnp.asarray(step, jnp.int32) // run.optimizer.rotate_every
     counts = {"double": run.model.double_blocks, "single": run.model.single_blocks}
+    if run.optimizer.edges != (0, 0):
+        first, last = run.optimizer.edges
+        edges = {"double": jnp.arange(first), "single": jnp.arange(counts["single"] - last, counts["single"])}
+        return {name: blocks for name, blocks in edges.items() if len(blocks)}
+    turn = jnp.asarray(step, jnp.int32) // run.optimizer.rotate_every
 
     def next_of(kind: int, count: int, slots: int) -> Int32[Array, " slots"]:
         turns = -(-count // slots)

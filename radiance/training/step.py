@@ -74,7 +74,7 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
         norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
         norm = optax.tree.norm(norms)
         held = state.optimizer
-        if blocks:
+        if run.optimizer.rotate != (0, 0):
             held = restarted(held, optimizer.init(few), state.step % run.optimizer.rotate_every == 0)
         updates, optimizer_state = optimizer.update(gradients, held, few)
         moved = optax.tree.add(float32(few), updates)

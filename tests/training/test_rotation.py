@@ -1,4 +1,4 @@
-"""Layer rotation: who has a turn, what moves in it, what the optimizer holds, and a run that is resumed."""
+"""Training a few blocks: who has a turn, what moves in it, what the optimizer holds, and a run that is resumed."""
 
 from functools import partial
 
@@ -86,6 +86,22 @@ def test_moments_begin_anew_with_every_turn_even_where_its_first_step_is_skipped
     assert int(state.optimizer[-1].count) == 7  # the learning rate's goes on
 
 
+def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
+    """Their moments go on, as those of a run do that trains all blocks."""
+    run = rotating("optimizer.rotate=0,0", "optimizer.edges=1,2", "optimizer.rotate_every=1", "optimizer.frozen=modulation")
+    first = state = init_state(run, toy_params(run.model))
+    step = jax.jit(make_step(run))
+    for number in range(3):
+        state, _ = step(state, batch_of(run, number))
+    moved = {
+        kind: [i for i in range(count) if not same(picked(first.params[kind], i), picked(state.params[kind], i))]
+        for kind, count in (("double", 2), ("single", 5))
+    }
+    assert moved == {"double": [0], "single": [3, 4]} and int(state.optimizer[1].count) == 3
+    assert state.optimizer[1].mu["single"]["mlp"]["linear_in"]["kernel"].shape[0] == 2
+    assert not same(first.params["head"], state.params["head"]) and same(first.params["modulation"], state.params["modulation"])
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
     whole, broken = (
@@ -116,6 +132,9 @@ def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory
         (["model.double_blocks=0", "optimizer.rotate=1,2"], "give 0, or 0,0"),
         (["lora.rank=4", "init=x", "optimizer.rotate=1,2"], "no meaning with lora.rank=4"),
         (["optimizer.rotate_every=0"], "at least 1"),
+        (["optimizer.edges=2,39"], "edges=.2, 39. trains 39 single blocks"),
+        (["lora.rank=4", "init=x", "optimizer.edges=1,2"], "edges=.* no meaning with lora.rank=4"),
+        (["optimizer.rotate=1,2", "optimizer.edges=1,2"], "both say which blocks are trained"),
     ],
 )
 def test_settings_that_cannot_be(changes, told):

@@ -87,6 +87,14 @@ def reached(run, step, process):
     raise AssertionError("the run did not get there")
 
 
+def test_a_run_without_averages_is_saved_and_goes_on(tmp_path):
+    run = toy_run(tmp_path, "unused", "optimizer.ema=", "sample.weights=params")
+    state, checkpoints = init_state(run), Checkpoints(run.directory / "checkpoints")
+    checkpoints.save(state)
+    checkpoints.wait()
+    assert same(final_state(run), state)
+
+
 def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
     run = toy_run(tmp_path, data_directory, "train.checkpoint_every=1000")
     process = command(run, wait=False)

@@ -1,0 +1,123 @@
+"""The recipes' stages, each from the one before, with the commands of their docstrings, at toy size."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import same
+from toy_files import published, save
+from toy_t5 import CAPTIONS, TOY, toy_folder
+from toys import noisy_autoencoder, toy_model
+
+from radiance import config
+from radiance.cli import experiment, main
+from radiance.data.datasets import open_source
+from radiance.data.order import EMPTY, Order
+from radiance.model.autoencoder import Autoencoder
+from radiance.training.start import load_weights
+from radiance.weights import autoencoder
+
+pytestmark = pytest.mark.slow
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SHORT = [
+    "data.batch=4", "train.steps=3", "train.validate_every=3", "train.validate_pictures=2", "train.sample_every=3", "train.checkpoint_every=3",
+    "train.sample_prompts=one", "sample.steps=2", "optimizer.warmup_steps=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def trained(tmp_path, data_directory):
+    """Trains an arm, and gives its config."""
+
+    def train(name: str, *changes: str) -> config.Config:
+        changes = [*SHORT, f"output={tmp_path}", f"data.directory={data_directory}", *changes]
+        assert main(["train", f"{EXPERIMENTS}/{name}", *changes]) == 0
+        return config.override(experiment(f"{EXPERIMENTS}/{name}"), changes)
+
+    return train
+
+
+def weights(run: config.Config):
+    return load_weights(str(run.directory), run)
+
+
+def first_row(run: config.Config) -> dict:
+    return json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def moved(before, after) -> set[str]:
+    """Parts of the network that are not the same."""
+    return {name for name in before if not same(before[name], after[name])}
+
+
+def test_head_then_trunk_then_x0_then_text_ids_that_count(trained, tmp_path):
+    model = experiment(f"{EXPERIMENTS}/radiance_512.py:toy").model
+    grafted = save(tmp_path / "grafted.safetensors", published(model), model)  # fresh blocks would stay: their gates are 0
+    head = trained("radiance_512.py:head:toy", f"init={grafted}")
+    assert moved(load_weights(str(grafted), head), weights(head)) == {"patch_embed", "head"}
+    trunk = trained("radiance_512.py:trunk:toy", f"init={head.directory}")
+    assert moved(weights(head), weights(trunk)) == {"patch_embed", "head", "double", "single"}
+    assert first_row(trunk)["step"] == 0  # the loss of what it starts from
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("velocity", "x0", "sequential")}
+    assert main(["convert", str(trunk.directory), files["velocity"]]) == 0
+    assert main(["convert", files["velocity"], files["x0"], "--prediction", "x0"]) == 0
+    x0 = trained("radiance_512.py:x0:toy", f"init={files['x0']}")
+    assert moved(weights(trunk), weights(x0)) == {"patch_embed", "head", "double", "single"}
+    assert main(["convert", files["x0"], files["sequential"], "--text-ids", "sequential"]) == 0
+    later = trained("radiance_512.py:2026:toy", f"init={files['sequential']}")
+    assert moved(weights(trunk), weights(later)) == {"patch_embed", "head", "double", "single", "text_embed"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Of several proportions and sizes, half of them with tags."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        width, height = [(24, 24), (38, 20), (20, 38), (10, 10)][i % 4]
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "red, a cat, Night, sky", "is_tag_based": i % 2 == 0})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_resolutions_grow_and_mix(trained, pictures):
+    folder = ["data.source=folder", f"data.path={pictures}", "data.validation=0.2", "data.bucket_step=8"]
+    first = trained("radiance_512.py:256:toy", *folder, "data.side=8", "data.other_sides=")
+    second = trained("radiance_512.py:512:toy", *folder, "data.other_sides=", f"init={first.directory}")
+    mixed = ["data.other_sides=8", "data.remainder=fill", "train.steps=10", "train.validate_every=10", "train.checkpoint_every=10"]
+    last = trained("radiance_512.py:1024:toy", *folder, *mixed, "train.sample_every=10", f"init={second.directory}")
+    order = Order(open_source(last.data, "train"), last.data, last.train.seed)
+    sizes = {(order[step].width, order[step].height) for step in range(10)}
+    assert sizes == {(8, 8), (8, 24), (16, 16), (24, 8)} and any((order[step].pictures == EMPTY).any() for step in range(10))
+    assert [first_row(run)["step"] for run in (second, last)] == [0, 0]  # the loss of what they start from
+    assert moved(weights(second), weights(last)) >= {"double", "single", "modulation"}
+
+
+def test_a_latent_model_paints_what_its_trunk_learns_pixels_from(trained, tmp_path):
+    latent = toy_model(hidden=64, rope_axes=(4, 14, 14), head="linear", patch=1, channels=8, text_dim=TOY.hidden)
+    file, grafted = save(tmp_path / "latent.safetensors", published(latent), latent), tmp_path / "grafted.safetensors"
+    sizes = Autoencoder(latent_channels=2, width=8, multipliers=(1, 2), blocks=1, groups=4)
+    autoencoder.write(tmp_path / "ae.safetensors", sizes, noisy_autoencoder(sizes))
+    t5, captions, painted = toy_folder(tmp_path / "t5"), tmp_path / "captions.txt", tmp_path / "painted"
+    captions.write_text("\n".join(CAPTIONS))
+    sample = ["sample", file, "--text-encoder", t5, "--autoencoder", tmp_path / "ae.safetensors", "--size", "32x32", "--dtype", "float32"]
+    assert main([*map(str, sample), "--prompts", str(captions), "--seeds", "0-1", "--folder", str(painted), "steps=2"]) == 0
+    assert main(["convert", str(file), str(grafted), "--graft", "chroma1-radiance-x0"]) == 0
+
+    model = toy_model(
+        hidden=64, rope_axes=(4, 14, 14), text_dim=TOY.hidden, patch=16, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=4, nerf_freqs=8
+    )
+    told = {key: ",".join(map(str, x)) if isinstance(x, tuple) else x for key, x in config.to_dict(model).items() if key != "prediction"}
+    changes = [f"init={grafted}", "data.source=folder", f"data.path={painted}", "data.side=32", "data.other_sides=", "data.bucket_step=16"]
+    changes += ["data.validation=0.3", "text.encoder=t5", f"text.file={t5}", "text.length=32", "optimizer.frozen=text_embed,modulation"]
+    run = trained("latent_to_pixel.py:toy", *changes, *(f"model.{key}={value}" for key, value in told.items()))
+    before, after = load_weights(str(grafted), run), load_weights(str(run.directory), config.override(run, ["sample.weights=params"]))
+    assert moved(before, after) == {"patch_embed", "head", "double", "single"}
+    for kind, count, edge in (("double", 2, 0), ("single", 3, 2)):
+        still = {i for i in range(count) if not moved(*({"": jax.tree.map(lambda x, i=i: x[i], tree[kind])} for tree in (before, after)))}
+        assert still == set(range(count)) - {edge}
