@@ -84,6 +84,7 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     dim: the model's `text_dim`; ConfigError when the encoder has another. shardings: gives the places of T5's parameters.
     """
     from radiance.text.cache import CachedEncoder  # which is an Encoder itself
+    from radiance.text.random_t5 import RandomT5Encoder
 
     if text.encoder == "t5" and not text.file and not text.cache:
         raise config.ConfigError(
@@ -92,6 +93,8 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     encoder: Encoder | None = None
     if text.encoder == "hash":
         encoder = HashEncoder(dim, text.length)
+    elif text.encoder == "random_t5":
+        encoder = RandomT5Encoder(dim, text.length, text.dtype)
     elif text.file:
         encoder = T5Encoder(text.file, text.tokenizer, text.length, text.dtype, shardings)
     if text.cache:

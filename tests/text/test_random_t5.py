@@ -4,15 +4,35 @@ import hashlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from radiance.config import ConfigError, Data, Text
+from radiance.data.datasets import Example
+from radiance.data.pipeline import Batches
 from radiance.data.shape_captions import caption, tokens
 from radiance.data.shapes import scene
 from radiance.text import t5
-from radiance.text.encoders import HashEncoder, TextError
+from radiance.text.encoders import HashEncoder, TextError, make_encoder
 from radiance.text.random_t5 import DECAY, IDS, RandomT5Encoder, weights
 
 LIMIT = 32
 PROMPTS = ("two: small red circle b3, on white", "one: large blue ring d1")
+
+
+class Captions:
+    """As little of a source as batches need."""
+
+    def __len__(self):
+        return len(PROMPTS)
+
+    def __getitem__(self, index):
+        return Example(Image.new("RGB", (4, 4)), self.captions(index), {})
+
+    def captions(self, index):
+        return (PROMPTS[index],)
+
+    def tags(self, index):
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +64,24 @@ def test_pinned(encoder):
     ]
     np.testing.assert_allclose(rows[0, [3, 9, 10, 31], :3], expected, atol=1e-4)
     assert encoder.identity == "ea7dbd546f75755aaea572926ffea4d5"
+
+
+def test_the_config_names_it():
+    encoder = make_encoder(Text(encoder="random_t5", length=40, dtype="float32"), 24)
+    assert isinstance(encoder, RandomT5Encoder) and (encoder.kind, encoder.dim, encoder.limit) == ("random_t5", 24, 40)
+    assert encoder.identity == RandomT5Encoder(24, 40).identity
+    for wrong in ({"cache": "folder"}, {"file": "t5.safetensors"}):
+        with pytest.raises(ConfigError, match=f"text.{next(iter(wrong))}"):
+            Text(encoder="random_t5", **wrong)
+
+
+def test_batches_without_a_mask_hold_all_padding():
+    """What `masking: off` sees is the encoder's own padding."""
+    source, encoder = Captions(), RandomT5Encoder(24, 40)
+    batch = Batches(source, Data(side=4, batch=2, caption_dropout=0, threads=1), encoder, 0, 3, "off")[0]
+    for row, length in zip(batch["text"], batch["lengths"]):
+        assert len(row) == 40 and relative(row[length:-1], row[length + 1 :]).max() > 0.05
+    assert relative(*(row[20:] for row in batch["text"])).min() > 0.05
 
 
 def test_identity_tells_encoders_apart(encoder):
