@@ -182,7 +182,7 @@ def _sampling(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Callable[[],
 
 
 def _text_type(run: config.Config) -> str:
-    return run.text.dtype if run.text.encoder == "t5" else "float32"
+    return "float32" if run.text.encoder == "hash" else run.text.dtype
 
 
 def _weights(model: config.Model, dtype: str, store: str, mesh: jax.sharding.Mesh) -> Params:

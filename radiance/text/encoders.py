@@ -2,7 +2,7 @@
 
 `lengths` counts real tokens, the end of the sequence included. The row behind them is a padding token's, which the published
 models see (`masking: one_pad`); T5 computes it with the real tokens in view, so it is not the same in every text. The rows behind
-that one, which only `masking: off` sees, repeat it.
+that one, which only `masking: off` sees, repeat it; the random T5 gives them too.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class TextError(ValueError):
 class Encoded(NamedTuple):
     """One text."""
 
-    rows: Float[np.ndarray, "n d"]  # of the real tokens and of one padding token, as far as the limit goes; not to be written to
+    rows: Float[np.ndarray, "n d"]  # of the real tokens and of padding, at least one, as far as the limit goes; not to be written to
     length: int  # real tokens
 
 
@@ -84,6 +84,7 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     dim: the model's `text_dim`; ConfigError when the encoder has another. shardings: gives the places of T5's parameters.
     """
     from radiance.text.cache import CachedEncoder  # which is an Encoder itself
+    from radiance.text.random_t5 import RandomT5Encoder
 
     if text.encoder == "t5" and not text.file and not text.cache:
         raise config.ConfigError(
@@ -92,6 +93,8 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
     encoder: Encoder | None = None
     if text.encoder == "hash":
         encoder = HashEncoder(dim, text.length)
+    elif text.encoder == "random_t5":
+        encoder = RandomT5Encoder(dim, text.length, text.dtype)
     elif text.file:
         encoder = T5Encoder(text.file, text.tokenizer, text.length, text.dtype, shardings)
     if text.cache:
@@ -151,7 +154,8 @@ class HashEncoder(Encoder):
         self.dim, self.limit, self.dtype = dim, limit, DTYPES["float32"]
         self.identity = digest("hash", dim)
 
-    def words(self, text: str) -> list[str]:
+    @staticmethod
+    def words(text: str) -> list[str]:
         text = unicodedata.normalize("NFKC", text).casefold()
         return re.findall(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]", text)
 
@@ -167,45 +171,35 @@ class HashEncoder(Encoder):
         self.check(text, len(words) + 1, cut)
         words = [*words[: self.limit - 1], self.END]
         grams = [[w, f"{a} {w}", f"{w} {b}"] for a, w, b in zip(["", *words], words, [*words[1:], ""])]
-        rows = [sum(_gaussian(g, self.dim) for g in row) / np.sqrt(3, dtype=np.float32) for row in grams]
-        return Encoded(np.stack([*rows, _gaussian(self.PAD, self.dim)][: self.limit]), len(words))
+        rows = [sum(gaussian(g, self.dim) for g in row) / np.sqrt(3, dtype=np.float32) for row in grams]
+        return Encoded(np.stack([*rows, gaussian(self.PAD, self.dim)][: self.limit]), len(words))
 
 
 @lru_cache(maxsize=65536)
-def _gaussian(gram: str, dim: int) -> Float[np.ndarray, " d"]:
+def gaussian(gram: str, dim: int) -> Float[np.ndarray, " d"]:
+    """Numbers that the text alone decides, the same everywhere and always. Not to be written to."""
     seed = np.frombuffer(hashlib.blake2b(gram.encode(errors="surrogatepass"), digest_size=16).digest(), "<u4")
     return np.random.RandomState(seed).standard_normal(dim).astype(np.float32)
 
 
-class T5Encoder(Encoder):
-    """T5 v1.1's last layer, its padding masked as Chroma's is (FLUX's own pipelines let T5 read the padding).
+class NetworkEncoder(Encoder):
+    """What runs T5's network. Texts of like length are encoded together, in arrays of few shapes; the weights are loaded by the
+    first text. Safe to call from several threads, which take turns.
 
-    Texts of like length are encoded together, in arrays of few shapes. The file's header and the tokenizer are read at once, and
-    their faults told; the weights are loaded by the first text. Safe to call from several threads, which take turns.
+    A subclass gives `sizes`, `tokenizer` and `_load`, and calls this one's `__init__`.
     """
 
-    kind = "t5"
+    sizes: t5.T5
+    tokenizer: Callable[[str], list[int]]  # the end of the sequence last
+    padding = 1  # rows of padding that are kept: `one_pad` sees one, and for `off` those behind repeat the last
+    step = BUCKET
 
-    def __init__(
-        self,
-        file: str | Path,
-        tokenizer: str | Path = "",
-        limit: int = 512,
-        dtype: str = "bfloat16",
-        shardings: Callable[[t5.Params], t5.Params] | None = None,
-    ):
-        self.weights = t5.Weights(Path(file).expanduser())
-        self.tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
-        if self.tokenizer.size > self.weights.t5.vocabulary:
-            raise config.ConfigError(
-                f"{self.tokenizer.path} has {self.tokenizer.size} tokens, and {self.weights.file.path} vectors for {self.weights.t5.vocabulary}: "
-                "give the tokenizer of that model as text.tokenizer."
-            )
-        self.dim, self.limit, self.dtype = self.weights.t5.hidden, limit, DTYPES[dtype]
-        self.identity = digest("t5", self.weights.fingerprint(), self.tokenizer.identity, dtype)
-        self._shardings = shardings
+    def __init__(self):
         self._params: t5.Params | None = None
         self._turn = threading.Lock()
+
+    def _load(self) -> t5.Params:
+        raise NotImplementedError
 
     def count(self, text: str) -> int:
         return len(self.tokenizer(text))
@@ -216,8 +210,7 @@ class T5Encoder(Encoder):
             ids = self.tokenizer(text)
             self.check(text, len(ids), cut)
             ids = [*ids[:-1][: self.limit - 1], ids[-1]]
-            # one more, for the padding token that the transformer sees
-            groups.setdefault(bucket(len(ids) + 1, self.limit), {})[text] = ids
+            groups.setdefault(bucket(len(ids) + self.padding, self.limit, self.step), {})[text] = ids
         found: dict[str, Encoded] = {}
         with self._turn:
             for width, ids in sorted(groups.items()):
@@ -230,10 +223,43 @@ class T5Encoder(Encoder):
     def _run(self, texts: list[list[int]], width: int) -> list[Encoded]:
         """Of texts that fit into `width`; their number is filled up to a power of two."""
         if self._params is None:
-            self._params = self.weights.load(self.dtype.name, self._shardings)
+            self._params = self._load()
         ids = np.full((1 << (len(texts) - 1).bit_length(), width), PAD, np.int32)
         lengths = np.ones(len(ids), np.int32)
         for row, text in enumerate(texts):
             ids[row, : len(text)], lengths[row] = text, len(text)
-        rows = np.asarray(t5.encode(self.weights.t5, self.dtype.name, self._params, ids, lengths))
-        return [Encoded(row[: length + 1], int(length)) for row, length in zip(rows, lengths[: len(texts)])]
+        rows = np.asarray(t5.encode(self.sizes, self.dtype.name, self._params, ids, lengths))
+        return [Encoded(row[: length + self.padding], int(length)) for row, length in zip(rows, lengths[: len(texts)])]
+
+
+class T5Encoder(NetworkEncoder):
+    """T5 v1.1's last layer, its padding masked as Chroma's is (FLUX's own pipelines let T5 read the padding).
+
+    The file's header and the tokenizer are read at once, and their faults told.
+    """
+
+    kind = "t5"
+
+    def __init__(
+        self,
+        file: str | Path,
+        tokenizer: str | Path = "",
+        limit: int = 512,
+        dtype: str = "bfloat16",
+        shardings: Callable[[t5.Params], t5.Params] | None = None,
+    ):
+        super().__init__()
+        self.weights = t5.Weights(Path(file).expanduser())
+        self.sizes = self.weights.t5
+        self.tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
+        if self.tokenizer.size > self.sizes.vocabulary:
+            raise config.ConfigError(
+                f"{self.tokenizer.path} has {self.tokenizer.size} tokens, and {self.weights.file.path} vectors for {self.sizes.vocabulary}: "
+                "give the tokenizer of that model as text.tokenizer."
+            )
+        self.dim, self.limit, self.dtype = self.sizes.hidden, limit, DTYPES[dtype]
+        self.identity = digest("t5", self.weights.fingerprint(), self.tokenizer.identity, dtype)
+        self._shardings = shardings
+
+    def _load(self) -> t5.Params:
+        return self.weights.load(self.dtype.name, self._shardings)

@@ -1,0 +1,243 @@
+"""`shapes`: pictures that are what their attributes say, drawn by other means; captions that say it, at a length of their own."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from radiance.config import ConfigError
+from radiance.data.shape_captions import FILLERS, VOCABULARY, caption, tokens
+from radiance.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    DEPTH,
+    HELD_OUT,
+    JITTER,
+    PAIRS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Finish,
+    Object,
+    Scene,
+    render,
+    scene,
+)
+
+PLAIN = Finish("plain", 0, 0.0, 0.04, -0.03)
+FINE = 16  # pixels of a reference along the side of one of ours
+
+
+def pixels(picture):
+    return np.asarray(picture, np.float64)
+
+
+def alone(shape, size="large", finish=PLAIN, colour="red", row=1, column=2):
+    return Scene(0, 0, "train", "white", (Object(size, colour, shape, row, column),), (finish,))
+
+
+SCENES = [scene(3, i) for i in range(600)]
+FIVE = next(drawn for drawn in SCENES if len(drawn.objects) == 5)
+UNSEEN = [scene(3, i, "validation") for i in range(600)]
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def test_pinned():
+    """Runs are compared over these pictures and captions: whoever changes them must know."""
+    drawn = scene(7, 34)
+    assert drawn.objects[0] == Object("small", "yellow", "star", 3, 3) and drawn.background == "beige"
+    assert hashlib.sha256(render(drawn, 48).tobytes()).hexdigest()[:16] == "d045345f630ac276"
+    assert (
+        caption(drawn, "mixed", 64).text
+        == "two shapes in four rows and four columns: small purple square b1, small yellow star d4, on beige"
+    )
+
+
+def test_a_scene_is_a_function_of_seed_index_and_split():
+    assert scene(3, 5) == SCENES[5] != scene(4, 5)
+    assert scene(3, 5).objects != UNSEEN[5].objects
+    assert len({drawn[3:] for drawn in SCENES}) == len(SCENES)
+
+
+def test_all_attributes_are_equally_likely():
+    objects = [thing for drawn in SCENES for thing in drawn.objects]
+    finishes = [finish for drawn in SCENES for finish in drawn.finishes]
+    tallies = [
+        (Counter(len(drawn.objects) for drawn in SCENES), range(1, 6)),
+        (Counter(drawn.background for drawn in SCENES), BACKGROUNDS),
+        (Counter(thing.size for thing in objects), SIZES),
+        (Counter((thing.row, thing.column) for thing in objects), np.ndindex(4, 4)),
+        (Counter((thing.shape, thing.colour) for thing in objects), set(PAIRS) - HELD_OUT),
+        (Counter((thing.shape, thing.colour) for drawn in UNSEEN for thing in drawn.objects), PAIRS),
+        (Counter(finish.texture == "plain" for finish in finishes), (True, False)),
+        (Counter(finish.texture for finish in finishes if finish.texture != "plain"), TEXTURES[1:]),
+    ]
+    for found, values in tallies:
+        values = list(values)
+        expected = sum(found.values()) / len(values)
+        assert set(found) == set(values)
+        assert all(abs(count - expected) < 4.5 * np.sqrt(expected) for count in found.values())
+    assert all(len({(thing.row, thing.column) for thing in drawn.objects}) == len(drawn.objects) for drawn in SCENES)
+    offsets = np.array([(finish.across, finish.down) for finish in finishes])
+    assert 0.9 * JITTER < np.abs(offsets).max() <= JITTER and np.abs(np.corrcoef(offsets.T)[0, 1]) < 0.1
+
+
+def test_held_out_pairs_have_every_shape_and_no_colour_twice():
+    assert [shape for shape, _ in sorted(HELD_OUT)] == sorted(SHAPES) and len({colour for _, colour in HELD_OUT}) == len(HELD_OUT)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def corners(shape):
+    if shape == "square":
+        return [(-0.34, -0.34), (0.34, -0.34), (0.34, 0.34), (-0.34, 0.34)]
+    if shape == "triangle":
+        return [(0, -0.41), (0.42, 0.33), (-0.42, 0.33)]
+    return [(r * np.sin(a), -r * np.cos(a)) for r, a in zip([0.45, 0.2] * 5, np.arange(10) * np.pi / 5)]
+
+
+def inside(shape, x, y):
+    """Whether points lie in a large one about the origin; of polygons, by how many edges lie to the right of them."""
+    if shape in ("circle", "ring"):
+        outer, inner = {"circle": (0.38, 0), "ring": (0.41, 0.22)}[shape]
+        return (x * x + y * y < outer**2) & (x * x + y * y >= inner**2)
+    found, points = np.zeros(np.broadcast(x, y).shape, bool), corners(shape)
+    for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1]):
+        if ay != by:
+            found ^= ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+    return found
+
+
+@pytest.mark.parametrize("side", [32, 50, 64])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pixel_has_the_share_of_the_colour_that_the_shape_covers(shape, size, side):
+    fine = (np.arange(side * FINE) + 0.5) * 4 / (side * FINE)
+    x, y = (fine - 2.5 - PLAIN.across)[None, :] / SIZES[size], (fine - 1.5 - PLAIN.down)[:, None] / SIZES[size]
+    covered = inside(shape, x, y).reshape(side, FINE, side, FINE).mean((1, 3))[..., None]
+    expected = BACKGROUNDS["white"] + covered * (np.array(COLOURS["red"]) - BACKGROUNDS["white"])
+    wrong = np.abs(pixels(render(alone(shape, size), side)) - expected)
+    edge = ((covered > 0) & (covered < 1))[..., 0]
+    assert wrong[edge].mean() < 4 and wrong.max() < 30 and wrong[~edge].mean() < 0.1  # levels; the most at sharp corners
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+@pytest.mark.parametrize("turn", range(4))
+def test_a_larger_picture_is_the_same_in_more_detail(texture, turn):
+    drawn = alone("square", finish=Finish(texture, turn, 0.3, 0.02, 0.01))
+    large = pixels(render(drawn, 512)).reshape(64, 8, 64, 8, 3).mean((1, 3))
+    wrong = np.abs(pixels(render(drawn, 64)) - large)
+    assert wrong.mean() < 0.1 and wrong.max() < 20
+
+
+def test_textures_are_two_shades_whose_mean_is_the_colour():
+    for texture, turn in (("striped", 0), ("striped", 1), ("checked", 2), ("checked", 3)):
+        phases = [alone("square", finish=Finish(texture, turn, phase, 0.0, 0.0)) for phase in np.arange(8) / 8]
+        inner = np.stack([pixels(render(drawn, 256)) for drawn in phases])[:, 80:112, 144:176] - COLOURS["red"]
+        np.testing.assert_allclose(inner.mean((0, 1, 2)), 0, atol=2)
+        assert np.abs(np.abs(inner) - DEPTH).mean() < 4 and abs(inner).max() <= DEPTH
+    stripes = pixels(render(alone("square", finish=Finish("striped", 0, 0.0, 0.0, 0.0)), 256))[80:112, 144:176, 0]
+    assert np.ptp(stripes, axis=0).max() == 0 and np.ptp(stripes, axis=1).min() == 2 * DEPTH  # they stand upright
+
+
+def test_no_object_leaves_its_cell():
+    """So that cells can be read one by one."""
+    for drawn in SCENES[:100]:
+        picture = pixels(render(drawn, 128)).reshape(4, 32, 4, 32, 3)
+        other = np.abs(picture - BACKGROUNDS[drawn.background]).max((1, 3, 4)) > 1
+        assert set(zip(*np.nonzero(other))) == {(thing.row, thing.column) for thing in drawn.objects}
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+
+
+def understood(text):
+    """What a caption says, by its words alone."""
+    head, *parts = re.split(r"[:,] ", text.rstrip("."))
+    objects, background = set(), None
+    for part in parts:
+        words = part.split()
+        (size, *_), (colour, *_), (shape, *_) = ([w for w in words if w in of] or [""] for of in (SIZES, COLOURS, SHAPES))
+        cell = next((w for w in words if re.fullmatch("[a-d][1-4]", w)), None)
+        if shape:
+            row, column = (
+                (int(cell[1]) - 1, "abcd".index(cell[0])) if cell else (NUMBERS[words[words.index(w) + 1]] - 1 for w in ("row", "column"))
+            )
+            objects.add(Object(size, colour, shape, row, column))
+        background = next((w for w in words if w in BACKGROUNDS), background)
+    return next(NUMBERS[w] for w in head.split() if w in NUMBERS), objects, background
+
+
+@pytest.mark.parametrize("law, limit", [("short", 256), ("mixed", 64), ("mixed", 256), ("full", 256)])
+def test_captions_say_what_is_there_and_nothing_else(law, limit):
+    whole = 0
+    for drawn in SCENES[:300] + UNSEEN[:300]:
+        text, facts = caption(drawn, law, limit)
+        assert understood(text) == (len(drawn.objects), set(facts.objects), facts.background), text
+        assert facts.count == len(drawn.objects) and facts.objects and set(facts.objects) <= set(drawn.objects)
+        assert facts.background in (None, drawn.background)
+        assert set(tokens(text)) <= set(VOCABULARY)
+        whole += len(facts.objects) == facts.count
+    assert whole >= {"short": 150, "mixed": 350, "full": 600}[law]
+
+
+def test_length_knows_nothing_of_the_picture():
+    """With other objects in the picture, more or fewer, a caption has as many tokens as before."""
+    for law, limit, median in (("short", 256, 12), ("mixed", 64, 23), ("mixed", 256, 71), ("full", 100, 100)):
+        lengths = np.array([len(tokens(caption(drawn, law, limit).text)) + 1 for drawn in SCENES])
+        assert abs(np.median(lengths) - median) <= 0.15 * median and lengths.min() >= 10 and lengths.max() <= limit
+        for count in (1, 5):
+            others = [caption(drawn._replace(objects=FIVE.objects[:count]), law, limit).text for drawn in SCENES]
+            assert [len(tokens(text)) + 1 for text in others] == lengths.tolist()
+
+
+def test_half_of_the_captions_name_the_background():
+    for law in ("short", "mixed", "full"):
+        named = [caption(drawn, law).facts.background is not None for drawn in SCENES]
+        assert abs(np.mean(named) - 0.5) < 0.09
+
+
+def test_filler_says_nothing_of_attributes():
+    telling = {*SIZES, *COLOURS, *SHAPES, *BACKGROUNDS, *NUMBERS, "row", "column", "rows", "columns"}
+    assert not telling & {word for text in FILLERS for word in text.split()}
+
+
+def test_a_limit_without_room_is_an_error():
+    with pytest.raises(ConfigError, match="text.length"):
+        caption(SCENES[0], "mixed", 19)
+
+
+# --- as a data set ----------------------------------------------------------------------------------------------------
+
+
+def test_the_data_set_has_the_same_pictures(tmp_path):
+    from radiance.data.shapes_builder import Shapes, ShapesConfig
+
+    made = ShapesConfig(name="tiny", side=32, law="short", seed=3, train=6, validation=4)
+    builder = Shapes(data_dir=str(tmp_path), file_format="array_record", config=made)
+    builder.download_and_prepare()
+    for split, scenes in (("train", SCENES[:6]), ("validation", UNSEEN[:4])):
+        rows = {row["index"]: row for row in builder.as_data_source(split=split)}
+        assert sorted(rows) == list(range(len(scenes)))
+        for index, row in rows.items():
+            drawn, (text, facts) = scenes[index], caption(scenes[index], "short")
+            assert np.array_equal(row["image"], np.asarray(render(drawn, 32)))
+            assert [c.decode() for c in row["captions"]] == [text]
+            assert list(BACKGROUNDS)[row["background"]] == drawn.background and row["background_told"] == (facts.background is not None)
+            parts = [row["objects"][key] for key in ("size", "colour", "shape", "row", "column", "told")]
+            found = [(Object(list(SIZES)[a], list(COLOURS)[b], list(SHAPES)[c], d, e), told) for a, b, c, d, e, told in zip(*parts)]
+            assert found == [(thing, thing in facts.objects) for thing in drawn.objects]
+
+
+def test_scenes_need_neither_jax_nor_tensorflow():
+    told = "import sys, radiance.data.shape_captions; print({'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout == "set()\n"
