@@ -1,7 +1,7 @@
 """What is known of a data set before a pixel is decoded, on disk: listed once, opened at once, and too large for no memory.
 
 Looking at the captions and the heads of millions of pictures takes from minutes to hours. It is done when a data set is first
-used, and again when its listing changes. Of every picture a row of fixed size is kept in facts.npy, and a line of JSON in
+used, and again when its listing changes. Of every picture a row of fixed size is kept in facts.bin, and a line of JSON in
 rows.jsonl; both are read where they lie (memory-mapped), by as many processes as want them. Pictures that cannot be found one by
 one where they come from are copied to pictures.bin.
 """
@@ -108,15 +108,15 @@ class Catalogue:
 
     @cached_property
     def facts(self) -> np.ndarray:
-        return np.load(self.path / "facts.npy", mmap_mode="r")
+        return _mapped(self.path / "facts.bin", FACTS)
 
     @cached_property
     def _lines(self) -> np.ndarray:
-        return _mapped(self.path / "rows.jsonl")
+        return _mapped(self.path / "rows.jsonl", np.uint8)
 
     @cached_property
     def _pictures(self) -> np.ndarray:
-        return _mapped(self.path / "pictures.bin")
+        return _mapped(self.path / "pictures.bin", np.uint8)
 
     def __getstate__(self):
         return {name: getattr(self, name) for name in ("listing", "title", "path")}
@@ -160,16 +160,19 @@ class Catalogue:
         part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             self._write(part, threads)
-            if not self.path.is_dir():  # made by another process meanwhile
+            try:
                 os.rename(part, self.path)
+            except OSError:
+                if not self.path.is_dir():  # made by another process meanwhile
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
     def _write(self, part: Path, threads: int):
         count, told = 0, time.monotonic()
-        blocks: list[np.ndarray] = []
         listed = self.listing.rows(threads)
         with (
+            open(part / "facts.bin", "wb") as kept_facts,
             open(part / "rows.jsonl", "wb") as rows,
             open(part / "unfit.jsonl", "w", encoding="utf-8") as unfit,
             open(part / "pictures.bin", "wb") as pictures,
@@ -190,17 +193,16 @@ class Catalogue:
                     lot = lot_of(item.name) if item.lot is None else item.lot
                     facts[kept] = (begin, rows.tell(), item.width, item.height, item.weight, item.tags, lot, _digest(item))
                     kept += 1
-                blocks.append(facts[:kept])
+                kept_facts.write(facts[:kept].tobytes())
                 count += len(some)
                 if time.monotonic() - told > LINE_EVERY:
                     told = time.monotonic()
                     print(f"{self.title}: looked at {count} pictures.", file=sys.stderr, flush=True)
-        np.save(part / "facts.npy", np.concatenate(blocks) if blocks else np.zeros(0, FACTS))
         (part / "of.json").write_text(json.dumps({"title": self.title, "identity": self.listing.identity}) + "\n")
 
 
-def _mapped(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+def _mapped(path: Path, kind: Any) -> np.ndarray:
+    return np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
 
 
 def lot_of(name: str) -> int:

@@ -44,8 +44,9 @@ class Jsonl:
         self.identity = hashlib.sha256(told.encode()).hexdigest()
 
     def rows(self, threads: int) -> Iterator[Row | Unfit]:
-        lines = ((number, line) for number, line in enumerate(storage.lines(self.path), 1) if line.strip())
-        yield from in_threads(self._row, lines, threads)
+        with storage.stream(self.path) as file:
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            yield from in_threads(self._row, lines, threads)
 
     def address(self, place: str) -> str:
         return storage.join(self.root, place)

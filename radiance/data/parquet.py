@@ -133,7 +133,7 @@ def _table(shard: Shard) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise config.ConfigError("data.source=parquet needs the pyarrow package: pip install 'radiance[parquet]'.") from None
-    with opened(shard.path) as file:
+    with opened(shard) as file:
         try:
             yield ParquetFile(file, pre_buffer=False, buffer_size=BUFFER)
         except (pyarrow.ArrowException, OSError) as error:

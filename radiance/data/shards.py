@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import BinaryIO, NamedTuple
 
 from radiance import config
+from radiance.data import storage
 from radiance.data.catalogue import DataError
 
 BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost
@@ -18,52 +20,52 @@ WILD = re.compile(r"[*?\[{]")
 
 class Shard(NamedTuple):
     name: str  # within the folder that was given or that the pattern begins with, without the suffix and with "/"
-    path: str
+    path: str  # or its address
     size: int  # bytes
-    changed: int  # nanoseconds, as the system counts
+    stamp: str  # changes with the content
 
 
 def find(path: str, suffix: str) -> list[Shard]:
     """The shards that `data.path` names, ordered by name: one file, a folder of files with that suffix (subfolders count, and names
-    that begin with a dot do not), or a pattern of *, ?, [abc], {a,b} and {000..127}. What stands in braces must be there.
+    that begin with a dot do not), or a pattern of *, ?, [abc], {a,b} and {000..127}. What stands in braces must be there. Anywhere
+    but on this machine, patterns are for names alone and a folder's address ends with "/".
 
     Raises ConfigError when there is none.
     """
-    given = os.path.expanduser(path)
-    found: set[str] = set()
+    given, look = (path, _remote) if storage.is_remote(path) else (os.path.expanduser(path), _local)
+    found: dict[str, storage.File] = {}
     for pattern in [given] if os.path.exists(given) else _alternatives(given):
-        some = [file for file in _files(pattern, suffix) if file.endswith(suffix) or file == given]
+        some = {file.place: file for file in look(pattern, suffix) if file.place.endswith(suffix) or file.place == given}
         if not some:
             raise config.ConfigError(
                 f"data.path={path}: {pattern} is no {suffix} file and has none in it: give a file, a folder of them, or a pattern such as "
                 f"shards/*{suffix} or shards/{{0000..0127}}{suffix}."
             )
-        found.update(some)
-    begins = given if os.path.isdir(given) else os.path.dirname(given if os.path.exists(given) else WILD.split(given)[0] + "*")
-    return sorted(_shard(file, begins or os.curdir, suffix) for file in found)
+        found |= some
+    whole = given if os.path.exists(given) else WILD.split(given)[0]
+    begins = whole if os.path.isdir(whole) else whole.rpartition("/")[0]
+    return sorted(_shard(file, begins, suffix) for file in found.values())
 
 
 def identity(shards: Sequence[Shard], *settings: str) -> str:
     """Changes with the shards, with where they lie, and with the settings that they are read by."""
-    told = [[os.path.abspath(shard.path), shard.size, shard.changed] for shard in shards]
+    told = [[storage.absolute(shard.path), shard.size, shard.stamp] for shard in shards]
     return hashlib.sha256(json.dumps([settings, told]).encode()).hexdigest()
 
 
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def opened(shard: Shard) -> Iterator[BinaryIO]:
     """To be gone through once. Raises DataError when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}): put it back, or fetch it again.") from None
+    with storage.stream(shard.path, shard.size) as file:
+        yield file
 
 
 def part(path: str, offset: int, size: int) -> bytes:
     """Some of its bytes. Raises DataError when they cannot be read."""
-    with opened(path) as file:
-        file.seek(offset)
-        content = file.read(size)
+    try:
+        content = storage.read(path, offset, offset + size)
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): put it back, or fetch it again.") from None
     if len(content) < size:
         raise DataError(f"{path} is shorter than it was at the start: put it back, or fetch it again.")
     return content
@@ -82,14 +84,29 @@ def _alternatives(pattern: str) -> list[str]:
     return [word for choice in choices for word in _alternatives(pattern[: found.start()] + choice + pattern[found.end() :])]
 
 
-def _files(pattern: str, suffix: str) -> list[str]:
+def _local(pattern: str, suffix: str) -> list[storage.File]:
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    return [file for file in found if os.path.isfile(file)]
+    return [storage.file(path) for path in found if os.path.isfile(path)]
 
 
-def _shard(file: str, folder: str, suffix: str) -> Shard:
-    status = os.stat(file)
-    name = os.path.relpath(file, folder).replace(os.sep, "/").removesuffix(suffix)
-    return Shard(name, file, status.st_size, status.st_mtime_ns)
+def _remote(pattern: str, suffix: str) -> list[storage.File]:
+    """Of an address: the file itself, or those of a folder."""
+    folder, slash, name = pattern.rpartition("/")
+    if name and not WILD.search(name):
+        try:
+            return [storage.file(pattern)]
+        except FileNotFoundError:
+            folder, name = pattern, ""
+    try:
+        files, _ = storage.files(folder + slash)
+    except NotADirectoryError:
+        return []
+    inside = [file for file in files if (fnmatchcase(file.name, name) if name else file.name.endswith(suffix))]
+    return [file._replace(place=storage.join(folder + slash, file.place)) for file in inside if not (name and "/" in file.name)]
+
+
+def _shard(file: storage.File, folder: str, suffix: str) -> Shard:
+    name = file.place.removeprefix(folder).lstrip("/") if folder else file.place
+    return Shard(name.replace(os.sep, "/").removesuffix(suffix), file.place, file.size or 0, file.stamp)

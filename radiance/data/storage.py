@@ -106,11 +106,12 @@ def open_head(address: str, size: int | None = None) -> BinaryIO:
     return _opened(address, size, HEAD) if is_remote(address) else open(address, "rb")
 
 
-def lines(address: str) -> Iterator[bytes]:
-    """The lines of a file, as a stream. Raises Unreachable, also when it is not there."""
+@contextmanager
+def stream(address: str, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to go through from its beginning; it can be sought in as well. Raises Unreachable, also when it is not there."""
     try:
-        with _judged(address), _opened(address, None, STREAM) if is_remote(address) else open(address, "rb") as opened:
-            yield from opened
+        with _judged(address), _opened(address, size, STREAM) if is_remote(address) else open(address, "rb") as opened:
+            yield opened
     except (FileNotFoundError, PermissionError) as error:
         raise Unreachable(f"{address} cannot be read ({error.strerror}): put it there and allow it, then start again.") from None
 

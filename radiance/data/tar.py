@@ -57,7 +57,7 @@ class Tar:
 
 def _rows(shard: Shard) -> list[Row | Unfit]:
     samples: dict[str, dict[str, Any]] = {}  # by key and suffix
-    with opened(shard.path) as file:
+    with opened(shard) as file:
         _check(file, shard)
         whole = _go_through(file, shard, samples)
     rows = [_row(shard, key, files) for key, files in samples.items()]

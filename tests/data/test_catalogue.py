@@ -6,7 +6,6 @@ import os
 import pickle
 import threading
 
-import numpy as np
 import pytest
 
 from radiance import config
@@ -63,7 +62,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(
         DataError, match="catalogue of these cannot be written .*No space left on device.*: make room there, or set data.directory"
     ):

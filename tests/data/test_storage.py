@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+from toy_shards import fill_parquet, fill_tar
 
 from radiance import config
 from radiance.data import records, storage
@@ -207,12 +208,14 @@ def test_a_stream_of_lines(monkeypatch, tmp_path):
         monkeypatch.setattr(Flaky, "sizes", sizes)
         address = put("flaky://list", b"".join(told))
         Flaky.failures[:] = [None, OSError("reset"), None, None, Failure(503), TimeoutError(), None, None, Failure(429)]
-        assert list(storage.lines(address)) == told and not Flaky.failures
+        with storage.stream(address) as file:
+            assert list(file) == told and not Flaky.failures
     (tmp_path / "list").write_bytes(b"".join(told))
-    assert list(storage.lines(str(tmp_path / "list"))) == told
+    with storage.stream(str(tmp_path / "list")) as file:
+        assert list(file) == told
     for missing in (str(tmp_path / "none"), "memory://none"):
-        with pytest.raises(DataError, match="none cannot be read .No such file"):
-            list(storage.lines(missing))
+        with pytest.raises(DataError, match="none cannot be read .No such file"), storage.stream(missing):
+            pass
 
 
 # --- what fails ---------------------------------------------------------------------------------------------------------
@@ -278,3 +281,30 @@ def test_packages_that_are_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(config.ConfigError, match=r"memory://x is reached with the fsspec package: pip install 'radiance\[remote\]'"):
         storage.read("memory://x")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_lie_anywhere(kind, tmp_path):
+    """Whole, in a folder and by pattern, the same as on this machine."""
+    fill_tar(tmp_path / "tar")
+    fill_parquet(tmp_path / "parquet")
+    (tmp_path / kind / "notes.md").write_text("about these shards")
+    files = {str(path.relative_to(tmp_path / kind)): path.read_bytes() for path in (tmp_path / kind).rglob("*.*")}
+    for name, content in files.items():
+        put(f"flaky://shards/{kind}/{name}", content)
+    stem = "{0000..0001}" if kind == "tar" else "train-*"
+    one = sorted(name for name in files if name.endswith(kind))[0]
+    for path in ("", f"{stem}.{kind}", one):
+        here, there = (
+            open_source(
+                config.Data(source=kind, path=f"{folder}/{kind}/{path}", side=8, validation=1e-9, directory=str(tmp_path / "prepared")),
+                "train",
+            )
+            for folder in (tmp_path, "flaky://shards")
+        )
+        assert len(here) == len(there) > 0 and here.fingerprint() == there.fingerprint()
+        assert [here.name(i) for i in range(len(here))] == [there.name(i) for i in range(len(there))]
+        again = pickle.loads(pickle.dumps(there))
+        assert np.array_equal(np.asarray(again.picture(0)), np.asarray(here.picture(0)))
+    with pytest.raises(config.ConfigError, match="has none in it"):
+        open_source(config.Data(source=kind, path=f"flaky://shards/{kind}/no*", side=8, directory=str(tmp_path / "prepared")), "train")
