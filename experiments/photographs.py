@@ -61,7 +61,7 @@ def config() -> c.Config:
         flow=c.Flow(time_law="parabola"),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema=(0.99,)),
         train=c.Train(
-            steps=2500, log_every=50, validate_every=2500, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
+            steps=2500, log_every=25, validate_every=2500, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
         ),
         sample=c.Sample(solver="euler", steps=30, guidance=1.0, batch=16),
     )  # fmt: skip

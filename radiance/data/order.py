@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from radiance import config
 from radiance.data.buckets import shapes
@@ -49,11 +49,17 @@ class Order:
         self._carried = [tuple(np.empty(0, np.int64) for _ in self.shapes.sizes)]  # into each of them
         self._held: OrderedDict[int, Epoch] = OrderedDict()
         self._lock = threading.Lock()
-        if data.remainder == "drop" and not any((self.shapes.at == shape).sum() >= data.batch for shape in range(len(self.shapes.sizes))):
+        if data.remainder == "drop" and (most := self._expected().max()) < data.batch:
             raise DataError(
-                f"No shape has data.batch={data.batch} pictures, so data.remainder=drop leaves none ({len(source.sizes)} pictures, "
-                f"{len(self.shapes.sizes)} shapes): use carry or fill, or a smaller batch."
+                f"No shape has data.batch={data.batch} pictures in an epoch, but {most:.0f} at most, so data.remainder=drop may leave none: use "
+                "carry or fill, or a smaller batch."
             )
+
+    def _expected(self) -> Float64[np.ndarray, " shapes"]:
+        """Pictures of each shape in an epoch, on average."""
+        at = self.shapes.at
+        share = 1 / np.maximum((at >= 0).sum(axis=0), 1)
+        return np.array([((at == shape) * share).sum() for shape in range(len(self.shapes.sizes))])
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name not in ("_held", "_lock")}

@@ -134,8 +134,10 @@ def test_fewer_pictures_than_a_batch():
     order = make(Sizes([(70, 64)] * 3), other_sides=(), bucket_step=0, batch=8)
     assert Counter(np.concatenate([order[step].pictures for step in range(3)]).tolist()) == {0: 8, 1: 8, 2: 8}
     assert seen([make(Sizes([(70, 64)] * 3), other_sides=(), bucket_step=0, batch=8, remainder="fill")[0]]) == {EMPTY: 5, 0: 1, 1: 1, 2: 1}
-    with pytest.raises(DataError, match=r"No shape has data.batch=8 pictures.*\(3 pictures, 1 shapes\)"):
+    with pytest.raises(DataError, match=r"No shape has data.batch=8 pictures in an epoch, but 3 at most"):
         make(Sizes([(70, 64)] * 3), other_sides=(), bucket_step=0, batch=8, remainder="drop")
+    with pytest.raises(DataError, match="but 3 at most"):  # of 10 pictures a third each, although all of them might come together
+        make(Sizes([(300, 300)] * 10), batch=8, remainder="drop")
 
 
 def test_a_mixture_has_the_shares_it_was_given():
