@@ -43,6 +43,9 @@ CAPTIONS = {
     "retina": "the retina of an eye, orange and round",
     "rocket": "a rocket starting at night",
 }
+ARMS = {
+    "toy": ["model.hidden=64", "model.heads=2", "data.side=32", "data.bucket_step=16", "train.steps=40", "train.sample_every=40"],
+}
 
 
 def config() -> c.Config:

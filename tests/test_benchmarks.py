@@ -218,7 +218,7 @@ def test_compile_time(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc.")
 def test_host_memory():
-    report = host_memory.main(["--steps", "20", "--pictures", "20", "--side", "8"])
+    report = host_memory.main(["--steps", "20", "--pictures", "20", "--side", "16"])
     rows = rows_of(report)
     assert "20" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")
     assert "each 1,000 steps add" in report.parts[-1]

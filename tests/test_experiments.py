@@ -53,6 +53,7 @@ def test_it_builds(name):
     make_mesh(run.mesh)  # fits one device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS, ids=short)
 def test_it_takes_a_step(name):
     run = experiment(name)

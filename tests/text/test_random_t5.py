@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from radiance.config import ConfigError, Data, Text
-from radiance.data.datasets import Example
+from radiance.data.datasets import Span
 from radiance.data.pipeline import Batches
 from radiance.data.shape_captions import caption, tokens
 from radiance.data.shapes import scene
@@ -22,11 +22,14 @@ PROMPTS = ("two: small red circle b3, on white", "one: large blue ring d1")
 class Captions:
     """As little of a source as batches need."""
 
+    sizes, weights = np.full((len(PROMPTS), 2), 4, np.uint32), np.ones(len(PROMPTS), np.float32)
+    spans = (Span(0, len(PROMPTS), 1.0),)
+
     def __len__(self):
         return len(PROMPTS)
 
-    def __getitem__(self, index):
-        return Example(Image.new("RGB", (4, 4)), self.captions(index), {})
+    def picture(self, index, cover=None):
+        return Image.new("RGB", (4, 4))
 
     def captions(self, index):
         return (PROMPTS[index],)
