@@ -1,7 +1,9 @@
 """`radiance evaluate` at toy size: what it says is what the parts say, measured by other means."""
 
 import json
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from runs import toy_run, written_experiment
@@ -25,6 +27,9 @@ CHANGES = (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.slow  # a run is trained and sampled
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
@@ -41,10 +46,10 @@ def found(run):
 
 
 def test_the_loss_is_that_of_the_fixed_pictures(run, found):
-    pipeline = load(run.directory)
+    pipeline, measure = load(run.directory), jax.jit(partial(validation_losses, run, bins=16))
     total = np.zeros(16)
     for seed, batch in enumerate(fixed_batches(open_source(run.data, "validation"), run.data, pipeline.encoder, 10, "one_pad")):
-        total += batch["weight"] @ np.asarray(validation_losses(run, pipeline.params, batch, seed, bins=16))
+        total += batch["weight"] @ np.asarray(measure(pipeline.params, batch, seed))
     np.testing.assert_allclose(found["validation"]["bins"], total / 10, rtol=1e-4)
     assert found["validation"]["loss"] == pytest.approx(np.mean(total / 10), rel=1e-4) and found["validation"]["pictures"] == 10
 
