@@ -43,6 +43,7 @@ def load(
     store: str | None = None,
     dtype: str = "bfloat16",
     mesh: config.Mesh | None = None,
+    run: config.Config | None = None,
     **known: Any,
 ) -> Pipeline:
     """The pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
@@ -53,16 +54,17 @@ def load(
     store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has
     them.
     dtype: of a file's weights and of the computation. known: fields of the model that a file does not tell, such as
-    text_ids="sequential". mesh: of this host's devices, over which the model and the pictures are spread; one device when None.
+    text_ids="sequential". mesh: of this host's devices, over which the model and the pictures are spread; one device when None. run: settings in
+    place of a run directory's own, or of those that suit a file.
 
     Raises ConfigError or CheckpointError, in one sentence and before the weights are read, when something is missing or unfit.
     """
     if is_run(model):
-        run = RunDirectory(Path(model)).read_config()
+        run = run or RunDirectory(Path(model)).read_config()
         _not_told(model, known)
     else:
-        checkpoint = open_checkpoint(model, **known)
-        run = run_of(checkpoint, dtype)
+        checkpoint = open_checkpoint(model, run and run.model, **known)
+        run = run or run_of(checkpoint, dtype)
     if preset is not None:
         chosen = config.preset(preset)
         run = replace(run, sample=replace(chosen.sample, weights=run.sample.weights), data=replace(run.data, side=chosen.side))
@@ -178,7 +180,9 @@ def _check(run: config.Config, model: str | Path, autoencoder: str):
             f"{model} reads a pooled CLIP vector (FLUX), which no encoder here gives: it can be converted, not sampled."
         )
     if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
-        raise config.ConfigError(f"{model} needs its text encoder: give --text-encoder FILE (T5 v1.1; safetensors or GGUF).")
+        raise config.ConfigError(
+            f"{model} needs its text encoder: give --text-encoder FILE, or text.file=FILE where settings are changed (T5 v1.1; safetensors or GGUF)."
+        )
     if run.model.patch == 1 and not autoencoder:
         raise config.ConfigError(f"{model} paints latents: give --autoencoder FILE, FLUX's autoencoder.")
     if run.model.patch > 1 and autoencoder:

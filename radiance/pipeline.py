@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -90,15 +91,23 @@ class Pipeline:
         """
         run, settings = self.run, settings or self.run.sample
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        width, height = width or run.data.side, height or width or run.data.side
+        facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
+        for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings))):
+            yield Picture(to_picture(image), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+
+    def values(
+        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample
+    ) -> Iterator[Float32[np.ndarray, "b height width 3"]]:
+        """The pictures of `paint` as the network gives them, batch by batch: about in [-1, 1], and not rounded."""
+        run = self.run
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
         if not prompts:
             return
-        width, height = width or run.data.side, height or width or run.data.side
         tokens = visible(self.encoder, [*prompts, settings.negative], run.model.masking)
         size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
         times = times_of(settings, math.prod(size.values()) // run.model.patch**2)
-        facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
 
         count = min(settings.batch, len(prompts))
         for start in range(0, len(prompts), count):
@@ -118,8 +127,7 @@ class Pipeline:
                     **size,
                 )
             images = gathered(painted)[: len(prompts) - start]
-            for i, image in enumerate(self.decoder.decode(images) if self.decoder else images, start):
-                yield Picture(to_picture(image[:height, :width]), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+            yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
 
     def vectors(self, times: Float32[np.ndarray, " t"]) -> Vectors:
         """The modulation of the network at these times; that of the last schedule is kept."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radiance.config.data import Data, Part, Text
+from radiance.config.data import Data, Part, Shapes, Text
 from radiance.config.network import MODELS, Compute, Model
 from radiance.config.sampling import PRESETS, Preset, Sample, preset, preset_for
 from radiance.config.training import Flow, Lora, Mesh, Optimizer, Train
 from radiance.sections import ConfigError, Section, differences, from_dict, from_json, override, require, to_dict, to_json
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Part", "Preset", "Sample", "Section", "Text", "Train",
+    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Part", "Preset", "Sample", "Section", "Shapes", "Text", "Train",
     "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
 ]  # fmt: skip
 
@@ -54,6 +54,11 @@ class Config(Section):
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
         )
+        for part in self.data.parts:
+            require(
+                part.source != "shapes" or part.shapes.limit <= self.text.length,
+                f"data.shapes.limit={part.shapes.limit} gives captions that text.length={self.text.length} would cut: lower the one or raise the other.",
+            )
         changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
         told = ", ".join(f"data.{name}={value}" for name, value in changed.items() if value)
         require(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from radiance.sections import Section, require
@@ -29,18 +29,36 @@ class Text(Section):
 
 
 @dataclass(frozen=True)
+class Shapes(Section):
+    """Pictures drawn on the way, whose captions say exactly what they show."""
+
+    law: Literal["short", "mixed", "full"] = "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
+    limit: int = 64  # longest caption in tokens, end-of-sequence included
+    count: int = 2**20  # pictures of an epoch, and of the validation split: training for longer than one sees them again
+    seed: int = 0  # of the scenes, and of their captions
+
+    def check(self):
+        require(self.count >= 1, f"data.shapes.count={self.count} must be at least 1.")
+        require(0 <= self.seed < 2**32, f"data.shapes.seed={self.seed} must be a whole number from 0 to 2**32 - 1.")
+
+
+@dataclass(frozen=True)
 class Part(Section):
     """One data set of a mixture, with the meaning that these settings have in `data`."""
 
-    source: Literal["digits", "folder", "jsonl", "tfds", "tar", "parquet"] = "folder"
+    source: Literal["digits", "shapes", "folder", "jsonl", "tfds", "tar", "parquet"] = "folder"
     path: str = ""
     root: str = ""
     picture: str = "image"
     caption: str = "text"
+    shapes: Shapes = field(default_factory=Shapes)
     share: float = 1.0  # of the pictures that are seen, beside the other parts' shares
 
     def check(self):
-        require(self.source != "digits" or not self.path, f"data.path={self.path} is not for data.source=digits: choose another source.")
+        require(
+            self.source not in ("digits", "shapes") or not self.path,
+            f"data.path={self.path} is not for data.source={self.source}: choose another source.",
+        )
         require(self.source == "jsonl" or not self.root, f"data.root={self.root} is for data.source=jsonl: set that too.")
         require(self.share > 0, f"The share {self.share} of {self.path or self.source} in the mixture must be more than 0.")
 
@@ -49,13 +67,16 @@ class Part(Section):
 class Data(Section):
     """Pictures and captions, and the batches made of them."""
 
-    source: Literal["digits", "folder", "jsonl", "tfds", "tar", "parquet", "mixture"] = "digits"
+    source: Literal["digits", "shapes", "folder", "jsonl", "tfds", "tar", "parquet", "mixture"] = "digits"
     path: str = ""  # of folder: where it lies; jsonl: the file; tar and parquet: a shard, a folder of them, or a pattern; tfds: NAME
     root: str = ""  # of jsonl: the folder in which its pictures are; empty: the file's own
     picture: str = "image"  # of tfds and parquet: the feature or column that holds the picture
     caption: str = "text"  # of tfds and parquet: what holds its caption, captions or label; features within features as "captions/text"
+    shapes: Shapes = field(default_factory=Shapes)  # of shapes
     mixture: tuple[Part, ...] = ()  # of mixture: its parts
-    validation: float = 0.05  # share of the pictures that are held out, chosen by their names; digits and most of tfds have their own
+    validation: float = (
+        0.05  # share of the pictures that are held out, chosen by their names; digits, shapes and most of tfds have their own
+    )
     directory: str = "~/.cache/radiance"  # where prepared data sets and catalogues are kept
     side: int = 512  # pictures have as many pixels as a square of this side
     other_sides: tuple[int, ...] = ()  # further ones: every epoch each picture draws its own among all that it is large enough for
@@ -100,7 +121,10 @@ class Data(Section):
         )
         require((self.source == "mixture") == bool(self.mixture), "data.source=mixture and data.mixture=[…] belong together: set both.")
         require(self.source != "mixture" or not self.path, f"data.path={self.path} is of no use to a mixture: its parts have their own.")
-        _ = self.parts
+        require(
+            self.mirror == 0 or all(part.source != "shapes" for part in self.parts),
+            f"data.mirror={self.mirror} would move what captions of data.source=shapes place in columns: set it to 0.",
+        )
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -112,4 +136,4 @@ class Data(Section):
         """The data sets that the pictures come from."""
         if self.source == "mixture":
             return self.mixture
-        return (Part(self.source, self.path, self.root, self.picture, self.caption),)
+        return (Part(self.source, self.path, self.root, self.picture, self.caption, self.shapes),)

@@ -194,13 +194,21 @@ def open_source(data: config.Data, split: str, tell: bool = True) -> Source:
 
     split: train or validation. tell: whether a line says what was left out.
     """
-    sources = [Catalogued(_catalogue(part, data), data, split, tell) for part in data.parts]
+    sources = [_opened(part, data, split, tell) for part in data.parts]
     return sources[0] if len(sources) == 1 else Mixture(sources, [part.share for part in data.parts])
 
 
 def describe(source: Source, data: config.Data, split: str) -> dict[str, Any]:
     """What a run directory records of its data."""
     return {"source": data.source, "split": split, "count": len(source), "hash": source.fingerprint(), "skipped": dict(source.skipped)}
+
+
+def _opened(part: config.Part, data: config.Data, split: str, tell: bool) -> Source:
+    if part.source == "shapes":
+        from radiance.data.shapes_source import Shapes
+
+        return Shapes(part.shapes, split, max(data.sides))
+    return Catalogued(_catalogue(part, data), data, split, tell)
 
 
 def _catalogue(part: config.Part, data: config.Data) -> Catalogue:

@@ -77,7 +77,7 @@ def caption(scene: Scene, law: Law = "mixed", limit: int = 256) -> Caption:
     law: of how many tokens it has, the end of the sequence included. mixed: 10 to `limit`, dense at the short end; short: the same
     up to 20, with median 12; full: `limit`, so that there is no padding. limit: at least 20, or ConfigError.
     """
-    require(limit >= SHORT, f"Captions of shapes need room for {SHORT} tokens, and the limit is {limit}: raise text.length.")
+    require(limit >= SHORT, f"Captions of shapes need room for {SHORT} tokens, and the limit is {limit}: raise it (data.shapes.limit).")
     draw = draws(CAPTIONS[scene.split], scene.seed, scene.index)
     length, named = draw.random(2)
     longest = SHORT if law == "short" else limit

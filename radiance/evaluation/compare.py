@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
-from radiance.evaluation.distances import frechet_distance, kernel_distance, moments, precision_recall
+from radiance.evaluation.distances import SUBSETS, frechet_distance, kernel_distance, moments, precision_recall
 from radiance.evaluation.features import Extractor, Features, Pictures, extract
+
+LEAST = 2 * SUBSETS  # pictures of either kind
 
 
 def compare(generated: Iterable[Pictures], real: Iterable[Pictures], extractor: Extractor) -> dict[str, float]:

@@ -40,19 +40,30 @@ def _hann(n: int) -> Float64[np.ndarray, " n"]:
 
 
 def spectrum_error(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> Float64[np.ndarray, " frequencies"]:
-    """How much more power generated pictures have than real ones of the same size, in decibels, at each frequency of `radial_spectrum`.
-
-    Power far below that of rounding to 8 bits counts for nothing. Raises DataError for other sizes.
-    """
+    """`power_error` of pictures. Raises DataError when they are not of one size."""
     if generated.shape[1:] != real.shape[1:]:
         raise DataError(f"Spectra of pictures of {_size(generated)} and {_size(real)} cannot be compared: give pictures of one size.")
-    ours, theirs = (10 * np.log10(radial_spectrum(pictures) + ROUNDING) for pictures in (generated, real))
+    return power_error(radial_spectrum(generated), radial_spectrum(real))
+
+
+def power_error(
+    generated: Float64[np.ndarray, " frequencies"], real: Float64[np.ndarray, " frequencies"]
+) -> Float64[np.ndarray, " frequencies"]:
+    """How much more power generated pictures have than real ones, in decibels, at each frequency of their `radial_spectrum`.
+
+    Power far below that of rounding to 8 bits counts for nothing.
+    """
+    ours, theirs = (10 * np.log10(power + ROUNDING) for power in (generated, real))
     return ours - theirs
 
 
 def log_spectral_distance(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> float:
     """The root mean square of `spectrum_error` over the frequencies, in decibels."""
-    return float(np.sqrt(np.square(spectrum_error(generated, real)).mean()))
+    return root_mean_square(spectrum_error(generated, real))
+
+
+def root_mean_square(values: Float64[np.ndarray, " n"]) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def _size(pictures: Pictures) -> str:
@@ -69,6 +80,18 @@ def seam_score(pictures: Pictures, patch: int) -> float:
 
     Both are means over rows, columns, channels and pictures. Raises DataError when there is no border or nothing else.
     """
+    return seam_ratio(seam_steps(pictures, patch))
+
+
+def seam_ratio(steps: Float64[np.ndarray, " 2"]) -> float:
+    inside, across = steps
+    if inside == 0:  # flat patches
+        return 1.0 if across == 0 else float("inf")
+    return float(across / inside)
+
+
+def seam_steps(pictures: Pictures, patch: int) -> Float64[np.ndarray, " 2"]:
+    """The mean absolute step between neighbours inside of patches, and across their borders."""
     _, height, width, _ = pictures.shape
     if not 2 <= patch < max(height, width):
         raise DataError(f"Patches of {patch} pixels have no seams to measure in pictures of {_size(pictures)}.")
@@ -79,7 +102,25 @@ def seam_score(pictures: Pictures, patch: int) -> float:
         lines = pictures.shape[3 - axis]
         totals += np.bincount(across, steps, minlength=2) * lines
         counts += np.bincount(across, minlength=2) * lines
-    inside, across = totals / counts
-    if inside == 0:  # flat patches
-        return 1.0 if across == 0 else float("inf")
-    return float(across / inside)
+    return totals / counts
+
+
+class Signals:
+    """Spectrum and seams of many pictures of one size, added batch by batch."""
+
+    def __init__(self, patch: int):
+        self.patch, self.count = patch, 0
+        self._totals: list[np.ndarray] = [np.zeros(()), np.zeros(2)]
+
+    def add(self, pictures: Pictures):
+        found = [radial_spectrum(pictures), seam_steps(pictures, self.patch)]
+        self._totals = [total + len(pictures) * value for total, value in zip(self._totals, found)]
+        self.count += len(pictures)
+
+    @property
+    def spectrum(self) -> Float64[np.ndarray, " frequencies"]:
+        return self._totals[0] / self.count
+
+    @property
+    def seam(self) -> float:
+        return seam_ratio(self._totals[1] / self.count)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -114,7 +114,7 @@ def train(run: config.Config) -> int:
         _with_all_hosts(checkpoints),
     ):
         if first == 0 and run.init:
-            bins = _validate(validate, weights_of(run, state, base), validation, mesh)
+            bins = mean_losses(validate, weights_of(run, state, base), validation, mesh)
             journal.write(0, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
             uncut = partial(fixed_batches, sources["validation"], run.data, encoder, run.train.validate_pictures, "off")
             other = partial(_validate_otherwise, params=weights_of(run, state, base), batches=uncut, mesh=mesh)
@@ -151,7 +151,7 @@ def train(run: config.Config) -> int:
                 waited, tally = 0.0, _Tally()
             progress.update(number, facts)
             if _due(run, number, run.train.validate_every):
-                bins = _validate(validate, weights_of(run, state, base), validation, mesh)
+                bins = mean_losses(validate, weights_of(run, state, base), validation, mesh)
                 journal.write(number, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
                 progress.say(f"step {number}: validation loss {bins.mean():.4f}")
             if snapshots and _due(run, number, run.train.snapshot_every):  # before the checkpoint: no start does this step again after it
@@ -260,8 +260,8 @@ def _check_finite(run: config.Config, metrics: Metrics, step: int, checkpoints: 
     )
 
 
-def _validate(validate, params: Params, batches: list[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Mean loss in every time bin."""
+def mean_losses(validate: Callable, params: Params, batches: Iterable[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Mean loss in every time bin. validate: `validation_losses` of a run, compiled."""
     total, weight = 0.0, 0.0
     for seed, batch in enumerate(batches):
         losses = gathered(validate(params, put_whole(batch, mesh), jnp.int32(seed)))
@@ -271,7 +271,7 @@ def _validate(validate, params: Params, batches: list[dict[str, np.ndarray]], me
 
 def _validate_otherwise(run: config.Config, *, params: Params, batches: Callable[[], list], mesh: jax.sharding.Mesh) -> np.ndarray:
     """The same under another config, which may show what the run's own masking hides: `batches` makes them with all of their text."""
-    return _validate(jax.jit(partial(validation_losses, run)), params, batches(), mesh)
+    return mean_losses(jax.jit(partial(validation_losses, run)), params, batches(), mesh)
 
 
 def _captions(source: Source, encoder: Encoder) -> tuple[str, ...]:

@@ -140,14 +140,16 @@ def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Ba
     return gradients, loss
 
 
-def validation_losses(run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""]) -> Float32[Array, "b bins"]:
-    """Loss of every picture at one time in each of ten equal bins. Times and noise depend on `seed` and the row alone."""
+def validation_losses(
+    run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""], bins: int = VALIDATION_BINS
+) -> Float32[Array, "b bins"]:
+    """Loss of every picture at one time in each of the equal bins. Times and noise depend on `seed`, the bin and the row alone."""
     count, batch = len(batch["image"]), batch | {"image": to_signed(batch["image"])}
 
     def at_bin(i):
         noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(run.train.seed), seed), i))
         noise = run.flow.noise_scale * jax.random.normal(noise_key, batch["image"].shape)
-        time = (i + jax.random.uniform(time_key, (count,))) / VALIDATION_BINS
+        time = (i + jax.random.uniform(time_key, (count,))) / bins
         return picture_losses(run, params, batch | {"noise": noise, "time": time})
 
-    return jax.lax.map(at_bin, jnp.arange(VALIDATION_BINS)).T
+    return jax.lax.map(at_bin, jnp.arange(bins)).T

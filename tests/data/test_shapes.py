@@ -212,7 +212,7 @@ def test_filler_says_nothing_of_attributes():
 
 
 def test_a_limit_without_room_is_an_error():
-    with pytest.raises(ConfigError, match="text.length"):
+    with pytest.raises(ConfigError, match="raise it"):
         caption(SCENES[0], "mixed", 19)
 
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from radiance.data.datasets import DataError
-from radiance.evaluation.signals import ROUNDING, clipping_fraction, log_spectral_distance, radial_spectrum, seam_score, spectrum_error
+from radiance.evaluation.signals import (
+    ROUNDING,
+    Signals,
+    clipping_fraction,
+    log_spectral_distance,
+    power_error,
+    radial_spectrum,
+    seam_score,
+    spectrum_error,
+)
 
 
 def noise(*shape, seed=0, scale=0.3):
@@ -118,3 +127,13 @@ def test_flat_patches():
 def test_no_seams_to_measure(patch):
     with pytest.raises(DataError, match="no seams"):
         seam_score(np.zeros((1, 8, 8, 3)), patch)
+
+
+def test_batches_add_up():
+    pictures = noise(7, 16, 16, 3, scale=0.6)
+    signals = Signals(4)
+    for part in (pictures[:4], pictures[4:6], pictures[6:]):
+        signals.add(part)
+    np.testing.assert_allclose(signals.spectrum, radial_spectrum(pictures), rtol=1e-12)
+    assert signals.seam == pytest.approx(seam_score(pictures, 4))
+    np.testing.assert_allclose(power_error(signals.spectrum, radial_spectrum(pictures / 2)), spectrum_error(pictures, pictures / 2))

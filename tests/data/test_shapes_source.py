@@ -1,0 +1,152 @@
+"""`data.source=shapes`: the endless pictures as the trainer reads them."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from runs import metrics, toy_run
+
+from radiance import config
+from radiance.data.datasets import Mixture, describe, open_source
+from radiance.data.pipeline import Batches, fixed_batches
+from radiance.data.shape_captions import caption, tokens
+from radiance.data.shapes import HELD_OUT, Facts, render, scene
+from radiance.text.encoders import HashEncoder
+from radiance.training.loop import train
+
+SHAPES = config.Shapes(law="short", limit=24, count=40, seed=3)
+NUMBER = 8  # of a picture whose caption leaves something out
+DATA = config.Data(source="shapes", shapes=SHAPES, side=32, batch=4, threads=1, caption_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return open_source(DATA, "train")
+
+
+def test_pictures_and_captions_are_the_scenes(source):
+    drawn = scene(3, NUMBER)
+    told = caption(drawn, "short", 24).facts
+    assert told != drawn.facts
+    assert len(source) == 40 and source.sizes.shape == (40, 2) and (source.sizes == 32).all() and (source.weights == 1).all()
+    assert source.picture(NUMBER, (32, 32)).tobytes() == render(drawn, 32).tobytes()
+    assert source.captions(NUMBER) == (caption(drawn, "short", 24).text,)
+    assert source.attributes(NUMBER) == {"shown": drawn.facts, "told": told}
+    assert not source.tags(NUMBER) and source.address(NUMBER) is None and source.name(NUMBER) == "train 8 of seed 3"
+    assert source.skipped == {} and [*source.spans] == [(0, 40, 1.0)]
+
+
+def test_it_is_drawn_at_the_side_that_is_asked_for(source):
+    """So nothing is scaled where all pictures are squares."""
+    assert source.picture(2).size == source.picture(2, (32, 32)).size == (32, 32)
+    assert source.picture(2, (16, 16)).size == (16, 16) and source.picture(2, (48, 40)).size == (48, 48)
+    batch = fixed_batches(source, DATA, HashEncoder(16, 24), 3, "one_pad")[0]
+    assert np.array_equal(batch["image"][1], np.asarray(render(scene(3, 1), 32)))
+
+
+def test_validation_has_what_training_never_shows(source):
+    held_out = open_source(DATA, "validation")
+    assert held_out.captions(NUMBER) == (caption(scene(3, NUMBER, "validation"), "short", 24).text,)
+    pairs = [
+        {(thing.shape, thing.colour) for i in range(40) for thing in split.attributes(i)["shown"].objects} for split in (source, held_out)
+    ]
+    assert not pairs[0] & HELD_OUT and pairs[1] & HELD_OUT
+
+
+def test_a_fingerprint_tells_all_settings_and_the_split_apart(source):
+    others = [{"law": "mixed"}, {"limit": 23}, {"count": 41}, {"seed": 4}]
+    sources = [source, open_source(DATA, "validation")]
+    sources += [open_source(replace(DATA, shapes=replace(SHAPES, **change)), "train") for change in others]
+    assert len({one.fingerprint() for one in sources}) == len(sources)
+    assert open_source(replace(DATA, side=64), "train").fingerprint() == source.fingerprint()
+    assert json.loads(json.dumps(describe(source, DATA, "train")))["count"] == 40
+
+
+def test_it_is_small_where_it_is_sent(source):
+    million = open_source(replace(DATA, shapes=replace(SHAPES, count=2**20)), "train")
+    _ = million.sizes, million.weights
+    sent = pickle.dumps(million)
+    assert len(sent) < 1000
+    assert pickle.loads(sent).captions(2**20 - 1) == million.captions(2**20 - 1)
+
+
+def test_it_can_be_a_part_of_a_mixture(source):
+    parts = [config.Part(source="shapes", shapes=SHAPES), config.Part(source="shapes", shapes=replace(SHAPES, seed=4), share=3.0)]
+    mixed = open_source(config.Data(source="mixture", mixture=tuple(parts), side=32), "train")
+    assert isinstance(mixed, Mixture) and len(mixed) == 80
+    assert mixed.captions(40) == (caption(scene(4, 0), "short", 24).text,)
+    assert isinstance(mixed.attributes(41)["told"], Facts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["data.path=pictures"], "not for data.source=shapes"),
+        (["data.mirror=0.5"], "in columns"),
+        (["data.shapes.limit=65"], "data.shapes.limit=65 gives captions that text.length=64 would cut"),
+        (["data.shapes.count=0"], "at least 1"),
+        (["data.shapes.seed=-1"], "2\\*\\*32 - 1"),
+    ],
+)
+def test_settings_that_cannot_be(changes, told):
+    with pytest.raises(config.ConfigError, match=told):
+        config.override(config.Config(), ["data.source=shapes", *changes])
+
+
+def test_captions_need_room():
+    with pytest.raises(config.ConfigError, match="room for 20 tokens, and the limit is 19.*data.shapes.limit"):
+        open_source(replace(DATA, shapes=replace(SHAPES, limit=19)), "train")
+
+
+@pytest.mark.parametrize(("law", "length"), [("short", None), ("full", 24)])
+def test_no_caption_is_cut(law, length):
+    source = open_source(replace(DATA, shapes=replace(SHAPES, law=law)), "train")
+    counts = {len(tokens(source.captions(i)[0])) + 1 for i in range(40)}
+    assert max(counts) <= 24 and (length is None or counts == {length})
+
+
+READ = """
+import numpy as np
+from radiance import config
+from radiance.data.datasets import open_source
+from radiance.data.pipeline import Batches
+from radiance.text.encoders import HashEncoder
+
+if __name__ == "__main__":
+    for workers in (0, 2):
+        data = config.Data(source="shapes", shapes=config.Shapes(limit=24, count=9), side=32, batch=4, threads=1, workers=workers)
+        feed = Batches(open_source(data, "train"), data, HashEncoder(16, 24), 0, 4, "one_pad").start(1)
+        print(*(int(next(feed)["image"].astype(int).sum()) for _ in range(3)))
+        feed.close()
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_draw_the_same(tmp_path):
+    (tmp_path / "read.py").write_text(READ)
+    done = subprocess.run([sys.executable, str(tmp_path / "read.py")], capture_output=True, text=True, timeout=120)
+    alone, shared = done.stdout.splitlines() or [done.stderr, ""]
+    assert alone == shared
+
+
+def test_batches_follow_from_the_step(source):
+    batches = [Batches(source, DATA, HashEncoder(16, 24), 0, 30, "one_pad") for _ in range(2)]
+    assert np.array_equal(batches[0][25]["image"], batches[1][25]["image"])  # of the third epoch
+    assert not np.array_equal(batches[0][0]["image"], batches[0][1]["image"])
+
+
+@pytest.mark.slow
+def test_a_toy_learns_on_it(tmp_path, data_directory):
+    run = toy_run(
+        tmp_path, data_directory, "data.source=shapes", "data.shapes.limit=20", "data.shapes.count=64", "text.encoder=random_t5",
+        "text.dtype=float32", "text.length=20", "data.side=16", "train.steps=2", "train.checkpoint_every=2", "train.sample_prompts=",
+    )  # fmt: skip
+    assert train(run) == 2
+    rows = metrics(run)
+    assert np.isfinite(rows[-1]["validation_loss"]) and rows[0]["captions_cut"] == 0
+    facts = json.loads((run.directory / "data.json").read_text())
+    assert facts["train"]["count"] == 64 and facts["train"]["hash"] != facts["validation"]["hash"]
