@@ -74,9 +74,7 @@ class Data(Section):
     caption: str = "text"  # of tfds and parquet: what holds its caption, captions or label; features within features as "captions/text"
     shapes: Shapes = field(default_factory=Shapes)  # of shapes
     mixture: tuple[Part, ...] = ()  # of mixture: its parts
-    validation: float = (
-        0.05  # share of the pictures that are held out, chosen by their names; digits, shapes and most of tfds have their own
-    )
+    validation: float = 0.05  # share of pictures held out, chosen by their names; digits, shapes and most of tfds have their own
     directory: str = "~/.cache/radiance"  # where prepared data sets and catalogues are kept
     side: int = 512  # pictures have as many pixels as a square of this side
     other_sides: tuple[int, ...] = ()  # further ones: every epoch each picture draws its own among all that it is large enough for
