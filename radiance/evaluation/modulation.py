@@ -132,13 +132,14 @@ def _stand_ins(width: int) -> tuple[Float32[np.ndarray, "p w"], str]:
 
 def measure(checkpoint: Checkpoint, grid: Grid) -> Iterator[Vector]:
     """Every vector of a `per_block` model, block by block: one layer of one block is in memory at a time."""
-    x = condition(checkpoint, grid)
-    d = checkpoint.model.hidden
+    conditions = condition(checkpoint, grid)
+    shape, d = conditions.shape, checkpoint.model.hidden
+    x = conditions.reshape(-1, d)  # NumPy multiplies stacks of short matrices one by one
     for layers, block, native, names in _layers(checkpoint.model):
         weight, bias = _tensor(checkpoint, f"{native}.weight"), _tensor(checkpoint, f"{native}.bias").astype(np.float32)
         for i, name in enumerate(names):
             part = slice(i * d, (i + 1) * d)
-            yield Vector(layers, block, name, shares(x @ weight[part].astype(np.float32).T + bias[part]))
+            yield Vector(layers, block, name, shares((x @ weight[part].astype(np.float32).T + bias[part]).reshape(shape)))
 
 
 def count(model: config.Model) -> int:
