@@ -22,33 +22,73 @@ def add(verbs):
     parser.add_argument("--duplicates", action="store_true", help="decode all pictures and find near-duplicates")
     parser.add_argument("--distance", type=int, metavar="BITS", help="of 64 that may differ between near-duplicates; by default 4")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="a list for data.source=jsonl, of near-duplicates with the largest alone (--duplicates)"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="a list for data.source=jsonl, of near-duplicates with the largest alone (--duplicates); or the page of --modulation, by default "
+        "modulation.html",
     )
+    parser.add_argument(
+        "--modulation",
+        action="store_true",
+        help="of a FLUX-style checkpoint: how much of each block's modulation is a function of time alone",
+    )
+    parser.add_argument("--pooled", type=Path, metavar="FILE", help="safetensors with pooled text vectors [prompts, width] (--modulation)")
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Of a model: variant, sizes, parameters by part, types and metadata. Of data: what is used and left out, sizes, shapes, lengths of captions,
-    and near-duplicates."""
+    and near-duplicates. Of a model's modulation: what share of its variance time alone explains, read layer by layer."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the accelerators may be a run's
+    if options.pooled and not options.modulation:
+        raise config.ConfigError("--pooled is for --modulation: give that too.")
     if (run := data_of(options.what)) is not None:
+        if options.modulation:
+            raise config.ConfigError(f"{options.what} is data, and --modulation is for a checkpoint.")
         return _data(config.override(run, options.changes), options)
     if given := [
         *options.changes,
-        *(f"--{flag}" for flag in ("duplicates", "distance", "write") if getattr(options, flag) not in (None, False)),
+        *(f"--{flag}" for flag in ("duplicates", "distance") if getattr(options, flag) not in (None, False)),
+        *(["--write"] if options.write and not options.modulation else []),
     ]:
         raise config.ConfigError(f"{options.what} is a model, and {given[0]} is for data: leave it out.")
     from radiance.training.directory import RunDirectory, is_run
     from radiance.weights.inspect import inspect_file, inspect_model
 
+    if options.modulation:
+        return _modulation(options)
     if options.what in config.MODELS:
         print(inspect_model(config.Model.named(options.what)))
     elif is_run(options.what):
         print(inspect_model(RunDirectory(Path(options.what)).read_config().model))
     else:
         print(inspect_file(options.what))
+    return 0
+
+
+def _modulation(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from radiance.evaluation import modulation
+    from radiance.training.directory import is_run
+    from radiance.weights.checkpoint import open_checkpoint
+
+    if options.what in config.MODELS or is_run(options.what):
+        raise config.ConfigError(
+            f"--modulation reads the weights of a checkpoint file, and {options.what} is none: of a run, convert it first."
+        )
+    checkpoint = open_checkpoint(options.what)
+    if why := modulation.by_construction(checkpoint.model):
+        print(why)
+        return 0
+    grid = modulation.make_grid(checkpoint.model, options.pooled)
+    vectors = list(tqdm(modulation.measure(checkpoint, grid), total=modulation.count(checkpoint.model), unit="vector", disable=None))
+    page = options.write or Path("modulation.html")
+    modulation.write_page(page, Path(options.what).name, vectors, grid)
+    print(f"{modulation.summary(vectors, grid)}\n\n{modulation.told(vectors)}\n\n{page} shows every block.")
     return 0
 
 

@@ -27,8 +27,8 @@ class Line(NamedTuple):
     look: str = ""  # "", faint or dashed
 
 
-def line_chart(title: str, unit: str, lines: Sequence[Line], log: bool = False) -> str:
-    """A figure of values over steps. What is not finite (or, on a logarithmic axis, not positive) leaves a gap. "" where nothing is left."""
+def line_chart(title: str, unit: str, lines: Sequence[Line], log: bool = False, axis: str = "step") -> str:
+    """A figure of values over steps, or over another axis. What is not finite (or, on a logarithmic axis, not positive) leaves a gap. "" where nothing is left."""
     good = [[(x, y) for x, y in line.points if _fits(y, log)] for line in lines]
     if not any(good):
         return ""
@@ -42,7 +42,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], log: bool = False) 
     def place(x: float, y: float) -> tuple[float, float]:
         return LEFT + (WIDTH - LEFT - 14) * x / right, TOP + (HEIGHT - TOP - BOTTOM) * (high - scale(y)) / (high - low)
 
-    parts = [f'<text x="4" y="12">{html.escape(unit)}</text><text x="{WIDTH - 14}" y="{HEIGHT - 4}" text-anchor="end">step</text>']
+    parts = [f'<text x="4" y="12">{html.escape(unit)}</text><text x="{WIDTH - 14}" y="{HEIGHT - 4}" text-anchor="end">{axis}</text>']
     for y in log_ticks(10**low, 10**high) if log else ticks(low, high):
         at = place(0, y)[1]
         parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - 14}" stroke="var(--grid)"/>')
@@ -55,7 +55,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], log: bool = False) 
     named = [f'<span style="--c:{line.colour}"><i></i>{html.escape(line.name)}</span>' for line in lines if line.name]
     legend = f'<div class="legend">{" ".join(named)}</div>' if named else ""
     label = html.escape(title)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} over steps">{"".join(parts)}</svg>'
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} by {axis}">{"".join(parts)}</svg>'
     return f'<figure class="chart"><figcaption><b>{label}</b></figcaption>{svg}{legend}</figure>'
 
 

@@ -57,10 +57,15 @@ def write_report(*directories: Path, out: Path | None = None) -> Path:
     title = html.escape(" · ".join(run.label for run in runs))
     parts = [f"<h1>{title}</h1>", _header(runs), "<h2>Curves</h2>", f'<div class="charts">{"".join(_curves(runs))}</div>', _bins(runs)]
     parts += [_samples(runs), _skipped(runs), _config(runs), *(_origin(run) for run in runs)]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{charts.STYLE}{STYLE}</style>'
     path = out or runs[0].directory.path / "report.html"
-    path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n', "utf-8")
+    path.write_text(page(title, parts), "utf-8")
     return path
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML, of which title and parts are already escaped."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{charts.STYLE}{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
