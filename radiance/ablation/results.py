@@ -49,12 +49,11 @@ def hashed(run: config.Config, *more: Any) -> str:
     return hashlib.blake2b((config.to_json(run) + repr(more)).encode(), digest_size=16).hexdigest()
 
 
-def code(suite: Path) -> str:
-    """The last commit that changed the package or the suite's file, with a hash of what is not committed; without a checkout the version."""
-    paths = (str(ROOT / "radiance"), str(suite.absolute()))
+def code() -> str:
+    """The last commit that changed the package, with a hash of what is not committed; without a checkout the version."""
     try:
-        commit = _git("log", "-1", "--format=%H", "--", *paths)
-        changed = _git("diff", "HEAD", "--", *paths) + _git("status", "--porcelain", "--", *paths)
+        commit = _git("log", "-1", "--format=%H", "--", "radiance")
+        changed = _git("diff", "HEAD", "--", "radiance") + _git("status", "--porcelain", "--", "radiance")
     except (OSError, subprocess.SubprocessError):
         return f"radiance {version('radiance')}"
     return commit + (f"+{hashlib.blake2b(changed.encode(), digest_size=6).hexdigest()}" if changed else "")

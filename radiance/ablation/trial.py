@@ -67,7 +67,7 @@ class Trial(NamedTuple):
 def config_hash(suite: Suite, scale: str, arm: str) -> str:
     """Of all that an arm's result follows from but the code, the data and the seeds."""
     size = suite.scales[scale]
-    return hashed(suite.run(scale, arm), size.rates, size.painted, size.pictures, size.views)
+    return hashed(suite.run(scale, arm), size.rates, size.painted, size.pictures, size.law, size.views)
 
 
 def run_arm(trial: Trial, results: Results, work: Path, stop: Callable[[], bool] = lambda: False) -> Result | None:

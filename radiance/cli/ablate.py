@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
         raise config.ConfigError(f"--seeds {len(seeds)}: intervals need at least two seeds.")
     results = Results(options.results or file.parent / "results" / suite.name / options.scale)
     if not options.table:
-        commit, deadline = code(file), time.monotonic() + 60 * options.minutes
+        commit, deadline = code(), time.monotonic() + 60 * options.minutes
         for arm in arms:
             print(f"{suite.name} {options.scale} {arm}: {len(seeds)} seeds of {size.run.train.steps} steps.", flush=True)
             trial = Trial(suite, options.scale, arm, seeds, commit)
