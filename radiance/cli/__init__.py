@@ -1,4 +1,4 @@
-"""`radiance train · encode · sample · evaluate · plan · convert · inspect · report · verify` (also `python -m radiance`).
+"""`radiance train · ablate · encode · sample · evaluate · plan · convert · inspect · report · verify` (also `python -m radiance`).
 
 A verb is a module with `add`, which tells argparse its arguments, and `main`. Nothing here may import JAX before `prepare`.
 """
@@ -11,13 +11,13 @@ import threading
 from collections.abc import Sequence
 
 from radiance import config
-from radiance.cli import convert, encode, evaluate, inspect, plan, report, sample, train, verify
+from radiance.cli import ablate, convert, encode, evaluate, inspect, plan, report, sample, train, verify
 from radiance.cli.experiments import experiment
 from radiance.startup import prepare, prepare_plan
 
 __all__ = ["experiment", "main"]
 
-VERBS = (train, encode, sample, evaluate, plan, convert, inspect, report, verify)  # as the help lists them
+VERBS = (train, ablate, encode, sample, evaluate, plan, convert, inspect, report, verify)  # as the help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
@@ -50,9 +50,10 @@ def init_state(run: config.Config, params: Params | None = None) -> State:
 
 
 def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
-    """The training step of a run: (state, batch, base) → (state, metrics), where base is what a LoRA run adds to, else None.
+    """The training step of a run: (state, batch, base, seed) → (state, metrics), where base is what a LoRA run adds to, else None.
 
-    A step whose loss or gradient is not finite changes nothing but the count.
+    seed: of times, noise and rounding, in place of the run's, so that `jax.vmap` can train several at once; blocks that are trained in
+    rotation stay the run's. A step whose loss or gradient is not finite changes nothing but the count.
     """
     optimizer = make_optimizer(run.optimizer, run.train.steps)
 
@@ -61,11 +62,11 @@ def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
         losses = picture_losses(run, complete(run, join(put_back(trained, few, blocks), frozen), base), part)
         return flow.weighted_mean(losses, part["weight"]), jnp.where(part["weight"] > 0, losses, 0).mean()
 
-    def step(state: State, batch: Batch, base: Params | None = None) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, base: Params | None = None, seed: UInt32[Array, ""] | None = None) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
         blocks = blocks_at(run, state.step)
         few = taken(trained, blocks)
-        key = jax.random.fold_in(jax.random.key(run.train.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(run.train.seed if seed is None else seed), state.step)
         batch = with_noise(run, batch, key)
         fixed = (trained, blocks, frozen, base)
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), few, fixed, batch, run.optimizer.accumulate)

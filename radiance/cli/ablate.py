@@ -1,0 +1,82 @@
+"""`radiance ablate`: runs what a suite has not run yet, and puts its results into a table."""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from radiance import config
+from radiance.cli.experiments import loaded
+
+
+def add(verbs):
+    parser = verbs.add_parser("ablate", help="run a suite of ablations, or go on with it", description=main.__doc__)
+    parser.add_argument("suite", metavar="SUITE", help="a name such as masking (experiments/ablations/masking.py), or a file")
+    parser.add_argument("--scale", choices=("cpu", "gpu", "pod"), default="cpu")
+    parser.add_argument("--seeds", type=int, metavar="N", help="0 to N - 1, at least 2; by default as the suite says")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="by default all of the suite")
+    parser.add_argument("--minutes", type=float, default=10.0, help="after which this piece saves and stops, 10 by default")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="by default results/SUITE/SCALE beside the suite's file")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/ablations"), metavar="FOLDER", help="for checkpoints; runs/ablations by default"
+    )
+    parser.add_argument("--table", action="store_true", help="run nothing: only make the table and the figure of what is there")
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Trains the arms of a suite that have no result yet, all seeds of an arm at once, and writes the table and the figure. One call works for
+    `--minutes`; the same command goes on, and exits with 143 until all is done."""
+    from radiance.ablation.results import Results, code
+    from radiance.ablation.trial import Trial, run_arm
+
+    file = Path(options.suite if options.suite.endswith(".py") else f"experiments/ablations/{options.suite}.py")
+    suite = getattr(loaded(str(file)), "SUITE", None)
+    if suite is None:
+        raise config.ConfigError(f"{file} is no suite: it has no SUITE.")
+    arms, size = _arms(options, suite), suite.scales[options.scale]
+    if not size.pictures:
+        _told_pod(file, arms, size)
+        return 0
+    seeds = tuple(range(size.seeds if options.seeds is None else options.seeds))
+    if len(seeds) < 2:
+        raise config.ConfigError(f"--seeds {len(seeds)}: intervals need at least two seeds.")
+    results = Results(options.results or file.parent / "results" / suite.name / options.scale)
+    if not options.table:
+        commit, deadline = code(), time.monotonic() + 60 * options.minutes
+        for arm in arms:
+            print(f"{suite.name} {options.scale} {arm}: {len(seeds)} seeds of {size.run.train.steps} steps.", flush=True)
+            trial = Trial(suite, options.scale, arm, seeds, commit)
+            if run_arm(trial, results, options.work, lambda: time.monotonic() > deadline) is None:
+                print(f"Stopped in arm {arm}: the same command goes on.", file=sys.stderr)
+                return 143
+    return _tabulate(suite, options.scale, results)
+
+
+def _arms(options: argparse.Namespace, suite) -> list[str]:
+    known = suite.arms_at(options.scale)
+    if unknown := [arm for arm in options.arms or () if arm not in known]:
+        raise config.ConfigError(f"Suite {suite.name} has no arm {', '.join(unknown)}: it has {', '.join(known)}.")
+    return options.arms or list(known)
+
+
+def _tabulate(suite, scale: str, results) -> int:
+    from radiance.ablation.tables import figure, page
+    from radiance.ablation.trial import config_hash
+
+    found = results.all({arm: config_hash(suite, scale, arm) for arm in suite.arms_at(scale)})
+    text = page(suite, found)
+    (results.folder / "table.md").write_text(text)
+    (results.folder / "figure.svg").write_text(figure(suite, found))
+    print(text)
+    return 0
+
+
+def _told_pod(file: Path, arms: list[str], size):
+    """A pod's arms are runs of their own, one for each seed."""
+    print("Arms of this scale are trained one by one, as any experiment is; `radiance plan` says what each costs:")
+    for arm in arms:
+        changes = [f"name={file.stem}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER", "text.file=T5"]
+        print("  " + shlex.join(["radiance", "train", f"{file}:{arm}", *changes]))
+    print(f"SEED: 0 to {size.seeds - 1}.")

@@ -1,0 +1,141 @@
+"""Results of different things are never mixed, and a table's numbers are those worked out by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from radiance import config
+from radiance.ablation.results import Key, Result, Results, check_like, code, hashed, read
+from radiance.ablation.suite import Scale, Suite
+from radiance.ablation.tables import compared, figure, first_below, holm, page
+
+KEY = Key("toy", "base", "cpu", (0, 1, 2), "c0ffee", "h-base", "data")
+LOSSES = {"base": (1.0, 1.1, 0.9), "worse": (1.2, 1.32, 1.11), "near": (1.001, 1.099, 0.9), "blind": (2.0, 2.1, 1.95)}
+
+
+def result(arm: str, **key) -> Result:
+    losses = dict(enumerate(LOSSES[arm]))
+    curve = [(10, {seed: 3 * loss for seed, loss in losses.items()}), (20, losses)]
+    cost = {"parameters": 12345, "flops": 2e9, "seconds": 61.0, "skipped": 0}
+    metrics, views = {"validation_loss": losses}, {"other": {seed: 2 * loss for seed, loss in losses.items()}}
+    key = replace(KEY, arm=arm, config=f"h-{arm}", **key)
+    return Result(key, {"rate": 1.0, "average": "0.9", "losses": {}}, metrics, views, curve, cost, {"devices": ["cpu"]})
+
+
+def suite(**changes) -> Suite:
+    arms = {"base": (), "worse": ("model.masking=off",), "near": ("model.masking=strict",), "blind": ("data.caption_dropout=1",)}
+    run = config.Config(train=config.Train(steps=20))
+    scales = {"cpu": Scale(run, pictures=8, seeds=3), "gpu": Scale(run), "pod": Scale(run)}
+    made = dict(name="toy", question="?", metric="validation_loss", base="base", control="blind", margin=0.01, arms=arms, scales=scales)
+    return Suite(**made | changes)
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    results = Results(tmp_path)
+    results.write(result("worse"))
+    assert results.find(result("worse").key) == result("worse") == read(tmp_path / "worse.json")
+    assert results.find(result("near").key) is None
+
+
+@pytest.mark.parametrize("other", [dict(commit="c0ffee+1"), dict(data="others"), dict(scale="gpu"), dict(seeds=(0, 1)), dict(suite="toys")])
+def test_results_of_other_things_are_refused(tmp_path, other):
+    results = Results(tmp_path)
+    results.write(result("base"))
+    for arm in ("base", "near"):  # beside it, and in its place
+        with pytest.raises(config.ConfigError, match=next(iter(other))):
+            results.write(result(arm, **other))
+    assert results.find(KEY) == result("base") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_arm_of_another_config_is_refused(tmp_path):
+    results, base = Results(tmp_path), result("base")
+    results.write(base)
+    changed = replace(KEY, config="another")
+    with pytest.raises(config.ConfigError, match="config"):
+        results.find(changed)
+    with pytest.raises(config.ConfigError, match="another config"):
+        results.all({"base": "another"})
+    assert results.all({"base": "h-base", "near": "h-near"}) == {"base": base}
+    check_like(KEY, replace(KEY, arm="near", config="another"), tmp_path)  # arms differ in their configs
+    assert changed.name != KEY.name  # nor do checkpoints meet
+    (tmp_path / "near.json").write_text("[]")
+    with pytest.raises(config.ConfigError, match="no result"):
+        results.find(KEY)
+
+
+def test_hashes_see_every_setting():
+    run = config.Config()
+    assert hashed(run, 1) == hashed(config.Config(), 1)
+    assert len({hashed(run, 1), hashed(run, 2), hashed(config.override(run, ["optimizer.eps=1e-7"]), 1)}) == 3
+
+
+def test_the_code_of_a_result_has_a_name():
+    assert len(code()) >= 5
+
+
+def test_a_table_by_hand():
+    found = compared(suite(), {arm: result(arm) for arm in LOSSES})
+    # Differences 0.2, 0.22, 0.21 around a base of 1: mean 0.21, standard error 0.01/√3, and t(0.975, 2) = 4.302653.
+    assert found["worse"].difference == pytest.approx((0.21, 0.21 - 4.302653 * 0.01 / 3**0.5, 0.21 + 4.302653 * 0.01 / 3**0.5))
+    # Of t = 36.373 with two degrees of freedom, p = 1 − t/√(t² + 2); the least of two: twice that. The control is no part of the family.
+    t = 0.21 / (0.01 / 3**0.5)
+    assert found["worse"].p == pytest.approx(2 * (1 - t / (t**2 + 2) ** 0.5), rel=1e-6)
+    assert found["worse"].verdict == "worse" and found["near"].verdict == "equal within the margin" and found["blind"].verdict == "worse"
+    assert found["near"].p == pytest.approx(1) and found["blind"].p < 0.01
+    assert found["worse"].reached is None  # it ends above the base
+    # 3.003 falls to 1.001 in ten steps, and to 1 never; 3.297 to 1.099: below 1.1 after 20 - 10 · 0.001 / 2.198.
+    assert found["near"].reached is None
+    assert first_below([(10, 3.297), (20, 1.099)], 1.1) == pytest.approx(20 - 10 * 0.001 / 2.198)
+    assert first_below([(10, 3.0)], 3.0) == 10 and first_below([(10, 3.0)], 2.9) is None
+
+
+def test_better_is_what_the_metric_says():
+    results = {arm: result(arm) for arm in ("base", "worse", "blind")}
+    painted = {arm: replace(one, metrics=one.metrics | {"exact": one.metrics["validation_loss"]}) for arm, one in results.items()}
+    scales = {name: replace(scale, painted=4) for name, scale in suite().scales.items()}
+    assert compared(suite(metric="exact", scales=scales), painted)["worse"].verdict == "better"
+    with pytest.raises(config.ConfigError, match="base"):
+        compared(suite(), {"worse": result("worse")})
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_the_page_and_the_figure_say_it():
+    results = {arm: result(arm) for arm in ("base", "worse", "blind")}
+    text = page(suite(), results)
+    assert "| worse | `model.masking=off` |" in text and "+21.0% (+18.5% … +23.5%)" in text and "| 12.35k | 2G | 61 |" in text
+    assert "Not run yet: near." in text and "is told from the base" in text and "2.287 (×2.00)" not in text and "(×2.00)" in text
+    assert "has no power" in page(suite(control="near"), {arm: result(arm) for arm in ("base", "near")})
+    drawn = figure(suite(), results)
+    assert drawn.count("<circle") == 2 and drawn.startswith("<svg") and "nan" not in drawn
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(base="none"), "base"),
+        (dict(control="base"), "same arm"),
+        (dict(arms={"base": ("model.masking=off",), "blind": ()}), "must change nothing"),
+        (dict(arms={"base": (), "blind": ("optimizer.rotate=1,1",)}), "rotate"),
+        (dict(arms={"base": (), "blind": ("optimizer.decay=cosine",)}), "constant"),
+        (dict(arms={"base": (), "blind": ("model.masking=off",), "twin": ("model.masking=off",)}), "the same"),
+        (dict(arms={"base": (), "blind": ("model.maskin=off",)}), "masking"),
+        (dict(metric="exact"), "painted=0"),
+        (dict(margin=0.0), "margin"),
+    ],
+)
+def test_a_suite_that_cannot_be_is_refused(changes, said):
+    with pytest.raises(config.ConfigError, match=said):
+        suite(**changes)
+
+
+def test_views_that_cannot_be_are_left_out():
+    made = suite(scales={name: replace(scale, views={"hidden": ("model.masking=strict",)}) for name, scale in suite().scales.items()})
+    run = made.run("cpu", "base")
+    learned = config.override(run, ["model.padding=learned"])
+    assert made.viewed("cpu", run)["hidden"].model.masking == "strict" and made.viewed("cpu", learned) == {}
+    assert np.all([made.arms_at(scale) == made.arms for scale in made.scales])

@@ -1,0 +1,115 @@
+"""Seeds that are trained together are what each is alone; a piece that goes on is what an unbroken one is."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from runs import same, toy_run
+
+from radiance import config
+from radiance.ablation.runner import first_states, losses_of, paired, seeds_step, train, weights
+from radiance.ablation.shown import Shown, Texts, digest, drawn, encoded, pictures
+from radiance.training.step import init_state, make_step, validation_losses
+
+SEEDS = (3, 5)
+
+
+@pytest.fixture(scope="module")
+def run() -> config.Config:
+    return toy_run("unused", "unused", "train.steps=3", "train.checkpoint_every=2", "train.validate_every=1", "data.caption_dropout=0.3",
+                   "text.length=20", modulation="per_block", head="linear")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool(run) -> tuple[Shown, Texts]:
+    shown = pictures("train", 12, run.data.side, "short")
+    return shown, encoded(shown.captions, run.text, run.model.text_dim)
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def test_seeds_together_are_each_alone(run, pool):
+    shown, texts = pool
+    chosen = [[drawn(seed, n, len(shown.image), run.data) for seed in SEEDS] for n in range(2)]
+    step = jax.jit(lambda *given: seeds_step(run, *given))
+    together = first_states(run, run.model, SEEDS)
+    for picked in chosen:
+        together, metrics = step(together, tuple(map(np.stack, zip(*picked))), np.array(SEEDS, np.uint32), (shown.image, *texts[:2]))
+    for i, seed in enumerate(SEEDS):
+        alone = replace(run, train=replace(run.train, seed=seed))
+        state, one = init_state(alone), jax.jit(make_step(alone))
+        for index, said in (picked[i] for picked in chosen):
+            batch = {"image": shown.image[index], "text": texts.rows[said], "lengths": texts.lengths[said], "weight": np.ones(len(index))}
+            state, facts = one(state, batch)
+        np.testing.assert_allclose(metrics["loss"][i], facts["loss"], rtol=1e-5)
+        for name in ("params", "ema", "optimizer"):
+            for x, y in zip(jax.tree.leaves(at(getattr(together, name), i)), jax.tree.leaves(getattr(state, name))):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6)
+    assert not same(at(together.params, 0), at(together.params, 1))
+
+
+def test_a_piece_goes_on_as_if_unbroken(run, pool, tmp_path):
+    def trained(folder: str, stop=lambda: False):
+        return train(run, run, SEEDS, *pool, pool, tmp_path / folder, stop)
+
+    whole = trained("whole")
+    assert trained("broken", lambda: True) is None
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["1"]
+    assert trained("broken", lambda: True) is None  # one more step
+    broken = trained("broken")
+    assert same(whole.state, broken.state) and whole.curve == broken.curve and len(whole.curve) == 3 and broken.seconds > 0
+    assert same(trained("whole").state, whole.state)  # nothing is left to do
+
+
+def test_arms_share_first_weights_data_and_validation(run, pool):
+    other = config.override(run, ["model.modulation=none", "model.registers=2", "model.masking=strict"])
+    ours, theirs = (first_states(arm, run.model, SEEDS).params for arm in (run, other))
+    for part in ("double", "single", "text_embed", "patch_embed", "head"):
+        assert same(ours[part], theirs[part]), part
+    assert "registers" in theirs and not same(at(ours["double"], 0), at(ours["double"], 1))
+    shared = paired({"a": np.zeros(2), "b": np.zeros(3), "c": np.zeros(1)}, {"a": np.ones(2), "b": np.ones(4)})
+    assert [x.mean() for x in shared.values()] == [1, 0, 0]
+    state = first_states(run, run.model, SEEDS)
+    hotter = config.override(run, ["optimizer.learning_rate=1", "data.caption_dropout=1"])
+    params = weights(run, state, "0.9")
+    assert np.array_equal(losses_of(run, run, params, *pool), losses_of(hotter, run, params, *pool))
+
+
+def test_validation_is_the_mean_over_pictures(run, pool):
+    shown, texts = pool  # 12 pictures in batches of 8: what fills up the second does not count
+    params = weights(run, first_states(run, run.model, SEEDS), "0.9")
+    rows = [np.arange(8), np.minimum(np.arange(8, 16), 11)]
+    batches = [
+        {"image": shown.image[r], "text": texts.rows[r], "lengths": texts.lengths[r], "weight": np.ones(8, np.float32)} for r in rows
+    ]
+    validate = jax.jit(partial(validation_losses, run))
+    for i, loss in enumerate(losses_of(run, run, params, *pool)):
+        found = [validate(at(params, i), batch, np.int32(part)) for part, batch in enumerate(batches)]
+        assert loss == pytest.approx(np.concatenate(found)[:12].mean(), rel=1e-5)
+
+
+def test_draws_follow_from_seed_and_step_alone(run):
+    data = replace(run.data, batch=4096)
+    index, said = drawn(1, 7, 100, data)
+    assert np.array_equal(index, drawn(1, 7, 100, replace(data, caption_dropout=0.0))[1])
+    assert index.min() == 0 and index.max() == 99 and set(said[said != index]) == {100} and 0.25 < (said == 100).mean() < 0.35
+    assert not np.array_equal(index, drawn(1, 8, 100, data)[0]) and not np.array_equal(index, drawn(2, 7, 100, data)[0])
+
+
+def test_a_digest_tells_data_apart(run, pool):
+    shown, texts = pool
+    same_again = digest([shown], [texts])
+    brighter = shown._replace(image=np.where(shown.image == 15, 16, shown.image).astype(np.uint8))
+    said = shown._replace(captions=("other", *shown.captions[1:]))
+    hashed = [
+        digest([shown], [texts]),
+        digest([brighter], [texts]),
+        digest([said], [texts]),
+        digest([shown], [texts._replace(identity="")]),
+    ]
+    assert hashed[0] == same_again and len(set(hashed)) == 4
+    assert texts.lengths[-1] == 1 and texts.rows.shape == (13, 20, run.model.text_dim)

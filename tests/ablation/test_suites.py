@@ -1,0 +1,102 @@
+"""The suites that are there can be run, and `radiance ablate` runs one: in pieces, once, and never over results of another."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+from runs import toy_run
+
+from radiance import config
+from radiance.ablation.results import read
+from radiance.cli import main
+from radiance.cli.experiments import experiment, loaded
+from radiance.model.flops import forward_flops
+from radiance.model.transformer import abstract
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "ablations"
+PATHS = sorted(FOLDER.glob("*.py"))
+
+
+def parameters(run: config.Config) -> int:
+    return sum(x.size for x in jax.tree.leaves(abstract(run.model)))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_every_arm_of_every_scale_can_be(path, capsys):
+    suite = loaded(str(path)).SUITE  # which checks all its arms
+    assert suite.name == path.stem
+    for scale in suite.scales:
+        for arm in suite.arms_at(scale):
+            assert all(x.size for x in jax.tree.leaves(abstract(suite.run(scale, arm).model)))  # checkpoints cannot hold an empty array
+    for arm in suite.arms_at("pod"):
+        assert replace(experiment(f"{path}:{arm}"), name=path.stem) == suite.run("pod", arm)
+    assert main(["ablate", str(path), "--scale", "pod"]) == 0
+    assert f"{path}:{suite.control}" in capsys.readouterr().out
+
+
+def test_deeper_arms_have_as_many_parameters_and_others_as_much_work():
+    suite = loaded(str(FOLDER / "modulation.py")).SUITE
+    for scale in suite.scales:
+        base = suite.run(scale, suite.base)
+        block = parameters(config.override(base, [f"model.single_blocks={base.model.single_blocks + 1}"])) - parameters(base)
+        for arm in suite.arms_at(scale):
+            run, work = suite.run(scale, arm), []
+            if arm.startswith("deep_"):
+                assert abs(parameters(run) - parameters(base)) < block / 2, (scale, arm)
+                continue
+            for one in (run, base):
+                work.append(forward_flops(one.model, one.data.side, one.data.side, one.text.length))
+            assert work[0] == pytest.approx(work[1], rel=0.3), (scale, arm)
+
+
+SUITE = """
+from radiance import config as c
+from radiance.ablation.suite import Scale, Suite
+
+RUN = c.from_json(c.Config, {run!r})
+CPU = Scale(RUN, pictures=12, seeds=2, rates=(1.0, 4.0), painted=3, views={{"unmasked": ("model.masking=off",)}})
+SUITE = Suite(
+    name="toy", question="Does it run?", metric="validation_loss", base="base", control="blind", margin=0.01,
+    arms={{"base": (), "blind": ("data.caption_dropout=1",)}}, scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
+)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    run = toy_run("unused", "unused", "train.steps=2", "text.length=20", "sample.batch=2", modulation="none", head="linear")
+    path = tmp_path / "toy.py"
+    path.write_text(SUITE.format(run=config.to_json(run)))
+    return path
+
+
+def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
+    def ablate(*more: str) -> int:
+        return main(["ablate", str(suite), "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work"), *more])
+
+    assert ablate("--table") == 2  # there is nothing yet
+    assert ablate("--minutes", "0") == 143 and not (tmp_path / "results").exists()
+    assert ablate("--arms", "base") == 0 and ablate() == 0
+    result = read(tmp_path / "results" / "blind.json")
+    assert result.metrics.keys() >= {"validation_loss", "exact", "f1@3"} and result.metrics["validation_loss"].keys() == {0, 1}
+    assert result.tuned["losses"].keys() == {"1", "4"} and result.tuned["average"] in ("0.9", "0.99")
+    chosen = min((loss, rate, name) for rate, losses in result.tuned["losses"].items() for name, loss in losses.items())
+    assert (f"{result.tuned['rate']:g}", result.tuned["average"]) == chosen[1:]
+    assert result.views.keys() == {"unmasked"} and result.cost["seconds"] > 0
+    assert "| blind (control) |" in (tmp_path / "results" / "table.md").read_text()
+    assert (tmp_path / "results" / "figure.svg").read_text().count("<circle") == 1
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")}
+    assert ablate() == 0 and before == {path: path.stat().st_mtime_ns for path in before}  # all is there
+    assert ablate("--seeds", "3") == 2 and "seeds 0,1 and not 0,1,2" in capsys.readouterr().err
+    suite.write_text(suite.read_text().replace("caption_dropout=1", "caption_dropout=0.9"))
+    assert ablate("--table") == 2 and "another config" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results" / "base.json").read_text())["key"]["suite"] == "toy"
+
+
+@pytest.mark.parametrize("more, said", [(["--arms", "bse"], "no arm bse"), (["--seeds", "1"], "at least two"), (["--scale", "pod"], "")])
+def test_wrong_words_are_told(suite, more, said, capsys):
+    assert main(["ablate", str(suite), *more]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
