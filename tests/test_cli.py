@@ -286,4 +286,6 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
     init = f"init={GOLDEN / 'radiance_v.safetensors'}"
     message = told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path}", f"data.directory={data_directory}", init)
     assert "does not hold this model" in message
-    assert "no checkpoint nowhere" in told(capsys, "train", "experiments/quickstart.py", f"output={tmp_path / 'b'}", "init=nowhere")
+    assert "no checkpoint nowhere" in told(
+        capsys, "train", "experiments/quickstart.py", f"output={tmp_path / 'b'}", f"data.directory={data_directory}", "init=nowhere"
+    )

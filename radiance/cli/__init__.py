@@ -31,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from radiance.training.loop import TrainingError
     from radiance.weights.files import CheckpointError
 
-    before = signal.getsignal(signal.SIGTERM)
+    handlers = {}
     try:
         if options.run is not train.main and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+            heard = (number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN)
+            handlers = {number: signal.signal(number, _end) for number in heard}
         return options.run(options)
     except KeyboardInterrupt:
         print("radiance: stopped by Ctrl-C.", file=sys.stderr)
@@ -43,19 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"radiance: {error}", file=sys.stderr)
         return 2
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _terminate(*_):
-    """An end by SIGTERM that removes what is half written; training has a way of its own to stop.
+def _end(number: int, *_):
+    """An end by SIGTERM or Ctrl-C that removes what is half written; training has a way of its own to stop.
 
     No exception: raised inside a destructor or a callback of the garbage collector it would be told and forgotten.
     """
     from radiance.weights.files import remove_unfinished
 
     remove_unfinished()
-    os._exit(143)
+    if number == signal.SIGINT:
+        os.write(2, b"radiance: stopped by Ctrl-C.\n")
+    os._exit(128 + number)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

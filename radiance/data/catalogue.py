@@ -37,7 +37,7 @@ FACTS = np.dtype(
         ("digest", "u1", 16),
     ]
 )
-FORMAT = 1  # of what is written here
+FORMAT = 2  # of what is written here
 TRAIN = 2**64 - 1  # the lot of a picture that its data set puts into the training split
 CHUNK = 256  # pictures that a thread looks at in one go
 EDGE = 4096  # bytes at either end of a file that enter the fingerprint
