@@ -119,8 +119,9 @@ class Data(Section):
         )
         require((self.source == "mixture") == bool(self.mixture), "data.source=mixture and data.mixture=[…] belong together: set both.")
         require(self.source != "mixture" or not self.path, f"data.path={self.path} is of no use to a mixture: its parts have their own.")
+        drawn = any(part.source == "shapes" for part in self.parts)  # which checks them
         require(
-            self.mirror == 0 or all(part.source != "shapes" for part in self.parts),
+            self.mirror == 0 or not drawn,
             f"data.mirror={self.mirror} would move what captions of data.source=shapes place in columns: set it to 0.",
         )
 
