@@ -120,6 +120,7 @@ def _kept_as(path: Path) -> str:
 
 
 def _data(run: config.Config, options: argparse.Namespace) -> int:
+    import numpy as np
     from tqdm import tqdm
 
     from radiance.cli.survey import told_data, told_duplicates
@@ -154,8 +155,7 @@ def _data(run: config.Config, options: argparse.Namespace) -> int:
             hashed = duplicates.hashed(whole, run.data.threads, bar.update)
         groups = duplicates.groups(hashed, whole.sizes, distance)
         print("\n" + told_duplicates(whole, len(sources[0]), hashed, groups, distance))
-        left_out = set(hashed.broken).union(*(group.others for group in groups))
-        stay = [index for index in stay if index not in left_out]
+        stay = [int(index) for index in np.flatnonzero(duplicates.kept(len(whole), groups)) if index not in hashed.broken]
     if options.write:
         with tqdm(total=len(stay), unit="line", disable=None) as bar:
             renamed = write_list(options.write, whole, stay, bar.update)

@@ -1,16 +1,9 @@
 """Generated pictures against real ones, in numbers that say what they were measured with and on how many pictures."""
 
-from collections.abc import Iterable
-
 from radiance.evaluation.distances import SUBSETS, frechet_distance, kernel_distance, moments, precision_recall
-from radiance.evaluation.features import Extractor, Features, Pictures, extract
+from radiance.evaluation.features import Features
 
 LEAST = 2 * SUBSETS  # pictures of either kind
-
-
-def compare(generated: Iterable[Pictures], real: Iterable[Pictures], extractor: Extractor) -> dict[str, float]:
-    """`compare_features` of batches of pictures in [-1, 1]."""
-    return compare_features(extract(generated, extractor), extract(real, extractor), extractor.name)
 
 
 def compare_features(generated: Features, real: Features, name: str) -> dict[str, float]:

@@ -28,20 +28,8 @@ def student(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 
-def bootstrap(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0, draws: int = 9999) -> Interval:
-    """The mean with the bias-corrected and accelerated bootstrap interval (Efron 1987), which assumes no shape but is too narrow for
-    fewer than about ten values. Raises ConfigError for fewer than two."""
-    values = _checked(values)
-    mean = float(values.mean())
-    if np.ptp(values) == 0:
-        return Interval(mean, mean, mean)
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=draws, confidence_level=confidence, rng=generator)
-    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
-
-
 def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours − theirs by seed, for either interval: what two arms of a seed have in common, their data and first weights, cancels.
+    """Ours − theirs by seed: what two arms of a seed have in common, their data and first weights, cancels.
 
     Raises ConfigError when the seeds are not the same.
     """

@@ -39,13 +39,6 @@ def _hann(n: int) -> Float64[np.ndarray, " n"]:
     return np.square(np.sin(np.pi * (np.arange(n) + 0.5) / n))
 
 
-def spectrum_error(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> Float64[np.ndarray, " frequencies"]:
-    """`power_error` of pictures. Raises DataError when they are not of one size."""
-    if generated.shape[1:] != real.shape[1:]:
-        raise DataError(f"Spectra of pictures of {_size(generated)} and {_size(real)} cannot be compared: give pictures of one size.")
-    return power_error(radial_spectrum(generated), radial_spectrum(real))
-
-
 def power_error(
     generated: Float64[np.ndarray, " frequencies"], real: Float64[np.ndarray, " frequencies"]
 ) -> Float64[np.ndarray, " frequencies"]:
@@ -55,11 +48,6 @@ def power_error(
     """
     ours, theirs = (10 * np.log10(power + ROUNDING) for power in (generated, real))
     return ours - theirs
-
-
-def log_spectral_distance(generated: Pictures, real: Float[np.ndarray, "n height width 3"]) -> float:
-    """The root mean square of `spectrum_error` over the frequencies, in decibels."""
-    return root_mean_square(spectrum_error(generated, real))
 
 
 def root_mean_square(values: Float64[np.ndarray, " n"]) -> float:
@@ -75,15 +63,8 @@ def clipping_fraction(pictures: Pictures) -> float:
     return float(1 - (np.abs(pictures) <= 1).mean())
 
 
-def seam_score(pictures: Pictures, patch: int) -> float:
-    """The mean absolute step between neighbours on two sides of a patch border, relative to that between other neighbours: 1 has no seams.
-
-    Both are means over rows, columns, channels and pictures. Raises DataError when there is no border or nothing else.
-    """
-    return seam_ratio(seam_steps(pictures, patch))
-
-
 def seam_ratio(steps: Float64[np.ndarray, " 2"]) -> float:
+    """Of `seam_steps`: the step across borders relative to the one inside. 1 has no seams."""
     inside, across = steps
     if inside == 0:  # flat patches
         return 1.0 if across == 0 else float("inf")
@@ -91,7 +72,10 @@ def seam_ratio(steps: Float64[np.ndarray, " 2"]) -> float:
 
 
 def seam_steps(pictures: Pictures, patch: int) -> Float64[np.ndarray, " 2"]:
-    """The mean absolute step between neighbours inside of patches, and across their borders."""
+    """The mean absolute step between neighbours inside of patches, and across their borders, over rows, columns, channels and pictures.
+
+    Raises DataError when there is no border or nothing else.
+    """
     _, height, width, _ = pictures.shape
     if not 2 <= patch < max(height, width):
         raise DataError(f"Patches of {patch} pixels have no seams to measure in pictures of {_size(pictures)}.")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from radiance.data.datasets import DataError
-from radiance.evaluation.compare import compare
+from radiance.evaluation.compare import compare_features
 from radiance.evaluation.features import Pixels, RandomNetwork, extract, kept_features
 
 EXTRACTORS = [Pixels(), Pixels(8), RandomNetwork(), RandomNetwork(seed=1)]
@@ -140,6 +140,10 @@ def test_fewer_pictures_than_promised_are_not_kept(tmp_path):
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(generated, real, extractor):
+    return compare_features(extract(generated, extractor), extract(real, extractor), extractor.name)
 
 
 def test_numbers_carry_the_name_of_their_features_and_the_counts():

@@ -8,16 +8,28 @@ from radiance.evaluation.signals import (
     ROUNDING,
     Signals,
     clipping_fraction,
-    log_spectral_distance,
     power_error,
     radial_spectrum,
-    seam_score,
-    spectrum_error,
+    root_mean_square,
+    seam_ratio,
+    seam_steps,
 )
 
 
 def noise(*shape, seed=0, scale=0.3):
     return scale * np.random.default_rng(seed).standard_normal(shape)
+
+
+def spectrum_error(generated, real):
+    return power_error(radial_spectrum(generated), radial_spectrum(real))
+
+
+def log_spectral_distance(generated, real):
+    return root_mean_square(spectrum_error(generated, real))
+
+
+def seam_score(pictures, patch):
+    return seam_ratio(seam_steps(pictures, patch))
 
 
 def test_a_direct_fourier_sum():
@@ -77,9 +89,7 @@ def test_less_than_a_rounding_counts_for_nothing():
     assert log_spectral_distance(flat + noise(2, 16, 16, 3, scale=1e-4), flat) < 0.02
 
 
-def test_pictures_that_have_no_common_spectrum():
-    with pytest.raises(DataError, match="8×16 and 16×8"):
-        spectrum_error(np.zeros((1, 16, 8, 3)), np.zeros((1, 8, 16, 3)))
+def test_pictures_that_have_no_spectrum():
     with pytest.raises(DataError, match="too small"):
         radial_spectrum(np.zeros((1, 9, 3, 3)))
 
