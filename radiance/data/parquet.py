@@ -11,7 +11,6 @@ leaves the others out.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,6 +22,7 @@ from radiance.data import records
 from radiance.data.catalogue import DataError, Row, Unfit, head_of
 from radiance.data.decode import Broken
 from radiance.data.shards import Shard, find, identity, opened
+from radiance.weights.files import CheckpointError, require_space
 
 BATCH = 64  # rows that are unpacked at once
 BUFFER = 2**20  # bytes of each column that are read at once
@@ -53,7 +53,10 @@ class Parquet:
     def rows(self, threads: int) -> Iterator[Row | Unfit]:
         """Raises DataError when a file cannot be read, has not the columns, or the pictures would fill the disk; ConfigError without pyarrow."""
         columns = [self._columns(shard) for shard in self.shards]  # before an hour is spent on the first files
-        _require_space(self.directory, sum(shard.size for shard in self.shards))
+        try:
+            require_space(self.directory, sum(shard.size for shard in self.shards))
+        except CheckpointError as error:
+            raise DataError(f"data.source=parquet keeps its pictures in data.directory, and {error}") from None
         for shard, these in zip(self.shards, columns):
             number = 0
             with _table(shard) as table:
@@ -112,17 +115,6 @@ class Parquet:
             return Unfit(name, broken.kind)
         attributes = {name: record[name] for name in columns.attributes if record[name] is not None}
         return Row(name, content, captions, width, height, told.tags, weight, digest, attributes)
-
-
-def _require_space(directory: Path, needed: int):
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise DataError(
-            f"{directory} has {free / 1e9:.2f} GB free, and the pictures of data.source=parquet are kept there, about {needed / 1e9:.2f} GB: "
-            "make room, or set data.directory to another folder."
-        )
 
 
 @contextmanager
