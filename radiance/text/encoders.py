@@ -110,9 +110,12 @@ def make_encoder(text: config.Text, dim: int, shardings: Callable[[t5.Params], t
 def token_counter(text: config.Text) -> Callable[[str], int]:
     """`Encoder.count` of a config's encoder, for which T5's tokenizer alone will do. Raises ConfigError when there is not even that."""
     from radiance.text.cache import CachedEncoder  # which is an Encoder itself
+    from radiance.text.random_t5 import RandomT5Encoder
 
     if text.encoder == "hash":
         return HashEncoder(1, text.length).count
+    if text.encoder == "random_t5":
+        return RandomT5Encoder(1, text.length).count
     if text.tokenizer:
         tokenizer = open_tokenizer(text.tokenizer)
         return lambda caption: len(tokenizer(caption))
