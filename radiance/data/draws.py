@@ -14,6 +14,8 @@ class Of(IntEnum):
     SIDES = 3  # base resolutions
     BATCHES = 4  # their order in an epoch
     PARTS = 5  # of a mixture: how an epoch's pictures are mixed
+    SCENE = 6  # what a picture of `shapes` shows; part 0 training, 1 validation
+    SAID = 7  # and what its caption says
 
 
 def draws(seed: int, of: Of, position: int, part: int = 0) -> np.random.Generator:

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from radiance.data.shapes import BACKGROUNDS, COLOURS, GRID, MOST, SHAPES, SIZES, Facts, Object, Scene, draws
+from radiance.data.draws import Of, draws, shuffled
+from radiance.data.shapes import BACKGROUNDS, COLOURS, GRID, MOST, SHAPES, SIZES, SPLITS, Facts, Object, Scene
 from radiance.sections import require
 
 Law = Literal["short", "mixed", "full"]
 
-CAPTIONS = {"train": 0x5CE2, "validation": 0x5CE3}  # streams, see draws
 SHORTEST, SHORT = 10, 20  # tokens: room for one object and the background; the longest of the short law
 NUMBERS = ("one", "two", "three", "four", "five")
 CELLS = tuple(f"{'abcd'[column]}{row + 1}" for row in range(GRID) for column in range(GRID))  # as in a spreadsheet
@@ -78,7 +78,7 @@ def caption(scene: Scene, law: Law = "mixed", limit: int = 256) -> Caption:
     up to 20, with median 12; full: `limit`, so that there is no padding. limit: at least 20, or ConfigError.
     """
     require(limit >= SHORT, f"Captions of shapes need room for {SHORT} tokens, and the limit is {limit}: raise it (data.shapes.limit).")
-    draw = draws(CAPTIONS[scene.split], scene.seed, scene.index)
+    draw = draws(scene.seed, Of.SAID, scene.index, SPLITS.index(scene.split))
     length, named = draw.random(2)
     longest = SHORT if law == "short" else limit
     # Every part has a mark behind it, the last one the end of the sequence.
@@ -88,11 +88,11 @@ def caption(scene: Scene, law: Law = "mixed", limit: int = 256) -> Caption:
     if named < 0.5:
         parts.append((SETTINGS, {"background": scene.background}))
     room = (spare - sum(_cost(forms[0]) for forms, _ in parts)) // _cost(MENTIONS[0])
-    told = tuple(scene.objects[i] for i in _shuffled(count, draw)[:room])
+    told = tuple(scene.objects[i] for i in shuffled(draw, count)[:room])
     parts += [(MENTIONS, _words(thing)) for thing in told]
     (head, *rest), spare = _filled(parts, spare, draw)
     facts = Facts(count, told, scene.background if named < 0.5 else None)
-    return Caption(f"{head}: {', '.join(rest[i] for i in _shuffled(len(rest), draw))}{'.' * spare}", facts)
+    return Caption(f"{head}: {', '.join(rest[i] for i in shuffled(draw, len(rest)))}{'.' * spare}", facts)
 
 
 def _filled(parts: Sequence[tuple[Sequence[str], dict[str, str]]], spare: int, draw: np.random.Generator) -> tuple[list[str], int]:
@@ -120,10 +120,6 @@ def tokens(text: str) -> list[str]:
 def _cost(text: str) -> int:
     """Tokens of a part, and the mark after it. What stands in braces is one word."""
     return len(text.split()) + 1
-
-
-def _shuffled(count: int, draw: np.random.Generator) -> Sequence[int]:
-    return np.argsort(draw.random(count), kind="stable").tolist()
 
 
 def _words(thing: Object) -> dict[str, str]:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float64
 from PIL import Image
 
+from radiance.data.draws import Of, draws, shuffled
+
 Plane = Float64[np.ndarray, "#height #width"]
 Split = Literal["train", "validation"]
 
@@ -42,7 +44,7 @@ TEXTURES = ("plain", "striped", "checked")
 JITTER = 0.05  # the farthest that an object's centre lies from its cell's, along each axis
 DEPTH = 28  # levels by which a texture is lighter and darker than the colour, which is its mean
 PERIOD = 0.34  # of a texture
-SCENES = {"train": 0x5CE0, "validation": 0x5CE1}  # streams, see `draws`; those of the batches, from 0 on, are others
+SPLITS = ("train", "validation")
 
 
 class Object(NamedTuple):
@@ -151,21 +153,15 @@ def coverage(
 # --- scenes -----------------------------------------------------------------------------------------------------------
 
 
-def draws(stream: int, seed: int, index: int) -> np.random.Generator:
-    """Numbers of (seed, index) for one thing that is drawn, each with a stream of its own. `random` alone is used: NumPy promises
-    that Philox's stream stays as it is."""
-    return np.random.Generator(np.random.Philox(key=[seed | stream << 32, index]))
-
-
 def scene(seed: int, index: int, split: Split = "train") -> Scene:
     """Scene `index` ≥ 0 of the endless list that the seed (0 ≤ seed < 2³²) gives.
 
     Training has none of the pairs of HELD_OUT; in validation all pairs are equally likely. All numbers are drawn whether or not
     they are needed, so that no attribute hangs on another.
     """
-    draw = draws(SCENES[split], seed, index)
+    draw = draws(seed, Of.SCENE, index, SPLITS.index(split))
     many, background = draw.random(2)
-    cells = np.argsort(draw.random(GRID * GRID), kind="stable")
+    cells = shuffled(draw, GRID * GRID)
     pairs = SEEN if split == "train" else PAIRS
     objects, finishes = [], []
     for cell, numbers in zip(cells, draw.random((1 + int(many * MOST), 7)).tolist()):

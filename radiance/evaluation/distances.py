@@ -11,6 +11,7 @@ import scipy.linalg
 from jaxtyping import Bool, Float, Float64
 
 from radiance.data.datasets import DataError
+from radiance.data.draws import shuffled
 
 BLOCK = 1 << 24  # distances that are held at a time: 128 MB
 NEIGHBOURS = 3  # of precision and recall, as published
@@ -78,7 +79,8 @@ def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], su
     """
     if min(len(x), len(y)) < 2 * subsets:
         raise DataError(f"KID by {subsets} parts needs at least {2 * subsets} pictures of each kind, and there are {len(x)} and {len(y)}.")
-    parts = (np.array_split(_shuffled(len(z), seed, side), subsets) for side, z in enumerate((x, y)))
+    orders = (shuffled(np.random.Generator(np.random.Philox(key=[seed, side])), len(z)) for side, z in enumerate((x, y)))
+    parts = (np.array_split(order, subsets) for order in orders)
     values = [squared_discrepancy(x[i], y[j]) for i, j in zip(*parts)]
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets)))
 
@@ -93,10 +95,6 @@ def squared_discrepancy(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
 
 def _kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Float64[np.ndarray, "n m"]:
     return (np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1) ** 3
-
-
-def _shuffled(n: int, seed: int, side: int) -> np.ndarray:
-    return np.argsort(np.random.Generator(np.random.Philox(key=[seed, side])).random(n), kind="stable")
 
 
 # --- precision and recall ---------------------------------------------------------------------------------------------

@@ -51,11 +51,11 @@ UNSEEN = [scene(3, i, "validation") for i in range(600)]
 def test_pinned():
     """Runs are compared over these pictures and captions: whoever changes them must know."""
     drawn = scene(7, 34)
-    assert drawn.objects[0] == Object("small", "yellow", "star", 3, 3) and drawn.background == "beige"
-    assert hashlib.sha256(render(drawn, 48).tobytes()).hexdigest()[:16] == "d045345f630ac276"
+    assert drawn.objects[0] == Object("small", "red", "triangle", 1, 0) and drawn.background == "navy"
+    assert hashlib.sha256(render(drawn, 48).tobytes()).hexdigest()[:16] == "cea9c90559a8a346"
     assert (
         caption(drawn, "mixed", 64).text
-        == "two shapes in four rows and four columns: small purple square b1, small yellow star d4, on beige"
+        == "three: on navy, column one of row two holds a small triangle that is red, the triangle at a3 is orange and large, small purple triangle b4."
     )
 
 
