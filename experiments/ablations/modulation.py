@@ -18,6 +18,8 @@ Missing, because the code cannot say it yet: a pooled text vector beside the tim
 token, and what a trained model loses when its layers are replaced.
 """
 
+import masking
+
 from radiance import config as c
 from radiance.ablation.suite import Scale, Suite
 
@@ -32,48 +34,15 @@ CHANGES = {
 }
 
 
+def sized(scale: str) -> c.Config:
+    """The base at a scale of the masking suite: its network and its training, with a layer in every block."""
+    run = getattr(masking, scale)()
+    return c.override(run, [f"name={run.name.replace('masking', 'modulation')}", "model.modulation=per_block"])
+
+
 def config() -> c.Config:
     """The pod's."""
-    return c.Config(
-        name="modulation",
-        model=c.override(c.Config(model=c.MODELS["small"]), ["model.modulation=per_block"]).model,
-        compute=c.Compute(remat="dots"),
-        text=c.Text(encoder="t5", length=256),
-        data=c.Data(source="folder", side=256, batch=1024, threads=16),
-        optimizer=c.Optimizer(learning_rate=3e-4, warmup_steps=1000, ema=(0.9999,)),
-        train=c.Train(steps=100_000, validate_every=5000, sample_every=5000, checkpoint_every=5000),
-        mesh=c.Mesh(data=1, fsdp=-1),
-    )
-
-
-def gpu() -> c.Config:
-    """About 10 M parameters, and 64 + 64 tokens."""
-    changes = ["model.modulation=per_block", "model.patch=8", "model.text_dim=64", "data.side=64"]
-    return c.Config(
-        name="modulation-gpu",
-        model=c.override(c.Config(model=c.MODELS["nano"]), changes).model,
-        compute=c.Compute(attention="xla"),  # seeds are one more axis, for which the fused kernels are not made
-        text=c.Text(encoder="random_t5", length=64),
-        data=c.Data(side=64, batch=128),
-        optimizer=c.Optimizer(learning_rate=1e-3, warmup_steps=200, ema=(), ema_widths=(0.1, 0.05, 0.2)),
-        train=c.Train(steps=5000, validate_every=250, validate_pictures=4096, checkpoint_every=500),
-        sample=c.Sample(steps=20, batch=128, weights="width=0.1"),
-    )
-
-
-def cpu() -> c.Config:
-    return c.Config(
-        name="modulation-cpu",
-        model=c.Model(
-            patch=8, hidden=64, heads=4, double_blocks=1, single_blocks=1, rope_axes=(4, 6, 6), text_dim=64, modulation="per_block",
-            approximator_hidden=64, approximator_depth=2, head="linear", prediction="x0",
-        ),
-        compute=c.Compute(dtype="float32"),
-        text=c.Text(encoder="random_t5", length=24, dtype="float32"),
-        data=c.Data(side=32, batch=16),
-        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=20, ema=(0.95,)),
-        train=c.Train(steps=200, validate_every=50, validate_pictures=128, checkpoint_every=100),
-    )  # fmt: skip
+    return sized("config")
 
 
 def deep(**singles: int) -> dict[str, tuple[str, ...]]:
@@ -90,8 +59,10 @@ SUITE = Suite(
     margin=0.01,
     arms=CHANGES,
     scales={
-        "cpu": Scale(cpu(), pictures=2048, seeds=3, arms=deep(approximator=2, none=3)),
-        "gpu": Scale(gpu(), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=deep(approximator=6, none=7, shared=6)),
+        "cpu": Scale(sized("cpu"), pictures=2048, seeds=3, arms=deep(approximator=2, none=3)),
+        "gpu": Scale(
+            sized("gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=deep(approximator=6, none=7, shared=6)
+        ),
         "pod": Scale(config(), seeds=3, arms=deep(approximator=12, none=13, shared=11)),
     },
 )

@@ -24,13 +24,11 @@ class Scale:
     """How large a suite is run."""
 
     run: config.Config  # of the base
-    pictures: int = (
-        0  # of `shapes` that are drawn from, with replacement; 0: the suite is built and planned, and trained as other experiments are
-    )
+    # Of `shapes`, drawn from with replacement; 0: the suite is built and planned, and trained as other experiments are.
+    pictures: int = 0
     seeds: int = 8  # unless told otherwise
-    rates: tuple[
-        float, ...
-    ] = ()  # factors of the learning rate that each arm is tuned over, on the seeds of TUNING; none: nothing is tuned
+    # Factors of the learning rate that each arm is tuned over, on the seeds of TUNING; none: nothing is tuned.
+    rates: tuple[float, ...] = ()
     painted: int = 0  # held-out captions that are painted and read; 0 where so little training paints nothing
     law: Law = "short"  # of the captions' lengths
     arms: Mapping[str, Changes] = field(default_factory=dict)  # further ones, whose changes hang on the size of the network
