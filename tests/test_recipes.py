@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 from runs import same
 from toy_files import published, save
 from toy_t5 import CAPTIONS, TOY, toy_folder
@@ -14,8 +12,6 @@ from toys import noisy_autoencoder, toy_model
 
 from radiance import config
 from radiance.cli import experiment, main
-from radiance.data.datasets import open_source
-from radiance.data.order import EMPTY, Order
 from radiance.model.autoencoder import Autoencoder
 from radiance.training.start import load_weights
 from radiance.weights import autoencoder
@@ -72,30 +68,13 @@ def test_head_then_trunk_then_x0_then_text_ids_that_count(trained, tmp_path):
     assert moved(weights(trunk), weights(later)) == {"patch_embed", "head", "double", "single", "text_embed"}
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Of several proportions and sizes, half of them with tags."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    rows = []
-    for i in range(40):
-        width, height = [(24, 24), (38, 20), (20, 38), (10, 10)][i % 4]
-        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": "red, a cat, Night, sky", "is_tag_based": i % 2 == 0})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def test_resolutions_grow_and_mix(trained, pictures):
-    folder = ["data.source=folder", f"data.path={pictures}", "data.validation=0.2", "data.bucket_step=8"]
-    first = trained("radiance_512.py:256:toy", *folder, "data.side=8", "data.other_sides=")
-    second = trained("radiance_512.py:512:toy", *folder, "data.other_sides=", f"init={first.directory}")
-    mixed = ["data.other_sides=8", "data.remainder=fill", "train.steps=10", "train.validate_every=10", "train.checkpoint_every=10"]
-    last = trained("radiance_512.py:1024:toy", *folder, *mixed, "train.sample_every=10", f"init={second.directory}")
-    order = Order(open_source(last.data, "train"), last.data, last.train.seed)
-    sizes = {(order[step].width, order[step].height) for step in range(10)}
-    assert sizes == {(8, 8), (8, 24), (16, 16), (24, 8)} and any((order[step].pictures == EMPTY).any() for step in range(10))
-    assert [first_row(run)["step"] for run in (second, last)] == [0, 0]  # the loss of what they start from
-    assert moved(weights(second), weights(last)) >= {"double", "single", "modulation"}
+def test_resolutions_grow(trained):
+    """Squares alone, for that shapes mix in a run is shown in training/test_run.py."""
+    squares = ["data.other_sides=", "data.bucket_step=0"]
+    first = trained("radiance_512.py:256:toy", *squares, "data.side=8")
+    last = trained("radiance_512.py:1024:toy", *squares, f"init={first.directory}")
+    assert (first.data.side, last.data.side) == (8, 16) and first_row(last)["step"] == 0  # the loss of what it starts from
+    assert moved(weights(first), weights(last)) >= {"double", "single", "modulation"}
 
 
 def test_a_latent_model_paints_what_its_trunk_learns_pixels_from(trained, tmp_path):

@@ -106,6 +106,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> config.Config:
     """The config that the model is measured with. Raises ConfigError when it cannot be."""
+    from radiance.model.transformer import abstract
     from radiance.training.directory import RunDirectory, is_run
 
     if is_run(options.model) == bool(options.experiment):
@@ -113,8 +114,13 @@ def _run(options: argparse.Namespace) -> config.Config:
         raise config.ConfigError(f"{options.model} {why}: {'leave --experiment out' if options.experiment else 'give --experiment'}.")
     if options.weights and options.experiment:
         raise config.ConfigError(f"{options.model} is a file and has one kind of weights: --weights is for run directories.")
-    run = experiment(options.experiment) if options.experiment else RunDirectory(Path(options.model)).read_config()
-    run = config.override(run, options.changes)
+    trained = experiment(options.experiment) if options.experiment else RunDirectory(Path(options.model)).read_config()
+    run = config.override(trained, options.changes)
+    if abstract(run.model) != abstract(trained.model):
+        told = ", ".join(config.differences(trained.model, run.model, "model."))
+        raise config.ConfigError(
+            f"{options.model} was trained as another network than {told} would make: change what leaves its parameters as they are."
+        )
     if options.weights:
         run = replace(run, sample=replace(run.sample, weights=options.weights))
     if run.model.channels != 3:
