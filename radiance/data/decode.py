@@ -180,15 +180,16 @@ def _check_scans(content: bytes, opened: Image.Image):
             return
 
 
-def _draft(opened: Image.Image, cover: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Asks JPEG's decoder for a smaller picture. The part of it that holds whole pixels: at its far edges may stand parts of some."""
+def _draft(opened: Image.Image, cover: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """Asks JPEG's decoder for a smaller picture, where one is enough. The part of it that holds whole pixels: at its far edges may stand
+    parts of some."""
     scale = 2 * max(cover[0] / opened.width, cover[1] / opened.height)
     for factor in (8, 4, 2):
         width, height = opened.width // factor, opened.height // factor
         if width >= scale * opened.width and height >= scale * opened.height:
             opened.draft(opened.mode, (width, height))
             return 0, 0, width, height
-    return 0, 0, *opened.size
+    return None
 
 
 # --- pixels -------------------------------------------------------------------------------------------------------------
