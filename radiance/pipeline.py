@@ -1,6 +1,5 @@
 """From prompts to pictures with a model, its text encoder and, for latent models, an autoencoder."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,6 +27,23 @@ TILE = 1024  # pixels; larger pictures are decoded from latents in tiles of this
 class Picture(NamedTuple):
     image: Image.Image
     facts: dict[str, Any]  # prompt, seed, size, settings, model: what its PNG carries
+
+
+class Trajectory(NamedTuple):
+    """The way from noise to pictures, about in [-1, 1]; of latent models, to latents."""
+
+    times: Float32[np.ndarray, " steps+1"]  # falling from 1 to 0
+    noisy: Float32[np.ndarray, "steps+1 b height width c"]  # x_t at each of them, in whole patches: what the network sees, and the picture
+
+    @property
+    def clean(self) -> Float32[np.ndarray, "steps b height width c"]:
+        """x̂ at all times but the last: where each step, gone on with straight, ends at time 0.
+
+        With Euler that is the picture which the network expects at that time, led by guidance.
+        """
+        by_step = (slice(None), *[None] * (self.noisy.ndim - 1))
+        velocity = np.diff(self.noisy, axis=0) / np.diff(self.times)[by_step]
+        return self.noisy[:-1] - self.times[:-1][by_step] * velocity
 
 
 class Autoencoder(NamedTuple):
@@ -100,6 +116,31 @@ class Pipeline:
         self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample
     ) -> Iterator[Float32[np.ndarray, "b height width 3"]]:
         """The pictures of `paint` as the network gives them, batch by batch: about in [-1, 1], and not rounded."""
+        for images in self._painted(prompts, seeds, width, height, settings):
+            yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
+
+    def trajectory(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        settings: config.Sample | None = None,
+    ) -> Trajectory:
+        """How the pictures of `paint` come about. All of it is in memory: as many pictures as there are steps, and one, of each."""
+        run, settings = self.run, settings or self.run.sample
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        width, height = width or run.data.side, height or width or run.data.side
+        states = list(self._painted(prompts, seeds, width, height, settings, way=True))
+        return Trajectory(self._times(width, height, settings), np.concatenate(states, axis=1))
+
+    def _times(self, width: int, height: int, settings: config.Sample) -> Float32[np.ndarray, " steps+1"]:
+        return times_of(settings, -(-height // self.side) * -(-width // self.side))
+
+    def _painted(
+        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample, way: bool = False
+    ) -> Iterator[Float32[np.ndarray, "*steps b rows columns c"]]:
+        """What the sampler gives, batch by batch, in whole patches."""
         run = self.run
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -107,7 +148,7 @@ class Pipeline:
             return
         tokens = visible(self.encoder, [*prompts, settings.negative], run.model.masking)
         size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
-        times = times_of(settings, math.prod(size.values()) // run.model.patch**2)
+        times = self._times(width, height, settings)
 
         count = min(settings.batch, len(prompts))
         for start in range(0, len(prompts), count):
@@ -124,10 +165,10 @@ class Pipeline:
                     settings=replace(settings, negative=""),  # already encoded: another text needs no other program
                     noise_scale=run.flow.noise_scale,
                     vectors=self.vectors(times),
+                    way=way,
                     **size,
                 )
-            images = gathered(painted)[: len(prompts) - start]
-            yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
+            yield gathered(painted)[..., : len(prompts) - start, :, :, :]
 
     def vectors(self, times: Float32[np.ndarray, " t"]) -> Vectors:
         """The modulation of the network at these times; that of the last schedule is kept."""

@@ -20,6 +20,7 @@ from radiance.model.transformer import Params, Transformer, bind, bind_modulatio
 from radiance.sharding import ROWS, constrained
 
 Image = Float32[Array, "b height width c"]
+Way = Float32[Array, "steps+1 b height width c"]  # the noise first, the picture last
 
 
 class Condition(NamedTuple):
@@ -30,7 +31,7 @@ class Condition(NamedTuple):
     pooled: Float[Array, "b p"] | None = None
 
 
-@partial(jax.jit, static_argnames=("model", "compute", "settings", "noise_scale", "height", "width"))
+@partial(jax.jit, static_argnames=("model", "compute", "settings", "noise_scale", "height", "width", "way"))
 def paint(
     params: Params,
     seeds: Int[Array, " b"],
@@ -44,14 +45,15 @@ def paint(
     height: int,
     width: int,
     vectors: Vectors | None = None,
-) -> Image:
+    way: bool = False,
+) -> Image | Way:
     """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch.
 
-    vectors: what `modulations` gave for these settings; `params` need no modulation then.
+    vectors: what `modulations` gave for these settings; `params` need no modulation then. way: also what is between noise and pictures.
     """
     noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
     times = times_of(settings, (height // model.patch) * (width // model.patch))
-    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative, vectors)
+    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative, vectors, way)
 
 
 @partial(jax.jit, static_argnames=("model", "compute"))
@@ -91,8 +93,9 @@ def sample(
     positive: Condition,
     negative: Condition | None = None,
     vectors: Vectors | None = None,
-) -> Image:
-    """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`.
+    way: bool = False,
+) -> Image | Way:
+    """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`; with `way` all of the way there.
 
     vectors: the modulation at each of the times, if it is at hand. negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
     v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
@@ -125,7 +128,7 @@ def sample(
             return (with_guidance if use.all() else conditional)(x, t, at)
         return jax.lax.cond(guided, with_guidance, conditional, x, t, at)
 
-    return integrate(velocity, noise, times, settings.solver, use)
+    return integrate(velocity, noise, times, settings.solver, use, way)
 
 
 def guide(positive: Image, negative: Image, settings: Sample) -> Image:
@@ -143,8 +146,9 @@ def integrate(
     times: Float32[np.ndarray, " steps+1"],
     solver: str,
     guided: np.ndarray | None = None,
-) -> Image:
-    """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last.
+    way: bool = False,
+) -> Image | Way:
+    """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last; with `way` x at every time.
 
     euler; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
     for α = 1 − t, σ = t: second order at one evaluation a step; the steps at times 1 and 0, where λ is infinite, and the one after
@@ -157,7 +161,7 @@ def integrate(
     def euler(carry, step):
         x, memory = carry
         i, t, t_next, use = step
-        return (x + (t_next - t) * velocity(x, t, i, use[0]), memory), None
+        return x + (t_next - t) * velocity(x, t, i, use[0]), memory
 
     def heun(carry, step):
         x, memory = carry
@@ -165,7 +169,7 @@ def integrate(
         first = velocity(x, t, i, use[0])
         end = x + (t_next - t) * first
         slope = jax.lax.cond(t_next > 0, lambda: (first + velocity(end, t_next, i + 1, use[1])) / 2, lambda: first)
-        return (x + (t_next - t) * slope, memory), None
+        return x + (t_next - t) * slope, memory
 
     def dpmpp_2m(carry, step):
         x, (previous, previous_t) = carry
@@ -178,11 +182,16 @@ def integrate(
         weight = jnp.where(second, 1 / (2 * jnp.where(second, ratio, 1)), 0)
         blend = (1 + weight) * clean - weight * previous
         decay = t_next * (1 - t) / (t * jnp.maximum(1 - t_next, 1e-12))  # e^(λ(t) − λ(t_next))
-        return (t_next / t * x + (1 - t_next) * (1 - decay) * blend, (clean, t)), None
+        return t_next / t * x + (1 - t_next) * (1 - decay) * blend, (clean, t)
 
     solvers = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
-    (x, _), _ = jax.lax.scan(solvers[solver], (noise, (noise, jnp.float32(1))), xs)
-    return x
+
+    def body(carry, step):
+        carry = solvers[solver](carry, step)
+        return carry, carry[0] if way else None
+
+    (x, _), later = jax.lax.scan(body, (noise, (noise, jnp.float32(1))), xs)
+    return jnp.concatenate([noise[None], later]) if way else x
 
 
 def evaluations(settings: Sample, tokens: int) -> int:

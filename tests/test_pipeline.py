@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +9,7 @@ from runs import toy_run
 from toys import toy_params
 
 from radiance import config
+from radiance.model.transformer import bind
 from radiance.models import load
 from radiance.pictures import save_png, to_picture
 from radiance.pipeline import Pipeline, encode
@@ -65,6 +67,21 @@ def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(p
         noise_scale=1.0, height=8, width=8,
     )  # fmt: skip
     assert np.abs(np.asarray(to_picture(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
+
+
+def test_a_trajectory_ends_in_the_picture_and_tells_what_the_network_expects_on_the_way(pipeline):
+    run = pipeline.run
+    settings = config.override(run.sample, ["guidance=1", "steps=3", "solver=euler"])
+    prompts, seeds = ["a one", "two", "three", "four"], [4, 5, 6, 7]  # a batch of three, and one that is filled up
+    way = pipeline.trajectory(prompts, seeds, settings=settings)
+    assert way.noisy.shape == (4, 4, 8, 8, 3) and way.clean.shape == (3, 4, 8, 8, 3)
+    values = np.concatenate([*pipeline.values(prompts, seeds, 8, 8, settings)])
+    np.testing.assert_allclose(way.noisy[-1], values, atol=1e-5)
+    text, lengths = pipeline.encoder(prompts)
+    velocity = jax.jit(lambda x, t: bind(run.model, run.compute, pipeline.params)(x, jnp.asarray(text), jnp.asarray(lengths), t))
+    for t, x, clean in zip(way.times, way.noisy, way.clean):
+        np.testing.assert_allclose(clean, x - t * velocity(x, np.full(4, t)), atol=1e-4)
+    np.testing.assert_allclose(way.clean[-1], values, atol=1e-4)  # the last step goes there straight
 
 
 def test_any_size(pipeline):

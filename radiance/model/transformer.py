@@ -76,14 +76,9 @@ class Transformer(nnx.Module):
         if vectors is None:
             vectors = self.modulation(time.astype(jnp.float32), guidance, pooled)
 
-        x = constrained(self.embed_image(image), ROWS)
-        y, visible = self.embed_text(text, lengths)
-        y = constrained(y, ROWS)
+        x, y, rope, kv_len = self.embed(image, text, lengths)
         n = x.shape[1]
-        ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
-        rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
-        text_len = None if model.masking == "off" else model.registers + visible
-        attend = partial(attention, kv_len=None if text_len is None else n + text_len, backend=self.compute.attention)
+        attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
         def double(carry, block_vectors):
             block, image_vectors, text_vectors = block_vectors
@@ -94,8 +89,6 @@ class Transformer(nnx.Module):
             block, vectors = block_vectors
             return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
 
-        if model.text_preamble:
-            y = self.read(y, rope[:, n:], text_len)
         if model.double_blocks:
             (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))
         if model.single_blocks:
@@ -107,6 +100,23 @@ class Transformer(nnx.Module):
             return predicted
         divisor = time if divisor is None else divisor
         return (image - predicted) / divisor.astype(jnp.float32)[:, None, None, None]
+
+    def embed(
+        self, image: Float32[Array, "b height width c"], text: Float[Array, "b l e"], lengths: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b w d"], Float32[Array, "2 joint 1 half"], Int[Array, " b"] | None]:
+        """What the blocks begin with: the picture's tokens, registers and text, their rotary table, and how many of [picture, registers, text]
+        are attended (None: all)."""
+        model, (height, width) = self.config, image.shape[1:3]
+        x = constrained(self.embed_image(image), ROWS)
+        y, visible = self.embed_text(text, lengths)
+        y = constrained(y, ROWS)
+        n = x.shape[1]
+        ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
+        rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
+        text_len = None if model.masking == "off" else model.registers + visible
+        if model.text_preamble:
+            y = self.read(y, rope[:, n:], text_len)
+        return x, y, rope, None if text_len is None else n + text_len
 
     def embed_image(self, image: Float32[Array, "b height width c"]) -> Float[Array, "b n d"]:
         side = self.config.patch
