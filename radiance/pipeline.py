@@ -92,9 +92,13 @@ class Pipeline:
         run, settings = self.run, settings or self.run.sample
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         width, height = width or run.data.side, height or width or run.data.side
-        facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
+        facts = self.facts(width, height, settings)
         for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings))):
             yield Picture(to_picture(image), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+
+    def facts(self, width: int, height: int, settings: config.Sample | None = None) -> dict[str, Any]:
+        """What pictures of that size have in common and say of themselves."""
+        return {"size": [width, height], "settings": config.to_dict(settings or self.run.sample), "model": self.origin}
 
     def values(
         self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample
