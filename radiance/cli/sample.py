@@ -22,6 +22,13 @@ def add(verbs):
         "--seeds", type=seeds, help="such as 0, 0-3 or 1,5,9: every prompt is painted with each (default: 0, or the suite's)"
     )
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; by default the run's or the preset's")
+    parser.add_argument(
+        "--image", type=Path, help="start from this picture instead of from noise alone; scaled and cut to --size where that is given"
+    )
+    parser.add_argument("--mask", type=Path, help="of --image: white is painted anew, black stays exactly as it is, grey blends")
+    parser.add_argument(
+        "--strength", type=float, help="how much of --image is painted over: near 0 little, 1 all (default: 0.6, with --mask 1)"
+    )
     parser.add_argument("--preset", help=f"settings of a published model: {', '.join(config.PRESETS)}")
     parser.add_argument("--text-encoder", default="", metavar="FILE", help="T5 v1.1: safetensors (file, index or folder) or GGUF")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="spiece.model or tokenizer.json; found beside T5 by default")
@@ -70,9 +77,10 @@ def main(options: argparse.Namespace) -> int:
             return 0
     elif any((out / name).exists() for name in (*mine, "sheet.png")):
         raise config.ConfigError(f"{out} holds pictures already: give another --out.")
+    start = _start(options)
     pipeline = _loaded(options)
     pictures = []
-    for name, picture in zip(mine, _painted(options, pipeline, list(mine.values()))):
+    for name, picture in zip(mine, _painted(options, pipeline, list(mine.values()), start)):
         if options.folder:
             with replacing((out / name).with_suffix(".txt")) as part:
                 part.write_text(_caption(mine[name][0]) + "\n", "utf-8")
@@ -108,20 +116,44 @@ def _loaded(options: argparse.Namespace):
     )
 
 
-def _painted(options: argparse.Namespace, pipeline, jobs: list[tuple[str, int]]):
+def _painted(options: argparse.Namespace, pipeline, jobs: list[tuple[str, int]], start=None):
     """The pictures of prompts with their seeds, one after another."""
     from tqdm import tqdm
 
     width, height = options.size or (None, None)
-    painted = pipeline.paint([prompt for prompt, _ in jobs], [seed for _, seed in jobs], width, height)
+    painted = pipeline.paint([prompt for prompt, _ in jobs], [seed for _, seed in jobs], width, height, start=start)
     return tqdm(painted, total=len(jobs), unit="picture", disable=None)  # None: no bar in a log
+
+
+def _start(options: argparse.Namespace):
+    """The picture to start from, with its mask."""
+    if options.image is None:
+        if options.mask or options.strength is not None:
+            raise config.ConfigError("--mask and --strength are of a picture to start from: give --image FILE too.")
+        return None
+    import numpy as np
+
+    from radiance.data.decode import Broken, picture
+    from radiance.pictures import fitted
+    from radiance.pipeline import Start
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            found = picture(path.read_bytes())
+        except Broken as reason:
+            raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
+        return fitted(found, *(options.size or found.size))
+
+    mask = read(options.mask)[..., 0].astype(np.float32) / np.float32(255) if options.mask else None
+    strength = options.strength if options.strength is not None else 0.6 if mask is None else 1.0
+    return Start(read(options.image), mask, strength)
 
 
 def _suite(options: argparse.Namespace) -> int:
     from radiance.evaluation import prompt_suites
 
-    if options.folder or options.prompt or not options.prompts:
-        raise config.ConfigError(f"--suite {options.suite} takes its prompts from --prompts PATH alone, and writes into --out.")
+    if options.folder or options.prompt or options.image or not options.prompts:
+        raise config.ConfigError(f"--suite {options.suite} takes its prompts from --prompts PATH and nothing else, and writes into --out.")
     suite = prompt_suites.SUITES[options.suite]
     asked = suite.asked(options.suite, options.prompts, options.seeds)
     host, hosts = join_hosts(options)

@@ -54,7 +54,7 @@ def test_geneval(trained, tmp_path, capsys, monkeypatch):
     shutil.rmtree(out / "00001")
     painted = []
     paint = Pipeline.paint
-    monkeypatch.setattr(Pipeline, "paint", lambda self, prompts, *rest: painted.extend(prompts) or paint(self, prompts, *rest))
+    monkeypatch.setattr(Pipeline, "paint", lambda self, prompts, *rest, **named: painted.extend(prompts) or paint(self, prompts, *rest, **named))
     assert main([str(part) for part in command]) == 0 and painted == ["a red dog"] * 4
     assert main([str(part) for part in command]) == 0 and "Nothing is left" in capsys.readouterr().out
     assert "another prompt or seed" in told(capsys, *command, "--seeds", "4-7")
@@ -95,4 +95,4 @@ def test_coco(trained, tmp_path, capsys):
     assert "not the file of prompts of suite coco30k (KeyError('annotations'))" in told(capsys, *command)
     prompts.write_text('{"annotations": []}')
     assert "has no prompts" in told(capsys, *command)
-    assert "takes its prompts from --prompts" in told(capsys, "sample", trained, "--suite", "dpg", "--prompt", "a seven")
+    assert "takes its prompts from --prompts PATH" in told(capsys, "sample", trained, "--suite", "dpg", "--prompt", "a seven")
