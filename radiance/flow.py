@@ -4,12 +4,13 @@ x_t = (1 − t)·picture + t·s·noise with noise scale s (1 for Chroma), veloci
 """
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.scipy.special import ndtri
-from jaxtyping import Array, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from radiance.config import Flow
 
@@ -59,6 +60,13 @@ def draw_times(key: PRNGKeyArray, flow: Flow, count: int, tokens: int) -> Float3
     return time_quantile(flow, jax.random.uniform(key, (count,)), tokens)
 
 
+def time_weights(flow: Flow, t: Float32[Array, "*b"], tokens: int) -> Float32[Array, "*b"]:
+    """Density of `flow.time_weight` over that of the law that times are drawn from: losses so weighted are expected to be the other law's."""
+    if flow.time_weight == "none":
+        return jnp.ones_like(t)
+    return time_density(replace(flow, time_law=flow.time_weight), t, tokens) / time_density(flow, t, tokens)
+
+
 def _mean(flow: Flow, tokens: int) -> float:
     if flow.time_mean is not None:
         return flow.time_mean
@@ -95,6 +103,14 @@ def velocity_target(
     return (mix(image, noise, time) - image) / bounded(flow, time)[:, None, None, None]
 
 
+def loss_weights(flow: Flow, prediction: str, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
+    """What squared errors of the velocity are multiplied by. An error of a velocity is one of x̂ over t: weighted by t² / divisor² it is over
+    the divisor of x0 models, which have it there already."""
+    if prediction == "velocity" and flow.velocity_weight == "x0":
+        return jnp.square(time / bounded(flow, time))
+    return jnp.ones_like(time)
+
+
 def squared_error(velocity: Float32[Array, "b height width c"], target: Float32[Array, "b height width c"]) -> Float32[Array, " b"]:
     """Mean over the values of each picture."""
     return jnp.square(velocity.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
@@ -120,10 +136,55 @@ def coupling_costs(
     return squares - 2 * jnp.matmul(x, y.T, precision="highest")
 
 
-def transport(image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"], cost: str) -> Int[Array, " b"]:
+def caption_distances(text: Float[Array, "b l e"], lengths: Int[Array, " b"]) -> Float32[Array, "b b"]:
+    """Squared distance between the directions of captions' mean embeddings, from 0 for captions that are the same to 4."""
+    there = jnp.arange(text.shape[1]) < lengths[:, None]
+    sums = jnp.where(there[..., None], text.astype(jnp.float32), 0).sum(axis=1)
+    means = sums / jnp.maximum(jnp.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return jnp.square(means[:, None] - means).sum(axis=-1)  # not by products, whose rounding tells equal captions apart
+
+
+def forbidding(costs: Float32[Array, "b b"], forbidden: Bool[Array, "b b"]) -> Float32[Array, "b b"]:
+    """Costs so that no assignment has a forbidden pair unless every one has."""
+    most = len(costs) * (costs.max() - costs.min())  # that all allowed pairs together can save
+    return costs + jnp.where(forbidden, most + 1e-3, 0)
+
+
+def transport(costs: Float32[Array, "b b"]) -> Int[Array, " b"]:
     """Which noise each picture gets so that the sum of costs is least (minibatch optimal transport, arXiv 2302.00482).
 
     Exact (Hungarian algorithm), and over the whole batch it is given: under a mesh that is the global batch, alike on every host.
     """
-    rows, columns = optax.assignment.hungarian_algorithm(coupling_costs(image, noise, cost))
+    rows, columns = optax.assignment.hungarian_algorithm(costs)
     return jnp.zeros_like(columns).at[rows].set(columns)
+
+
+def coupled(
+    flow: Flow,
+    image: Float32[Array, "b height width c"],
+    noise: Float32[Array, "b height width c"],
+    text: Float[Array, "b l e"],
+    lengths: Int[Array, " b"],
+) -> Int[Array, " b"]:
+    """Which noise each picture gets by `flow.coupling`. Noise has the caption of the picture that it was drawn with.
+
+    Raises ValueError when the batch does not divide into groups of `flow.coupling_group`.
+    """
+
+    def within(image, noise, text, lengths):
+        costs = coupling_costs(image, noise, flow.coupling_cost)
+        if flow.coupling == "within_caption":
+            costs = forbidding(costs, caption_distances(text, lengths) > 0)
+        elif flow.coupling_captions:
+            costs = costs + flow.coupling_captions * caption_distances(text, lengths)
+        return transport(costs)
+
+    count, size = len(image), flow.coupling_group
+    if flow.coupling == "independent":
+        return jnp.arange(count)
+    if not size:
+        return within(image, noise, text, lengths)
+    if count % size:
+        raise ValueError(f"A batch of {count} does not divide into groups of {size} (flow.coupling_group).")
+    grouped = (x.reshape(-1, size, *x.shape[1:]) for x in (image, noise, text, lengths))
+    return (jax.vmap(within)(*grouped) + size * jnp.arange(count // size)[:, None]).reshape(-1)

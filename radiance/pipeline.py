@@ -1,23 +1,25 @@
 """From prompts to pictures with a model, its text encoder and, for latent models, an autoencoder."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from radiance import config
 from radiance.model import autoencoder
 from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, visible_tokens
-from radiance.pictures import to_picture
-from radiance.sampling import Condition, modulations, paint, times_of
+from radiance.pictures import to_picture, to_signed
+from radiance.sampling import Condition, Known, modulations, paint, times_of
+from radiance.sections import require
 from radiance.sharding import gathered
 from radiance.text.encoders import Encoder, bucket, make_encoder
 
@@ -27,6 +29,44 @@ TILE = 1024  # pixels; larger pictures are decoded from latents in tiles of this
 class Picture(NamedTuple):
     image: Image.Image
     facts: dict[str, Any]  # prompt, seed, size, settings, model: what its PNG carries
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A picture that painting starts from. Raises ConfigError for a mask of another size and a strength that cannot be."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    # 1 where it is painted anew, 0 where it stays to the last bit, and between where the two are blended; everything anew when None.
+    mask: Float32[np.ndarray, "height width"] | None = None
+    strength: float = 1.0  # the time that painting starts at: near 0 little changes, and at 1 what is painted anew forgets the picture
+
+    def __post_init__(self):
+        require(
+            0 < self.strength <= 1, f"strength={self.strength} must be more than 0 and at most 1: it is the time that painting starts at."
+        )
+        if self.mask is not None:
+            ours, theirs = ("×".join(map(str, x.shape[1::-1])) for x in (self.mask, self.image))
+            require(ours == theirs, f"The mask is of {ours} pixels, and the picture of {theirs}: make them alike.")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a PNG: which picture and mask it was, by the hash of their pixels."""
+        parts = {"image": self.image, "mask": self.mask}
+        hashes = {name: hashlib.blake2b(x.tobytes(), digest_size=8).hexdigest() for name, x in parts.items() if x is not None}
+        return {"start": {"strength": self.strength, **hashes}}
+
+    def known(self, height: int, width: int, count: int) -> Known:
+        """As the network needs it: so many times, and grown to whole patches by its last rows and columns."""
+        mask = np.ones(self.image.shape[:2], np.float32) if self.mask is None else self.mask
+        grown = [(0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)]
+        return Known(*(np.repeat(np.pad(x, grown, "edge")[None], count, axis=0) for x in (to_signed(self.image), mask[..., None])))
+
+    def over(self, painted: Image.Image) -> Image.Image:
+        """What was painted, with what stays as it was."""
+        if self.mask is None:
+            return painted
+        mask = self.mask[..., None]
+        return Image.fromarray(np.rint(mask * np.asarray(painted) + (1 - mask) * self.image).astype(np.uint8))
 
 
 class Trajectory(NamedTuple):
@@ -99,24 +139,40 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         settings: config.Sample | None = None,
+        start: Start | None = None,
     ) -> Iterator[Picture]:
         """One picture per prompt and seed (0, 1, 2, … when None), of any size: whole patches are painted and cropped.
 
-        A picture depends on its prompt, seed, size and settings, not on the others. Prompts are encoded batch by batch: any number of
-        them takes the memory of a few. Raises TextError for one over the encoder's limit, before anything is painted.
+        A picture depends on its prompt, seed, size, settings and start, not on the others. Prompts are encoded batch by batch: any number of
+        them takes the memory of a few. start: a picture to start from, whose size they have. Raises TextError for one over the encoder's
+        limit, before anything is painted, and ConfigError for a start of another size or with a latent model.
         """
         run, settings = self.run, settings or self.run.sample
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if start:
+            self._check(start, width, height)
+            height, width = start.image.shape[:2]
         width, height = width or run.data.side, height or width or run.data.side
-        facts = {"size": [width, height], "settings": config.to_dict(settings), "model": self.origin}
-        for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings))):
-            yield Picture(to_picture(image), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+        facts = self.facts(width, height, settings) | (start.facts if start else {})
+        for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings, start))):
+            picture = to_picture(image)
+            yield Picture(start.over(picture) if start else picture, {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+
+    def _check(self, start: Start, width: int | None, height: int | None):
+        if self.decoder:
+            raise config.ConfigError("Latent models cannot start from a picture here: give a pixel model.")
+        if (width, height) not in ((None, None), start.image.shape[1::-1]):
+            raise config.ConfigError(f"Painting from a picture gives one of its size, not of {width}×{height}: scale it first.")
+
+    def facts(self, width: int, height: int, settings: config.Sample | None = None) -> dict[str, Any]:
+        """What pictures of that size have in common and say of themselves."""
+        return {"size": [width, height], "settings": config.to_dict(settings or self.run.sample), "model": self.origin}
 
     def values(
-        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample
+        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample, start: Start | None = None
     ) -> Iterator[Float32[np.ndarray, "b height width 3"]]:
         """The pictures of `paint` as the network gives them, batch by batch: about in [-1, 1], and not rounded."""
-        for images in self._painted(prompts, seeds, width, height, settings):
+        for images in self._painted(prompts, seeds, width, height, settings, start):
             yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
 
     def trajectory(
@@ -134,11 +190,18 @@ class Pipeline:
         states = list(self._painted(prompts, seeds, width, height, settings, way=True))
         return Trajectory(self._times(width, height, settings), np.concatenate(states, axis=1))
 
-    def _times(self, width: int, height: int, settings: config.Sample) -> Float32[np.ndarray, " steps+1"]:
-        return times_of(settings, -(-height // self.side) * -(-width // self.side))
+    def _times(self, width: int, height: int, settings: config.Sample, strength: float = 1.0) -> Float32[np.ndarray, " steps+1"]:
+        return times_of(settings, -(-height // self.side) * -(-width // self.side), strength)
 
     def _painted(
-        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample, way: bool = False
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        width: int,
+        height: int,
+        settings: config.Sample,
+        start: Start | None = None,
+        way: bool = False,
     ) -> Iterator[Float32[np.ndarray, "*steps b rows columns c"]]:
         """What the sampler gives, batch by batch, in whole patches."""
         run = self.run
@@ -148,11 +211,12 @@ class Pipeline:
             return
         tokens = visible(self.encoder, [*prompts, settings.negative], run.model.masking)
         size = dict(height=-(-height // self.side) * run.model.patch, width=-(-width // self.side) * run.model.patch)
-        times = self._times(width, height, settings)
+        strength = start.strength if start else 1.0
+        times = self._times(width, height, settings, strength)
 
         count = min(settings.batch, len(prompts))
-        for start in range(0, len(prompts), count):
-            rows = np.minimum(np.arange(start, start + count), len(prompts) - 1)  # a last, shorter batch is filled up
+        for first in range(0, len(prompts), count):
+            rows = np.minimum(np.arange(first, first + count), len(prompts) - 1)  # a last, shorter batch is filled up
             positive, negative = encode(self.encoder, [prompts[row] for row in rows], settings, run.model.masking, tokens)
             with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
                 painted = paint(
@@ -165,10 +229,12 @@ class Pipeline:
                     settings=replace(settings, negative=""),  # already encoded: another text needs no other program
                     noise_scale=run.flow.noise_scale,
                     vectors=self.vectors(times),
+                    known=start.known(**size, count=count) if start else None,
+                    strength=strength,
                     way=way,
                     **size,
                 )
-            yield gathered(painted)[..., : len(prompts) - start, :, :, :]
+            yield gathered(painted)[..., : len(prompts) - first, :, :, :]
 
     def vectors(self, times: Float32[np.ndarray, " t"]) -> Vectors:
         """The modulation of the network at these times; that of the last schedule is kept."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 from scipy.stats import beta
 
 from radiance.config import Compute, ConfigError, Model, Sample
-from radiance.flow import resolution_shift, shift_time
+from radiance.flow import mix, resolution_shift, shift_time
 from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, Transformer, bind, bind_modulation
 from radiance.sharding import ROWS, constrained
@@ -31,7 +31,14 @@ class Condition(NamedTuple):
     pooled: Float[Array, "b p"] | None = None
 
 
-@partial(jax.jit, static_argnames=("model", "compute", "settings", "noise_scale", "height", "width", "way"))
+class Known(NamedTuple):
+    """What painting starts from beside noise."""
+
+    image: Image
+    mask: Float32[Array, "b height width 1"]  # 1 where it is painted anew, 0 where it stays
+
+
+@partial(jax.jit, static_argnames=("model", "compute", "settings", "noise_scale", "height", "width", "strength", "way"))
 def paint(
     params: Params,
     seeds: Int[Array, " b"],
@@ -45,15 +52,19 @@ def paint(
     height: int,
     width: int,
     vectors: Vectors | None = None,
+    known: Known | None = None,
+    strength: float = 1.0,
     way: bool = False,
 ) -> Image | Way:
     """Pictures from seeds. A picture's noise depends on its seed and size alone, not on its neighbours in the batch.
 
-    vectors: what `modulations` gave for these settings; `params` need no modulation then. way: also what is between noise and pictures.
+    vectors: what `modulations` gave for these settings; `params` need no modulation then. known: pictures to start from, and strength, the time
+    at which: the nearer to 0, the less of them is lost. way: also what lies between noise and pictures.
     """
     noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
-    times = times_of(settings, (height // model.patch) * (width // model.patch))
-    return sample(bind(model, compute, params), constrained(noise_scale * noise, ROWS), times, settings, positive, negative, vectors, way)
+    times = times_of(settings, (height // model.patch) * (width // model.patch), strength)
+    noise = constrained(noise_scale * noise, ROWS)
+    return sample(bind(model, compute, params), noise, times, settings, positive, negative, vectors, known, way)
 
 
 @partial(jax.jit, static_argnames=("model", "compute"))
@@ -63,8 +74,8 @@ def modulations(modulation: Params, times: Float32[Array, " t"], *, model: Model
     return jax.lax.map(lambda time: network(time[None], None), times)
 
 
-def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
-    """Falling times from 1 to 0.
+def times_of(settings: Sample, tokens: int, strength: float = 1.0) -> Float32[np.ndarray, " steps+1"]:
+    """Falling times from 1 to 0; with a `strength` below 1 from there, and along what is left of them.
 
     uniform; shifted by e^μ, with `settings.shift` as μ or FLUX's by the number of image tokens; or quantiles of a Beta law
     (arXiv 2407.12173).
@@ -82,7 +93,7 @@ def times_of(settings: Sample, tokens: int) -> Float32[np.ndarray, " steps+1"]:
         raise ConfigError(
             f"sample.schedule={settings.schedule} with sample.steps={settings.steps} repeats a time: take fewer steps or a milder schedule."
         )
-    return times
+    return np.concatenate([np.float32([strength]), times[times < np.float32(strength)]])
 
 
 def sample(
@@ -93,9 +104,13 @@ def sample(
     positive: Condition,
     negative: Condition | None = None,
     vectors: Vectors | None = None,
+    known: Known | None = None,
     way: bool = False,
 ) -> Image | Way:
     """Pictures (about [-1, 1]) from `noise`, which is already scaled, along `times`; with `way` all of the way there.
+
+    known: pictures that are mixed with the noise at the first time. Where their mask is 0 they follow the line between the two, whose velocity is
+    constant, so that every solver ends on them, and what is painted beside them sees them as noisy as itself.
 
     vectors: the modulation at each of the times, if it is at hand. negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
     v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
@@ -128,7 +143,13 @@ def sample(
             return (with_guidance if use.all() else conditional)(x, t, at)
         return jax.lax.cond(guided, with_guidance, conditional, x, t, at)
 
-    return integrate(velocity, noise, times, settings.solver, use, way)
+    if known is None:
+        return integrate(velocity, noise, times, settings.solver, use, way)
+
+    def beside(*arguments):
+        return known.mask * velocity(*arguments) + (1 - known.mask) * (noise - known.image)
+
+    return integrate(beside, mix(known.image, noise, jnp.full(len(noise), times[0])), times, settings.solver, use, way)
 
 
 def guide(positive: Image, negative: Image, settings: Sample) -> Image:

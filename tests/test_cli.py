@@ -108,6 +108,27 @@ def test_sample(trained, tmp_path, capsys):
     assert np.asarray(picture).std() > 0
 
 
+def test_sample_from_a_picture(capsys, trained, tmp_path):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 12, 3)).astype(np.uint8))
+    mask = Image.new("L", (12, 9))
+    mask.paste(255, (4, 0, 12, 9))
+    image.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    command = ["sample", trained, "guidance=1", "--prompt", "a one", "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
+    assert main([str(part) for part in [*command, "--out", tmp_path / "out"]]) == 0
+    picture = Image.open(tmp_path / "out" / "00000_seed0.png")
+    changed = np.asarray(picture, int) - np.asarray(image)
+    assert not changed[:, :4].any() and changed[:, 4:].any() and json.loads(picture.text["start"])["strength"] == 1
+    assert "give --image FILE too" in told(capsys, *command[:5], "--strength", "0.5", "--out", tmp_path / "other")
+    assert "strength=2.0 must be" in told(capsys, *command, "--strength", "2", "--out", tmp_path / "other")
+    assert (
+        "mask is of 12×8 pixels"
+        in (mask.resize((12, 8)).save(tmp_path / "mask.png"), told(capsys, *command, "--out", tmp_path / "other"))[1]
+    )
+    (tmp_path / "mask.png").write_text("no picture")
+    assert "mask.png cannot be used: not a picture." in told(capsys, *command, "--out", tmp_path / "other")
+
+
 def test_sample_with_changes_behind_the_flags(trained, tmp_path):
     """As the README writes it; and the weights that are asked for are those that paint."""
     pixels = {}

@@ -1,7 +1,7 @@
 """The method against float64 references: SciPy's distributions and assignment, and formulas written out in NumPy."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,18 @@ from scipy.optimize import linear_sum_assignment
 from radiance.config import Compute, Flow, Model
 from radiance.flow import (
     bounded,
+    caption_distances,
+    coupled,
     coupling_costs,
     draw_times,
+    loss_weights,
     mix,
     resolution_shift,
     shift_time,
     squared_error,
     time_density,
     time_quantile,
+    time_weights,
     transport,
     velocity_target,
     weighted_mean,
@@ -158,6 +162,23 @@ def test_keys_give_different_times():
     assert not np.isin(a, b).any()
 
 
+@pytest.mark.parametrize("drawn, weighed", [("uniform", "parabola"), ("parabola", "uniform"), ("parabola", "parabola")])
+def test_weights_turn_one_law_into_another(drawn, weighed):
+    """The expected loss and its gradient are those of the other law: here of a fit of a·t to t², whose error changes with time."""
+
+    def expected(flow, a):
+        t = time_quantile(flow, (jnp.arange(4096) + 0.5) / 4096, 256)
+        return (time_weights(flow, t, 256) * (t**2 - a * t) ** 2).mean()
+
+    found, other = (
+        jax.value_and_grad(lambda a, flow=flow: expected(flow, a))(0.5)
+        for flow in (Flow(time_law=drawn, time_weight=weighed), Flow(time_law=weighed))
+    )
+    np.testing.assert_allclose(found, other, rtol=1e-3)
+    if drawn != weighed:
+        assert abs(found[1] / jax.grad(lambda a: expected(Flow(time_law=drawn), a))(0.5) - 1) > 0.05
+
+
 # --- interpolation and loss -------------------------------------------------------------------------------------------
 
 TIMES = np.array([0.0, 0.02, 0.3, 1.0])
@@ -228,6 +249,18 @@ def test_loss_and_gradient(prediction, bound):
         np.testing.assert_allclose(g, e, atol=2e-5 * np.abs(e).max())
 
 
+def test_velocity_models_can_be_trained_with_the_loss_of_x0_models():
+    """Both see the same picture in what they put out."""
+    flow = Flow(velocity_weight="x0")
+    image, noise, clean = (pictures(seed) for seed in range(3))
+    time = jnp.float32(TIMES[1:])  # no velocity says what the picture is at time 0
+    velocity = (mix(image, noise, jnp.float32(TIMES)) - clean)[1:] / time[:, None, None, None]
+    ours = squared_error(velocity, (noise - image)[1:]) * loss_weights(flow, "velocity", time)
+    np.testing.assert_allclose(ours, ((clean - image) ** 2).mean(axis=(1, 2, 3))[1:] / (TIMES[1:] + 0.05) ** 2, rtol=1e-4)
+    for same, prediction in ((flow, "x0"), (Flow(), "velocity")):
+        assert (np.asarray(loss_weights(same, prediction, time)) == 1).all()
+
+
 def test_x0_gradient_points_along_finite_differences():
     image, noise, output, direction = (pictures(seed) for seed in range(4))
     loss = loss_of(Flow(), X0, image, noise, weights=np.ones(4))
@@ -262,7 +295,10 @@ def test_weights():
 
 # --- coupling ---------------------------------------------------------------------------------------------------------
 
-jit_transport = jax.jit(transport, static_argnames="cost")
+
+@partial(jax.jit, static_argnames="cost")
+def jit_transport(image, noise, cost):
+    return transport(coupling_costs(image, noise, cost))
 
 
 def costs64(image, noise, cost):
@@ -307,7 +343,7 @@ def test_transport_indexes_noise_by_picture(cost):
     """noise[transport(…)] lies beside the pictures; the inverse permutation would not, and a cycle of 3 tells them apart."""
     image = pictures(0, 5)
     noise = image[[1, 2, 0, 4, 3]]
-    columns = transport(image, noise, cost)  # not under jit
+    columns = transport(coupling_costs(image, noise, cost))  # not under jit
     np.testing.assert_array_equal(noise[columns], image)
     np.testing.assert_array_equal(columns, [2, 0, 1, 4, 3])
     np.testing.assert_array_equal(columns, jit_transport(image, noise, cost))
@@ -320,3 +356,55 @@ def test_transport_of_blank_and_equal_pictures():
         first, second = (jit_transport(image, pictures(1, 12), "cosine") for _ in range(2))
         assert sorted(np.asarray(first)) == list(range(12))
         np.testing.assert_array_equal(first, second)
+
+
+# Captions 0, 2, 5 and 1, 4 are the same, and what stands behind their ends is not looked at.
+CAPTIONS = np.array([0, 1, 0, 2, 1, 0, 3, 4])
+
+
+def captioned():
+    rows = np.random.RandomState(3).standard_normal((5, 3, 4)).astype(np.float32)[CAPTIONS]
+    rows[:, 2] = np.random.RandomState(4).standard_normal((8, 4))
+    return scaled(3, 8), scaled(103, 8)[::-1], rows, np.full(8, 2, np.int32)
+
+
+def test_caption_distances():
+    *_, text, lengths = captioned()
+    means = np.float64(text[:, :2]).mean(axis=1)
+    means /= np.linalg.norm(means, axis=1)[:, None]
+    found = np.asarray(caption_distances(text, lengths))
+    np.testing.assert_allclose(found, ((means[:, None] - means) ** 2).sum(-1), atol=1e-6)
+    np.testing.assert_array_equal(found == 0, CAPTIONS[:, None] == CAPTIONS)
+
+
+# name: settings, and what they add to the costs of all pairs, to be solved by SciPy; a unit of caption distance is WEIGHT
+WEIGHT = {"cosine": 0.2, "euclidean": 30}
+APART, BLOCKS = CAPTIONS[:, None] != CAPTIONS, np.arange(8)[:, None] // 4 != np.arange(8) // 4
+COUPLINGS = {
+    "global": (Flow(coupling="optimal_transport"), lambda far: 0),
+    "local": (Flow(coupling="optimal_transport", coupling_group=4), lambda far: 1e6 * BLOCKS),
+    "c2ot": (Flow(coupling="optimal_transport", coupling_captions=1), lambda far: far),
+    "within_caption": (Flow(coupling="within_caption"), lambda far: 1e6 * APART),
+    "both": (Flow(coupling="within_caption", coupling_group=4), lambda far: 1e6 * (APART | BLOCKS)),
+}
+
+
+@pytest.mark.parametrize("cost", ["cosine", "euclidean"])
+def test_couplings_are_the_least_cost_assignments(cost):
+    image, noise, text, lengths = captioned()
+    far = WEIGHT[cost] * np.float64(caption_distances(text, lengths))
+    found, costs = {}, costs64(image, noise, cost)
+    for name, (flow, more) in COUPLINGS.items():
+        flow = replace(flow, coupling_cost=cost, coupling_captions=WEIGHT[cost] * flow.coupling_captions)
+        columns = jax.jit(partial(coupled, flow))(image, noise, text, lengths)
+        expected = linear_sum_assignment(costs + more(far))[1]
+        np.testing.assert_array_equal(columns, expected, err_msg=name)
+        found[name] = tuple(expected)
+    assert len(set(found.values())) >= 4  # the settings make a difference
+    assert found["within_caption"] != tuple(range(8)) and (CAPTIONS[list(found["within_caption"])] == CAPTIONS).all()
+    np.testing.assert_array_equal(coupled(Flow(), image, noise, text, lengths), np.arange(8))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="8 does not divide into groups of 3"):
+        coupled(Flow(coupling="optimal_transport", coupling_group=3), *captioned())

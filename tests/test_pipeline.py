@@ -12,7 +12,7 @@ from radiance import config
 from radiance.model.transformer import bind
 from radiance.models import load
 from radiance.pictures import save_png, to_picture
-from radiance.pipeline import Pipeline, encode
+from radiance.pipeline import Pipeline, Start, encode
 from radiance.sampling import modulations, paint
 from radiance.text.encoders import TextError
 
@@ -127,6 +127,38 @@ def test_a_png_says_how_it_was_made(pipeline, tmp_path):
     text = Image.open(tmp_path / "a" / "x.png").text
     assert text["prompt"] == "a ünï one" and json.loads(text["seed"]) == 3 and json.loads(text["size"]) == [8, 8]
     assert json.loads(text["settings"])["guidance"] == 2.0 and text["model"] == "toy"
+
+
+def test_what_a_mask_hides_stays_to_the_last_bit(pipeline, tmp_path):
+    image = np.random.RandomState(0).randint(0, 256, (7, 10, 3)).astype(np.uint8)  # neither side is whole patches
+    mask = np.zeros((7, 10), np.float32)
+    mask[2:, 3:8], mask[0, 0] = 1, 0.5
+    painted = pipeline(["a one", "two"], seeds=[3, 4], start=Start(image, mask))
+    for picture in painted:
+        assert picture.image.size == (10, 7)
+        changed = pixels(picture) - image
+        assert not changed[mask == 0].any() and np.abs(changed[mask == 1]).mean() > 10
+    anew = [pixels(p) for p in pipeline(["a one", "two"], seeds=[3, 4], start=Start(image))]
+    assert (
+        np.abs(anew[0] - pixels(pipeline(["a one"], seeds=[3], width=10, height=7)[0])).max() <= 1
+    )  # at full strength the picture is forgotten
+    half = pipeline(["a one"], seeds=[3], start=Start(image, strength=0.5))[0]
+    assert np.abs(pixels(half) - anew[0]).max() > 5 and half.facts["start"]["strength"] == 0.5
+    facts = painted[0].facts["start"]
+    assert (
+        facts["strength"] == 1
+        and len({facts["image"], facts["mask"], pipeline(["two"], start=Start(image + 1))[0].facts["start"]["image"]}) == 3
+    )
+
+
+def test_starts_that_cannot_be(pipeline):
+    image = np.zeros((8, 12, 3), np.uint8)
+    with pytest.raises(config.ConfigError, match="The mask is of 8×12 pixels, and the picture of 12×8"):
+        Start(image, np.zeros((12, 8), np.float32))
+    with pytest.raises(config.ConfigError, match="strength=0 must be more than 0"):
+        Start(image, strength=0)
+    with pytest.raises(config.ConfigError, match="not of 8×8"):
+        pipeline(["one"], width=8, height=8, start=Start(image))
 
 
 def test_a_prompt_over_the_limit_is_told_before_any_work(pipeline):

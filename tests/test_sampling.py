@@ -10,7 +10,7 @@ from scipy import stats
 
 from radiance.config import Compute, Model, Sample
 from radiance.model.transformer import abstract, bind
-from radiance.sampling import Condition, guide, integrate, sample, times_of
+from radiance.sampling import Condition, Known, guide, integrate, sample, times_of
 from radiance.text.encoders import bucket
 
 SOLVERS = ["euler", "heun", "dpmpp_2m"]
@@ -376,6 +376,61 @@ def test_pictures_do_not_depend_on_their_neighbours():
     for i in range(3):
         noise, positive, negative = jax.tree.map(lambda x, i=i: x[i : i + 1], inputs)
         close(sampled(*network(prediction="x0"), noise, settings, positive, negative)[0], together[i])
+
+
+# --- from a picture -----------------------------------------------------------------------------------------------------
+
+
+def test_times_from_a_strength():
+    whole = times_of(Sample(steps=4), 4)
+    assert times_of(Sample(steps=4), 4, 0.6).tolist() == [np.float32(0.6), 0.5, 0.25, 0]
+    assert times_of(Sample(steps=4), 4, 0.5).tolist() == [0.5, 0.25, 0] and times_of(Sample(steps=4), 4, 0.1).tolist() == [
+        np.float32(0.1),
+        0,
+    ]
+    assert np.array_equal(times_of(Sample(steps=4), 4, 1.0), whole)
+
+
+@partial(quick_jit, static_argnames=("model", "settings", "strength"))
+def continued(model, params, noise, known, settings, strength, positive, negative):
+    times = times_of(settings, 4, strength)
+    return sample(bind(model, COMPUTE, params), noise, times, settings, positive, negative, known=known)
+
+
+@each_solver
+def test_what_a_mask_hides_stays_and_the_rest_sees_it_noisy(solver):
+    """Against a plain loop that puts the noisy picture back where the mask hides it, after every step of the solver and inside it."""
+    (model, params), noise, image = network(prediction="x0"), pictures(5), np.tanh(pictures(6))
+    mask = np.zeros((3, 8, 8, 1), np.float32)
+    mask[:, 2:7, :5] = 1
+    settings = Sample(solver=solver, steps=4, guidance=3.5)
+    x = continued(model, params, noise, Known(image, mask), settings, 0.8, POSITIVE, NEGATIVE)
+    times = times_of(settings, 4, 0.8)
+
+    def put_back(x, t):
+        return mask * x + (1 - mask) * np.float64((1 - t) * image + t * noise)
+
+    def velocity(x, t, step):
+        halves = (np.float64(predict(model, params, jnp.float32(put_back(x, t)), c, jnp.float32(t))) for c in (POSITIVE, NEGATIVE))
+        return guided64(*halves, 3.5, 0)
+
+    painted = plain(velocity, np.float64((1 - times[0]) * image + times[0] * noise), times, solver)
+    close(x, put_back(painted, 0), 2e-5)
+    assert np.abs(mask * (x - image)).max() > 0.1
+
+
+def test_a_mask_of_ones_is_painting_from_the_mixture():
+    (model, params), noise, image = network(prediction="x0"), pictures(5), np.tanh(pictures(6))
+    settings, ones = Sample(steps=4, guidance=3.5), np.ones((3, 8, 8, 1), np.float32)
+    close(
+        continued(model, params, noise, Known(image, ones), settings, 1.0, POSITIVE, NEGATIVE),
+        sampled(model, params, noise, settings, POSITIVE, NEGATIVE),
+    )
+    weak = continued(model, params, noise, Known(image, ones), settings, 0.01, POSITIVE, NEGATIVE)
+    times = times_of(settings, 4, 0.01)
+    x = np.float32(0.99) * image + np.float32(0.01) * noise
+    halves = [predict(model, params, jnp.float32(x), c, jnp.float32(times[0])) for c in (POSITIVE, NEGATIVE)]
+    close(weak, x - times[0] * guided64(*halves, 3.5, 0))
 
 
 @pytest.mark.parametrize("modulation", ["approximator", "per_block"])

@@ -1,7 +1,8 @@
 """What is measured of a trained arm, seed by seed.
 
 validation_loss: mean over held-out pictures and equal bins of time, with the averaged weights and the same noise for all arms.
-exact, f1, exact_chance: of pictures painted from held-out captions and read; see evaluation/reader.py. Chance is against another picture's caption.
+exact, f1, background, exact_chance: of pictures painted from held-out captions and read; see evaluation/reader.py. Chance is against another
+picture's caption.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ def adherence(run: config.Config, params: Params, seeds: Sequence[int], shown: S
         for i, seed in enumerate(seeds):
             readings = read(_painted(run, jax.tree.map(lambda x, i=i: x[i], params), guidance, texts))
             real, null = score(readings, shown.facts), chance(readings, shown.facts)
-            for name, value in (("exact", real.exact), ("f1", real.f1), ("exact_chance", null.exact), ("f1_chance", null.f1)):
-                found.setdefault(f"{name}@{guidance:g}", {})[seed] = value
+            for name in ("exact", "f1", "background"):
+                found.setdefault(f"{name}@{guidance:g}", {})[seed] = getattr(real, name)
+                found.setdefault(f"{name}_chance@{guidance:g}", {})[seed] = getattr(null, name)
     return found
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,13 @@ class Result:
     curve: list[tuple[int, dict[int, float]]]  # validation loss as training went
     cost: dict[str, float]  # parameters, flops (of training on one picture), seconds (of all seeds together)
     environment: dict[str, Any]
+    bins: list[dict[int, float]] = field(default_factory=list)  # validation loss by seed, in equal bins of time
 
 
 def hashed(run: config.Config, *more: Any) -> str:
-    return hashlib.blake2b((config.to_json(run) + repr(more)).encode(), digest_size=16).hexdigest()
+    """Of what differs from the defaults, so that an option which the project gets later leaves the results it has."""
+    told = {key: value for key, (_, value) in config.differences(config.Config(), run).items()}
+    return hashlib.blake2b(repr((sorted(told.items()), more)).encode(), digest_size=16).hexdigest()
 
 
 def code() -> str:
@@ -106,6 +109,7 @@ def read(path: Path) -> Result:
         for name in ("metrics", "views"):
             told[name] = {metric: _by_seed(values) for metric, values in told[name].items()}
         told["curve"] = [(step, _by_seed(values)) for step, values in told["curve"]]
+        told["bins"] = [_by_seed(values) for values in told.get("bins", ())]
         return Result(**told)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no result of an arm ({error!r}): remove it.") from None

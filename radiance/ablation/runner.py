@@ -25,7 +25,7 @@ from radiance.model.transformer import Params, init
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.optimizer import join, split_frozen
 from radiance.training.progress import Progress
-from radiance.training.step import VALIDATION_BINS, State, init_state, make_step, validation_losses
+from radiance.training.step import State, init_state, make_step, validation_losses
 from radiance.weights.files import replacing
 
 # Seeds are on the first axis of all that differs between them; the step is one number, as checkpoints need it.
@@ -80,7 +80,7 @@ def train(
                 number += 1
                 if number % run.train.validate_every == 0:
                     losses = losses_of(run, base, weights(run, state, run.optimizer.averages[0]), *held_out)
-                    curve.append((number, losses.tolist()))
+                    curve.append((number, losses.mean(axis=1).tolist()))
                 progress.update(number, {"loss": float(metrics["loss"].mean())} if number % run.train.log_every == 0 else {})
                 if number - saved >= run.train.checkpoint_every or number == run.train.steps:
                     save()
@@ -125,15 +125,15 @@ def weights(run: config.Config, state: State, average: str) -> Params:
     return join(state.ema[average], split_frozen(state.params, run.optimizer.frozen)[1])
 
 
-def losses_of(run: config.Config, base: config.Config, params: Params, shown: Shown, texts: Texts) -> Float[np.ndarray, " seeds"]:
-    """Mean validation loss of every seed over pictures and bins of time, with the same noise for all seeds, arms and views."""
+def losses_of(run: config.Config, base: config.Config, params: Params, shown: Shown, texts: Texts) -> Float[np.ndarray, "seeds bins"]:
+    """Mean validation loss of every seed over pictures, in equal bins of time, with the same noise for all seeds, arms and views."""
     validate, count, size = _validator(replace(base, model=run.model)), len(shown.image), base.data.batch
     total = 0.0
     for part, start in enumerate(range(0, count, size)):
         rows = np.minimum(np.arange(start, start + size), count - 1)  # a last, shorter batch is filled up
         batch = {"image": shown.image[rows], "text": texts.rows[rows], "lengths": texts.lengths[rows], "weight": np.ones(size, np.float32)}
-        total += np.asarray(validate(params, batch, jnp.int32(part)), np.float64)[:, : count - start].sum(axis=(1, 2))
-    return total / (count * VALIDATION_BINS)
+        total += np.asarray(validate(params, batch, jnp.int32(part)), np.float64)[:, : count - start].sum(axis=1)
+    return total / count
 
 
 @lru_cache(maxsize=32)

@@ -133,10 +133,11 @@ def _measured(trial: Trial, key: Key, run: config.Config, trained: Trained, tune
     seeds, held = trial.seeds, trial.shown("validation")
     params = weights(run, trained.state, tuned["average"])
 
-    def loss(run: config.Config) -> dict[int, float]:
-        return by_seed(seeds, losses_of(run, trial.base, params, held, trial.texts(held, run)))
+    def losses(run: config.Config) -> np.ndarray:
+        return losses_of(run, trial.base, params, held, trial.texts(held, run))
 
-    metrics = {"validation_loss": loss(run)}
+    binned = losses(run)
+    metrics = {"validation_loss": by_seed(seeds, binned.mean(axis=1))}
     if trial.size.painted:
         asked = trial.shown("validation", trial.size.painted)
         read = adherence(run, params, seeds, asked, trial.texts(asked))
@@ -148,9 +149,10 @@ def _measured(trial: Trial, key: Key, run: config.Config, trained: Trained, tune
         "seconds": trained.seconds,
         "skipped": int(np.sum(trained.state.skipped)),
     }
-    views = {view: loss(viewed) for view, viewed in trial.suite.viewed(trial.scale, run).items()}
+    views = {view: by_seed(seeds, losses(viewed).mean(axis=1)) for view, viewed in trial.suite.viewed(trial.scale, run).items()}
+    bins = [by_seed(seeds, values) for values in binned.T]
     curve = [(step, by_seed(seeds, values)) for step, values in trained.curve]
-    return Result(key, tuned, metrics, views, curve, cost, environment())
+    return Result(key, tuned, metrics, views, curve, cost, environment(), bins)
 
 
 def by_seed(seeds: Sequence[int], values: Sequence[float]) -> dict[int, float]:

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from radiance import config
 from radiance.cli.experiments import loaded
@@ -12,7 +13,9 @@ from radiance.cli.experiments import loaded
 
 def add(verbs):
     parser = verbs.add_parser("ablate", help="run a suite of ablations, or go on with it", description=main.__doc__)
-    parser.add_argument("suite", metavar="SUITE", help="a name such as masking (experiments/ablations/masking.py), or a file")
+    parser.add_argument(
+        "suite", metavar="SUITE", help="a name such as masking (experiments/ablations/masking.py), or a file; :NAME for one of several"
+    )
     parser.add_argument("--scale", choices=("cpu", "gpu", "pod"), default="cpu")
     parser.add_argument("--seeds", type=int, metavar="N", help="0 to N - 1, at least 2; by default as the suite says")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="by default all of the suite")
@@ -31,18 +34,15 @@ def main(options: argparse.Namespace) -> int:
     from radiance.ablation.results import Results, code
     from radiance.ablation.trial import Trial, run_arm
 
-    file = Path(options.suite if options.suite.endswith(".py") else f"experiments/ablations/{options.suite}.py")
-    suite = getattr(loaded(str(file)), "SUITE", None)
-    if suite is None:
-        raise config.ConfigError(f"{file} is no suite: it has no SUITE.")
+    where, suite = _found(options.suite)
     arms, size = _arms(options, suite), suite.scales[options.scale]
     if not size.pictures:
-        _told_pod(file, arms, size)
+        _told_pod(where, suite, arms)
         return 0
     seeds = tuple(range(size.seeds if options.seeds is None else options.seeds))
     if len(seeds) < 2:
         raise config.ConfigError(f"--seeds {len(seeds)}: intervals need at least two seeds.")
-    results = Results(options.results or file.parent / "results" / suite.name / options.scale)
+    results = Results(options.results or Path(where).parent / "results" / suite.name / options.scale)
     if not options.table:
         commit, deadline = code(), time.monotonic() + 60 * options.minutes
         for arm in arms:
@@ -52,6 +52,21 @@ def main(options: argparse.Namespace) -> int:
                 print(f"Stopped in arm {arm}: the same command goes on.", file=sys.stderr)
                 return 143
     return _tabulate(suite, options.scale, results)
+
+
+def _found(name: str) -> tuple[str, Any]:
+    """A suite and its address, as `radiance train` takes it with an arm behind it."""
+    where, _, part = name.partition(":")
+    where = where if where.endswith(".py") else f"experiments/ablations/{where}.py"
+    module = loaded(where)
+    known = {"": module.SUITE} if hasattr(module, "SUITE") else getattr(module, "SUITES", {})
+    suites = {f"{where}:{part}" if part else where: suite for part, suite in known.items()}
+    if not suites:
+        raise config.ConfigError(f"{where} is no suite: it has no SUITE.")
+    address = f"{where}:{part}" if part else where
+    if address not in suites:
+        raise config.ConfigError(f"There is no suite {address}: there is {', '.join(suites)}.")
+    return address, suites[address]
 
 
 def _arms(options: argparse.Namespace, suite) -> list[str]:
@@ -73,10 +88,10 @@ def _tabulate(suite, scale: str, results) -> int:
     return 0
 
 
-def _told_pod(file: Path, arms: list[str], size):
+def _told_pod(where: str, suite, arms: list[str]):
     """A pod's arms are runs of their own, one for each seed."""
     print("Arms of this scale are trained one by one, as any experiment is; `radiance plan` says what each costs:")
     for arm in arms:
-        changes = [f"name={file.stem}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER", "text.file=T5"]
-        print("  " + shlex.join(["radiance", "train", f"{file}:{arm}", *changes]))
-    print(f"SEED: 0 to {size.seeds - 1}.")
+        changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER", "text.file=T5"]
+        print("  " + shlex.join(["radiance", "train", f"{where}:{arm}", *changes]))
+    print(f"SEED: 0 to {suite.scales['pod'].seeds - 1}.")

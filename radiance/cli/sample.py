@@ -9,6 +9,7 @@ from radiance.cli.arguments import add_model, known, lines, mesh, seeds, size, w
 from radiance.cli.hosts import add_hosts, join_hosts, keep_memory
 
 STORES = ("q8_0", "int8", "float8_e4m3fn")
+SUITES = ("geneval", "dpg", "coco30k")  # see evaluation/prompt_suites.py
 
 
 def add(verbs):
@@ -16,9 +17,18 @@ def add(verbs):
     add_model(parser)
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of its sample settings, such as guidance=2")
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts", type=Path, help="a file with one prompt a line")
-    parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0, 0-3 or 1,5,9: every prompt is painted with each")
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt a line; of a suite its own file or folder")
+    parser.add_argument(
+        "--seeds", type=seeds, help="such as 0, 0-3 or 1,5,9: every prompt is painted with each (default: 0, or the suite's)"
+    )
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; by default the run's or the preset's")
+    parser.add_argument(
+        "--image", type=Path, help="start from this picture instead of from noise alone; scaled and cut to --size where that is given"
+    )
+    parser.add_argument("--mask", type=Path, help="of --image: white is painted anew, black stays exactly as it is, grey blends")
+    parser.add_argument(
+        "--strength", type=float, help="how much of --image is painted over: near 0 little, 1 all (default: 0.6, with --mask 1)"
+    )
     parser.add_argument("--preset", help=f"settings of a published model: {', '.join(config.PRESETS)}")
     parser.add_argument("--text-encoder", default="", metavar="FILE", help="T5 v1.1: safetensors (file, index or folder) or GGUF")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="spiece.model or tokenizer.json; found beside T5 by default")
@@ -36,17 +46,20 @@ def add(verbs):
         type=Path,
         help="instead of --out: a data set for data.source=folder, each prompt in a .txt beside its picture; the same command goes on",
     )
+    parser.add_argument(
+        "--suite", choices=SUITES, help="paint a public set of prompts into the folders that its scorer reads; the same command goes on"
+    )
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the pictures."""
-    from tqdm import tqdm
-
-    from radiance.models import load
+    if options.suite:
+        return _suite(options)
     from radiance.pictures import contact_sheet, save_png
     from radiance.weights.files import replacing
 
+    options.seeds = options.seeds or [0]
     prompts = options.prompt + (lines(options.prompts) if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
@@ -64,23 +77,10 @@ def main(options: argparse.Namespace) -> int:
             return 0
     elif any((out / name).exists() for name in (*mine, "sheet.png")):
         raise config.ConfigError(f"{out} holds pictures already: give another --out.")
-    pipeline = load(
-        options.model,
-        text_encoder=options.text_encoder,
-        tokenizer=options.tokenizer,
-        autoencoder=options.autoencoder,
-        loras=[(path, 1.0 if strength is None else strength) for path, strength in options.lora],
-        preset=options.preset,
-        changes=options.changes,
-        store=options.store,
-        dtype=options.dtype,
-        mesh=options.mesh,
-        **known(options),
-    )
-    width, height = options.size or (None, None)
-    painted = pipeline.paint([p for p, _ in mine.values()], [s for _, s in mine.values()], width, height)
+    start = _start(options)
+    pipeline = _loaded(options)
     pictures = []
-    for name, picture in zip(mine, tqdm(painted, total=len(mine), unit="picture", disable=None)):  # disable=None: no bar in a log
+    for name, picture in zip(mine, _painted(options, pipeline, list(mine.values()), start)):
         if options.folder:
             with replacing((out / name).with_suffix(".txt")) as part:
                 part.write_text(_caption(mine[name][0]) + "\n", "utf-8")
@@ -94,6 +94,83 @@ def main(options: argparse.Namespace) -> int:
         save_png(out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
     others = f" of {len(jobs)}" if options.folder or hosts > 1 else " and sheet.png"
     print(f"{len(mine)} pictures{others} are in {out}.")
+    return 0
+
+
+def _loaded(options: argparse.Namespace):
+    """The pipeline that the options ask for."""
+    from radiance.models import load
+
+    return load(
+        options.model,
+        text_encoder=options.text_encoder,
+        tokenizer=options.tokenizer,
+        autoencoder=options.autoencoder,
+        loras=[(path, 1.0 if strength is None else strength) for path, strength in options.lora],
+        preset=options.preset,
+        changes=options.changes,
+        store=options.store,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        **known(options),
+    )
+
+
+def _painted(options: argparse.Namespace, pipeline, jobs: list[tuple[str, int]], start=None):
+    """The pictures of prompts with their seeds, one after another."""
+    from tqdm import tqdm
+
+    width, height = options.size or (None, None)
+    painted = pipeline.paint([prompt for prompt, _ in jobs], [seed for _, seed in jobs], width, height, start=start)
+    return tqdm(painted, total=len(jobs), unit="picture", disable=None)  # None: no bar in a log
+
+
+def _start(options: argparse.Namespace):
+    """The picture to start from, with its mask."""
+    if options.image is None:
+        if options.mask or options.strength is not None:
+            raise config.ConfigError("--mask and --strength are of a picture to start from: give --image FILE too.")
+        return None
+    import numpy as np
+
+    from radiance.data.decode import Broken, picture
+    from radiance.pictures import fitted
+    from radiance.pipeline import Start
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            found = picture(path.read_bytes())
+        except Broken as reason:
+            raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
+        return fitted(found, *(options.size or found.size))
+
+    mask = read(options.mask)[..., 0].astype(np.float32) / np.float32(255) if options.mask else None
+    strength = options.strength if options.strength is not None else 0.6 if mask is None else 1.0
+    return Start(read(options.image), mask, strength)
+
+
+def _suite(options: argparse.Namespace) -> int:
+    from radiance.evaluation import prompt_suites
+
+    if options.folder or options.prompt or options.image or not options.prompts:
+        raise config.ConfigError(f"--suite {options.suite} takes its prompts from --prompts PATH and nothing else, and writes into --out.")
+    suite = prompt_suites.SUITES[options.suite]
+    asked = suite.asked(options.suite, options.prompts, options.seeds)
+    host, hosts = join_hosts(options)
+    keep_memory()
+    mine = asked[host::hosts]
+    left = suite.left(options.out, mine)
+    if not left:
+        print(f"Nothing is left to paint for {options.out}.")
+        return 0
+    pipeline = _loaded(options)
+    if done := set(mine) - set(left):
+        width, height = options.size or (pipeline.run.data.side,) * 2
+        prompt_suites.check_like(options.out / suite.last(done.pop()), pipeline.facts(width, height))
+    painted = iter(_painted(options, pipeline, [(one.prompt, seed) for one in left for seed in one.seeds]))
+    for one in left:
+        suite.write(options.out, one, list(islice(painted, len(one.seeds))))
+    print(f"Pictures of {len(left)} prompts of {len(asked)} are in {options.out}.")
     return 0
 
 

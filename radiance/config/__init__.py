@@ -54,6 +54,10 @@ class Config(Section):
             self.data.batch % self.optimizer.accumulate == 0,
             f"data.batch={self.data.batch} does not divide into optimizer.accumulate={self.optimizer.accumulate} parts.",
         )
+        require(
+            self.flow.coupling_group == 0 or self.data.batch % self.flow.coupling_group == 0,
+            f"data.batch={self.data.batch} does not divide into groups of flow.coupling_group={self.flow.coupling_group}.",
+        )
         for part in self.data.parts:
             require(
                 part.source != "shapes" or part.shapes.limit <= self.text.length,

@@ -15,11 +15,16 @@ class Flow(Section):
     time_law: Literal["parabola", "logistic", "logit_normal", "uniform"] = "parabola"
     time_mean: float | None = None  # of logit(t); none: 0 for logit_normal, by resolution for logistic
     time_scale: float = 1.0  # of logit(t)
+    time_weight: Literal["none", "uniform", "parabola"] = "none"  # training weighs times as if this law had drawn them
     noise_scale: float = 1.0
     epsilon: float = 0.05  # bounds the division by t in the loss of x0 models
     bound: Literal["add", "clamp"] = "add"  # t + epsilon, or max(t, epsilon)
-    coupling: Literal["independent", "optimal_transport"] = "independent"  # which noise meets which picture of the batch
+    velocity_weight: Literal["one", "x0"] = "one"  # of the loss of velocity models; x0: such that it is the loss of x0 models
+    # Which noise meets which picture of the batch; within_caption: by optimal transport, but only between pictures of the same caption.
+    coupling: Literal["independent", "optimal_transport", "within_caption"] = "independent"
     coupling_cost: Literal["cosine", "euclidean"] = "cosine"
+    coupling_captions: float = 0.0  # what a unit of distance between captions adds to the cost (C²OT, arXiv 2503.10636)
+    coupling_group: int = 0  # pictures, one after the other, that noise is exchanged between; 0: the whole batch
 
     def check(self):
         require(self.time_scale > 0, f"flow.time_scale={self.time_scale} must be positive.")
@@ -28,6 +33,21 @@ class Flow(Section):
         require(
             self.time_mean is None or self.time_law in ("logistic", "logit_normal"),
             f"flow.time_mean has no meaning for flow.time_law={self.time_law}: leave it none.",
+        )
+        require(
+            self.time_weight == "none" or self.time_law in ("parabola", "uniform"),
+            f"flow.time_weight={self.time_weight} divides by the density of flow.time_law={self.time_law}, which may be near 0: "
+            "use parabola or uniform.",
+        )
+        require(self.coupling_captions >= 0, f"flow.coupling_captions={self.coupling_captions} cannot be negative.")
+        require(self.coupling_group >= 0, f"flow.coupling_group={self.coupling_group} cannot be negative (0 for the whole batch).")
+        require(
+            self.coupling_captions == 0 or self.coupling == "optimal_transport",
+            f"flow.coupling_captions has no meaning for flow.coupling={self.coupling}: leave it 0.",
+        )
+        require(
+            self.coupling_group == 0 or self.coupling != "independent",
+            "flow.coupling_group has no meaning for flow.coupling=independent: leave it 0.",
         )
 
 

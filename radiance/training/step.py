@@ -104,24 +104,26 @@ def complete(run: config.Config, params: Params, base: Params | None) -> Params:
 
 
 def with_noise(run: config.Config, batch: Batch, key: jax.Array) -> Batch:
-    """The batch with its times and noise, paired over the whole batch as the config's coupling says."""
+    """The batch with its times and noise, paired over the whole batch as the config's coupling says, and weights that count its times too."""
     noise_key, time_key = jax.random.split(key)
     image = to_signed(batch["image"])
     count, height, width, _ = image.shape
     noise = run.flow.noise_scale * jax.random.normal(noise_key, image.shape)
-    if run.flow.coupling == "optimal_transport":
-        noise = noise[flow.transport(image, noise, run.flow.coupling_cost)]
+    if run.flow.coupling != "independent":
+        noise = noise[flow.coupled(run.flow, image, noise, batch["text"], batch["lengths"])]
     tokens = (height // run.model.patch) * (width // run.model.patch)
-    names = ("text", "lengths", "weight")
-    return {n: batch[n] for n in names} | {"image": image, "noise": noise, "time": flow.draw_times(time_key, run.flow, count, tokens)}
+    time = flow.draw_times(time_key, run.flow, count, tokens)
+    weight = batch["weight"] * flow.time_weights(run.flow, time, tokens)
+    return {n: batch[n] for n in ("text", "lengths")} | {"weight": weight, "image": image, "noise": noise, "time": time}
 
 
 def picture_losses(run: config.Config, params: Params, batch: Batch) -> Float32[Array, " b"]:
-    """Velocity loss of every picture of a batch that has `noise` and `time`."""
+    """Loss of every picture of a batch that has `noise` and `time`, without the weight that training gives it."""
     image, noise, time = batch["image"], batch["noise"], batch["time"]
     model = bind(run.model, run.compute, params)
     velocity = model(flow.mix(image, noise, time), batch["text"], batch["lengths"], time, divisor=flow.bounded(run.flow, time))
-    return flow.squared_error(velocity, flow.velocity_target(run.flow, run.model.prediction, image, noise, time))
+    losses = flow.squared_error(velocity, flow.velocity_target(run.flow, run.model.prediction, image, noise, time))
+    return losses * flow.loss_weights(run.flow, run.model.prediction, time)
 
 
 def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Batch, parts: int) -> tuple[Params, jax.Array]:

@@ -155,6 +155,14 @@ def test_optimal_transport_pairs_the_batch(run):
     assert cost(paired["noise"]) < cost(free["noise"])
     assert np.array_equal(paired["time"], free["time"]) and np.array_equal(paired["image"], free["image"])
     assert np.array_equal(np.sort(paired["noise"].ravel()), np.sort(free["noise"].ravel()))
+    within = with_noise(config.override(run, ["flow.coupling=within_caption"]), batch, key)
+    assert np.array_equal(within["noise"], free["noise"])  # for no two captions are the same
+
+
+def test_times_weigh_as_the_law_says(run):
+    weighed = config.override(run, ["flow.time_law=uniform", "flow.time_weight=parabola"])
+    batch = with_noise(weighed, batch_of(run) | {"weight": jnp.full(run.data.batch, 2.0)}, jax.random.key(2))
+    np.testing.assert_allclose(batch["weight"], 2 * flow.time_density(run.flow, batch["time"], 4), rtol=1e-5)
 
 
 def test_validation_is_fixed_and_binned(run):

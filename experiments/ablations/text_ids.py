@@ -1,0 +1,55 @@
+"""Should text tokens have places of their own? Zero rotary ids for all (FLUX, Chroma until May 2026) against 0, 1, 2, … (Chroma since).
+
+    radiance ablate experiments/ablations/text_ids.py                          the cpu scale: too small to decide anything
+    radiance ablate experiments/ablations/text_ids.py --scale gpu              one GPU; the same command goes on until all is done
+    radiance plan experiments/ablations/text_ids.py:sequential --device h200   a run of the pod scale
+
+The encoder is a T5 of random weights, and never the hash. With ids of zero the network cannot tell the order of the text, and with the hash, a bag of
+words, nothing else can: it never learns which colour is which shape's, and sequential ids win for a reason that no trained T5 gives, whose
+rows know their neighbours.
+
+Expected, before the run: sequential within 1 % of zero, for the rows say already what the order would.
+
+There are no numbers: no scale has been run to its end yet.
+
+Missing, because the code cannot say it yet: ids that are changed after training, as Chroma's were.
+"""
+
+import masking
+
+from radiance import config as c
+from radiance.ablation.suite import Scale, Suite
+
+CHANGES = {
+    "zero": (),
+    "sequential": ("model.text_ids=sequential",),
+    "no_text": ("data.caption_dropout=1",),
+}
+
+
+def sized(scale: str) -> c.Config:
+    """The base at a scale of the masking suite."""
+    run = getattr(masking, scale)()
+    return c.override(run, [f"name={run.name.replace('masking', 'text_ids')}"])
+
+
+def config() -> c.Config:
+    """The pod's."""
+    return sized("config")
+
+
+SUITE = Suite(
+    name="text_ids",
+    question="Should text tokens have places of their own?",
+    metric="validation_loss",
+    base="zero",
+    control="no_text",
+    margin=0.01,
+    arms=CHANGES,
+    scales={
+        "cpu": Scale(sized("cpu"), pictures=2048, seeds=3),
+        "gpu": Scale(sized("gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024),
+        "pod": Scale(config(), seeds=3),
+    },
+)
+ARMS = SUITE.arms_at("pod")
