@@ -1,0 +1,54 @@
+"""Toys for the notebooks beside this file: the smallest runs in which there is anything to look at.
+
+    radiance train notebooks/toy.py                     digits of 16×16 pixels, with the NeRF head
+    radiance train notebooks/toy.py:linear              the same with a plain linear head
+    radiance train notebooks/toy.py:linear:per_block    and that with FLUX's modulation in place of Chroma's
+    radiance train notebooks/toy.py:shapes              coloured shapes of 32×32; captions from a T5 of random weights, of whose padding one token is seen
+    radiance train notebooks/toy.py:shapes:off          the same, all of the padding seen
+
+They show how to look, and decide nothing.
+"""
+
+from pathlib import Path
+
+from radiance import config as c
+from radiance.cli import main as radiance
+from radiance.data.digits import NAMES
+
+ARMS = {
+    "linear": ["model.head=linear"],
+    "per_block": ["model.modulation=per_block"],
+    "shapes": [
+        "model.patch=8", "model.head=linear", "text.encoder=random_t5", "text.length=24", "data.source=shapes", "data.shapes.law=short",
+        "data.shapes.limit=24", "data.side=32", "train.sample_prompts=", "sample.guidance=1",
+    ],
+    "off": ["model.masking=off"],
+}  # fmt: skip
+
+
+def config() -> c.Config:
+    return c.Config(
+        name="toy",
+        model=c.Model(
+            patch=4, hidden=64, heads=4, rope_axes=(4, 6, 6), double_blocks=1, single_blocks=2, mlp_ratio=2, text_dim=64,
+            approximator_hidden=64, approximator_depth=2, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=1, nerf_freqs=4, prediction="x0",
+        ),
+        compute=c.Compute(dtype="float32", head_tile=0),
+        text=c.Text(encoder="hash", length=10, dtype="float32"),
+        data=c.Data(source="digits", side=16, batch=32, caption_dropout=0.1, threads=1),
+        flow=c.Flow(time_law="parabola"),
+        optimizer=c.Optimizer(learning_rate=4e-3, warmup_steps=20, ema=(0.98,)),
+        train=c.Train(
+            steps=300, validate_every=300, sample_every=300, checkpoint_every=300,
+            sample_prompts=tuple(f"a handwritten {name}" for name in NAMES),
+        ),
+        sample=c.Sample(solver="euler", steps=30, guidance=2.0, batch=60),
+    )  # fmt: skip
+
+
+def ready(*models: str):
+    """Trains those of the toys among `models` that are not trained yet, by the names of their runs: runs/toy, runs/toy-ARM. Others are left alone."""
+    for model in models:
+        name, *arms = Path(model).name.split("-")
+        if name == "toy" and not (Path(model) / "report.html").is_file():  # which is written last
+            radiance(["train", ":".join([__file__, *arms])])
