@@ -72,8 +72,17 @@ def config() -> c.Config:
 
 
 def write(folder: Path):
-    """The photographs, each kept in another way, with their captions, and what a folder of millions has besides."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The photographs, each kept in another way, with their captions, and what a folder of millions has besides; once, for a run that goes
+    on needs the same files, and a profile holds the time it was made."""
+    if folder.is_dir():
+        return
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    _fill(part)
+    part.rename(folder)
+
+
+def _fill(folder: Path):
     turned = Image.Exif()
     turned[0x0112] = 6  # shown turned by a quarter
     adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
