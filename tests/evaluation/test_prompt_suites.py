@@ -54,7 +54,9 @@ def test_geneval(trained, tmp_path, capsys, monkeypatch):
     shutil.rmtree(out / "00001")
     painted = []
     paint = Pipeline.paint
-    monkeypatch.setattr(Pipeline, "paint", lambda self, prompts, *rest, **named: painted.extend(prompts) or paint(self, prompts, *rest, **named))
+    monkeypatch.setattr(
+        Pipeline, "paint", lambda self, prompts, *rest, **named: painted.extend(prompts) or paint(self, prompts, *rest, **named)
+    )
     assert main([str(part) for part in command]) == 0 and painted == ["a red dog"] * 4
     assert main([str(part) for part in command]) == 0 and "Nothing is left" in capsys.readouterr().out
     assert "another prompt or seed" in told(capsys, *command, "--seeds", "4-7")
