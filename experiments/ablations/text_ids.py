@@ -4,9 +4,9 @@
     radiance ablate experiments/ablations/text_ids.py --scale gpu              one GPU; the same command goes on until all is done
     radiance plan experiments/ablations/text_ids.py:sequential --device h200   a run of the pod scale
 
-The encoder is a T5 of random weights, and never the hash. With ids of zero the network cannot tell the order of the text, and with the hash, a bag of
-words, nothing else can: it never learns which colour is which shape's, and sequential ids win for a reason that no trained T5 gives, whose
-rows know their neighbours.
+The encoder is a T5 of random weights, and never the hash. With ids of zero the network cannot tell the order of the text, and with the
+hash, a bag of words, nothing else can: it never learns which colour is which shape's, and sequential ids win for a reason that no trained
+T5 gives, whose rows know their neighbours.
 
 Expected, before the run: sequential within 1 % of zero, for the rows say already what the order would.
 
