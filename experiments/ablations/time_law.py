@@ -4,14 +4,16 @@
     radiance ablate experiments/ablations/time_law.py --scale gpu            one GPU; the same command goes on until all is done
     radiance plan experiments/ablations/time_law.py:uniform --device h200    a run of the pod scale
 
-A law does two things: it weighs times against each other, and it makes the gradient noisy where it seldom goes. The arms `…_as_…` draw by one law
-and weigh as the other would, so that their expected gradient is the other's and the noise is not. The logistic law is FLUX's, with the mean by
-resolution: 0.47 at 64 tokens. Training losses of two laws are means over two sets of times; validation takes the same in all arms, as many in every tenth.
+A law does two things: it weighs times against each other, and it makes the gradient noisy where it seldom goes. The arms `…_as_…` draw by
+one law and weigh as the other would, so that their expected gradient is the other's and the noise is not. The logistic law is FLUX's, with
+the mean by resolution: 0.47 at 64 tokens. Training losses of two laws are means over two sets of times; validation takes the same in all
+arms, as many in every tenth.
 
-The control draws late times (logit-normal with mean and scale 0.8): a ten-thousandth of them lies before 0.1, where the last of a picture is decided.
+The control draws late times (logit-normal with mean and scale 0.8): a ten-thousandth of them lies before 0.1, where the last of a picture
+is decided.
 
-Expected, before the run: the laws reach the base's loss in 0.9 to 1.2 times its steps, and differ two- to fivefold in the first and the last
-tenth; each `…_as_…` nearer to the law it is weighed as than to the one it draws from.
+Expected, before the run: the laws reach the base's loss in 0.9 to 1.2 times its steps, and differ two- to fivefold in the first and the
+last tenth; each `…_as_…` nearer to the law it is weighed as than to the one it draws from.
 
 There are no numbers: no scale has been run to its end yet.
 

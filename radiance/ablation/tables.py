@@ -26,7 +26,7 @@ class Compared(NamedTuple):
 
 
 def compared(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compared]:
-    """Every arm but the base. Raises ConfigError where the base is not among them."""
+    """Every arm but the base. Raises ConfigError where the base is not among them, or its metric is nothing but 0."""
     if suite.base not in results:
         raise ConfigError(
             f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others are compared: run that arm."
@@ -34,6 +34,10 @@ def compared(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compared]
     base = results[suite.base]
     theirs = base.metrics[suite.metric]
     scale = float(np.mean(list(theirs.values())))
+    if scale == 0:
+        raise ConfigError(
+            f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, and there is no share of that: train it longer."
+        )
     ours = {arm: paired_differences(result.metrics[suite.metric], theirs) for arm, result in results.items() if arm != suite.base}
     raw = {arm: p_value(differences) for arm, differences in ours.items()}
     adjusted = raw | holm({arm: p for arm, p in raw.items() if arm != suite.control})

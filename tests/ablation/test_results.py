@@ -99,6 +99,8 @@ def test_better_is_what_the_metric_says():
     assert compared(suite(metric="exact", scales=scales), painted)["worse"].verdict == "better"
     with pytest.raises(config.ConfigError, match="base"):
         compared(suite(), {"worse": result("worse")})
+    with pytest.raises(config.ConfigError, match="0 with every seed"):
+        compared(suite(), {"base": replace(result("base"), metrics={"validation_loss": dict.fromkeys((0, 1, 2), 0.0)})})
 
 
 def test_holm_by_hand():

@@ -2,21 +2,32 @@
 
 import json
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from runs import toy_run
 
 from radiance import config
 from radiance.ablation.results import read
+from radiance.ablation.shown import encoded, pictures
+from radiance.ablation.suite import Suite
 from radiance.cli import main
 from radiance.cli.experiments import experiment, loaded
 from radiance.model.flops import forward_flops
 from radiance.model.transformer import abstract
+from radiance.training.step import with_noise
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "ablations"
 PATHS = sorted(FOLDER.glob("*.py"))
+
+
+@lru_cache
+def suites(path: Path) -> dict[str, Suite]:
+    module = loaded(str(path))
+    return {"": module.SUITE} if hasattr(module, "SUITE") else module.SUITES
 
 
 def parameters(run: config.Config) -> int:
@@ -25,15 +36,47 @@ def parameters(run: config.Config) -> int:
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_every_arm_of_every_scale_can_be(path, capsys):
-    suite = loaded(str(path)).SUITE  # which checks all its arms
-    assert suite.name == path.stem
-    for scale in suite.scales:
-        for arm in suite.arms_at(scale):
-            assert all(x.size for x in jax.tree.leaves(abstract(suite.run(scale, arm).model)))  # checkpoints cannot hold an empty array
-    arm = suite.control  # as `radiance train` finds it, which builds the suite once more
-    assert replace(experiment(f"{path}:{arm}"), name=path.stem) == suite.run("pod", arm)
-    assert main(["ablate", str(path), "--scale", "pod"]) == 0
-    assert f"{path}:{suite.control}" in capsys.readouterr().out
+    known = suites(path)  # which checks all their arms
+    for part, suite in known.items():
+        assert suite.name == "_".join([path.stem, *filter(None, [part])])
+        for model in {replace(suite.run(scale, arm).model, prediction="x0") for scale in suite.scales for arm in suite.arms_at(scale)}:
+            assert all(x.size for x in jax.tree.leaves(abstract(model)))  # checkpoints cannot hold an empty array
+    where, arm = f"{path}:{part}" if part else str(path), suite.control  # as `radiance train` finds it, which builds the suite once more
+    assert replace(experiment(f"{where}:{arm}"), name=path.stem) == suite.run("pod", arm)
+    assert main(["ablate", where, "--scale", "pod"]) == 0
+    assert f"{where}:{suite.control}" in capsys.readouterr().out
+    assert main(["ablate", f"{path}:other"]) == 2 and f"no suite {path}:other: there is {path}" in capsys.readouterr().err
+
+
+def test_every_method_can_be_trained_with():
+    """Times, noise and weights of every arm whose method differs, with seeds on an axis as suites have them."""
+    toy = toy_run("unused", "unused")
+    shapes = {"image": (8, 8, 3), "text": (toy.text.length, toy.model.text_dim), "lengths": (), "weight": ()}
+    batch = {name: jax.ShapeDtypeStruct((2, 8, *shape), np.int32 if name == "lengths" else np.float32) for name, shape in shapes.items()}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
+    for flow in {suite.run("cpu", arm).flow for path in PATHS for suite in suites(path).values() for arm in suite.arms_at("cpu")}:
+        noisy = jax.eval_shape(jax.vmap(partial(with_noise, replace(toy, flow=flow))), batch, keys)
+        assert noisy["noise"].shape == noisy["image"].shape and noisy["weight"].shape == noisy["time"].shape == (2, 8)
+
+
+def test_predictions_are_compared_by_one_measure_within_a_patch():
+    for suite in suites(FOLDER / "prediction.py").values():
+        for scale in suite.scales.values():
+            base = scale.run
+            assert (base.flow.velocity_weight, base.model.prediction, base.data.side) == ("x0", "x0", 8 * base.model.patch)
+        assert not any(change.startswith("data.side") for changes in suite.arms.values() for change in changes)
+
+
+def test_transport_leans_noise_towards_the_background_that_a_caption_names():
+    module = loaded(str(FOLDER / "coupling.py"))
+    run = config.override(module.sized("cpu"), ["data.batch=32"])
+    shown = pictures("train", 64, run.data.side, "short")
+    texts = encoded(shown.captions, run.text, run.model.text_dim)
+    free, skewed, within = (
+        module.skew(config.override(run, module.CHANGES[arm]), shown, texts, seed=0, batches=4)
+        for arm in ("independent", "global", "within_caption")
+    )
+    assert abs(free.lean) < 0.3 < 0.6 < skewed.lean and free.saved == 0 < within.saved < skewed.saved
 
 
 def test_deeper_arms_have_as_many_parameters_and_others_as_much_work():
