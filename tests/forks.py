@@ -30,6 +30,7 @@ class Moment(NamedTuple):
     part: str  # "", checkpoints, averages, samples or metrics.jsonl
     n: int
     seconds: float = 0.0
+    once: str = ""  # what must be there in the run directory before the counting begins
 
 
 class Ended(NamedTuple):
@@ -109,7 +110,7 @@ class Watch:
         sys.addaudithook(self._audit)
 
     def on(self, moment: Moment, action):
-        self.actions.append((moment, action))
+        self.actions.append((moment, count(1), action))
 
     def _audit(self, event: str, arguments: tuple):
         if event == "open":
@@ -121,10 +122,9 @@ class Watch:
         if not path.startswith(self.root):
             return
         for part in {"", path[len(self.root) :].split(os.sep)[0]}:
-            n = next(self.counters.setdefault(part, count(1)))
-            self.seen[part] = n
-            for moment, action in self.actions:
-                if (moment.part, moment.n) == (part, n):
+            self.seen[part] = next(self.counters.setdefault(part, count(1)))
+            for moment, counter, action in self.actions:
+                if moment.part == part and os.path.exists(self.root + moment.once) and next(counter) == moment.n:
                     threading.Timer(moment.seconds, action).start() if moment.seconds else action()
 
 

@@ -261,6 +261,7 @@ def test_errors(capsys, tmp_path, monkeypatch):
 
     # What a command sets for its own process must not reach this one.
     monkeypatch.setattr("radiance.cli.prepare_plan", lambda *_: None)
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     assert "did you mean 'h200'?" in told("--device", "h2000")
     assert "does not say how many devices" in told("--device", "cpu", "--mesh", "fsdp=-1")
     assert "given as --mesh" in told("--device", "cpu", "mesh.fsdp=2")

@@ -16,15 +16,23 @@ from radiance.training.checkpoints import Checkpoints
 pytestmark = pytest.mark.slow
 
 MOUNT = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"')
-# When the disk is filled, after which the run fails: in its second save, some rows after its first checkpoint, and at its first picture.
 AGAIN = "make room there and give the same command again"
-# When the disk is filled, and what is said: in the second save, some rows after the first checkpoint, and at the first picture.
+STANDS = 32  # the step whose checkpoint is whole by then, and the only one
+# When the disk is filled, and what is said: in the second save, and, once the first is whole, at the next row of metrics and the next picture.
 MOMENTS = {
-    "checkpoint": (Moment("checkpoints", 45), rf"The .*checkpoint .* could not be written: its disk is full: {AGAIN} \(.*\)\.?"),
-    "metrics": (Moment("metrics.jsonl", 22), rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\."),
-    "picture": (Moment("samples", 2), rf"\S+/00000018.png could not be written \(No space left on device\): {AGAIN}\."),
+    "checkpoint": (
+        Moment("checkpoints", 10, once=f"checkpoints/{STANDS}"),
+        rf"The .*checkpoint .* could not be written: its disk is full: {AGAIN} \(.*\)\.?",
+    ),
+    "metrics": (
+        Moment("metrics.jsonl", 1, once=f"checkpoints/{STANDS}"),
+        rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\.",
+    ),
+    "picture": (
+        Moment("samples", 1, once=f"checkpoints/{STANDS}"),
+        rf"\S+/000000\d\d.png could not be written \(No space left on device\): {AGAIN}\.",
+    ),
 }
-STANDS = 16  # the step whose checkpoint is whole by then: the first picture, of step 18, takes long enough
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +57,8 @@ def forks(disk, tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data_directory, forks):
     run = toy_run(
-        tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=40", "train.log_every=1", "train.checkpoint_every=16",
-        "train.sample_every=18", "train.validate_every=8", head="linear", modulation="none", double_blocks=0,
+        tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=80", "train.log_every=1", "train.checkpoint_every=32",
+        "train.sample_every=10", "train.validate_every=16", head="linear", modulation="none", double_blocks=0,
     )  # fmt: skip
     ended = forks.train(run)
     assert ended.code == 0, ended.output
@@ -73,5 +81,5 @@ def test_a_full_disk(what, unbroken, disk, forks):
     (seen.directory.parent / "ballast").unlink()
     ended = forks.train(run)
     assert ended.code == 0 and f"going on from step {STANDS}" in ended.output, ended.output
-    assert same(state_of(seen, 40), state_of(unbroken, 40))
+    assert same(state_of(seen, 80), state_of(unbroken, 80))
     assert metrics(seen) == metrics(unbroken) and painted(seen) == painted(unbroken)
