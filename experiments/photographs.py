@@ -7,8 +7,11 @@ writes the photographs that ship with scikit-image, scikit-learn and matplotlib 
 is known by its caption, paints every caption at the shape its picture was trained at, and lays the pairs side by side in
 runs/photographs/pairs.png with their PSNR.
 
-So far only its beginning has been run (2 busy CPU cores, 2026-11-26): 17 pictures are trained on, one of which turns out cut short and is told and
-passed over; 5 files are left out of them and 1 of the held-out ones, with their reasons. No painted picture has been judged yet.
+Run for 1,620 steps, with stops (seed 0, 2 CPU cores shared with other work, 2026-11-26, so that its time says nothing): 17
+pictures are trained on, one of which turns out cut short and is told and passed over; 5 files are left out of them and 1 of the held-out ones,
+with their reasons. Painted from their captions the sixteen have a median PSNR of 20.9 dB, from 15.0 (gravel) to 31.0 (moon):
+experiments/photographs.jpg. All but the textures are known again at sight; grass and gravel are as rough as they should be and no more, and
+the bricks are rows without their bonds. After 1,000 steps it was 15.7 dB. The trainer waited for pictures in 0.1 % of its time.
 """
 
 import io
@@ -54,7 +57,7 @@ def config() -> c.Config:
         name="photographs",
         model=c.Model(
             patch=16, hidden=192, heads=6, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
-            approximator_hidden=64, approximator_depth=2, nerf_hidden=32, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=8, prediction="x0",
+            approximator_hidden=64, approximator_depth=2, nerf_hidden=16, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=4, prediction="x0",
         ),
         compute=c.Compute(dtype="float32", head_tile=0),
         text=c.Text(encoder="hash", length=16),
@@ -65,7 +68,7 @@ def config() -> c.Config:
         flow=c.Flow(time_law="parabola"),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema=(0.99,)),
         train=c.Train(
-            steps=2500, log_every=25, validate_every=2500, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
+            steps=1620, log_every=25, validate_every=1620, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
         ),
         sample=c.Sample(solver="euler", steps=30, guidance=1.0, batch=16),
     )  # fmt: skip
