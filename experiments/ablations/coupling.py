@@ -65,20 +65,14 @@ CHANGES = {
 }
 
 
-def sized(scale: str) -> c.Config:
-    """The base at a scale of the masking suite."""
-    run = getattr(masking, scale)()
-    return c.override(run, [f"name={run.name.replace('masking', 'coupling')}"])
-
-
 def config() -> c.Config:
     """The pod's."""
-    return sized("config")
+    return masking.sized("coupling", "pod")
 
 
 def smoke() -> c.Config:
     """The cpu's: enough to see that it runs."""
-    return c.override(sized("cpu"), ["train.steps=20", "train.validate_every=20", "sample.steps=4", "sample.batch=16"])
+    return masking.sized("coupling", "cpu", "train.steps=20", "train.validate_every=20", "sample.steps=4", "sample.batch=16")
 
 
 def local(group: int) -> dict[str, tuple[str, ...]]:
@@ -95,7 +89,7 @@ SUITE = Suite(
     arms=CHANGES,
     scales={
         "cpu": Scale(smoke(), pictures=256, seeds=2, painted=16, arms=local(4)),
-        "gpu": Scale(sized("gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=local(32)),
+        "gpu": Scale(masking.sized("coupling", "gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=local(32)),
         "pod": Scale(config(), seeds=3, arms=local(32)),
     },
 )
@@ -148,4 +142,4 @@ def table(run: c.Config, arms: dict[str, tuple[str, ...]], seeds: int = 3, batch
 if __name__ == "__main__":
     weighed = {f"c2ot, {weight:g}": (*CHANGES["global"], f"flow.coupling_captions={weight:g}") for weight in (0.01, 0.02, 0.03, 0.05, 0.1)}
     kept = ("independent", "local", "global", "within_caption")
-    table(sized("gpu"), {arm: SUITE.arms_at("gpu")[arm] for arm in kept} | weighed)
+    table(masking.sized("coupling", "gpu"), {arm: SUITE.arms_at("gpu")[arm] for arm in kept} | weighed)

@@ -79,6 +79,22 @@ def cpu() -> c.Config:
     )  # fmt: skip
 
 
+def sized(name: str, scale: str, *changes: str) -> c.Config:
+    """The base at a scale, for another suite of that name."""
+    run = {"cpu": cpu, "gpu": gpu, "pod": config}[scale]()
+    return c.override(run, [f"name={run.name.replace('masking', name)}", *changes])
+
+
+def scales(name: str, *changes: str, **arms: dict[str, tuple[str, ...]]) -> dict[str, Scale]:
+    """What most suites are run at. arms: by scale, further ones."""
+    further = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
+    return {
+        "cpu": Scale(sized(name, "cpu", *changes), pictures=2048, seeds=3, arms=further["cpu"]),
+        "gpu": Scale(sized(name, "gpu", *changes), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=further["gpu"]),
+        "pod": Scale(sized(name, "pod", *changes), seeds=3, arms=further["pod"]),
+    }
+
+
 def views(*lengths: int) -> dict[str, tuple[str, ...]]:
     masks = ("one_pad", "strict", "off")
     return {f"{mask} {length}": (f"model.masking={mask}", f"text.length={length}") for mask in masks for length in lengths}

@@ -21,8 +21,9 @@ token, and what a trained model loses when its layers are replaced.
 import masking
 
 from radiance import config as c
-from radiance.ablation.suite import Scale, Suite
+from radiance.ablation.suite import Suite
 
+BASE = "model.modulation=per_block"
 CHANGES = {
     "per_block": (),
     "approximator": ("model.modulation=approximator",),
@@ -34,15 +35,9 @@ CHANGES = {
 }
 
 
-def sized(scale: str) -> c.Config:
-    """The base at a scale of the masking suite: its network and its training, with a layer in every block."""
-    run = getattr(masking, scale)()
-    return c.override(run, [f"name={run.name.replace('masking', 'modulation')}", "model.modulation=per_block"])
-
-
 def config() -> c.Config:
     """The pod's."""
-    return sized("config")
+    return masking.sized("modulation", "pod", BASE)
 
 
 def deep(**singles: int) -> dict[str, tuple[str, ...]]:
@@ -58,12 +53,12 @@ SUITE = Suite(
     control="slow",
     margin=0.01,
     arms=CHANGES,
-    scales={
-        "cpu": Scale(sized("cpu"), pictures=2048, seeds=3, arms=deep(approximator=2, none=3)),
-        "gpu": Scale(
-            sized("gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=deep(approximator=6, none=7, shared=6)
-        ),
-        "pod": Scale(config(), seeds=3, arms=deep(approximator=12, none=13, shared=11)),
-    },
+    scales=masking.scales(
+        "modulation",
+        BASE,
+        cpu=deep(approximator=2, none=3),
+        gpu=deep(approximator=6, none=7, shared=6),
+        pod=deep(approximator=12, none=13, shared=11),
+    ),
 )
 ARMS = SUITE.arms_at("pod")

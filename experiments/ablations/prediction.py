@@ -42,15 +42,12 @@ CHANGES = {
 
 
 def sized(scale: str, *changes: str) -> c.Config:
-    """The base at a scale of the masking suite."""
-    run = getattr(masking, scale)()
-    name = run.name.replace("masking", "prediction")
-    return c.override(run, [f"name={name}", "model.head=linear", "model.prediction=x0", "flow.velocity_weight=x0", *changes])
+    return masking.sized("prediction", scale, "model.head=linear", "model.prediction=x0", "flow.velocity_weight=x0", *changes)
 
 
 def config() -> c.Config:
     """The pod's, of patch 16."""
-    return sized("config", *PATCHES["p16"])
+    return sized("pod", *PATCHES["p16"])
 
 
 def suite(patch: str) -> Suite:
@@ -66,7 +63,7 @@ def suite(patch: str) -> Suite:
         scales={
             "cpu": Scale(sized("cpu", "data.batch=8", "train.validate_pictures=32", *small, *of), pictures=512, seeds=3),
             "gpu": Scale(sized("gpu", *of), pictures=16384, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024),
-            "pod": Scale(sized("config", *of), seeds=3),
+            "pod": Scale(sized("pod", *of), seeds=3),
         },
     )
 

@@ -20,7 +20,7 @@ Missing, because the code cannot say it yet: ids that are changed after training
 import masking
 
 from radiance import config as c
-from radiance.ablation.suite import Scale, Suite
+from radiance.ablation.suite import Suite
 
 CHANGES = {
     "zero": (),
@@ -29,15 +29,9 @@ CHANGES = {
 }
 
 
-def sized(scale: str) -> c.Config:
-    """The base at a scale of the masking suite."""
-    run = getattr(masking, scale)()
-    return c.override(run, [f"name={run.name.replace('masking', 'text_ids')}"])
-
-
 def config() -> c.Config:
     """The pod's."""
-    return sized("config")
+    return masking.sized("text_ids", "pod")
 
 
 SUITE = Suite(
@@ -48,10 +42,6 @@ SUITE = Suite(
     control="no_text",
     margin=0.01,
     arms=CHANGES,
-    scales={
-        "cpu": Scale(sized("cpu"), pictures=2048, seeds=3),
-        "gpu": Scale(sized("gpu"), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024),
-        "pod": Scale(config(), seeds=3),
-    },
+    scales=masking.scales("text_ids"),
 )
 ARMS = SUITE.arms_at("pod")

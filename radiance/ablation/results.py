@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ class Result:
     tuned: dict[str, Any]  # learning rate and average, and the losses by which they were chosen
     metrics: dict[str, dict[int, float]]  # by name and seed
     views: dict[str, dict[int, float]]  # validation loss by view and seed
+    bins: list[dict[int, float]]  # validation loss by seed, in equal bins of time
     curve: list[tuple[int, dict[int, float]]]  # validation loss as training went
     cost: dict[str, float]  # parameters, flops (of training on one picture), seconds (of all seeds together)
     environment: dict[str, Any]
-    bins: list[dict[int, float]] = field(default_factory=list)  # validation loss by seed, in equal bins of time
 
 
 def hashed(run: config.Config, *more: Any) -> str:
@@ -109,7 +109,7 @@ def read(path: Path) -> Result:
         for name in ("metrics", "views"):
             told[name] = {metric: _by_seed(values) for metric, values in told[name].items()}
         told["curve"] = [(step, _by_seed(values)) for step, values in told["curve"]]
-        told["bins"] = [_by_seed(values) for values in told.get("bins", ())]
+        told["bins"] = [_by_seed(values) for values in told["bins"]]
         return Result(**told)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no result of an arm ({error!r}): remove it.") from None

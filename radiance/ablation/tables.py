@@ -110,12 +110,11 @@ def page(suite: Suite, results: Mapping[str, Result]) -> str:
         _arms(suite, results, found),
         _control(suite, found),
     ]
-    if base.bins:
-        parts += [
-            f"## {suite.name}: each arm by time",
-            "Mean validation loss in equal bins of time, from the picture (0) to noise (1), as a share of the base's.",
-            _bins(results, base),
-        ]
+    parts += [
+        f"## {suite.name}: each arm by time",
+        "Mean validation loss in equal bins of time, from the picture (0) to noise (1), as a share of the base's.",
+        _bins(results, base),
+    ]
     if base.views:
         parts += [
             f"## {suite.name}: each arm under other conditions",
@@ -159,7 +158,7 @@ def _bins(results: Mapping[str, Result], base: Result) -> str:
     means = {arm: np.array([np.mean(list(values.values())) for values in result.bins]) for arm, result in results.items()}
     count = len(base.bins)
     rows = [["arm", *(f"{i / count:g} … {(i + 1) / count:g}" for i in range(count))]]
-    rows += [[arm, *(f"{value:.3f}" for value in found / means[base.key.arm])] for arm, found in means.items() if len(found) == count]
+    rows += [[arm, *(f"{value:.3f}" for value in found / means[base.key.arm])] for arm, found in means.items()]
     return _markdown(rows)
 
 

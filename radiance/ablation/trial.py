@@ -152,7 +152,7 @@ def _measured(trial: Trial, key: Key, run: config.Config, trained: Trained, tune
     views = {view: by_seed(seeds, losses(viewed).mean(axis=1)) for view, viewed in trial.suite.viewed(trial.scale, run).items()}
     bins = [by_seed(seeds, values) for values in binned.T]
     curve = [(step, by_seed(seeds, values)) for step, values in trained.curve]
-    return Result(key, tuned, metrics, views, curve, cost, environment(), bins)
+    return Result(key, tuned, metrics, views, bins, curve, cost, environment())
 
 
 def by_seed(seeds: Sequence[int], values: Sequence[float]) -> dict[int, float]:

@@ -69,7 +69,7 @@ def test_predictions_are_compared_by_one_measure_within_a_patch():
 
 def test_transport_leans_noise_towards_the_background_that_a_caption_names():
     module = loaded(str(FOLDER / "coupling.py"))
-    run = config.override(module.sized("cpu"), ["data.batch=32"])
+    run = config.override(module.SUITE.scales["cpu"].run, ["data.batch=32"])
     shown = pictures("train", 64, run.data.side, "short")
     texts = encoded(shown.captions, run.text, run.model.text_dim)
     free, skewed, within = (
