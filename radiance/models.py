@@ -98,6 +98,7 @@ def load(
         params, origin = checkpoint.params(dtype, small, places), checkpoint.origin
     if adapters:
         params = lora_files.applied(params, run.model, adapters)
+    origin += "".join(f" + {strength:g} × {path}" for path, strength in loras)
     return Pipeline(run, params, origin, encoder, decoder, devices)
 
 

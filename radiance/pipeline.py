@@ -147,16 +147,21 @@ class Pipeline:
         them takes the memory of a few. start: a picture to start from, whose size they have. Raises TextError for one over the encoder's
         limit, before anything is painted, and ConfigError for a start of another size or with a latent model.
         """
-        run, settings = self.run, settings or self.run.sample
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if start:
             self._check(start, width, height)
             height, width = start.image.shape[:2]
-        width, height = width or run.data.side, height or width or run.data.side
+        seeds, width, height, settings = self._asked(prompts, seeds, width, height, settings)
         facts = self.facts(width, height, settings) | (start.facts if start else {})
         for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings, start))):
             picture = to_picture(image)
             yield Picture(start.over(picture) if start else picture, {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+
+    def _asked(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None, width: int | None, height: int | None, settings: config.Sample | None
+    ) -> tuple[list[int], int, int, config.Sample]:
+        """With what was left open."""
+        side = self.run.data.side
+        return list(range(len(prompts)) if seeds is None else seeds), width or side, height or width or side, settings or self.run.sample
 
     def _check(self, start: Start, width: int | None, height: int | None):
         if self.decoder:
@@ -184,9 +189,7 @@ class Pipeline:
         settings: config.Sample | None = None,
     ) -> Trajectory:
         """How the pictures of `paint` come about. All of it is in memory: as many pictures as there are steps, and one, of each."""
-        run, settings = self.run, settings or self.run.sample
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        width, height = width or run.data.side, height or width or run.data.side
+        seeds, width, height, settings = self._asked(prompts, seeds, width, height, settings)
         states = list(self._painted(prompts, seeds, width, height, settings, way=True))
         return Trajectory(self._times(width, height, settings), np.concatenate(states, axis=1))
 

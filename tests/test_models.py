@@ -148,6 +148,8 @@ def test_a_lora_at_a_strength(files, tmp_path):
     assert np.abs(plain - painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.0")).max() <= 1
     assert np.abs(plain - half).max() > 1
     assert np.abs(half - painted("merged")).max() <= 1
+    facts = [Image.open(path).text["model"] for path in sorted(tmp_path.glob("base*/*_seed*.png"))]
+    assert sum("lora.safetensors" in model for model in facts) == 2 and any("+ 0.5 × " in model for model in facts)
 
 
 @pytest.mark.parametrize(

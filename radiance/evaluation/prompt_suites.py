@@ -22,8 +22,6 @@ from radiance.pipeline import Picture
 from radiance.weights.files import replacing
 
 COCO = 30_000  # images, of 40,504: the first captions of the first images, while papers draw theirs at random
-
-
 FACTS = ("prompt", "seed", "size", "settings", "model")  # that a PNG of ours says of itself
 
 
