@@ -61,13 +61,6 @@ class Start:
         grown = [(0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)]
         return Known(*(np.repeat(np.pad(x, grown, "edge")[None], count, axis=0) for x in (to_signed(self.image), mask[..., None])))
 
-    def over(self, painted: Image.Image) -> Image.Image:
-        """What was painted, with what stays as it was."""
-        if self.mask is None:
-            return painted
-        mask = self.mask[..., None]
-        return Image.fromarray(np.rint(mask * np.asarray(painted) + (1 - mask) * self.image).astype(np.uint8))
-
 
 class Trajectory(NamedTuple):
     """The way from noise to pictures, about in [-1, 1]; of latent models, to latents."""
@@ -153,8 +146,7 @@ class Pipeline:
         seeds, width, height, settings = self._asked(prompts, seeds, width, height, settings)
         facts = self.facts(width, height, settings) | (start.facts if start else {})
         for i, image in enumerate(chain.from_iterable(self.values(prompts, seeds, width, height, settings, start))):
-            picture = to_picture(image)
-            yield Picture(start.over(picture) if start else picture, {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
+            yield Picture(to_picture(image), {"prompt": prompts[i], "seed": int(seeds[i]), **facts})
 
     def _asked(
         self, prompts: Sequence[str], seeds: Sequence[int] | None, width: int | None, height: int | None, settings: config.Sample | None
