@@ -244,7 +244,9 @@ def _in_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
     if colours.mode == "LAB":
         return _transform(None, "LAB").apply(colours)
     transform = _transform(profile, colours.mode) if isinstance(profile, bytes) and len(profile) <= LARGEST_PROFILE else None
-    return transform.apply(colours) if transform else colours.convert("RGB")
+    if transform:
+        return transform.apply(colours)
+    return colours if colours.mode == "RGB" else colours.convert("RGB")  # which would copy it
 
 
 @functools.lru_cache(64)
