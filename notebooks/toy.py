@@ -9,6 +9,7 @@
 They show how to look, and decide nothing.
 """
 
+import fcntl
 from pathlib import Path
 
 from radiance import config as c
@@ -48,7 +49,11 @@ def config() -> c.Config:
 
 def ready(*models: str):
     """Trains those of the toys among `models` that are not trained yet, by the names of their runs: runs/toy, runs/toy-ARM. Others are left alone."""
-    for model in models:
-        name, *arms = Path(model).name.split("-")
-        if name == "toy" and not (Path(model) / "report.html").is_file():  # which is written last
-            radiance(["train", ":".join([__file__, *arms])])
+    for model in map(Path, models):
+        name, *arms = model.name.split("-")
+        if name == "toy":
+            model.parent.mkdir(exist_ok=True)
+            with model.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another notebook may be at it
+                if not (model / "report.html").is_file():  # which is written last
+                    radiance(["train", ":".join([__file__, *arms])])

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -13,7 +15,10 @@ from toys import toy_model
 
 from radiance import config, startup
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.step import init_state
+from radiance.training.step import init_state, make_step
+
+# What compiles fastest, where any network will do.
+PLAIN = dict(head="linear", modulation="none")
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
@@ -34,6 +39,12 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
         sample=config.Sample(steps=2, guidance=2.0),
     )  # fmt: skip
     return config.override(run, changes)
+
+
+@lru_cache
+def step_of(run: config.Config):
+    """Its step, compiled once for all tests of a process: that takes seconds."""
+    return jax.jit(make_step(run))
 
 
 def batch_of(run: config.Config, seed: int = 0) -> dict[str, jnp.ndarray]:
@@ -84,8 +95,6 @@ def metrics(run: config.Config) -> list[dict]:
 
 def state_of(run: config.Config, step: int):
     """What the checkpoint of that step holds."""
-    import jax
-
     checkpoints = Checkpoints(run.directory / "checkpoints")
     state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(run)))
     checkpoints.close()
@@ -99,7 +108,5 @@ def painted(run: config.Config) -> dict[str, bytes]:
 
 def same(a, b) -> bool:
     """Bit for bit, over trees."""
-    import jax
-
     x, y = jax.tree.leaves(a), jax.tree.leaves(b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(np.array_equal(np.asarray(p), np.asarray(q)) for p, q in zip(x, y))

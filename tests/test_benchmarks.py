@@ -176,8 +176,8 @@ def test_sampling(torch):
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.slow
 def test_training_without_peers():
-    rows = rows_of(training.main([*TOY, "--parts", "step", "--remat", "none", "full"]))
-    assert {"radiance, text cut", "radiance, text cut, remat full"} <= set(rows)
+    rows = rows_of(training.main([*TOY, "--parts", "step", "--remat", "full"]))
+    assert "radiance, text cut, remat full" in rows
     assert all(float(rows[name][6]) > 0 for name in rows if name.startswith("radiance"))  # GB temporary
     assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 4
 
@@ -218,9 +218,9 @@ def test_compile_time(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc.")
 def test_host_memory():
-    report = host_memory.main(["--steps", "20", "--pictures", "20", "--side", "16"])
+    report = host_memory.main(["--steps", "6", "--pictures", "20", "--side", "16"])
     rows = rows_of(report)
-    assert "20" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")
+    assert "6" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")
     assert "each 1,000 steps add" in report.parts[-1]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
+from runs import PLAIN, toy_run
 from sklearn.datasets import load_sample_image
 from toy_files import PIXELS, published, save
 
@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_directory):
-    run = toy_run(tmp_path_factory.mktemp("cli"), data_directory, "train.steps=2")
+    run = toy_run(tmp_path_factory.mktemp("cli"), data_directory, "train.steps=2", **PLAIN)
     assert train(run) == 2
     return run.directory
 

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from runs import toy_run, written_experiment
+from runs import PLAIN, toy_run, written_experiment
 
 from radiance import config
 from radiance.cli import main
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow  # a run is trained and sampled
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    run = toy_run(folder, str(folder / "data"), *CHANGES)
+    run = toy_run(folder, str(folder / "data"), *CHANGES, **PLAIN)
     assert train(run) == 1
     return run
 
@@ -137,7 +137,7 @@ def test_what_a_file_would_clip_is_counted_and_what_is_not_finite_refused():
     [
         (["--pictures", "3"], "comparing takes 20"),
         (["--validate", "0"], "at least 1"),
-        (["model.nerf_depth=3"], "another network than model.nerf_depth would make"),
+        (["model.double_blocks=3"], "another network than model.double_blocks would make"),
         (["--clip", "clip"], "give --pictures"),
         (["--experiment", "experiments/quickstart.py"], "leave --experiment out"),
     ],

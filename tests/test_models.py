@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
+from runs import PLAIN, toy_run
 from safetensors.numpy import load_file
 from toy_t5 import TOY, toy_folder
 from toys import toy_model, toy_params
@@ -203,7 +203,7 @@ def test_a_run_exports_what_it_takes_to_sample_it(tmp_path, data_directory, caps
 def run(tmp_path_factory, data_directory):
     from radiance.training.loop import train
 
-    run = toy_run(tmp_path_factory.mktemp("run"), data_directory, "train.steps=2", "train.checkpoint_every=2")
+    run = toy_run(tmp_path_factory.mktemp("run"), data_directory, "train.steps=2", "train.checkpoint_every=2", **PLAIN)
     train(run)
     return run
 
@@ -298,7 +298,7 @@ def test_prompts_that_are_no_text(files, tmp_path, capsys):
 def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
     from radiance.training.loop import train
 
-    run = toy_run(tmp_path, data_directory, "train.steps=1", "text.length=3", "train.sample_prompts=", "train.validate_pictures=4")
+    run = toy_run(tmp_path, data_directory, "train.steps=1", "text.length=3", "train.sample_prompts=", "train.validate_pictures=4", **PLAIN)
     assert train(run) == 1  # "the digit 7" and its end are four
 
 

@@ -214,11 +214,11 @@ def test_sampling():
 def test_peak_memory():
     """Never more than a process takes for the step. It may take more: XLA's CPU runtime holds a call's temporaries into the next one now
     and then, which is seen in the benchmark and not asserted."""
-    command = [sys.executable, "-m", "benchmarks.plan_memory", "activations"]
+    command = [sys.executable, "-m", "benchmarks.plan_memory", "few"]
     done = subprocess.run(command, env=environment_of(1), cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["measured"] > 0.9 * found["predicted"] > 0.9e9
+    assert found["measured"] > 0.9 * found["predicted"] > 0.2e9
 
 
 @pytest.mark.slow

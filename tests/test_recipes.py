@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHORT = [
     "data.batch=4", "train.steps=3", "train.validate_every=3", "train.validate_pictures=2", "train.sample_every=3", "train.checkpoint_every=3",
-    "train.sample_prompts=one", "sample.steps=2", "optimizer.warmup_steps=0",
+    "train.sample_prompts=one", "sample.steps=2", "sample.guidance=1", "optimizer.warmup_steps=0",
 ]  # fmt: skip
 
 

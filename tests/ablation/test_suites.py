@@ -1,6 +1,9 @@
 """The suites that are there can be run, and `radiance ablate` runs one: in pieces, once, and never over results of another."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,6 +49,17 @@ def test_every_arm_of_every_scale_can_be(path, capsys):
     assert main(["ablate", where, "--scale", "pod"]) == 0
     assert f"{where}:{suite.control}" in capsys.readouterr().out
     assert main(["ablate", f"{path}:other"]) == 2 and f"no suite {path}:other: there is {path}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_the_pod_is_planned(tmp_path):
+    """For eight devices that are not here: the step of the largest scale compiles, sharded."""
+    file = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "radiance", "plan", f"{FOLDER / 'masking.py'}:strict", "--device", "cpu", "--mesh", "fsdp=8"]
+    done = subprocess.run([*command, "--json", str(file)], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a training step of 1024 pictures of 256×256" in done.stdout
+    assert json.loads(file.read_text())["collectives"].keys() >= {"all-gather", "all-reduce"}
 
 
 def test_every_method_can_be_trained_with():

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
+from runs import PLAIN, toy_run
 from toy_folders import fill, opened, pixels_of, save, settings
 
 from radiance import config
@@ -138,7 +138,7 @@ def test_a_run_on_a_folder(tmp_path):
     changes = (
         "data.source=folder data.validation=0.2 data.batch=4 train.checkpoint_every=1 train.sample_prompts=[] sample.steps=1 data.enlarge=2"
     )
-    run = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), f"data.path={tmp_path / 'pictures'}", "train.steps=2")
+    run = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), f"data.path={tmp_path / 'pictures'}", "train.steps=2", **PLAIN)
     assert train(run) == 2
     data = json.loads((run.directory / "data.json").read_text())
     assert data["train"]["count"] + data["validation"]["count"] == 40

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import metrics, toy_run
+from runs import PLAIN, metrics, toy_run
 
 from radiance import config
 from radiance.data.datasets import Mixture, describe, open_source
@@ -143,7 +143,7 @@ def test_batches_follow_from_the_step(source):
 def test_a_toy_learns_on_it(tmp_path, data_directory):
     run = toy_run(
         tmp_path, data_directory, "data.source=shapes", "data.shapes.limit=20", "data.shapes.count=64", "text.encoder=random_t5",
-        "text.dtype=float32", "text.length=20", "data.side=16", "train.steps=2", "train.checkpoint_every=2", "train.sample_prompts=",
+        "text.dtype=float32", "text.length=20", "data.side=16", "train.steps=2", "train.checkpoint_every=2", "train.sample_prompts=", **PLAIN,
     )  # fmt: skip
     assert train(run) == 2
     rows = metrics(run)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
+from runs import PLAIN, toy_run
 
 from radiance.cli import main
 from radiance.pipeline import Pipeline
@@ -15,7 +15,7 @@ from radiance.training.loop import train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_directory):
-    run = toy_run(tmp_path_factory.mktemp("suites"), data_directory, "train.steps=1", "sample.steps=1", "sample.guidance=1")
+    run = toy_run(tmp_path_factory.mktemp("suites"), data_directory, "train.steps=1", "sample.steps=1", "sample.guidance=1", **PLAIN)
     assert train(run) == 1
     return run.directory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import environment_of, metrics, toy_run, written_experiment
+from runs import PLAIN, environment_of, metrics, toy_run, written_experiment
 
 from radiance import config
 from radiance.training.loop import train
@@ -42,7 +42,7 @@ def outputs(processes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data_directory):
-    run = toy_run(tmp_path_factory.mktemp("alone"), data_directory, "train.profile_steps=2")
+    run = toy_run(tmp_path_factory.mktemp("alone"), data_directory, "train.profile_steps=2", **PLAIN)
     assert train(run) == 8
     return run
 
@@ -52,7 +52,7 @@ def test_steps_are_traced(alone):
 
 
 def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.steps=8")
+    run = toy_run(tmp_path, data_directory, "mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.steps=8", **PLAIN)
     experiment = written_experiment(run)
     processes = start_hosts("train", str(experiment))
     deadline = time.monotonic() + 200
@@ -88,7 +88,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
 
 def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
     changes = ["mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.validate_every=9999", "train.sample_every=9999"]
-    run = toy_run(tmp_path, data_directory, *changes, "train.steps=9999")
+    run = toy_run(tmp_path, data_directory, *changes, "train.steps=9999", **PLAIN)
     first, second = start_hosts("train", str(written_experiment(run)))
     deadline = time.monotonic() + 200
     while not (run.directory / "checkpoints" / "2").is_dir():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
-from runs import batch_of, command, metrics, same, toy_run
+from runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run
 from toys import toy_model, toy_params
 
 from radiance import config
@@ -16,7 +16,7 @@ from radiance.training.adapters import init_adapters
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.loop import train
 from radiance.training.optimizer import scale_by_adam, scale_by_muon_and_adam
-from radiance.training.step import init_state, make_step
+from radiance.training.step import init_state
 from radiance.weights.native import flatten
 
 MUON = config.Optimizer(kind="muon")
@@ -97,7 +97,7 @@ def test_a_momentum_in_bfloat16_stays_right_on_average():
 )
 def test_it_trains(changes):
     run = toy_run("unused", "unused", "optimizer.kind=muon", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=0", *changes)
-    step, batch, state = jax.jit(make_step(run)), batch_of(run), init_state(run, toy_params(run.model))
+    step, batch, state = step_of(run), batch_of(run), init_state(run, toy_params(run.model))
     kinds, before, losses = jax.tree.map(lambda x: x.dtype, state), state.params, []
     for _ in range(30):
         state, found = step(state, batch)
@@ -132,8 +132,8 @@ def flatten_any(tree):
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
-    changes = ["optimizer.kind=muon", "optimizer.mu_dtype=bfloat16", "train.sample_every=99", "train.steps=6"]
-    whole, broken = (toy_run(tmp_path / name, data_directory, *changes) for name in ("whole", "broken"))
+    changes = ["optimizer.kind=muon", "optimizer.mu_dtype=bfloat16", "train.steps=6"]
+    whole, broken = (toy_run(tmp_path / name, data_directory, *changes, **PLAIN) for name in ("whole", "broken"))
     assert train(whole) == 6
     assert train(config.override(broken, ["train.steps=3"])) == 3 and train(broken) == 6
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import batch_of, command, metrics, same, toy_run
+from runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run
 from toys import toy_params
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.loop import train
 from radiance.training.rotation import blocks_at
-from radiance.training.step import init_state, make_step
+from radiance.training.step import init_state
 
 
 def rotating(*changes, output="unused", data_directory="unused", **model):
@@ -48,7 +48,7 @@ def picked(stack, at):
 @pytest.mark.parametrize("changes", [(), ("optimizer.kind=muon",), ("optimizer.weights_dtype=bfloat16", "optimizer.accumulate=2")])
 def test_only_the_blocks_at_hand_move(changes):
     run = rotating(*changes)
-    step, state = jax.jit(make_step(run)), init_state(run, toy_params(run.model))
+    step, state = step_of(run), init_state(run, toy_params(run.model))
     for number in range(7):
         before, at = state, {kind: [int(i) for i in x] for kind, x in blocks_at(run, number).items()}
         state, _ = step(state, batch_of(run, number))
@@ -64,7 +64,7 @@ def test_a_step_is_that_of_all_blocks_where_it_is_taken():
     run = rotating("optimizer.clip_norm=1e9")
     whole = config.override(run, ["optimizer.rotate=0,0"])
     params, batch = toy_params(run.model), batch_of(run)
-    few, all_ = (jax.jit(make_step(r))(init_state(r, params), batch)[0] for r in (run, whole))
+    few, all_ = (step_of(r)(init_state(r, params), batch)[0] for r in (run, whole))
     at = blocks_at(run, 0)
     for name, part in few.optimizer[1].mu.items():
         expected = all_.optimizer[1].mu[name]
@@ -76,7 +76,7 @@ def test_a_step_is_that_of_all_blocks_where_it_is_taken():
 
 def test_moments_begin_anew_with_every_turn_even_where_its_first_step_is_skipped():
     run = rotating()
-    step, state, batch = jax.jit(make_step(run)), init_state(run, toy_params(run.model)), batch_of(run)
+    step, state, batch = step_of(run), init_state(run, toy_params(run.model)), batch_of(run)
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     counts = []
     for number in range(8):
@@ -90,7 +90,7 @@ def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
     """Their moments go on, as those of a run do that trains all blocks."""
     run = rotating("optimizer.rotate=0,0", "optimizer.edges=1,2", "optimizer.rotate_every=1", "optimizer.frozen=modulation")
     first = state = init_state(run, toy_params(run.model))
-    step = jax.jit(make_step(run))
+    step = step_of(run)
     for number in range(3):
         state, _ = step(state, batch_of(run, number))
     moved = {
@@ -105,7 +105,7 @@ def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
     whole, broken = (
-        rotating("train.sample_every=99", "train.steps=8", output=tmp_path / name, data_directory=data_directory)
+        rotating("train.steps=8", output=tmp_path / name, data_directory=data_directory, **PLAIN)
         for name in ("whole", "broken")
     )
     assert train(whole) == 8

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import command, metrics, same, toy_run
+from runs import PLAIN, command, metrics, same, toy_run
 
 from radiance import config
 from radiance.evaluation.report import write_report
@@ -35,7 +35,7 @@ def final_state(run):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data_directory):
     """A run of 8 steps in its own process."""
-    run = toy_run(tmp_path_factory.mktemp("unbroken"), data_directory)
+    run = toy_run(tmp_path_factory.mktemp("unbroken"), data_directory, **PLAIN)
     process = command(run)
     assert process.returncode == 0, process.output
     return run, process.output
@@ -63,7 +63,7 @@ def test_the_run_directory(unbroken):
 @pytest.mark.parametrize("kills", [(2, 5)])
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(unbroken, tmp_path, data_directory, kills):
     """kill -9 while it steps and while it saves; then the same command."""
-    run = toy_run(tmp_path, data_directory)
+    run = toy_run(tmp_path, data_directory, **PLAIN)
     for step in kills:
         process = command(run, wait=False)
         reached(run, step, process)
@@ -96,7 +96,7 @@ def test_a_run_without_averages_is_saved_and_goes_on(tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "train.checkpoint_every=1000")
+    run = toy_run(tmp_path, data_directory, "train.checkpoint_every=1000", **PLAIN)
     process = command(run, wait=False)
     reached(run, 2, process)
     process.send_signal(signal.SIGTERM)
@@ -122,7 +122,7 @@ def test_batches_of_many_shapes_go_on_in_the_middle_of_an_epoch(tmp_path):
         "data.source=folder data.validation=0.2 data.side=16 data.other_sides=8 data.bucket_step=8 data.bucket_ratio=2.5 data.batch=4 data.mirror=0.5 "
         f"data.broken_limit=0.5 data.path={tmp_path / 'pictures'} train.steps=9 train.log_every=1 train.checkpoint_every=4 sample.steps=1"
     )
-    unbroken = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split())
+    unbroken = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), **PLAIN)
     assert train(unbroken) == 9
     rows = [row for row in metrics(unbroken) if "loss" in row]
     assert sum(row["pictures_skipped"] for row in rows) > 1
@@ -134,7 +134,7 @@ def test_batches_of_many_shapes_go_on_in_the_middle_of_an_epoch(tmp_path):
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "train.steps=4")
+    run = toy_run(tmp_path, data_directory, "train.steps=4", **PLAIN)
     assert command(run).returncode == 0
     longer = config.override(run, ["train.steps=8", "mesh.data=2", "mesh.fsdp=2"])
     process = command(longer, devices=4)
@@ -191,7 +191,7 @@ def test_a_run_that_could_not_start_leaves_nothing(tmp_path, data_directory, wro
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, monkeypatch):
-    run = toy_run(tmp_path, data_directory, "train.skip_limit=3", "train.steps=50", "train.checkpoint_every=2")
+    run = toy_run(tmp_path, data_directory, "train.skip_limit=3", "train.steps=50", "train.checkpoint_every=2", **PLAIN)
     pure = loop.make_step
 
     def broken(settings):
@@ -209,7 +209,7 @@ def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
     import shutil
     from collections import namedtuple
 
-    run = toy_run(tmp_path, data_directory)
+    run = toy_run(tmp_path, data_directory, **PLAIN)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0))
     with pytest.raises(CheckpointError, match="GB free, and .* GB are needed: make room"):
         train(run)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import batch_of, same, toy_run
+from runs import batch_of, same, step_of, toy_run
 from toys import apply, toy_params
 
 from radiance import config, flow
 from radiance.training.optimizer import split_frozen
-from radiance.training.step import init_state, make_step, picture_losses, validation_losses, with_noise
+from radiance.training.step import init_state, picture_losses, validation_losses, with_noise
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def start(run):
 
 
 def test_a_step_is_pure_and_moves_everything(run):
-    step, batch = jax.jit(make_step(run)), batch_of(run)
+    step, batch = step_of(run), batch_of(run)
     a, metrics = step(start(run), batch)
     b, _ = step(start(run), batch)
     assert same(a, b) and int(a.step) == 1 and np.isfinite(metrics["loss"])
@@ -42,7 +42,7 @@ def test_each_step_has_its_own_noise(run):
 def test_the_loss_is_the_methods(run):
     batch = with_noise(run, batch_of(run), jax.random.key(5))
     params = toy_params(run.model)
-    ours = picture_losses(run, params, batch)
+    ours = jax.jit(partial(picture_losses, run))(params, batch)
     t = batch["time"][:, None, None, None]
     noisy = (1 - t) * batch["image"] + t * batch["noise"]
     velocity = apply(run.model, params, dict(image=noisy, text=batch["text"], lengths=batch["lengths"], time=batch["time"]))
@@ -55,11 +55,11 @@ def test_the_loss_is_the_methods(run):
 
 def test_parts_of_a_batch_add_up(run):
     batch = batch_of(run) | {"weight": jnp.linspace(0, 2, run.data.batch)}
-    whole, m = jax.jit(make_step(run))(start(run), batch)
-    parts, n = jax.jit(make_step(config.override(run, ["optimizer.accumulate=4"])))(start(run), batch)
+    whole, m = step_of(run)(start(run), batch)
+    parts, n = step_of(config.override(run, ["optimizer.accumulate=4"]))(start(run), batch)
     np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
     key = jax.random.fold_in(jax.random.key(run.train.seed), 0)
-    losses = picture_losses(run, start(run).params, with_noise(run, batch, key))
+    losses = jax.jit(partial(picture_losses, run))(start(run).params, with_noise(run, batch, key))
     np.testing.assert_allclose(m["loss"], losses[1:].mean(), rtol=1e-5)  # the first has no weight: it is not there
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
     first = lambda s: s.optimizer[1].mu  # noqa: E731 — moments are the gradient, clipped
@@ -68,12 +68,12 @@ def test_parts_of_a_batch_add_up(run):
 
 
 def test_gradient_norms_by_part_make_up_the_whole(run):
-    _, metrics = jax.jit(make_step(run))(start(run), batch_of(run))
+    _, metrics = step_of(run)(start(run), batch_of(run))
     norms = metrics["gradient_norms"]
     assert norms.keys() == start(run).params.keys() and all(norm > 0 for norm in norms.values())
     assert metrics["gradient_norm"] == pytest.approx(np.sqrt(sum(float(norm) ** 2 for norm in norms.values())), rel=1e-5)
     frozen = config.override(run, ["optimizer.frozen=modulation,head"])
-    state, metrics = jax.jit(make_step(frozen))(start(frozen), batch_of(run))
+    state, metrics = step_of(frozen)(start(frozen), batch_of(run))
     assert metrics["gradient_norms"].keys() == start(run).params.keys() - {"modulation", "head"}
     # The norms are of the gradient as it came, and the first moment holds it clipped.
     clip = min(1, 1 / float(metrics["gradient_norm"]))
@@ -86,14 +86,14 @@ def test_a_weight_of_zero_removes_a_picture(run):
     batch = batch_of(run)
     weight = jnp.ones(run.data.batch).at[0].set(0)
     changed = batch["image"].at[0].set(0.7)
-    a, _ = jax.jit(make_step(run))(start(run), batch | {"weight": weight})
-    b, _ = jax.jit(make_step(run))(start(run), batch | {"weight": weight, "image": changed})
+    a, _ = step_of(run)(start(run), batch | {"weight": weight})
+    b, _ = step_of(run)(start(run), batch | {"weight": weight, "image": changed})
     for x, y in zip(jax.tree.leaves(a.optimizer[1].mu), jax.tree.leaves(b.optimizer[1].mu)):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(run):
-    step, batch = jax.jit(make_step(run)), batch_of(run)
+    step, batch = step_of(run), batch_of(run)
     state, _ = step(start(run), batch)
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, bad)
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(run):
 
 def test_frozen_parts_stay_and_cost_no_moments(run):
     frozen = config.override(run, ["optimizer.frozen=modulation,double/image"])
-    state, _ = jax.jit(make_step(frozen))(start(frozen), batch_of(run))
+    state, _ = step_of(frozen)(start(frozen), batch_of(run))
     before = start(frozen).params
     assert same(state.params["modulation"], before["modulation"]) and same(state.params["double"]["image"], before["double"]["image"])
     assert not same(state.params["double"]["text"], before["double"]["text"])
@@ -115,25 +115,24 @@ def test_frozen_parts_stay_and_cost_no_moments(run):
 
 def test_remat_and_head_tiles_change_nothing(run):
     batch = batch_of(run)
-    plain, _ = jax.jit(make_step(run))(start(run), batch)
-    for change in ("compute.remat=full", "compute.remat=dots", "compute.head_tile=3"):
-        other, _ = jax.jit(make_step(config.override(run, [change])))(start(run), batch)
-        for x, y in zip(jax.tree.leaves(plain.optimizer[1].mu), jax.tree.leaves(other.optimizer[1].mu)):
-            np.testing.assert_allclose(x, y, atol=2e-5, err_msg=change)
+    plain, _ = step_of(run)(start(run), batch)
+    other, _ = step_of(config.override(run, ["compute.remat=full", "compute.head_tile=3"]))(start(run), batch)
+    for x, y in zip(jax.tree.leaves(plain.optimizer[1].mu), jax.tree.leaves(other.optimizer[1].mu)):
+        np.testing.assert_allclose(x, y, atol=2e-5)
 
 
 def test_bfloat16_keeps_float32_masters(run):
     half = config.override(run, ["compute.dtype=bfloat16"])
-    state, metrics = jax.jit(make_step(half))(start(half), batch_of(run))
+    state, metrics = step_of(half)(start(half), batch_of(run))
     assert {x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer[1].mu))} == {jnp.dtype("float32")}
-    full = jax.jit(make_step(run))(start(run), batch_of(run))[1]
+    full = step_of(run)(start(run), batch_of(run))[1]
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.05)
 
 
 def test_bfloat16_states_keep_their_types_and_stay_near(run):
     kept = config.override(run, [f"optimizer.{name}_dtype=bfloat16" for name in ("weights", "mu", "nu")])
     state = start(kept)
-    new, metrics = jax.jit(make_step(kept))(state, batch_of(run))
+    new, metrics = step_of(kept)(state, batch_of(run))
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
     assert (
         new.params["double"]["image"]["mlp"]["linear_in"]["kernel"].dtype
@@ -141,7 +140,7 @@ def test_bfloat16_states_keep_their_types_and_stay_near(run):
         == jnp.bfloat16
     )
     assert new.params["head"]["embedder"]["kernel"].dtype == new.params["patch_embed"]["bias"].dtype == jnp.float32
-    exact, full = jax.jit(make_step(run))(start(run), batch_of(run))
+    exact, full = step_of(run)(start(run), batch_of(run))
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.02)
     for x, y in zip(jax.tree.leaves(new.params), jax.tree.leaves(exact.params)):
         np.testing.assert_allclose(x.astype(np.float32), y, rtol=0, atol=2**-6 * max(np.abs(y).max(), 1e-3))
@@ -176,9 +175,8 @@ def test_validation_is_fixed_and_binned(run):
     assert mean[0] > mean[9]  # an x0 model that knows nothing is weighted by 1 / (t + ε)²
 
 
-@pytest.mark.parametrize("modulation", ["per_block", "shared", "none"])
-@pytest.mark.parametrize("head", ["linear", "nerf_linear"])
+@pytest.mark.parametrize("modulation, head", [("per_block", "linear"), ("shared", "nerf_linear"), ("none", "linear")])
 def test_every_variant_takes_a_step(modulation, head):
     run = toy_run("unused", "unused", modulation=modulation, head=head, registers=2, masking="off", prediction="velocity")
-    _, metrics = jax.jit(make_step(run))(start(run), batch_of(run))
+    _, metrics = step_of(run)(start(run), batch_of(run))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])

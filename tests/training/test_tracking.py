@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
+from runs import PLAIN, toy_run
 from tensorboardX.proto.event_pb2 import Event
 
 from radiance import config
@@ -72,7 +72,7 @@ def events(folder) -> list[tuple[int, str, object]]:
 @pytest.mark.slow
 def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(tmp_path, data_directory, wandb):
     module = wandb()
-    run = toy_run(tmp_path, data_directory, "train.steps=4", "train.sample_every=4", "train.track=tensorboard,wandb")
+    run = toy_run(tmp_path, data_directory, "train.steps=4", "train.sample_every=4", "train.track=tensorboard,wandb", **PLAIN)
     assert train(run) == 4
     longer = config.override(run, ["train.steps=8"])
     assert train(longer) == 8
