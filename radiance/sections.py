@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ class Section:
     """Base of all sections: checks the type of every field, then the section's own `check`."""
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
+        hints = _types(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _coerce(f"{type(self).__name__.lower()}.{f.name}", getattr(self, f.name), hints[f.name]))
         self.check()
@@ -127,8 +128,14 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    """Of its fields, by name. They are written as text, and reading that takes longer than all else that is done with a config."""
+    return get_type_hints(section)
+
+
 def _field_type(section: type, name: str, key: str) -> Any:
-    hints = get_type_hints(section)
+    hints = _types(section)
     if name not in hints:
         raise ConfigError(f"Unknown key {key!r}{meant(name, hints) or '.'} {section.__name__} has {', '.join(hints)}.")
     return hints[name]
