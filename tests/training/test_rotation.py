@@ -105,8 +105,7 @@ def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
     whole, broken = (
-        rotating("train.steps=8", output=tmp_path / name, data_directory=data_directory, **PLAIN)
-        for name in ("whole", "broken")
+        rotating("train.steps=8", output=tmp_path / name, data_directory=data_directory, **PLAIN) for name in ("whole", "broken")
     )
     assert train(whole) == 8
     assert train(config.override(broken, ["train.steps=4"])) == 4 and train(broken) == 8  # within the second turn

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import batch_of, same, step_of, toy_run
+from runs import PLAIN, batch_of, same, step_of, toy_run
 from toys import apply, toy_params
 
 from radiance import config, flow
@@ -51,6 +51,13 @@ def test_the_loss_is_the_methods(run):
         np.asarray(batch["time"], np.float64) + 0.05
     ) ** 2
     np.testing.assert_allclose(ours, expected, rtol=1e-3)
+
+
+def test_a_velocity_can_be_judged_as_a_picture_is():
+    plain = toy_run("unused", "unused", **PLAIN | dict(prediction="velocity"))
+    batch = with_noise(plain, batch_of(plain), jax.random.key(5))
+    found = [picture_losses(run, toy_params(run.model), batch) for run in (plain, config.override(plain, ["flow.velocity_weight=x0"]))]
+    np.testing.assert_allclose(found[1], found[0] * (batch["time"] / (batch["time"] + 0.05)) ** 2, rtol=1e-5)
 
 
 def test_parts_of_a_batch_add_up(run):
