@@ -136,6 +136,8 @@ def test_fewer_pictures_than_a_batch():
     assert seen([make(Sizes([(70, 64)] * 3), other_sides=(), bucket_step=0, batch=8, remainder="fill")[0]]) == {EMPTY: 5, 0: 1, 1: 1, 2: 1}
     with pytest.raises(DataError, match=r"No shape has data.batch=8 pictures in an epoch, but 3 at most"):
         make(Sizes([(70, 64)] * 3), other_sides=(), bucket_step=0, batch=8, remainder="drop")
+    enough = make(Sizes([(70, 64)] * 8), other_sides=(), bucket_step=0, batch=8, remainder="drop")
+    assert sorted(enough[5].pictures) == list(range(8))
     with pytest.raises(DataError, match="but 3 at most"):  # of 10 pictures a third each, although all of them might come together
         make(Sizes([(300, 300)] * 10), batch=8, remainder="drop")
 
