@@ -85,11 +85,11 @@ def sized(name: str, scale: str, *changes: str) -> c.Config:
     return c.override(run, [f"name={run.name.replace('masking', name)}", *changes])
 
 
-def scales(name: str, *changes: str, **arms: dict[str, tuple[str, ...]]) -> dict[str, Scale]:
-    """What most suites are run at. arms: by scale, further ones."""
+def scales(name: str, *changes: str, seeds: int = 3, **arms: dict[str, tuple[str, ...]]) -> dict[str, Scale]:
+    """What most suites are run at. seeds: of the cpu scale; arms: by scale, further ones."""
     further = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
     return {
-        "cpu": Scale(sized(name, "cpu", *changes), pictures=2048, seeds=3, arms=further["cpu"]),
+        "cpu": Scale(sized(name, "cpu", *changes), pictures=2048, seeds=seeds, arms=further["cpu"]),
         "gpu": Scale(sized(name, "gpu", *changes), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=further["gpu"]),
         "pod": Scale(sized(name, "pod", *changes), seeds=3, arms=further["pod"]),
     }

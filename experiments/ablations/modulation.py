@@ -56,6 +56,7 @@ SUITE = Suite(
     scales=masking.scales(
         "modulation",
         BASE,
+        seeds=8,
         cpu=deep(approximator=2, none=3),
         gpu=deep(approximator=6, none=7, shared=6),
         pod=deep(approximator=12, none=13, shared=11),

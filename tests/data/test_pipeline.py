@@ -153,6 +153,7 @@ def test_pictures_are_cut_at_random_and_alike_every_time():
     left = batches[0]["image"][:, 0, 0, 0]
     assert len(set(left)) > 20 and left.min() < 12 and left.max() > 100  # of 0 to 120
     assert np.array_equal(left, batches[0]["image"][:, 0, 0, 0]) and not np.array_equal(left, batches[1]["image"][:, 0, 0, 0])
+    assert len(set(make(source=Pairs, count=40, batch=40)[0]["image"][:, 0, 0, 0])) == 1  # from the centre
     assert len(set(fixed_batches(batches.source, batches.data, batches.encoder, 40, "one_pad")[0]["image"][:, 0, 0, 0])) == 1
 
 
