@@ -25,8 +25,8 @@ class Batches:
 
     What is in a batch, which caption of a picture is drawn, what is left of it, and what is seen of the picture, follows from
     the seed and the step. Text is cut where no row of the global batch has a token that the model's `masking` shows.
-    Besides what the trainer needs, a batch counts the captions that were `cut` at the encoder's limit and the pictures that were
-    `skipped` because they are broken.
+    Besides what the trainer needs, a batch counts the captions of all hosts that were `cut` at the encoder's limit, and this host's pictures
+    that were `skipped` because they are broken.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Batches:
         if self.data.dropout_to == "masked":
             lengths[[caption is None for caption in ours]] = 0
         counts = {
-            "cut": sum(self.encoder.count(caption) > self.encoder.limit for caption in ours if caption),
+            "cut": sum(self.encoder.count(caption) > self.encoder.limit for caption in captions if caption),
             "skipped": len(drawn["broken"]),
         }
         return {"image": drawn["image"], "weight": drawn["weight"], "text": text, "lengths": lengths} | {

@@ -170,9 +170,9 @@ def test_losses_have_the_weights_of_the_pictures():
 
 
 def test_captions_over_the_limit_are_cut_and_counted():
-    batches = make()
-    batches.encoder = HashEncoder(8, 2)
-    assert batches[0]["cut"] == 6 and batches[0]["lengths"].max() == 2
+    for batches in (make(), make(rows=range(2))):  # as two hosts tell it too
+        batches.encoder = HashEncoder(8, 2)
+        assert batches[0]["cut"] == 6 and batches[0]["lengths"].max() == 2
 
 
 def test_fixed_batches_weigh_each_picture_once():
