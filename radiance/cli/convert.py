@@ -10,6 +10,8 @@ from radiance import config
 from radiance.cli.arguments import add_model, known, with_number
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from radiance.weights.checkpoint import Checkpoint
 
 FORMATS = ("native", "diffusers", "gguf", "torch")
@@ -33,7 +35,18 @@ def add(verbs):
     parser.add_argument("--head", choices=["nerf_conv"], help="turn a linear NeRF head into a convolution with the same output")
     parser.add_argument("--dilate", choices=["conv", "conv_half"], help="patch 16 to 32: a larger kernel, or every second pixel")
     parser.add_argument("--graft", metavar="NAME", help="put the blocks under a fresh pixel head of this named model")
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh head")
+    parser.add_argument(
+        "--pooled",
+        metavar="zero|FILE",
+        help="of a FLUX-style model: hold its pooled text vector at zero, or at the mean of those in a safetensors file, [prompts, width]",
+    )
+    parser.add_argument(
+        "--modulation",
+        choices=["approximator"],
+        help="replace FLUX's layers of modulation as Chroma did; the pooled vector is held, by default at zero",
+    )
+    parser.add_argument("--modulation-steps", type=int, metavar="N", help="of the approximator's fit; by default 5000")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh head, and of the approximator's fit")
     parser.add_argument("--extract", metavar="BASE", help="write what MODEL changed in BASE as a LoRA (--to peft or kohya)")
     parser.add_argument("--rank", type=int, default=32, help="of the extracted LoRA")
     parser.add_argument("--ggml-markers", action="store_true", help="markers with one value: ggml refuses empty tensors, ComfyUI others")
@@ -47,11 +60,16 @@ def main(options: argparse.Namespace) -> int:
     from radiance.models import encoded_prompts, opened
     from radiance.training.directory import RunDirectory, is_run
     from radiance.weights import lora, surgery
-    from radiance.weights.convert import SHORT, convert, format_of
+    from radiance.weights.convert import SHORT, check, convert, format_of
 
     to = options.to or ("peft" if options.extract else format_of(options.out))
+    dtype = SHORT.get(options.dtype, options.dtype)
     if options.extract and to not in LORA_NAMES:
         raise config.ConfigError(f"--extract writes a LoRA: --to is {' or '.join(LORA_NAMES)}, not {to}.")
+    if options.modulation_steps is not None and (not options.modulation or options.modulation_steps < 1):
+        raise config.ConfigError("--modulation-steps is a number of at least 1, for --modulation approximator: give that too.")
+    if to in LORA_NAMES and (options.modulation or options.pooled):
+        raise config.ConfigError(f"--modulation and --pooled make another model, and --to {to} writes a LoRA: convert first.")
     if options.merge and options.merge[1] is None:
         raise config.ConfigError(f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5.")
     checkpoint = opened(options.model, options.weights, **known(options))
@@ -67,15 +85,53 @@ def main(options: argparse.Namespace) -> int:
         checkpoint = surgery.dilate(checkpoint, options.dilate)
     if options.graft:
         checkpoint = surgery.graft(checkpoint, config.Model.named(options.graft), options.seed)
+    if options.pooled or (options.modulation and checkpoint.model.pooled_dim):
+        pooled, held = _pooled(options.pooled or "zero", checkpoint.model)
+        checkpoint = surgery.without_pooled(checkpoint, pooled, held)
+    else:
+        held = None
+    if options.modulation:
+        check(surgery.approximated(checkpoint), options.out, to, dtype)  # before the fit
+        checkpoint = _approximated(checkpoint, options)
     more = (
         encoded_prompts(RunDirectory(Path(options.model)).read_config()) if to == "torch" and is_run(options.model) else lambda folder: None
     )
     count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
-        report = convert(checkpoint, options.out, to, SHORT.get(options.dtype, options.dtype), not options.ggml_markers, bar.update, more)
+        report = convert(checkpoint, options.out, to, dtype, not options.ggml_markers, bar.update, more)
     print(report)
+    if held:
+        print(f"The pooled text vector is {held}, whatever the prompt: what it said of prompts is lost.")
     print(f"{checkpoint.origin} is written to {options.out}.")
     return 0
+
+
+def _pooled(told: str, model: config.Model) -> tuple["np.ndarray", str]:
+    """The vector that is held, and what it is."""
+    import numpy as np
+
+    from radiance.evaluation.modulation import make_grid
+
+    if told == "zero":
+        return np.zeros(model.pooled_dim, np.float32), "zero"
+    grid = make_grid(model, Path(told))
+    return grid.pooled.mean(axis=0), f"the mean of {grid.told}"
+
+
+def _approximated(checkpoint: "Checkpoint", options: argparse.Namespace) -> "Checkpoint":
+    """With an approximator, fitted here."""
+    from tqdm import tqdm
+
+    from radiance.training import distillation
+    from radiance.weights import surgery
+
+    steps = options.modulation_steps or distillation.STEPS
+    with tqdm(total=steps, unit="step", desc="modulation", disable=None) as bar:
+        fit = distillation.fit(checkpoint, steps, options.seed, bar.update)
+    print(fit.report)
+    if checkpoint.model.guidance_embed:
+        print("Guidance is read as before: Chroma's tools give 0, and get what this model does at 0.")
+    return surgery.with_approximator(checkpoint, fit.modulation)
 
 
 def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: str) -> int:

@@ -21,7 +21,7 @@ from radiance import config
 from radiance.data.datasets import DataError
 from radiance.evaluation.charts import COLOURS, Line, line_chart
 from radiance.evaluation.report import page, table
-from radiance.model.modulation import TIME_EMBEDDING, sinusoid
+from radiance.model.modulation import SIX, THREE, TIME_EMBEDDING, sinusoid
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.convert import table as text_table
 from radiance.weights.files import CheckpointError, finite, open_tensors
@@ -31,8 +31,6 @@ POOLED = 32  # Gaussian vectors, where there are no prompts' own
 MOST = 128  # of the prompts' vectors, evenly out of the file
 GUIDANCE = (1.0, 3.5, 6.0)  # of models that embed it
 CONSTANT = 1e-12  # variance over mean square of what only rounding moves
-THREE = ("shift", "scale", "gate")
-SIX = tuple(f"{part} {name}" for part in ("attention", "MLP") for name in THREE)
 
 
 class Grid(NamedTuple):

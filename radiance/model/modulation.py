@@ -19,6 +19,8 @@ from radiance.sharding import ROWS, constrained
 MAX_PERIOD = 10_000.0
 TIME_FACTOR = 1000.0
 TIME_EMBEDDING = 256  # width of the sinusoid read by FLUX's time and guidance embedders
+THREE = ("shift", "scale", "gate")  # vectors of a single block
+SIX = tuple(f"{part} {name}" for part in ("attention", "MLP") for name in THREE)  # of one side of a double block
 
 
 class Vectors(NamedTuple):
@@ -97,6 +99,27 @@ def split_vectors(x: Float32[Array, "b m d"], doubles: int, singles: int) -> Vec
         return x.reshape(x.shape[0], blocks, each, x.shape[-1]).swapaxes(0, 1)
 
     return Vectors(by_block(image, doubles, 6), by_block(text, doubles, 6), by_block(single, singles, 3), output)
+
+
+def join_vectors(vectors: Vectors) -> Float32[Array, "b m d"]:
+    """The vectors in one row, of which `split_vectors` makes the blocks'."""
+
+    def in_a_row(x):
+        return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
+
+    blocks = (vectors.single, vectors.double_image, vectors.double_text)
+    return jnp.concatenate([*map(in_a_row, blocks), vectors.output], axis=1)
+
+
+def vector_names(model: config.Model) -> list[tuple[str, int, str]]:
+    """Layers (single, image, text, output), block and name of each vector, in the order of `join_vectors`."""
+    parts = (
+        ("single", model.single_blocks, THREE),
+        ("image", model.double_blocks, SIX),
+        ("text", model.double_blocks, SIX),
+        ("output", 1, THREE[:2]),
+    )
+    return [(layers, block, name) for layers, blocks, names in parts for block in range(blocks) for name in names]
 
 
 class Embedder(nnx.Module):

@@ -108,12 +108,7 @@ def convert(
     """
     path = Path(path)
     to = to or format_of(path)
-    if to not in FORMATS:
-        raise CheckpointError(f"There is no format {to!r}: the formats are {', '.join(FORMATS)}.")
-    _check_type(to, dtype)
-    if to == "diffusers":
-        diffusers.check(checkpoint.model)
-
+    check(checkpoint.model, path, to, dtype)
     shapes = {name: (1,) if name in MARKERS and not empty_markers else shape for name, shape in checkpoint.shapes.items()}
     small = {name: copyable(checkpoint, name, to) for name in shapes}
     types = {name: type_of(name, shape, checkpoint.dtypes[name], dtype, to == "gguf", small[name]) for name, shape in shapes.items()}
@@ -149,6 +144,17 @@ def convert(
                 _write_torch(folder, checkpoint.model, shapes, types, tensor, metadata)
             more(folder)
     return report
+
+
+def check(model: config.Model, path: Path, to: str, dtype: str | None):
+    """Raises CheckpointError when `convert` could not write the model so."""
+    if to not in FORMATS:
+        raise CheckpointError(f"There is no format {to!r}: the formats are {', '.join(FORMATS)}.")
+    _check_type(to, dtype)
+    if to == "diffusers":
+        diffusers.check(model)
+    if to in ("diffusers", "torch"):
+        _check_new(path)
 
 
 def _check_type(to: str, dtype: str | None):
@@ -218,11 +224,15 @@ def _write_torch(folder: Path, model: config.Model, shapes, types, tensor, metad
     shutil.copy(here / "torch_sample.py", folder / "sample.py")
 
 
+def _check_new(path: Path):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} is there already: give the name of a new folder.")
+
+
 @contextmanager
 def new_folder(path: Path):
     """A temporary folder beside `path` that takes its name when the block ends well, and is gone when it does not."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already: give the name of a new folder.")
+    _check_new(path)
     with replacing(path) as part:
         part.mkdir()
         try:

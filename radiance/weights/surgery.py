@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from jaxtyping import Float
+from scipy.special import expit
 
 from radiance import config
-from radiance.model.transformer import init
+from radiance.model.transformer import Params, init
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, without_loss
 from radiance.weights.files import CheckpointError
@@ -48,12 +50,12 @@ def graft(trunk: Checkpoint, pixels: config.Model, seed: int = 0) -> Checkpoint:
         raise CheckpointError("A trunk is grafted under a pixel model, such as chroma1-radiance-x0: this one reads latents.")
     model = replace(trunk.model, **{name: getattr(pixels, name) for name in PIXEL_FIELDS})
     fresh = _fresh(model, seed)
-    made = {name: _named(fresh, name) for name, source in native.layout(model)[1].items() if _is_pixel_part(source)}
+    made = {name: _named(fresh, name) for name, source in native.layout(model)[1].items() if _is_of(source, *PIXEL_PARTS)}
     return _rebuilt(trunk, model, made, f"grafted under a fresh {pixels.head} head", dict.fromkeys(made, "F32"))
 
 
-def _is_pixel_part(source: native.Source) -> bool:
-    return source.row.parts[0].path.startswith(PIXEL_PARTS)
+def _is_of(source: native.Source, *parts: str) -> bool:
+    return source.row.parts[0].path.startswith(parts)
 
 
 def _named(tensor: Callable[[str], np.ndarray], name: str) -> Callable[[], np.ndarray]:
@@ -108,6 +110,52 @@ def conv_head(checkpoint: Checkpoint) -> Checkpoint:
     }
     stored = dict.fromkeys(made, checkpoint.dtypes["nerf_final_layer.linear.weight"])
     return _rebuilt(checkpoint, replace(model, head="nerf_conv"), made, "with a convolution as its last layer", stored)
+
+
+def without_pooled(checkpoint: Checkpoint, pooled: Float[np.ndarray, " w"], told: str) -> Checkpoint:
+    """A model that reads no pooled text vector and paints as this one does with `pooled`, whatever the prompt: what the vector adds to the
+    embedding of time goes into the bias there. told: what the vector is."""
+    model = checkpoint.model
+    if not model.pooled_dim:
+        raise CheckpointError(f"{checkpoint.origin} reads no pooled text vector: there is none to be held.")
+
+    def through(layer: str, x: np.ndarray) -> np.ndarray:
+        weight, bias = (checkpoint.tensor(f"vector_in.{layer}.{kind}").astype(np.float32) for kind in ("weight", "bias"))
+        return weight @ x + bias
+
+    def bias() -> np.ndarray:
+        inner = through("in_layer", pooled.astype(np.float32))
+        return checkpoint.tensor(name).astype(np.float32) + through("out_layer", inner * expit(inner))
+
+    name = "time_in.out_layer.bias"
+    return _rebuilt(checkpoint, replace(model, pooled_dim=0), {name: bias}, f"with {told} as its pooled vector", {name: "F32"})
+
+
+def approximated(checkpoint: Checkpoint) -> config.Model:
+    """The model with Chroma's approximator in place of its layers of modulation. Raises CheckpointError where that cannot be."""
+    model = checkpoint.model
+    if model.modulation == "approximator":
+        raise CheckpointError(
+            f"{checkpoint.origin} has an approximator already: only FLUX's layers (model.modulation=per_block) are replaced."
+        )
+    if model.modulation != "per_block":
+        raise CheckpointError(
+            f"{checkpoint.origin} has model.modulation={model.modulation}, which has no layers in the blocks that an approximator could replace: "
+            "only per_block has."
+        )
+    if model.pooled_dim:
+        raise CheckpointError(
+            f"{checkpoint.origin} reads a pooled text vector, which an approximator cannot: hold it first (`without_pooled`)."
+        )
+    return replace(model, modulation="approximator", guidance_embed=False)
+
+
+def with_approximator(checkpoint: Checkpoint, modulation: Params) -> Checkpoint:
+    """The checkpoint with an approximator, whose parameters these are, in place of its layers of modulation."""
+    model = approximated(checkpoint)
+    tensor = native.to_native(model, {"modulation": modulation})[1]
+    made = {name: _named(tensor, name) for name, source in native.layout(model)[1].items() if _is_of(source, "modulation")}
+    return _rebuilt(checkpoint, model, made, "its modulation approximated", dict.fromkeys(made, "F32"))
 
 
 def merge(a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:

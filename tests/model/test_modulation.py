@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from toys import FLOAT32, toy_model, toy_params
 
-from radiance.model.modulation import index_table, make_modulation, sinusoid, split_vectors
+from radiance.model.modulation import index_table, join_vectors, make_modulation, sinusoid, split_vectors
 from radiance.model.transformer import bind
 
 KINDS = {
@@ -67,6 +67,7 @@ def test_order_of_the_vectors():
             for block in range(blocks):
                 assert kind[block, sample, :, 0].tolist() == [next(at) for _ in range(each)]
         assert vectors.output[sample, :, 0].tolist() == [next(at), next(at)]
+    np.testing.assert_array_equal(join_vectors(vectors), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,15 +1,20 @@
 """One checkpoint made of another: what must paint the same picture does, and what is not touched is the same to the bit."""
 
+from dataclasses import replace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_files import LATENT, PIXELS, published, save, sentence
-from toys import apply, toy_inputs, toy_model
+from toys import FLOAT32, apply, toy_inputs, toy_model
 
+from radiance.cli import main
+from radiance.model.transformer import bind_modulation
 from radiance.weights import native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert
 from radiance.weights.files import CheckpointError
-from radiance.weights.surgery import conv_head, dilate, graft, merge
+from radiance.weights.surgery import conv_head, dilate, graft, merge, without_pooled
 
 
 def checkpoint_of(folder, model=PIXELS, seed=0):
@@ -92,6 +97,29 @@ def test_a_convolution_for_the_linear_head_paints_the_same(tmp_path):
     np.testing.assert_allclose(output(conv, inputs), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(CheckpointError, match="only nerf_linear") as error:
         conv_head(conv)
+    sentence(error)
+
+
+def test_a_held_pooled_vector_is_one_that_is_given(tmp_path):
+    """To the rounding of float32: through the command, at the mean of those in a file, and by itself."""
+    file, out = tmp_path / "0.safetensors", tmp_path / "held.safetensors"
+    flux = checkpoint_of(tmp_path, toy_model(hidden=64, rope_axes=(4, 14, 14), modulation="per_block", pooled_dim=5, guidance_embed=True))
+    vectors = np.random.default_rng(1).standard_normal((7, 5), np.float32)
+    save(tmp_path / "pooled.safetensors", {"pooled": vectors})
+    assert main(["convert", str(file), str(out), "--pooled", str(tmp_path / "pooled.safetensors")]) == 0
+    held = open_checkpoint(out)
+    assert held.model == replace(flux.model, pooled_dim=0)
+    gone = [name for name in flux.shapes if name.startswith("vector_in.")]
+    assert len(gone) == 4 and set(held.shapes) == set(flux.shapes) - set(gone)
+    for name in held.shapes:
+        assert (held.tensor(name) != flux.tensor(name)).any() == (name == "time_in.out_layer.bias")
+    time, guidance, pooled = jnp.float32([0, 0.3, 1]), jnp.float32([0, 3, 5]), jnp.tile(vectors.mean(axis=0), (3, 1))
+    expected = bind_modulation(flux.model, FLOAT32, flux.params()["modulation"])(time, guidance, pooled)
+    found = bind_modulation(held.model, FLOAT32, held.params()["modulation"])(time, guidance, None)
+    for x, y in zip(found, expected):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max(initial=1))
+    with pytest.raises(CheckpointError, match="reads no pooled text vector") as error:
+        without_pooled(held, np.zeros(0), "zero")
     sentence(error)
 
 
