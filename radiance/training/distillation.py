@@ -29,12 +29,11 @@ from radiance.weights.surgery import approximated
 
 STEPS = 5000
 TIMES = 32  # a step, one drawn in each of as many equal parts of [0, 1]
-RATE = (
-    5e-3  # of Adam at a width of 64, falling as 1 / width (arXiv 2203.03466); a warm-up over a twentieth of the steps, then a cosine to 0
-)
+RATE = 2e-2  # of Adam at a width of 64, falling as 1 / width (arXiv 2203.03466); warm-up over a twentieth of the steps, then a cosine to 0
 PIECE = 100  # steps in one call of the compiled scan, after which the progress is told
 MEASURED = 256  # times that the errors are means over, in the middle of as many equal parts
 GUIDANCE = (0.0, 6.0)  # of models that embed it: half of what is drawn is the first, which Chroma's tools give, half lies between
+STILL = 0.01  # share of the mean square below which a vector's variance does not weigh it higher
 
 FLOAT32 = config.Compute(dtype="float32")
 
@@ -82,18 +81,23 @@ class Report:
 def fit(checkpoint: Checkpoint, steps: int = STEPS, seed: int = 0, progress: Callable[[int], object] = lambda count: None) -> Fit:
     """An approximator in place of the modulation of a `per_block` model that reads no pooled vector (`surgery.without_pooled`).
 
-    Times are uniform over [0, 1]; guidance, where the model embeds it, see GUIDANCE. The loss is the squared error of each vector over the
-    vector's own mean square. progress: called with the steps that were done. The same seed gives the same weights.
+    The loss is the squared error of each vector over the vector's variance: what of its change is missed. Times are squares of uniform
+    ones, which lie closer to 0, where x0 models divide by the time; guidance, where the model embeds it: see GUIDANCE. Both were chosen by
+    the validation loss of toys (experiments/distill_modulation.py). progress: called with the steps that were done. The same seed gives the
+    same weights.
 
-    Only toys have been fitted. By count, FLUX's layers in bfloat16 are 6.4 GB on the device, and Chroma's approximator with its gradient
-    and Adam's moments 4.4 GB; a step's 32 × 344 vectors take 18 TFLOP and some 10 GB of activations.
+    Only toys have been fitted, with layers of 64 channels and an approximator as wide. By count, FLUX's layers in bfloat16 are 6.4 GB on
+    the device, and Chroma's approximator with its gradient and Adam's moments 4.4 GB; a step of 32 times takes 18 TFLOP and some 10 GB of
+    activations. A grid of targets would take 4.2 GB for a thousand times: here there is none, for the layers' own work is a hundredth of
+    the approximator's.
 
     Raises CheckpointError for another model.
     """
     source, model = checkpoint.model, approximated(checkpoint)
     layers = read_layers(checkpoint)
     square, variance = _moments(source, layers)
-    weights = jnp.asarray(1 / np.maximum(square, 1e-6 * square.max()), jnp.float32)  # a vector of zeros is no reason to divide by 0
+    least = np.maximum(STILL * square, 1e-6 * square.max())  # a vector of zeros is no reason to divide by 0
+    weights = jnp.asarray(1 / np.maximum(variance, least), jnp.float32)
     key, drawn = jax.random.split(jax.random.key(seed))
     modulation = nnx.to_pure_dict(nnx.state(make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))))
     state = modulation, _optimizer(model, steps).init(modulation)
@@ -144,7 +148,7 @@ def _advance(
 
 def _drawn(key: PRNGKeyArray, guided: bool) -> tuple[Float32[Array, " b"], Float32[Array, " b"] | None]:
     for_time, for_guidance, for_which = jax.random.split(key, 3)
-    time = (jnp.arange(TIMES) + jax.random.uniform(for_time, (TIMES,))) / TIMES
+    time = jnp.square((jnp.arange(TIMES) + jax.random.uniform(for_time, (TIMES,))) / TIMES)
     if not guided:
         return time, None
     between = jax.random.uniform(for_guidance, (TIMES,), minval=GUIDANCE[0], maxval=GUIDANCE[1])
