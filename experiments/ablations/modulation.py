@@ -20,8 +20,8 @@ MiniT2I does without, these 200 steps do not. The approximator is undecided, +4.
 place of the layers did not help here: deep_approximator +7.0 % (+1.1 … +12.8; undecided after Holm's correction). The other scales have not
 been run.
 
-Missing, because the code cannot say it yet: a pooled text vector beside the time, a spline of the time in each vector (`table`), the time as a
-token, and what a trained model loses when its layers are replaced.
+Missing, because the code cannot say it yet: a pooled text vector beside the time, a spline of the time in each vector (`table`), and the time as a
+token. What a trained model loses when its layers are replaced stands in ../distill_modulation.py.
 """
 
 import masking
