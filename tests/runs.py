@@ -41,9 +41,9 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
     return config.override(run, changes)
 
 
-@lru_cache
+@lru_cache(4)
 def step_of(run: config.Config):
-    """Its step, compiled once for all tests of a process: that takes seconds."""
+    """Its step, compiled once for tests that follow one another: that takes seconds."""
     return jax.jit(make_step(run))
 
 

@@ -126,6 +126,17 @@ def test_a_seed_is_a_fit(held, converted, fit):
     assert (other["proj_out"]["kernel"] != fit.modulation["proj_out"]["kernel"]).mean() > 0.99
 
 
+def test_pieces_are_a_whole(held, monkeypatch):
+    found = []
+    for piece in (2, 4):
+        monkeypatch.setattr(distillation, "PIECE", piece)
+        told = []
+        found.append(distillation.fit(held, 4, progress=told.append).modulation)
+        assert told == [piece] * (4 // piece)
+    for x, y in zip(*map(jax.tree.leaves, found)):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_only_the_layers_are_read(tmp_path):
     """And they stay in bfloat16."""
     model = replace(FLUX, pooled_dim=0)
