@@ -25,8 +25,9 @@ results/prediction_p4/cpu/ and results/prediction_p16/cpu/. A token has 64 chann
 | 4 | 48 | −64.2 % (−75.4 … −52.9) | −64.5 % (−75.4 … −53.5) |
 | 16 | 768 | +55.7 % (+36.1 … +75.3) | +55.5 % (+35.5 … +75.5) |
 
-So the order turns round where a patch has more numbers than its token has channels, as JiT says, and the weight of the loss is not why. By
-time: at p4 velocities win near the picture (0.05 of x0's loss below t = 0.1) and lose by 10 to 50 % above t = 0.4; at p16 they win below 0.1 alone, and
+So the order turns round between 48 and 768 numbers, on either side of the 64 channels, as JiT would have it; where, p8 would tell. The
+weight of the loss is not why. By time: at p4 velocities win near the picture (0.05 of x0's loss below t = 0.1) and lose by 6 to 56 % above
+t = 0.4; at p16 they win below 0.1 alone, and
 are 5 to 14 times worse from 0.3 on. The mean, in which small times count most, hides that. A NeRF head that predicts x0 is better than the
 linear one in every seed of p16, and undecided after Holm's correction (−42.0 %, −68.5 … −15.5; four times the FLOP); at p4 it is undecided
 (−9.7 %, −24.6 … +5.2), and its velocity is as good as the linear head's (−65.0 %). ε and the clamp are undecided. The control, no text, is not

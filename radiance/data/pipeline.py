@@ -1,7 +1,7 @@
 """Batches as a function of (seed, step) alone, on any number of hosts and with any number of processes."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -58,13 +58,14 @@ class Batches:
         """The batch of a step from its pictures."""
         self._note(drawn["broken"])
         captions = self._captions(step, self.order[step])  # of all hosts, for their arrays must have one shape
-        width = text_width((caption or "" for caption in captions), self.encoder, self.masking)
+        tokens = [self.encoder.count(caption or "") for caption in captions]
+        width = width_for(max(tokens), self.encoder.limit, self.masking)
         ours = [captions[row] for row in self.rows]
         text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in ours], cut=True), width)
         if self.data.dropout_to == "masked":
             lengths[[caption is None for caption in ours]] = 0
         counts = {
-            "cut": sum(self.encoder.count(caption) > self.encoder.limit for caption in captions if caption),
+            "cut": sum(count > self.encoder.limit for count in tokens),
             "skipped": len(drawn["broken"]),
         }
         return {"image": drawn["image"], "weight": drawn["weight"], "text": text, "lengths": lengths} | {
@@ -107,12 +108,6 @@ class _Steps:
         return {"step": self.first + index} | self.pixels[self.first + index]
 
 
-def text_width(captions: Iterable[str], encoder: Encoder, masking: str) -> int:
-    """Tokens that the texts of a batch are cut to: what is cut off is hidden in all of them."""
-    longest = encoder.limit if masking == "off" else max(encoder.count(caption) for caption in captions)
-    return width_for(longest, encoder.limit, masking)
-
-
 def width_for(longest: int, limit: int, masking: str) -> int:
     """Tokens that the texts of a batch are cut to when the longest has so many."""
     visible = visible_tokens(np.array([min(longest, limit)]), limit, masking)
@@ -124,7 +119,7 @@ def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures:
     filled with rows of weight 0. Of a mixture, as many of each part as its share says."""
     chosen = first_pictures(source, min(pictures, len(source)))
     size = min(data.batch, len(chosen))
-    width = text_width((source.captions(i)[0] for i in chosen), encoder, masking)
+    width = width_for(max(encoder.count(source.captions(i)[0]) for i in chosen), encoder.limit, masking)
     batches = []
     for start in range(0, len(chosen), size):
         rows = chosen[start : start + size]

@@ -24,7 +24,7 @@ from radiance.model.transformer import Params, bind_modulation
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.convert import table
-from radiance.weights.files import DTYPES
+from radiance.weights.files import DTYPES, CheckpointError
 from radiance.weights.surgery import approximated
 
 STEPS = 5000
@@ -91,11 +91,15 @@ def fit(checkpoint: Checkpoint, steps: int = STEPS, seed: int = 0, progress: Cal
     activations. A grid of targets would take 4.2 GB for a thousand times: here there is none, for the layers' own work is a hundredth of
     the approximator's.
 
-    Raises CheckpointError for another model.
+    Raises CheckpointError for another model, and for one whose vectors are all zero.
     """
     source, model = checkpoint.model, approximated(checkpoint)
     layers = read_layers(checkpoint)
     square, variance = _moments(source, layers)
+    if not square.any():
+        raise CheckpointError(
+            f"The modulation of {checkpoint.origin} gives zeros at every time, as before any training: there is nothing to fit."
+        )
     least = np.maximum(STILL * square, 1e-6 * square.max())  # a vector of zeros is no reason to divide by 0
     weights = jnp.asarray(1 / np.maximum(variance, least), jnp.float32)
     key, drawn = jax.random.split(jax.random.key(seed))

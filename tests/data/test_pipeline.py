@@ -8,7 +8,7 @@ from runs import toy_run
 
 from radiance import config
 from radiance.data.datasets import DataError, Span, describe, open_source
-from radiance.data.pipeline import Batches, fixed_batches, text_width
+from radiance.data.pipeline import Batches, fixed_batches, width_for
 from radiance.text.encoders import HashEncoder
 
 
@@ -116,7 +116,7 @@ def test_text_is_cut_where_nobody_sees_it_alike_on_all_hosts(masking):
 
 
 def test_few_widths_are_compiled():
-    lengths = {text_width(["word " * i], HashEncoder(8, 512), "one_pad") for i in range(600)}
+    lengths = {width_for(i + 1, 512, "one_pad") for i in range(600)}
     assert lengths == set(range(64, 513, 64))
 
 

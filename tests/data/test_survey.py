@@ -11,7 +11,7 @@ from radiance import config
 from radiance.data.datasets import Mixture, Span, open_source
 from radiance.data.lists import check_list, write_list
 from radiance.data.order import EMPTY, Order
-from radiance.data.pipeline import text_width
+from radiance.data.pipeline import width_for
 from radiance.data.survey import Captions, Histogram, Seen, Shape, survey
 from radiance.text.encoders import HashEncoder, token_counter
 
@@ -130,7 +130,7 @@ def test_widths_are_those_that_batches_can_have(masking):
     lengths = [2, 31, 32, 33, 100, 255, 256, 400]
     run = config.override(settings(length=256), [f"model.masking={masking}"])
     found = of(Listed([(32, 32)] * 8, [(words(length),) for length in lengths]), run)
-    assert found.widths == sorted({text_width([words(length), words(2)], encoder, masking) for length in lengths})
+    assert found.widths == sorted({width_for(encoder.count(words(length)), encoder.limit, masking) for length in lengths})
     assert found.programs == len(found.widths) and len(found.widths) == {"one_pad": 4, "strict": 4, "off": 1}[masking]
 
 

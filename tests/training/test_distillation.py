@@ -19,6 +19,7 @@ from radiance.model.transformer import bind_modulation
 from radiance.training import distillation
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
 from radiance.weights.detect import detect
+from radiance.weights.files import CheckpointError
 from radiance.weights.surgery import approximated, with_approximator, without_pooled
 
 # Its NeRF head reads no vectors, so that the last two are nobody's.
@@ -135,6 +136,28 @@ def test_pieces_are_a_whole(held, monkeypatch):
         assert told == [piece] * (4 // piece)
     for x, y in zip(*map(jax.tree.leaves, found)):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_of_zeros_is_left_out_of_the_errors(held, monkeypatch):
+    def tensor(name):
+        array = held.tensor(name).copy()
+        if name.startswith("single_blocks.1.modulation.lin."):
+            array[2 * FLUX.hidden :] = 0
+        return array
+
+    monkeypatch.setattr(distillation, "PIECE", 4)
+    found = distillation.fit(replace(held, tensor=tensor), 4)
+    at = found.report.names.index(("single", 1, "gate"))
+    assert [i for i, x in enumerate(found.report.relative) if np.isnan(x)] == [at]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.modulation))
+    row = next(line.split() for line in str(found.report).splitlines() if line.startswith("single  gate"))
+    assert row[2] == "1" and row[3] == row[4] and row[5] == "0"
+
+
+def test_nothing_to_fit(held):
+    zeros = replace(held, tensor=lambda name: 0 * held.tensor(name))
+    with pytest.raises(CheckpointError, match="gives zeros at every time.*nothing to fit"):
+        distillation.fit(zeros, 4)
 
 
 def test_only_the_layers_are_read(tmp_path):
