@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import environment_of, toy_run, written_experiment
+from runs import PLAIN, environment_of, toy_run, written_experiment
 
 from radiance import compiled, config
 from radiance.cli import main
@@ -182,7 +182,7 @@ def test_evaluations(changes):
 
 def test_what_a_device_holds(tmp_path):
     """Of a run on 4 devices: every number of the state is counted, and the matrices in four parts."""
-    run = toy_run(tmp_path, str(tmp_path), head="linear", modulation="none")
+    run = toy_run(tmp_path, str(tmp_path), **PLAIN)
     path = written_experiment(run)
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "radiance", "plan", str(path), "--device", "cpu", "--mesh", "fsdp=4", "--json", str(out)]
@@ -203,7 +203,7 @@ def test_what_a_device_holds(tmp_path):
 
 def test_sampling():
     """One device, by the function; the program does what the model asks for."""
-    run = toy_run(".", ".", "sample.batch=3", "mesh.data=1", head="linear", modulation="none")
+    run = toy_run(".", ".", "sample.batch=3", "mesh.data=1", **PLAIN)
     found = plan(run, "cpu", sampling=True)
     assert found.model_flops == 3 * 2 * 2 * forward_flops(run.model, 8, 8, 8)
     assert found.flops == pytest.approx(found.model_flops, rel=0.02)
@@ -225,9 +225,7 @@ def test_peak_memory():
 @pytest.mark.parametrize("device, package, attention", [("v5e", "libtpu", "splash"), ("h200", "jax_cuda13_plugin", "cudnn")])
 def test_with_the_devices_own_compiler(device, package, attention, tmp_path):
     pytest.importorskip(package, reason=f"{package}, which has the compiler for {device}, is not installed.")
-    run = toy_run(
-        tmp_path, str(tmp_path), "compute.dtype=bfloat16", hidden=64, heads=1, rope_axes=(8, 28, 28), head="linear", modulation="none"
-    )
+    run = toy_run(tmp_path, str(tmp_path), "compute.dtype=bfloat16", hidden=64, heads=1, rope_axes=(8, 28, 28), **PLAIN)
     path, out = written_experiment(run), tmp_path / "plan.json"
     command = [sys.executable, "-m", "radiance", "plan", str(path), "--device", device, "--mesh", "fsdp=4", "--json", str(out)]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)  # the tests' own are the CPU's

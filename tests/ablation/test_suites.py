@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import toy_run
+from runs import PLAIN, toy_run
 
 from radiance import config
 from radiance.ablation.results import read
@@ -123,7 +123,7 @@ SUITE = Suite(
 
 @pytest.fixture
 def suite(tmp_path) -> Path:
-    run = toy_run("unused", "unused", "train.steps=2", "text.length=20", "sample.batch=2", modulation="none", head="linear")
+    run = toy_run("unused", "unused", "train.steps=2", "text.length=20", "sample.batch=2", **PLAIN)
     path = tmp_path / "toy.py"
     path.write_text(SUITE.format(run=config.to_json(run)))
     return path

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from forks import Forks, Moment
-from runs import metrics, painted, same, state_of, toy_run
+from runs import PLAIN, metrics, painted, same, state_of, toy_run
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
@@ -58,7 +58,7 @@ def forks(disk, tmp_path_factory):
 def unbroken(tmp_path_factory, data_directory, forks):
     run = toy_run(
         tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=80", "train.log_every=1", "train.checkpoint_every=32",
-        "train.sample_every=10", "train.validate_every=16", head="linear", modulation="none", double_blocks=0,
+        "train.sample_every=10", "train.validate_every=16", **PLAIN, double_blocks=0,
     )  # fmt: skip
     ended = forks.train(run)
     assert ended.code == 0, ended.output

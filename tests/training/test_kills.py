@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from forks import Forks, Moment
 from orbax.checkpoint import v1 as ocp
-from runs import metrics, painted, same, state_of, toy_run
+from runs import PLAIN, metrics, painted, same, state_of, toy_run
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
@@ -27,7 +27,7 @@ def often_saved(output: Path, data_directory: str, *changes: str) -> config.Conf
     """A run that compiles fast and writes something of every kind every few steps. Its captions are cut, and its checkpoints lie between rows."""
     return toy_run(
         output, data_directory, "text.length=4", "optimizer.ema=0.9", "optimizer.ema_widths=0.1,0.2", "train.validate_every=6",
-        "train.sample_every=6", "train.snapshot_every=6", "train.keep=1", *changes, head="linear", modulation="none", double_blocks=0,
+        "train.sample_every=6", "train.snapshot_every=6", "train.keep=1", *changes, **PLAIN, double_blocks=0,
     )  # fmt: skip
 
 
