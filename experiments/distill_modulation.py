@@ -45,7 +45,7 @@ original's training, and most of it lies at times below 0.1; whether a small net
 
 The replaced model's loss is that of step 0 of its further training. Where an error lies decides, not its size alone: with uniform times errors
 of 5 % cost 5 % and more, nearly all of it at times below 0.1, where an x0 model divides by the time; with times that are squares of uniform
-ones the same error costs a fifth of that. What chose the constants of radiance/training/distillation.py, fits of 1,000 steps of SEED 0, one
+ones the same error costs a fifth of that. What chose the constants of radiance/training/modulation_fit.py, fits of 1,000 steps of SEED 0, one
 each; `--modulation-steps 1000` makes the last row, and the others need those lines of the file changed:
 
 | loss relative to | times | rate | error | validation loss |

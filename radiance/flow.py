@@ -45,6 +45,8 @@ def time_quantile(flow: Flow, u: Float32[Array, "*b"], tokens: int) -> Float32[A
     """The inverse of the law's distribution function: uniform numbers in, times out."""
     if flow.time_law == "uniform":
         return u
+    if flow.time_law == "noise":
+        return jnp.ones_like(u)
     if flow.time_law == "parabola":
         # The distribution function is a cubic in t − ½ with three real roots; this is the middle one.
         p, q = 3 * PEAK / CURVE, 3 * AREA * (u - 0.5) / CURVE

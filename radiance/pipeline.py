@@ -18,7 +18,7 @@ from radiance.model import autoencoder
 from radiance.model.modulation import Vectors
 from radiance.model.transformer import Params, visible_tokens
 from radiance.pictures import to_picture, to_signed
-from radiance.sampling import Condition, Known, modulations, paint, times_of
+from radiance.sampling import Condition, Known, lengths_of, modulations, paint, times_of
 from radiance.sections import require
 from radiance.sharding import gathered
 from radiance.text.encoders import Encoder, bucket, make_encoder
@@ -182,8 +182,14 @@ class Pipeline:
     ) -> Trajectory:
         """How the pictures of `paint` come about. All of it is in memory: as many pictures as there are steps, and one, of each."""
         seeds, width, height, settings = self._asked(prompts, seeds, width, height, settings)
-        states = list(self._painted(prompts, seeds, width, height, settings, way=True))
+        states = list(self.ways(prompts, seeds, width, height, settings))
         return Trajectory(self._times(width, height, settings), np.concatenate(states, axis=1))
+
+    def ways(
+        self, prompts: Sequence[str], seeds: Sequence[int], width: int, height: int, settings: config.Sample
+    ) -> Iterator[Float32[np.ndarray, "steps+1 b rows columns c"]]:
+        """What `trajectory` calls noisy, batch by batch."""
+        return self._painted(prompts, seeds, width, height, settings, way=True)
 
     def _times(self, width: int, height: int, settings: config.Sample, strength: float = 1.0) -> Float32[np.ndarray, " steps+1"]:
         return times_of(settings, -(-height // self.side) * -(-width // self.side), strength)
@@ -223,7 +229,7 @@ class Pipeline:
                     compute=run.compute,
                     settings=replace(settings, negative=""),  # already encoded: another text needs no other program
                     noise_scale=run.flow.noise_scale,
-                    vectors=self.vectors(times),
+                    vectors=self.vectors(times, settings),
                     known=start.known(**size, count=count) if start else None,
                     strength=strength,
                     way=way,
@@ -231,11 +237,13 @@ class Pipeline:
                 )
             yield gathered(painted)[..., : len(prompts) - first, :, :, :]
 
-    def vectors(self, times: Float32[np.ndarray, " t"]) -> Vectors:
+    def vectors(self, times: Float32[np.ndarray, " t"], settings: config.Sample | None = None) -> Vectors:
         """The modulation of the network at these times; that of the last schedule is kept."""
-        if self._vectors is None or self._vectors[0] != times.tobytes():
+        lengths = lengths_of(settings or self.run.sample, times)
+        schedule = times.tobytes() + (b"" if lengths is None else lengths.tobytes())
+        if self._vectors is None or self._vectors[0] != schedule:
             modulation = jax.device_put(self._modulation, self._places)
-            self._vectors = times.tobytes(), modulations(modulation, times, model=self.run.model, compute=self.run.compute)
+            self._vectors = schedule, modulations(modulation, times, lengths, model=self.run.model, compute=self.run.compute)
             if all(place.is_fully_addressable for place in jax.tree.leaves(self._places)):
                 self._modulation = jax.device_get(modulation)
         return self._vectors[1]

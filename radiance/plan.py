@@ -23,7 +23,9 @@ from radiance.model.transformer import Params, abstract
 from radiance.sampling import Condition, evaluations, modulations, paint
 from radiance.sharding import BATCH, check_even, make_mesh, shardings
 from radiance.targets import target_of
+from radiance.training.distillation import Teacher
 from radiance.training.step import init_state, make_step
+from radiance.training.trajectories import STORED
 from radiance.weights.checkpoint import PRECISE, by_output, inputs_of, is_block_matrix
 
 
@@ -153,14 +155,24 @@ def _training(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Callable[[],
     like = _placed(like, places)
     base = _weights(run.model, run.lora.dtype, run.lora.store, mesh) if run.lora.rank else None
     count, side, spread = run.data.batch, _side(run, False), NamedSharding(mesh, BATCH)
+    text = (run.text.length, run.model.text_dim)
     shapes = {
-        "image": ((count, side, side, run.model.channels), "uint8"), "text": ((count, run.text.length, run.model.text_dim), _text_type(run)),
+        "image": ((count, side, side, run.model.channels), "uint8"), "text": ((count, *text), _text_type(run)),
         "lengths": ((count,), "int32"), "weight": ((count,), "float32"),
     }  # fmt: skip
+    if run.distill.kind == "trajectories":
+        points = (count, run.distill.segments, side, side, run.model.channels)
+        shapes |= {"image": (points, STORED), "seed": ((count,), "uint32")}
+    teacher, predicting = None, None  # its weights beside those of the run, if it has any
+    if run.distill.kind in ("guidance", "mean_flow"):
+        if run.distill.needs_teacher and not (run.lora.rank and not run.distill.teacher):
+            predicting = _weights(run.model, run.compute.dtype, "none", mesh)
+        negative = Condition(jax.ShapeDtypeStruct((1, *text), _text_type(run)), jax.ShapeDtypeStruct((1,), "int32"))
+        teacher = Teacher(predicting or (base if run.distill.needs_teacher else None), negative)
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=spread) for name, (shape, kind) in shapes.items()}
-    step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
-    held = {"parameters": (like.params, base), "averages": like.ema, "optimizer": like.optimizer, "batch": batch}
-    return partial(step.lower, like, batch, base), held
+    step = jax.jit(make_step(run), in_shardings=(places, None, None, None, None), out_shardings=(places, None), donate_argnums=0)
+    held = {"parameters": (like.params, base, predicting), "averages": like.ema, "optimizer": like.optimizer, "batch": batch}
+    return partial(step.lower, like, batch, base, None, teacher), held
 
 
 def _sampling(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Callable[[], jax.stages.Lowered], dict[str, Any]]:

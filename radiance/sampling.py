@@ -61,17 +61,33 @@ def paint(
     vectors: what `modulations` gave for these settings; `params` need no modulation then. known: pictures to start from, and strength, the time
     at which: the nearer to 0, the less of them is lost. way: also what lies between noise and pictures.
     """
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (height, width, model.channels)))(seeds)
+    noise = noise_of(seeds, (height, width, model.channels))
     times = times_of(settings, (height // model.patch) * (width // model.patch), strength)
     noise = constrained(noise_scale * noise, ROWS)
     return sample(bind(model, compute, params), noise, times, settings, positive, negative, vectors, known, way)
 
 
+def noise_of(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Image:
+    """Standard normal noise; each picture's follows from its seed and its shape [height, width, c]."""
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+
 @partial(jax.jit, static_argnames=("model", "compute"))
-def modulations(modulation: Params, times: Float32[Array, " t"], *, model: Model, compute: Compute) -> Vectors:
-    """The modulation of the network at each time, with a leading axis for the times; of models that read no pooled text."""
+def modulations(
+    modulation: Params, times: Float32[Array, " t"], lengths: Float32[Array, " t"] | None = None, *, model: Model, compute: Compute
+) -> Vectors:
+    """The modulation of the network at each time, with a leading axis for the times; of models that read no pooled text.
+
+    lengths: of the steps, for `mean_flow` (`lengths_of`).
+    """
     network = bind_modulation(model, compute, modulation)
-    return jax.lax.map(lambda time: network(time[None], None), times)
+    lengths = jnp.zeros_like(times) if lengths is None else lengths
+    return jax.lax.map(lambda at: network(at[0][None], at[1][None], None), (times, lengths))
+
+
+def lengths_of(settings: Sample, times: Float32[np.ndarray, " steps+1"]) -> Float32[np.ndarray, " steps+1"] | None:
+    """Of the step that begins at each time, where the solver tells the network: in place of the guidance number."""
+    return np.append(-np.diff(times), np.float32(0)) if settings.solver == "mean_flow" else None
 
 
 def times_of(settings: Sample, tokens: int, strength: float = 1.0) -> Float32[np.ndarray, " steps+1"]:
@@ -121,11 +137,13 @@ def sample(
     both = Condition(*(None if p is None else jnp.concatenate([p, n]) for p, n in zip(positive, negative))) if use.any() else positive
 
     # Modulation depends on nothing that changes from picture to picture (but a pooled text): one evaluation serves the run.
-    def modulation(time):
+    def modulation(at):
         rows = 1 if both.pooled is None else len(both.pooled)
-        return model.modulation(jnp.full((rows,), time), None, both.pooled)
+        return model.modulation(jnp.full((rows,), at[0]), jnp.full((rows,), at[1]), both.pooled)
 
-    vectors = jax.lax.map(modulation, jnp.asarray(times)) if vectors is None else vectors
+    if vectors is None:
+        lengths = lengths_of(settings, times)
+        vectors = jax.lax.map(modulation, (jnp.asarray(times), jnp.zeros(len(times)) if lengths is None else jnp.asarray(lengths)))
 
     def at_time(x, t, condition, vectors):
         time = jnp.full(len(x), t)
@@ -171,7 +189,7 @@ def integrate(
 ) -> Image | Way:
     """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last; with `way` x at every time.
 
-    euler; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
+    euler, and mean_flow, whose velocity is the mean one of the step; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
     for α = 1 − t, σ = t: second order at one evaluation a step; the steps at times 1 and 0, where λ is infinite, and the one after
     time 1 are of first order).
     """
@@ -205,7 +223,7 @@ def integrate(
         decay = t_next * (1 - t) / (t * jnp.maximum(1 - t_next, 1e-12))  # e^(λ(t) − λ(t_next))
         return t_next / t * x + (1 - t_next) * (1 - decay) * blend, (clean, t)
 
-    solvers = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+    solvers = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "mean_flow": euler}
 
     def body(carry, step):
         carry = solvers[solver](carry, step)

@@ -11,8 +11,10 @@ import pytest
 from radiance import config
 from radiance.cli.experiments import experiment, loaded
 from radiance.model.transformer import abstract
+from radiance.sampling import Condition
 from radiance.sharding import make_mesh
 from radiance.text.encoders import make_encoder
+from radiance.training.distillation import Teacher
 from radiance.training.step import init_state, make_step
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -59,21 +61,24 @@ def test_it_builds(name):
 def test_it_takes_a_step(name):
     run = experiment(name)
     run = replace(run, optimizer=replace(run.optimizer, warmup_steps=0), data=replace(run.data, batch=2 * run.optimizer.accumulate))
-    assert run.text.encoder == "hash"
+    assert run.text.encoder in ("hash", "random_t5")  # which need no file
     draw, count = np.random.default_rng(0), run.data.batch
     text, lengths = make_encoder(run.text, run.model.text_dim)(["a red cat"] * count)
     if run.data.dropout_to == "masked":
         lengths[0] = 0
-    image = draw.uniform(-1, 1, (count, run.data.side, run.data.side, run.model.channels)).astype(np.float32)
-    batch = {"image": image, "text": text, "lengths": lengths, "weight": np.ones(count, np.float32)}
-    base = None
-    if run.lora.rank:
-        base = jax.tree.map(lambda x: 0.05 * draw.standard_normal(x.shape, np.float32), abstract(run.model))
+    ways = (run.distill.segments,) if run.distill.kind == "trajectories" else ()
+    image = draw.uniform(-1, 1, (count, *ways, run.data.side, run.data.side, run.model.channels)).astype(np.float32)
+    batch = {"image": image, "text": text, "lengths": lengths, "weight": np.ones(count, np.float32), "seed": np.arange(count)}
+
+    def weights(wanted: bool):
+        return jax.tree.map(lambda x: 0.05 * draw.standard_normal(x.shape, np.float32), abstract(run.model)) if wanted else None
+
+    others = (weights(run.lora.rank > 0), None, Teacher(weights(run.distill.needs_teacher), Condition(text[:1], lengths[:1])))
     if name not in COMPILED:
-        jax.eval_shape(make_step(run), jax.eval_shape(lambda: init_state(run)), batch, base)
+        jax.eval_shape(make_step(run), jax.eval_shape(lambda: init_state(run)), batch, *others)
         return
     state = init_state(run)
-    after, metrics = jax.jit(make_step(run))(state, batch, base)
+    after, metrics = jax.jit(make_step(run))(state, batch, *others)
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0 and metrics["skipped"] == 0
     moved = [bool((x != y).any()) for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params))]
     assert any(moved), "no parameter has moved"

@@ -122,12 +122,12 @@ def _approximated(checkpoint: "Checkpoint", options: argparse.Namespace) -> "Che
     """With an approximator, fitted here."""
     from tqdm import tqdm
 
-    from radiance.training import distillation
+    from radiance.training import modulation_fit
     from radiance.weights import surgery
 
-    steps = options.modulation_steps or distillation.STEPS
+    steps = options.modulation_steps or modulation_fit.STEPS
     with tqdm(total=steps, unit="step", desc="modulation", disable=None) as bar:
-        fit = distillation.fit(checkpoint, steps, options.seed, bar.update)
+        fit = modulation_fit.fit(checkpoint, steps, options.seed, bar.update)
     print(fit.report)
     if checkpoint.model.guidance_embed:
         print("Guidance is read as before: Chroma's tools give 0, and get what this model does at 0.")

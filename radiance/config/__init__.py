@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from radiance.config.data import Data, Part, Shapes, Text
+from radiance.config.distillation import Distill
 from radiance.config.network import MODELS, Compute, Model
 from radiance.config.sampling import PRESETS, Preset, Sample, preset, preset_for
 from radiance.config.training import Flow, Lora, Mesh, Optimizer, Train
 from radiance.sections import ConfigError, Section, differences, from_dict, from_json, override, require, to_dict, to_json
 
 __all__ = [
-    "Compute", "Config", "ConfigError", "Data", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Part", "Preset", "Sample", "Section", "Shapes", "Text", "Train",
+    "Compute", "Config", "ConfigError", "Data", "Distill", "Flow", "Lora", "MODELS", "Mesh", "Model", "Optimizer", "PRESETS", "Part", "Preset", "Sample", "Section", "Shapes", "Text", "Train",
     "differences", "from_dict", "from_json", "override", "preset", "preset_for", "to_dict", "to_json",
 ]  # fmt: skip
 
@@ -35,6 +36,7 @@ class Config(Section):
     flow: Flow = field(default_factory=Flow)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lora: Lora = field(default_factory=Lora)
+    distill: Distill = field(default_factory=Distill)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     mesh: Mesh = field(default_factory=Mesh)
@@ -107,6 +109,38 @@ class Config(Section):
         require(
             self.sample.width is not None or self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
             f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
+        )
+
+        self._check_distillation()
+
+    def _check_distillation(self):
+        kind = self.distill.kind
+        require(
+            self.flow.time_law != "noise" or kind == "trajectories",
+            f"flow.time_law=noise teaches no time but 1, and distill.kind={kind} needs all of them: it is for distill.kind=trajectories.",
+        )
+        if kind == "none":
+            return
+        require(
+            bool(self.distill.teacher or self.init) or not (self.distill.needs_teacher or kind == "trajectories"),
+            f"distill.kind={kind} learns from a teacher: give distill.teacher=FILE_OR_RUN, or init, to start from it too.",
+        )
+        require(
+            kind == "guidance" or (self.flow.coupling == "independent" and self.flow.time_weight == "none"),
+            f"distill.kind={kind} brings pairs and times of its own: leave flow.coupling=independent and flow.time_weight=none.",
+        )
+        require(
+            kind != "trajectories" or (not self.data.other_sides and not self.data.bucket_step),
+            "distill.kind=trajectories has squares of data.side alone: leave data.other_sides and data.bucket_step out.",
+        )
+        require(
+            kind != "mean_flow" or self.compute.attention in ("xla", "pieces"),
+            f"distill.kind=mean_flow differentiates forwards, which compute.attention={self.compute.attention} may not: use xla or pieces.",
+        )
+        require(
+            kind != "mean_flow" or self.model.modulation == "approximator" or self.model.guidance_embed,
+            "distill.kind=mean_flow tells the network a step's length in place of the guidance number, which this one does not read: use "
+            "model.guidance_embed=true or model.modulation=approximator.",
         )
 
     @property

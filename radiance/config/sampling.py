@@ -14,7 +14,8 @@ from radiance.sections import ConfigError, Section, meant, require
 class Sample(Section):
     """How pictures are made from a trained model."""
 
-    solver: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    # mean_flow: Euler's steps, of whose length the network is told; for models of distill.kind=mean_flow.
+    solver: Literal["euler", "heun", "dpmpp_2m", "mean_flow"] = "euler"
     steps: int = 30
     schedule: Literal["uniform", "shifted", "beta"] = "uniform"
     shift: float | None = None  # log of the factor of schedule=shifted; none: by resolution, as FLUX does

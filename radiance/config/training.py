@@ -12,7 +12,8 @@ from radiance.sections import Section, require
 class Flow(Section):
     """The method: time 1 is noise, 0 is the picture."""
 
-    time_law: Literal["parabola", "logistic", "logit_normal", "uniform"] = "parabola"
+    # noise: every time is 1, or of a trajectory in segments the first of its segment, which is what one step a segment asks for.
+    time_law: Literal["parabola", "logistic", "logit_normal", "uniform", "noise"] = "parabola"
     time_mean: float | None = None  # of logit(t); none: 0 for logit_normal, by resolution for logistic
     time_scale: float = 1.0  # of logit(t)
     time_weight: Literal["none", "uniform", "parabola"] = "none"  # training weighs times as if this law had drawn them

@@ -15,7 +15,7 @@ from radiance.data.pixels import Pixels, View, draw
 from radiance.model.transformer import visible_tokens
 from radiance.text.encoders import BUCKET, Encoder, bucket
 
-Batch = dict[str, np.ndarray]  # image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b]
+Batch = dict[str, np.ndarray]  # image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b], dropped [b]
 WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that must be compiled
 AHEAD = 2  # batches that stand ready for the trainer, their text encoded
 
@@ -62,13 +62,14 @@ class Batches:
         width = width_for(max(tokens), self.encoder.limit, self.masking)
         ours = [captions[row] for row in self.rows]
         text, lengths = self.encoder.pad(self.encoder.encode([caption or "" for caption in ours], cut=True), width)
+        dropped = np.array([caption is None for caption in ours])
         if self.data.dropout_to == "masked":
-            lengths[[caption is None for caption in ours]] = 0
+            lengths[dropped] = 0
         counts = {
             "cut": sum(count > self.encoder.limit for count in tokens),
             "skipped": len(drawn["broken"]),
         }
-        return {"image": drawn["image"], "weight": drawn["weight"], "text": text, "lengths": lengths} | {
+        return {"image": drawn["image"], "weight": drawn["weight"], "text": text, "lengths": lengths, "dropped": dropped} | {
             name: np.int32(count) for name, count in counts.items()
         }
 

@@ -21,7 +21,7 @@ from radiance.training.tracking import Trackers
 from radiance.weights.files import replacing, unwritten
 
 # What may change between a run and its continuation.
-FREE = ("output", "compute.", "sample.", "mesh.", "init", "data.directory", "data.path", "data.root", "data.workers", "data.threads", "data.broken_limit", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
+FREE = ("output", "compute.", "sample.", "mesh.", "init", "distill.teacher", "distill.path", "data.directory", "data.path", "data.root", "data.workers", "data.threads", "data.broken_limit", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
     f"train.{name}" for name in ("log_every", "validate_every", "sample_every", "sample_prompts", "checkpoint_every", "snapshot_every", "keep", "keep_every", "skip_limit", "track", "profile_steps")
 )  # fmt: skip
 

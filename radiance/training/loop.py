@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -25,17 +26,20 @@ from radiance.devices import device_named
 from radiance.model.flops import training_flops
 from radiance.model.transformer import Params, abstract
 from radiance.pictures import contact_sheet
-from radiance.pipeline import Pipeline
+from radiance.pipeline import Pipeline, encode
 from radiance.sampling import times_of
 from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
+from radiance.training import trajectories
 from radiance.training.checkpoints import Checkpoints, Snapshots, chosen_average
 from radiance.training.directory import Journal, RunDirectory, Silence
+from radiance.training.distillation import Teacher
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
-from radiance.training.start import base_identity, known_loss, load_base, start, verdict
+from radiance.training.start import identity_of, known_loss, load_base, load_weights, start, verdict
 from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.training.tracking import Trackers, require_trackers
+from radiance.training.trajectories import TrajectoryBatches, fixed_trajectories
 from radiance.weights.files import CheckpointError, require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
@@ -61,15 +65,21 @@ def train(run: config.Config) -> int:
     data = {split: describe(source, run.data, split) for split, source in sources.items()}
     data["text"] = {"encoder": run.text.encoder, "identity": encoder.identity}
     if run.lora.rank:
-        data["base"] = {"identity": base_identity(run)}
+        data["base"] = {"identity": identity_of(run.init, run)}
+    if run.distill.needs_teacher:
+        data["teacher"] = {"identity": identity_of(run.distill.teacher or run.init, run)}
+    if run.distill.kind == "trajectories":
+        made = trajectories.painted(run, sources, encoder, identity_of(run.distill.teacher or run.init, run))
+        made = trajectories.as_there(trajectories.folder_of(run), made)
+        data["trajectories"] = made._asdict()
     directory = RunDirectory(run.directory)
     directory.check(run, data)
-    masking = run.model.masking
-    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, masking, host_rows(mesh, run.data.batch))
-    validation = fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures, masking)
     prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
     encoder(prompts)  # none is over the limit
-    known = known_loss(run) if run.init else None
+    known = known_loss(run) if run.init and run.distill.kind == "none" else None
+    if run.distill.kind == "trajectories":
+        trajectories.paint_missing(run, made, sources, partial(_painter, run, encoder, own))
+    batches, validation = _feeds(run, sources, encoder, mesh)
 
     # 2. The state: this run's newest checkpoint, else the weights of `init`, else fresh ones; born on its devices.
     like = jax.eval_shape(partial(init_state, run))
@@ -82,6 +92,7 @@ def train(run: config.Config) -> int:
     checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every)
     first, state, origin = start(run, checkpoints, like, places)
     base = load_base(run, shardings(abstract(run.model), mesh)) if run.lora.rank else None
+    teacher = _teacher(run, encoder, mesh, base)
     if first_host:
         directory.record(run, data, first)
     count = sum(x.size for x in jax.tree.leaves(like.params))
@@ -95,8 +106,8 @@ def train(run: config.Config) -> int:
         return first
 
     # 3. The steps.
-    step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
-    validate = jax.jit(partial(validation_losses, run))
+    step = jax.jit(make_step(run), in_shardings=(places, None, None, None, None), out_shardings=(places, None), donate_argnums=0)
+    validate = partial(jax.jit(partial(validation_losses, run)), teacher=teacher)
     rate = learning_rate(run.optimizer, run.train.steps)
     told = first - first % run.train.log_every  # the last row of metrics there is: the next one counts from here
     number = saved = first
@@ -129,7 +140,7 @@ def train(run: config.Config) -> int:
             batch = next(feed)
             waited += time.monotonic() - began
             tally.add(batch)
-            state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base)
+            state, metrics = step(state, put_batch(batch, mesh, run.data.batch), base, None, teacher)
             number += 1
             # Read one step late, so that the device always has the next step to do.
             if before is not None:
@@ -168,6 +179,39 @@ def train(run: config.Config) -> int:
     return number
 
 
+def _feeds(
+    run: config.Config, sources: Mapping[str, Source], encoder: Encoder, mesh: jax.sharding.Mesh
+) -> tuple[Batches | TrajectoryBatches, list]:
+    """The batches of this host, and those for validation."""
+    rows, masking = host_rows(mesh, run.data.batch), run.model.masking
+    if run.distill.kind == "trajectories":
+        ways = trajectories.of_run(run)
+        batches = TrajectoryBatches(ways["train"], run.data, encoder, run.train.seed, run.train.steps, masking, rows)
+        return batches, fixed_trajectories(ways["validation"], encoder, masking, run.data.batch)
+    batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, masking, rows)
+    return batches, fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures, masking)
+
+
+def _painter(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh) -> Pipeline:
+    """The teacher that paints trajectories."""
+    params = load_weights(run.distill.teacher or run.init, run, shardings(abstract(run.model), mesh))
+    return Pipeline(replace(run, sample=run.distill.sample), params, encoder=encoder, mesh=mesh)
+
+
+def _teacher(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh, base: Params | None) -> Teacher | None:
+    """What every step is given of a teacher, in the precision of the computation. A LoRA's own base is one already."""
+    if run.distill.kind not in ("guidance", "mean_flow"):
+        return None
+    params = None
+    if run.distill.needs_teacher and base is not None and not run.distill.teacher:
+        params = base
+    elif run.distill.needs_teacher:
+        params = load_weights(run.distill.teacher or run.init, run, shardings(abstract(run.model), mesh))
+        params = jax.tree.map(lambda x: x.astype(run.compute.dtype), params)
+    _, negative = encode(encoder, [], run.distill.sample, run.model.masking)
+    return Teacher(params, put_whole(negative, mesh))
+
+
 def _due(run: config.Config, number: int, every: int) -> bool:
     """Whether what is done so often, and at the end, is done after that step."""
     return number % every == 0 or number == run.train.steps
@@ -183,14 +227,17 @@ class _Tally:
     def add(self, batch: dict[str, np.ndarray]):
         self.cut += int(batch.pop("cut"))
         self.skipped += int(batch.pop("skipped"))
-        self.shapes.append((*batch["image"].shape[1:3], batch["text"].shape[1]))
+        self.shapes.append((*batch["image"].shape[-3:-1], batch["text"].shape[1]))
 
 
 def _speed(run: config.Config, rate: float, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """Operations a second of each device, and their share of what it can do, where that is known.
+    """Operations a second of each device, and their share of what it can do, where that is known. Where a teacher predicts in every step, which are
+    not counted, nothing.
 
     rate: pictures a second of each. shapes: height, width and text tokens of a picture, step by step.
     """
+    if run.distill.kind in ("guidance", "mean_flow"):
+        return {}
     flops = rate * np.mean([training_flops(run.model, *shape, run.lora.rank > 0) for shape in shapes])
     device = device_named(jax.devices()[0].device_kind)
     return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / device.flops} if device else {})
@@ -231,7 +278,7 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
         )
     if run.mesh.uneven == "refuse":
         check_even(abstract(run.model), mesh)
-    if run.model.channels != 3:
+    if run.model.channels != 3 and run.distill.kind != "trajectories":
         raise config.ConfigError(
             f"model.channels={run.model.channels}, but {run.data.source} has pictures of 3 channels: train a pixel model."
         )
@@ -281,7 +328,9 @@ def _captions(source: Source, encoder: Encoder) -> tuple[str, ...]:
 
 
 def _gallery(run: config.Config, encoder: Encoder, prompts: Sequence[str], params: Params, step: int, journal: Journal | Silence):
-    """The same prompts and seeds, painted as the model learns."""
+    """The same prompts and seeds, painted as the model learns. Latents are no pictures yet."""
+    if run.model.channels != 3:
+        return
     pictures = list(Pipeline(run, params, encoder=encoder).paint(prompts))
     sheet = contact_sheet([p.image for p in pictures], columns=min(len(pictures), 10))
     journal.paint(step, sheet, prompts, {"seeds": list(range(len(prompts))), "settings": config.to_dict(run.sample)})

@@ -11,10 +11,12 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Progress:
-    def __init__(self, start: int, steps: int, pictures: int):
-        self.steps, self.pictures, self.start, self.done = steps, pictures, start, start
+    """Of `steps` of some `unit`, of which `start` were done before, and in each of which so many pictures are."""
+
+    def __init__(self, start: int, steps: int, pictures: int, unit: str = "step"):
+        self.steps, self.pictures, self.unit, self.start, self.done = steps, pictures, unit, start, start
         self.began = self.told = time.monotonic()
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=steps, initial=start, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
 
     @property
     def rate(self) -> float:
@@ -36,7 +38,7 @@ class Progress:
             self.told = time.monotonic()
             left = (self.steps - step) * self.pictures / self.rate if self.rate else float("nan")
             numbers = "  ".join(f"{k} {v:.4g}" for k, v in facts.items())
-            self.say(f"step {step}/{self.steps}  {numbers}  {self.rate:.0f} pictures/s  {left / 60:.1f} min left")
+            self.say(f"{self.unit} {step}/{self.steps}  {numbers}  {self.rate:.0f} pictures/s  {left / 60:.1f} min left")
 
     def say(self, line: str):
         """A line that does not break the bar."""

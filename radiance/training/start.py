@@ -52,11 +52,11 @@ def load_base(run: config.Config, places: Params | None = None) -> Params:
     return checkpoint.of_params(run.model, load_weights(run.init, run), run.init).params(run.lora.dtype, store, places)
 
 
-def base_identity(run: config.Config) -> str:
-    """What tells the weights that a LoRA run adds to from others: a LoRA goes on with none but its own."""
-    if not is_run(run.init):
-        return open_tensors(run.init).fingerprint()
-    their, checkpoints = _other_run(run.init, run)
+def identity_of(path: str, run: config.Config) -> str:
+    """What tells the weights of a file or of a run directory from others: a LoRA goes on with none but its own, and a student with its teacher."""
+    if not is_run(path):
+        return open_tensors(path).fingerprint()
+    their, checkpoints = _other_run(path, run)
     return f"{their.name} step {checkpoints.latest} {their.sample.weights}"
 
 
@@ -66,14 +66,12 @@ def _other_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoint
     their = other.read_config()
     if changed := config.differences(their.model, run.model, "model."):
         told = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed.items())
-        raise config.ConfigError(f"init={path} is a run of another model ({told}): make the models equal.")
+        raise config.ConfigError(f"{path} is a run of another model ({told}): make the models equal.")
     if their.lora.rank:
-        raise config.ConfigError(
-            f"init={path} has a LoRA and no weights: give a file that `radiance convert {path} FILE` merges them into."
-        )
+        raise config.ConfigError(f"{path} has a LoRA and no weights: give a file that `radiance convert {path} FILE` merges them into.")
     checkpoints = Checkpoints(other.checkpoints)
     if checkpoints.latest is None:
-        raise config.ConfigError(f"init={path} has no checkpoint yet.")
+        raise config.ConfigError(f"{path} has no checkpoint yet: train it first.")
     return their, checkpoints
 
 

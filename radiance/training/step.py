@@ -12,12 +12,16 @@ from jaxtyping import Array, Float32, Int32, UInt32
 from radiance import config, flow
 from radiance.model.transformer import Params, bind, init
 from radiance.pictures import to_signed
+from radiance.training import distillation
 from radiance.training.adapters import adapted, init_adapters
 from radiance.training.averages import average
+from radiance.training.distillation import Teacher
 from radiance.training.optimizer import join, make_optimizer, restarted, rounded, split_frozen, typed
 from radiance.training.rotation import Blocks, blocks_at, put_back, taken
 
-Batch = dict[str, jax.Array]  # image [b, height, width, c] uint8, or float32 in [-1, 1]; text [b, l, e], lengths [b], weight [b]
+# image [b, height, width, c] uint8, or float32 in [-1, 1]; text [b, l, e], lengths [b], weight [b]; dropped [b], where captions were.
+# Of trajectories: image [b, segments, height, width, c], the points behind the noise, and seed [b], which gives the noise.
+Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]  # numbers, and `gradient_norms`: one of each part of the network that is trained
 
 VALIDATION_BINS = 10
@@ -50,25 +54,30 @@ def init_state(run: config.Config, params: Params | None = None) -> State:
 
 
 def make_step(run: config.Config) -> Callable[..., tuple[State, Metrics]]:
-    """The training step of a run: (state, batch, base, seed) → (state, metrics), where base is what a LoRA run adds to, else None.
+    """The training step of a run: (state, batch, base, seed, teacher) → (state, metrics), where base is what a LoRA run adds to, else None.
 
     seed: of times, noise and rounding, in place of the run's, so that `jax.vmap` can train several at once; blocks that are trained in
     rotation stay the run's. A step whose loss or gradient is not finite changes nothing but the count.
     """
     optimizer = make_optimizer(run.optimizer, run.train.steps)
 
-    def loss_of(few: Params, fixed: tuple[Params, Blocks, Params, Params | None], part: Batch) -> tuple[jax.Array, jax.Array]:
-        trained, blocks, frozen, base = fixed
-        losses = picture_losses(run, complete(run, join(put_back(trained, few, blocks), frozen), base), part)
-        return flow.weighted_mean(losses, part["weight"]), jnp.where(part["weight"] > 0, losses, 0).mean()
+    def loss_of(
+        few: Params, fixed: tuple[Params, Blocks, Params, Params | None, Teacher | None], part: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        trained, blocks, frozen, base, teacher = fixed
+        losses = picture_losses(run, complete(run, join(put_back(trained, few, blocks), frozen), base), part, teacher)
+        pulling = distillation.evened(losses) if run.distill.kind == "mean_flow" else losses
+        return flow.weighted_mean(pulling, part["weight"]), jnp.where(part["weight"] > 0, losses, 0).mean()
 
-    def step(state: State, batch: Batch, base: Params | None = None, seed: UInt32[Array, ""] | None = None) -> tuple[State, Metrics]:
+    def step(
+        state: State, batch: Batch, base: Params | None = None, seed: UInt32[Array, ""] | None = None, teacher: Teacher | None = None
+    ) -> tuple[State, Metrics]:
         trained, frozen = split_frozen(state.params, run.optimizer.frozen)
         blocks = blocks_at(run, state.step)
         few = taken(trained, blocks)
         key = jax.random.fold_in(jax.random.key(run.train.seed if seed is None else seed), state.step)
         batch = with_noise(run, batch, key)
-        fixed = (trained, blocks, frozen, base)
+        fixed = (trained, blocks, frozen, base, teacher)
         gradients, loss = accumulated(jax.value_and_grad(loss_of, has_aux=True), few, fixed, batch, run.optimizer.accumulate)
         loss = loss / jnp.maximum((batch["weight"] > 0).mean(), 1e-9)  # of the pictures that are there
         gradients = float32(gradients)
@@ -106,24 +115,34 @@ def complete(run: config.Config, params: Params, base: Params | None) -> Params:
 def with_noise(run: config.Config, batch: Batch, key: jax.Array) -> Batch:
     """The batch with its times and noise, paired over the whole batch as the config's coupling says, and weights that count its times too."""
     noise_key, time_key = jax.random.split(key)
+    count, height, width = len(batch["image"]), *batch["image"].shape[-3:-1]
+    tokens = (height // run.model.patch) * (width // run.model.patch)
+    if run.distill.kind == "trajectories":
+        segment = jax.random.randint(noise_key, (count,), 0, run.distill.segments)
+        return distillation.on_segments(run, batch, segment, flow.draw_times(time_key, run.flow, count, tokens))
     image = to_signed(batch["image"])
-    count, height, width, _ = image.shape
     noise = run.flow.noise_scale * jax.random.normal(noise_key, image.shape)
     if run.flow.coupling != "independent":
         noise = noise[flow.coupled(run.flow, image, noise, batch["text"], batch["lengths"])]
-    tokens = (height // run.model.patch) * (width // run.model.patch)
     time = flow.draw_times(time_key, run.flow, count, tokens)
     weight = batch["weight"] * flow.time_weights(run.flow, time, tokens)
-    return {n: batch[n] for n in ("text", "lengths")} | {"weight": weight, "image": image, "noise": noise, "time": time}
+    kept = {n: batch[n] for n in ("text", "lengths", "dropped") if n in batch}
+    if run.distill.kind == "mean_flow":
+        kept["until"] = distillation.until(jax.random.fold_in(time_key, 0), time)
+    return kept | {"weight": weight, "image": image, "noise": noise, "time": time}
 
 
-def picture_losses(run: config.Config, params: Params, batch: Batch) -> Float32[Array, " b"]:
+def picture_losses(run: config.Config, params: Params, batch: Batch, teacher: Teacher | None = None) -> Float32[Array, " b"]:
     """Loss of every picture of a batch that has `noise` and `time`, without the weight that training gives it."""
     image, noise, time = batch["image"], batch["noise"], batch["time"]
-    model = bind(run.model, run.compute, params)
-    velocity = model(flow.mix(image, noise, time), batch["text"], batch["lengths"], time, divisor=flow.bounded(run.flow, time))
-    losses = flow.squared_error(velocity, flow.velocity_target(run.flow, run.model.prediction, image, noise, time))
-    return losses * flow.loss_weights(run.flow, run.model.prediction, time)
+    model, noisy = bind(run.model, run.compute, params), flow.mix(image, noise, time)
+    if run.distill.kind == "mean_flow":
+        return distillation.mean_flow_losses(run, model, batch, noisy, teacher)
+    velocity = model(noisy, batch["text"], batch["lengths"], time, divisor=flow.bounded(run.flow, time))
+    target = flow.velocity_target(run.flow, run.model.prediction, image, noise, time)
+    if run.distill.kind == "guidance":
+        target = jax.lax.stop_gradient(distillation.guidance_target(run, model, batch, noisy, target, teacher))
+    return flow.squared_error(velocity, target) * flow.loss_weights(run.flow, run.model.prediction, time)
 
 
 def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Batch, parts: int) -> tuple[Params, jax.Array]:
@@ -144,15 +163,25 @@ def accumulated(value_and_grad: Callable, trained: Params, fixed: Any, batch: Ba
 
 
 def validation_losses(
-    run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""], bins: int = VALIDATION_BINS
+    run: config.Config, params: Params, batch: Batch, seed: Int32[Array, ""], teacher: Teacher | None = None, bins: int = VALIDATION_BINS
 ) -> Float32[Array, "b bins"]:
-    """Loss of every picture at one time in each of the equal bins. Times and noise depend on `seed`, the bin and the row alone."""
-    count, batch = len(batch["image"]), batch | {"image": to_signed(batch["image"])}
+    """Loss of every picture at one time in each of the equal bins. Times and noise depend on `seed`, the bin and the row alone.
+
+    Of trajectories the bins are parts of their segments, which follow one another from row to row; with time_law=noise all are its begin.
+    """
+    count, segmented = len(batch["image"]), run.distill.kind == "trajectories"
+    batch = batch if segmented else batch | {"image": to_signed(batch["image"])}
 
     def at_bin(i):
         noise_key, time_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(run.train.seed), seed), i))
-        noise = run.flow.noise_scale * jax.random.normal(noise_key, batch["image"].shape)
         time = (i + jax.random.uniform(time_key, (count,))) / bins
-        return picture_losses(run, params, batch | {"noise": noise, "time": time})
+        if segmented:
+            place = jnp.ones_like(time) if run.flow.time_law == "noise" else time
+            return picture_losses(run, params, distillation.on_segments(run, batch, jnp.arange(count) % run.distill.segments, place))
+        noise = run.flow.noise_scale * jax.random.normal(noise_key, batch["image"].shape)
+        timed = batch | {"noise": noise, "time": time}
+        if run.distill.kind == "mean_flow":
+            timed["until"] = distillation.until(jax.random.fold_in(time_key, 0), time)
+        return picture_losses(run, params, timed, teacher)
 
     return jax.lax.map(at_bin, jnp.arange(bins)).T

@@ -196,7 +196,9 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
 
     def broken(settings):
         step = pure(settings)
-        return lambda state, batch, base: step(state, batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])})
+        return lambda state, batch, *rest: step(
+            state, batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])}, *rest
+        )
 
     monkeypatch.setattr(loop, "make_step", broken)
     with pytest.raises(TrainingError, match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good"):

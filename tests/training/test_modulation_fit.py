@@ -16,7 +16,7 @@ from radiance.cli import main
 from radiance.evaluation import modulation as layers_of
 from radiance.model.modulation import frequencies, join_vectors, vector_names
 from radiance.model.transformer import bind_modulation
-from radiance.training import distillation
+from radiance.training import modulation_fit
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
 from radiance.weights.detect import detect
 from radiance.weights.files import CheckpointError
@@ -56,13 +56,13 @@ def held(flux):
 
 @pytest.fixture(scope="module")
 def fit(held):
-    return distillation.fit(held, STEPS)
+    return modulation_fit.fit(held, STEPS)
 
 
 def relative_errors(flux, approximator) -> dict[tuple[str, int, str], float]:
     """Of each vector, with the layers of `flux` multiplied in NumPy."""
     checkpoint, model = open_checkpoint(flux), open_checkpoint(approximator).model
-    time = ((np.arange(distillation.MEASURED) + 0.5) / distillation.MEASURED).astype(np.float32)
+    time = ((np.arange(modulation_fit.MEASURED) + 0.5) / modulation_fit.MEASURED).astype(np.float32)
     grid = layers_of.Grid(time, np.zeros((1, 5), np.float32), np.array(GUIDANCES, np.float32), "zero")
     x = layers_of.condition(checkpoint, grid)[:, 0]  # [t, g, d]
     network = bind_modulation(model, FLOAT32, open_checkpoint(approximator).params()["modulation"])
@@ -123,16 +123,16 @@ def test_the_rest_is_as_it_was(flux, converted):
 def test_a_seed_is_a_fit(held, converted, fit):
     file = open_checkpoint(converted[0]).params()["modulation"]
     assert all((x == y).all() for x, y in zip(jax.tree.leaves(file), jax.tree.leaves(fit.modulation)))
-    other = distillation.fit(held, STEPS, seed=1).modulation
+    other = modulation_fit.fit(held, STEPS, seed=1).modulation
     assert (other["proj_out"]["kernel"] != fit.modulation["proj_out"]["kernel"]).mean() > 0.99
 
 
 def test_pieces_are_a_whole(held, monkeypatch):
     found = []
     for piece in (2, 4):
-        monkeypatch.setattr(distillation, "PIECE", piece)
+        monkeypatch.setattr(modulation_fit, "PIECE", piece)
         told = []
-        found.append(distillation.fit(held, 4, progress=told.append).modulation)
+        found.append(modulation_fit.fit(held, 4, progress=told.append).modulation)
         assert told == [piece] * (4 // piece)
     for x, y in zip(*map(jax.tree.leaves, found)):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -145,8 +145,8 @@ def test_a_gate_of_zeros_is_left_out_of_the_errors(held, monkeypatch):
             array[2 * FLUX.hidden :] = 0
         return array
 
-    monkeypatch.setattr(distillation, "PIECE", 4)
-    found = distillation.fit(replace(held, tensor=tensor), 4)
+    monkeypatch.setattr(modulation_fit, "PIECE", 4)
+    found = modulation_fit.fit(replace(held, tensor=tensor), 4)
     at = found.report.names.index(("single", 1, "gate"))
     assert [i for i, x in enumerate(found.report.relative) if np.isnan(x)] == [at]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.modulation))
@@ -157,14 +157,14 @@ def test_a_gate_of_zeros_is_left_out_of_the_errors(held, monkeypatch):
 def test_nothing_to_fit(held):
     zeros = replace(held, tensor=lambda name: 0 * held.tensor(name))
     with pytest.raises(CheckpointError, match="gives zeros at every time.*nothing to fit"):
-        distillation.fit(zeros, 4)
+        modulation_fit.fit(zeros, 4)
 
 
 def test_only_the_layers_are_read(tmp_path):
     """And they stay in bfloat16."""
     model = replace(FLUX, pooled_dim=0)
     checkpoint, read = open_checkpoint(save(tmp_path / "half.safetensors", published(model), model)), []
-    layers = distillation.read_layers(replace(checkpoint, tensor=lambda name: read.append(name) or checkpoint.tensor(name)))
+    layers = modulation_fit.read_layers(replace(checkpoint, tensor=lambda name: read.append(name) or checkpoint.tensor(name)))
     assert {name.partition(".")[0] for name in read} == {"time_in", "guidance_in", "double_blocks", "single_blocks"}
     assert not [name for name in read if "attn" in name or "mlp" in name or "linear" in name]
     assert {x.dtype.name for x in jax.tree.leaves(layers)} == {"bfloat16"}
@@ -186,7 +186,7 @@ def test_only_the_layers_are_read(tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_the_fit(changes, flags, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distillation, "fit", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(modulation_fit, "fit", lambda *_: pytest.fail("began to work"))
     model = toy_model(**(dict(modulation="per_block") | changes))
     file, out = save(tmp_path / "in.safetensors", published(model), model), tmp_path / "out.safetensors"
     out.write_text("mine")

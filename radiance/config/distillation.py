@@ -1,0 +1,45 @@
+"""What a model learns from another: fewer steps, and guidance at no further cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from radiance.config.sampling import Sample
+from radiance.sections import Section, require
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    """Learning from a teacher, a model of the same sizes, in place of the pictures' own velocities."""
+
+    # guidance: the guided velocity in one evaluation. trajectories: straight lines between points of the ways that the teacher paints along
+    # (reflow, arXiv 2209.03003; in segments PeRFlow, arXiv 2405.07510), without pictures. mean_flow: the mean velocity over any step, whose length
+    # the network is told in place of the guidance number (arXiv 2505.13447).
+    kind: Literal["none", "guidance", "trajectories", "mean_flow"] = "none"
+    teacher: str = ""  # a run directory or a checkpoint file; empty: what `init` names
+    # How it paints; of kind=guidance and mean_flow its guidance alone.
+    sample: Sample = field(default_factory=lambda: Sample(solver="heun", steps=10))
+    # Of kind=guidance, what is led away from the unconditional prediction: the teacher's prediction, or the velocity of the picture at hand. The latter,
+    # Chroma's rule, needs no teacher (the student predicts the unconditional part), and its targets scatter guidance² times as much.
+    rule: Literal["prediction", "picture"] = "prediction"
+    segments: int = 1  # of trajectories: parts of the way that are made straight, each by itself; 1 is reflow
+    trajectories: int = 16_384  # that are painted and kept, beside train.validate_pictures for validation
+    path: str = ""  # folder to keep them in, which several runs may share; empty: in the run directory
+
+    def check(self):
+        require(self.segments >= 1, f"distill.segments={self.segments} must be at least 1.")
+        require(self.trajectories >= 1, f"distill.trajectories={self.trajectories} must be at least 1.")
+        require(
+            self.sample.steps % self.segments == 0,
+            f"distill.sample.steps={self.sample.steps} does not divide into distill.segments={self.segments}: change one of them.",
+        )
+        require(
+            self.kind == "trajectories" or (self.segments == 1 and not self.path),
+            f"distill.segments and distill.path are of distill.kind=trajectories, not of {self.kind}: leave them alone.",
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its weights are wanted in every step."""
+        return self.kind == "mean_flow" or (self.kind == "guidance" and self.rule == "prediction")
