@@ -1,7 +1,7 @@
 """Chroma1-Radiance in few steps and without guidance: students of its own trajectories, and the other ways there are.
 
     radiance train experiments/few_steps.py init=FILE data.path=FOLDER text.file=T5 distill.path=TRAJECTORIES
-    radiance convert runs/few_steps flash.safetensors --extract FILE --rank 64 --to native
+    radiance convert runs/few_steps flash.safetensors --extract FILE --rank 64 --to peft
     radiance sample FILE --text-encoder T5 --lora flash.safetensors:1.0 --prompt "…" steps=4 guidance=1
 
 FILE: the published weights, such as chroma-radiance-x0.safetensors. FOLDER: pictures and captions, of which trajectories read the captions alone.
@@ -16,24 +16,35 @@ T5: the encoder of T5 v1.1 XXL. TRAJECTORIES: a folder for them, which all arms 
 | guidance | the guided velocity in one evaluation: the teacher's predictions are extrapolated |
 | guidance_picture | the same by Chroma's rule: the velocity of each picture is, away from the student's own unconditional prediction |
 | mean_flow | the mean velocity of any step, whose length the network reads in place of the guidance number (arXiv 2505.13447) |
-| teacher | nothing: pictures as usual, for toys |
-| toy | `shapes` on a CPU; before another arm (`few_steps.py:toy:reflow`) it makes that one small |
+| toy | digits on a CPU, from the quickstart's model; before another arm (`few_steps.py:toy:reflow`) it makes that one small |
 
-Chroma's trainers learn from pictures at the ends of the segments; here segments lie on the teacher's own way, where a student is asked.
-The learning rate is a guess. Nothing has been run at full size.
+The blocks alone are trained (of mean_flow also the approximator and what is at the picture's ends), so that all of the difference fits into a LoRA. In
+Chroma's first trainer segments began at real pictures with noise; here they lie on the teacher's own way, where the student will be. The learning rate
+is a guess. Nothing has been run at full size.
 """
 
-from radiance import config as c
+import sys
+from pathlib import Path
 
-TOY = [
-    "init=runs/few_steps-toy-teacher", "model.patch=8", "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=2",
+import numpy as np
+import quickstart
+
+from radiance import config as c
+from radiance.data.datasets import open_source
+from radiance.evaluation.distances import frechet_distance, moments
+from radiance.evaluation.features import RandomNetwork
+from radiance.models import load
+from radiance.pictures import contact_sheet, save_png, to_array, to_picture
+
+TOY = [  # the quickstart's model and pictures
+    "init=runs/quickstart", "model.patch=4", "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=2",
     "model.single_blocks=4", "model.mlp_ratio=3", "model.text_dim=64", "model.approximator_hidden=64", "model.approximator_depth=2",
-    "model.head=linear", "compute.dtype=float32", "compute.remat=none", "text.encoder=random_t5", "text.length=20", "text.dtype=float32",
-    "data.source=shapes", "data.shapes.law=short", "data.shapes.limit=20", "data.side=32", "data.batch=64", "data.threads=1",
-    "optimizer.accumulate=1", "optimizer.frozen=", "optimizer.learning_rate=5e-4", "optimizer.warmup_steps=20", "optimizer.decay=cosine", "optimizer.ema=0.99",
-    "distill.sample.steps=8", "distill.sample.guidance=2", "distill.sample.batch=64", "distill.trajectories=4096", "train.steps=500",
-    "train.log_every=50", "train.validate_every=100", "train.sample_every=500", "train.checkpoint_every=100", "sample.batch=64",
-    "mesh.data=-1", "mesh.fsdp=1",
+    "model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=2", "model.nerf_freqs=4", "compute.dtype=float32", "compute.head_tile=0",
+    "compute.remat=none", "text.encoder=hash", "text.length=10", "data.source=digits", "data.side=16", "data.batch=64", "data.threads=1",
+    "optimizer.accumulate=1", "optimizer.learning_rate=5e-4", "optimizer.warmup_steps=20", "optimizer.decay=cosine", "optimizer.ema=0.99",
+    "distill.sample.steps=8", "distill.sample.guidance=2", "distill.sample.batch=64", "distill.trajectories=2048", "train.steps=300",
+    "train.log_every=50", "train.validate_every=100", "train.sample_every=300", "train.checkpoint_every=100", "sample.batch=50", "mesh.data=-1",
+    "mesh.fsdp=1",
 ]  # fmt: skip
 NO_TRAJECTORIES = ["distill.segments=1", "distill.path="]
 ARMS = {
@@ -42,12 +53,9 @@ ARMS = {
     "guidance": [*NO_TRAJECTORIES, "distill.kind=guidance", "flow.time_law=logistic", "sample.steps=28"],
     "guidance_picture": [*NO_TRAJECTORIES, "distill.kind=guidance", "distill.rule=picture", "flow.time_law=logistic", "sample.steps=28"],
     "mean_flow": [*NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed", "compute.attention=pieces", "sample.solver=mean_flow"],
-    "teacher": [
-        *NO_TRAJECTORIES, "init=", "distill.kind=none", "flow.time_law=parabola", "data.caption_dropout=0.1", "sample.steps=30", "sample.guidance=2",
-        "optimizer.learning_rate=1.5e-3", "optimizer.warmup_steps=100", "optimizer.ema=0.999", "train.steps=4000", "train.validate_every=500",
-    ],
     "toy": TOY,
 }  # fmt: skip
+STEPS = (1, 2, 4, 8, 30)
 
 
 def config() -> c.Config:
@@ -60,7 +68,8 @@ def config() -> c.Config:
         data=c.Data(source="folder", side=512, batch=128, caption_dropout=0.0, threads=16),
         flow=c.Flow(time_law="uniform", epsilon=0.05, bound="add"),
         optimizer=c.Optimizer(
-            learning_rate=1e-5, warmup_steps=100, beta1=0.9, beta2=0.95, accumulate=2, frozen=("text_embed", "modulation"), ema=(0.999,)
+            learning_rate=1e-5, warmup_steps=100, beta1=0.9, beta2=0.95, accumulate=2, frozen=("text_embed", "modulation", "patch_embed", "head"),
+            ema=(0.999,),
         ),
         distill=c.Distill(
             kind="trajectories", segments=4, trajectories=65_536, sample=c.Sample(solver="heun", steps=12, guidance=3.5, batch=16)
@@ -68,4 +77,34 @@ def config() -> c.Config:
         train=c.Train(steps=5_000, validate_every=250, sample_every=250, checkpoint_every=250, keep=2),
         sample=c.Sample(solver="euler", steps=4, guidance=1.0),
         mesh=c.Mesh(data=1, fsdp=-1),
-    )
+    )  # fmt: skip
+
+
+def compare(teacher: str, students: list[str], pictures: int = 500):
+    """Prints a row of each run, and in it for each number of steps: FD(random-network) of painted digits from all real ones of the training split, and how
+    far they are from what the teacher paints from the same noise in 30 steps (root mean square, of values in [-1, 1]); and the least share
+    of them, over the numbers of steps, that the quickstart's classifier reads as asked. Writes steps.png into each run, a row of digits a
+    number of steps."""
+    run, features = quickstart.config(), RandomNetwork()
+    reader, source = quickstart.reader(run), open_source(run.data, "train")
+    real = moments([features(np.stack([to_array(source.picture(i), run.data.side, run.data.side) for i in range(len(source))]))])
+    asked = np.arange(pictures) % 10
+    prompts = [f"a handwritten {quickstart.NAMES[digit]}" for digit in asked]
+
+    def painted(run: str, steps: int) -> np.ndarray:
+        return np.stack([to_array(x.image, *x.image.size) for x in load(run, changes=[f"steps={steps}"])(prompts)])
+
+    def read(found: np.ndarray) -> float:
+        return (reader.predict(found.mean(axis=-1).reshape(pictures, -1)) == asked).mean()
+
+    aim = painted(teacher, STEPS[-1])
+    for run in (teacher, *students):
+        found = {steps: painted(run, steps) for steps in STEPS}
+        cells = [f"{frechet_distance(moments([features(x)]), real):.3f}, {np.sqrt(np.square(x - aim).mean()):.3f}" for x in found.values()]
+        print(f"| {run} | {' | '.join(cells)} | {min(map(read, found.values())):.1%} |", flush=True)
+        sheet = contact_sheet([to_picture(image) for images in found.values() for image in images[:20]], columns=20)
+        save_png(Path(run) / "steps.png", sheet, {"steps": STEPS, "prompts": prompts[:20]})
+
+
+if __name__ == "__main__":
+    compare(sys.argv[1], sys.argv[2:])

@@ -42,21 +42,28 @@ def config() -> c.Config:
     )  # fmt: skip
 
 
-def read_digits(run: c.Config, pictures: int = 200) -> tuple[float, float]:
-    """Share of painted digits that are read as asked, and the reader's own accuracy on real digits it has not seen."""
+def real(run: c.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of all digits of a split, and what they are."""
+    source = open_source(run.data, split)
+    pixels = [to_array(source.picture(i), run.data.side, run.data.side).mean(axis=-1).ravel() for i in range(len(source))]
+    return np.stack(pixels), np.array([source.attributes(i)["digit"] for i in range(len(source))])
+
+
+def reader(run: c.Config):
+    """A classifier that has learned from real digits."""
     from sklearn.svm import SVC
 
-    def real(split):
-        source = open_source(run.data, split)
-        pixels = [to_array(source.picture(i), run.data.side, run.data.side).mean(axis=-1).ravel() for i in range(len(source))]
-        return np.stack(pixels), np.array([source.attributes(i)["digit"] for i in range(len(source))])
+    return SVC().fit(*real(run, "train"))
 
-    reader = SVC().fit(*real("train"))
+
+def read_digits(run: c.Config, pictures: int = 200) -> tuple[float, float]:
+    """Share of painted digits that are read as asked, and the reader's own accuracy on real digits it has not seen."""
+    reads = reader(run)
     asked = np.arange(pictures) % 10
     painted = load(run.directory)([f"a handwritten {NAMES[digit]}" for digit in asked])
     save_png(run.directory / "digits.png", contact_sheet([p.image for p in painted[:100]], columns=10), painted[0].facts)
     pixels = np.stack([to_array(p.image, run.data.side, run.data.side).mean(axis=-1).ravel() for p in painted])
-    return float((reader.predict(pixels) == asked).mean()), reader.score(*real("validation"))
+    return float((reads.predict(pixels) == asked).mean()), reads.score(*real(run, "validation"))
 
 
 def main(changes: list[str]) -> int:

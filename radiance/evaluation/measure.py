@@ -1,6 +1,7 @@
 """A model in numbers: the loss of its velocity in bins of time, and what it paints for the captions of pictures it has not seen, beside them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from radiance import config
 from radiance.data.datasets import DataError, Source
 from radiance.data.pipeline import first_pictures, fixed_batches
 from radiance.data.pixels import View, draw
@@ -34,9 +36,11 @@ def validation(
 ) -> dict[str, Any]:
     """The velocity loss of the first pictures of the validation split, over uniform time and in bins of it.
 
-    Each picture is seen at one time in each bin; times and noise follow from train.seed and the picture's place in its batch.
+    Each picture is seen at one time in each bin; times and noise follow from train.seed and the picture's place in its batch. It is the plain loss,
+    also of a model that was taught by another.
     """
     run = pipeline.run
+    run = replace(run, distill=config.Distill(), flow=replace(run.flow, time_law="uniform"))
     batches = fixed_batches(source, run.data, pipeline.encoder, pictures, run.model.masking)
     validate = jax.jit(partial(validation_losses, run, bins=BINS))
 
