@@ -51,7 +51,9 @@ ARMS = {
     "reflow": ["distill.segments=1", "flow.time_law=uniform"],
     "one_step": ["distill.segments=1", "flow.time_law=noise", "sample.steps=1"],
     "guidance": [*NO_TRAJECTORIES, "distill.kind=guidance", "flow.time_law=logistic", "sample.steps=28"],
-    "guidance_picture": [*NO_TRAJECTORIES, "distill.kind=guidance", "distill.rule=picture", "flow.time_law=logistic", "sample.steps=28"],
+    "guidance_picture": [
+        *NO_TRAJECTORIES, "distill.kind=guidance", "distill.rule=picture", "data.caption_dropout=0.1", "flow.time_law=logistic", "sample.steps=28",
+    ],
     "mean_flow": [*NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed", "compute.attention=pieces", "sample.solver=mean_flow"],
     "toy": TOY,
 }  # fmt: skip
@@ -83,8 +85,8 @@ def config() -> c.Config:
 def compare(teacher: str, students: list[str], pictures: int = 500):
     """Prints a row of each run, and in it for each number of steps: FD(random-network) of painted digits from all real ones of the training split, and how
     far they are from what the teacher paints from the same noise in 30 steps (root mean square, of values in [-1, 1]); and the least share
-    of them, over the numbers of steps, that the quickstart's classifier reads as asked. Writes steps.png into each run, a row of digits a
-    number of steps."""
+    of them, over the numbers of steps, that the quickstart's classifier reads as asked. Students, runs or files, paint without guidance. Beside each
+    is written RUN.steps.png: a row of digits a number of steps."""
     run, features = quickstart.config(), RandomNetwork()
     reader, source = quickstart.reader(run), open_source(run.data, "train")
     real = moments([features(np.stack([to_array(source.picture(i), run.data.side, run.data.side) for i in range(len(source))]))])
@@ -92,7 +94,8 @@ def compare(teacher: str, students: list[str], pictures: int = 500):
     prompts = [f"a handwritten {quickstart.NAMES[digit]}" for digit in asked]
 
     def painted(run: str, steps: int) -> np.ndarray:
-        return np.stack([to_array(x.image, *x.image.size) for x in load(run, changes=[f"steps={steps}"])(prompts)])
+        changes = [f"steps={steps}", *(["guidance=1"] if run != teacher else [])]
+        return np.stack([to_array(x.image, *x.image.size) for x in load(run, changes=changes, dtype="float32")(prompts)])
 
     def read(found: np.ndarray) -> float:
         return (reader.predict(found.mean(axis=-1).reshape(pictures, -1)) == asked).mean()
@@ -103,7 +106,7 @@ def compare(teacher: str, students: list[str], pictures: int = 500):
         cells = [f"{frechet_distance(moments([features(x)]), real):.3f}, {np.sqrt(np.square(x - aim).mean()):.3f}" for x in found.values()]
         print(f"| {run} | {' | '.join(cells)} | {min(map(read, found.values())):.1%} |", flush=True)
         sheet = contact_sheet([to_picture(image) for images in found.values() for image in images[:20]], columns=20)
-        save_png(Path(run) / "steps.png", sheet, {"steps": STEPS, "prompts": prompts[:20]})
+        save_png(Path(f"{run}.steps.png"), sheet, {"steps": STEPS, "prompts": prompts[:20]})
 
 
 if __name__ == "__main__":
