@@ -288,12 +288,14 @@ def test_every_loss_pulls_alike(mean):
 
 
 def test_a_model_of_one_picture_has_straight_ways(mean, mean_batch):
-    """x̂ is the same everywhere, so every mean velocity is the velocity; at times below epsilon, too, where nothing is of any length."""
+    """x̂ is the same everywhere, so every mean velocity is the velocity. At times below epsilon, where the division is by more, that holds of no length."""
     head = {name: {part: 0 * x for part, x in leaves.items()} for name, leaves in toy_params(mean.model)["head"].items()}
     assert {"kernel", "bias"} == head["linear"].keys()
     head["linear"]["bias"] = head["linear"]["bias"] + 0.3
     params = toy_params(mean.model) | {"head": head}
-    losses, _ = pulled(mean, params, mean_batch, Teacher(params, teacher_of(mean).negative), jnp.ones(4))
+    time = jnp.array([0.5, 0.06, 1, 0.02])
+    batch = mean_batch | {"time": time, "until": time - jnp.array([0.3, 0.06, 0, 0])}
+    losses, _ = pulled(mean, params, batch, Teacher(params, teacher_of(mean).negative), jnp.ones(4))
     np.testing.assert_allclose(losses, 0, atol=1e-8)
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter, namedtuple
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -284,6 +285,13 @@ def test_rows_of_a_host_are_those_of_the_whole_batch(folder, encoder):
             assert np.array_equal(values, expected[2:] if expected.ndim else expected), name
 
 
+def test_the_longest_caption_of_all_hosts_says_how_wide_text_is():
+    data, points = config.Data(batch=4, caption_dropout=0.0), np.zeros((1, 8, 8, 3), np.float16)
+    ways = SimpleNamespace(count=8, caption=lambda i: "word " * (20 if i == 5 else 3), points=lambda i: points, seed=lambda i: i)
+    hosts = [TrajectoryBatches(ways, data, HashEncoder(16, 40), 0, 2, "one_pad", rows) for rows in (range(2), range(2, 4))]
+    assert sorted([host[step]["text"].shape[1] for host in hosts] for step in range(2)) == [[16, 16], [32, 32]]
+
+
 @pytest.mark.parametrize("to", ["empty", "masked"])
 def test_captions_are_dropped(folder, encoder, to):
     changes = [f"data.dropout_to={to}"] if to == "empty" else [f"data.dropout_to={to}", "model.padding=learned"]
@@ -392,6 +400,15 @@ def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
     other = saved(tmp_path, unbroken.model, seed=3)
     with pytest.raises(config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"):
         train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
+
+
+@pytest.mark.slow
+def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
+    before = metrics(unbroken)
+    shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
+    shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
+    moved = config.override(unbroken, [f"init={tmp_path / 'moved.safetensors'}", f"distill.path={tmp_path / 'ways'}"])
+    assert train(moved) == 8 and metrics(unbroken) == before
 
 
 @pytest.mark.slow
