@@ -130,6 +130,10 @@ class Config(Section):
             f"distill.kind={kind} brings pairs and times of its own: leave flow.coupling=independent and flow.time_weight=none.",
         )
         require(
+            self.distill.sample.unconditional == "negative" or self.model.padding == "learned",
+            f"distill.sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
+        )
+        require(
             kind != "trajectories" or (not self.data.other_sides and not self.data.bucket_step),
             "distill.kind=trajectories has squares of data.side alone: leave data.other_sides and data.bucket_step out.",
         )

@@ -283,7 +283,8 @@ def _check(run: config.Config, mesh: jax.sharding.Mesh):
             f"model.channels={run.model.channels}, but {run.data.source} has pictures of 3 channels: train a pixel model."
         )
     chosen_average(run.sample.weights, run.optimizer.averages)  # raises for a width that is made of snapshots after the run
-    times_of(run.sample, (run.data.side // run.model.patch) ** 2)  # raises when the schedule cannot be
+    for sample in (run.sample, run.distill.sample):
+        times_of(sample, (run.data.side // run.model.patch) ** 2)  # raises when the schedule cannot be
     if run.model.pooled_dim:
         raise config.ConfigError(
             f"model.pooled_dim={run.model.pooled_dim}, but the {run.text.encoder} encoder gives no pooled vector: set it to 0."

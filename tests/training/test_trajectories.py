@@ -1,0 +1,491 @@
+"""Trajectories: how they are painted, kept and read as batches; and whole runs of students."""
+
+import json
+import shutil
+from collections import Counter, namedtuple
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from runs import PLAIN, metrics, same, state_of, toy_run
+from toys import toy_params
+
+from radiance import config
+from radiance.data.pipeline import width_for
+from radiance.model.transformer import abstract
+from radiance.pipeline import Pipeline
+from radiance.plan import _training, plan
+from radiance.sharding import make_mesh
+from radiance.text.encoders import HashEncoder
+from radiance.training import loop, trajectories
+from radiance.training.distillation import on_segments
+from radiance.training.loop import train
+from radiance.training.trajectories import (
+    Trajectories,
+    TrajectoryBatches,
+    as_there,
+    chosen_captions,
+    fixed_trajectories,
+    of_run,
+    paint_missing,
+)
+from radiance.weights import checkpoint
+from radiance.weights.files import CheckpointError
+
+SMALL = PLAIN | dict(double_blocks=0)
+MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_a_file():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trajectories, "SHARD", 4)
+        yield
+
+
+class Captions:
+    """A source that nothing but captions is asked of."""
+
+    def __init__(self, *captions):
+        self.said = captions
+
+    def __len__(self):
+        return len(self.said)
+
+    def captions(self, index):
+        return (self.said[index],)
+
+    def tags(self, index):
+        return False
+
+    def fingerprint(self):
+        return str(hash(self.said) % 2**32)
+
+
+SOURCES = {
+    "train": Captions("a one", "a two", "a three", "a four", "five and six", "much more than eight words would be too many"),
+    "validation": Captions("a seven", "an eight"),
+}
+
+
+def run_of(folder, *changes):
+    return toy_run(
+        "unused", "unused", "distill.kind=trajectories", "distill.teacher=another", f"distill.path={folder}", "distill.segments=4", "distill.trajectories=10",
+        "distill.sample.steps=12", "distill.sample.guidance=2", "distill.sample.batch=4", "train.validate_pictures=3", "flow.noise_scale=1.5", *changes, **SMALL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return HashEncoder(16, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher(encoder):
+    """What paints: one for all, so that it is compiled once."""
+    run = run_of("unused")
+    return Pipeline(replace(run, sample=run.distill.sample), dict(toy_params(run.model)), encoder=encoder)
+
+
+def made_of(run, encoder, sources=SOURCES, teacher="its identity"):
+    return as_there(trajectories.folder_of(run), trajectories.painted(run, sources, encoder, teacher))
+
+
+def paint(run, teacher, sources=SOURCES):
+    paint_missing(run, made_of(run, teacher.encoder, sources), sources, lambda: teacher)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, teacher):
+    """Not to be written to."""
+    folder = tmp_path_factory.mktemp("ways")
+    paint(run_of(folder), teacher)
+    return folder
+
+
+def files(folder):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
+
+
+# --- painting and keeping ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_the_teachers_way(folder, teacher):
+    """To float16, by seeds of which no two splits have one in common, and whichever is painted beside which."""
+    run = run_of(folder)
+    assert sorted(files(folder)) == [f"train-{i:06d}.safetensors" for i in range(3)] + ["validation-000000.safetensors"]
+    ways = of_run(run)
+    for split, chosen, seeds in (("train", [9, 0, 6, 3], [18, 0, 12, 6]), ("validation", [2, 0, 1, 1], [5, 1, 3, 3])):
+        kept = ways[split]
+        assert [kept.seed(index) for index in chosen] == seeds
+        prompts = [kept.caption(index) for index in chosen]
+        assert set(prompts) <= set(SOURCES[split].said)
+        way = teacher.trajectory(prompts, seeds, 8, 8, run.distill.sample).noisy
+        points = np.stack([kept.points(index) for index in chosen], axis=1)
+        assert points.dtype == np.float16 and points.shape == (4, 4, 8, 8, 3)
+        np.testing.assert_allclose(points, way[[3, 6, 9, 12]], rtol=2**-10, atol=1e-3)
+        # The noise that is not kept comes back from the seeds.
+        whole = replace(run, distill=replace(run.distill, segments=1))
+        batch = dict(image=points[-1:].swapaxes(0, 1), seed=np.uint32(seeds), text=0, lengths=0, weight=0)
+        np.testing.assert_allclose(on_segments(whole, batch, np.zeros(4, int), np.ones(4))["noise"], way[0], atol=1e-5)
+
+
+def test_what_is_missing_is_painted_again_bit_for_bit_and_the_rest_is_left(folder, teacher, tmp_path):
+    ours = tmp_path / "ours"
+    shutil.copytree(folder, ours)
+    before = files(ours)
+    (ours / "train-000001.safetensors").unlink()
+    half = ours / ".train-000001.safetensors.77.part"  # as a process that was killed leaves it
+    half.write_bytes(before["train-000001.safetensors"][0][:1000])
+    run = run_of(ours)
+    assert of_run(run)["train"].missing == [1] and not of_run(run)["validation"].missing
+    paint(run, teacher)
+    after = files(ours)
+    assert {name: content for name, (content, _) in after.items()} == {name: content for name, (content, _) in before.items()}
+    assert [name for name in after if after[name][1] != before[name][1]] == ["train-000001.safetensors"]
+    paint_missing(run, made_of(run, teacher.encoder), SOURCES, partial(pytest.fail, "nothing is missing"))
+
+
+def test_a_file_that_could_not_be_written_whole_is_none(teacher, tmp_path, monkeypatch):
+    """And those before it are kept."""
+    ways = teacher.ways
+
+    def painting(prompts, seeds, *rest):
+        for states in ways(prompts, seeds, *rest):
+            yield np.full_like(states, np.nan) if 10 in seeds else states
+
+    monkeypatch.setattr(teacher, "ways", painting)
+    with pytest.raises(CheckpointError, match="not finite"):
+        paint(run_of(tmp_path), teacher)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["train-000000.safetensors", "trajectories.json"]
+
+
+def test_more_go_on_behind_those_that_are_there(folder, teacher, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    before = files(tmp_path)
+    more = run_of(tmp_path, "distill.trajectories=14", "train.validate_pictures=4")
+    paint(more, teacher)
+    after = files(tmp_path)
+    assert after.keys() - before.keys() == {"train-000003.safetensors"} and {name: after[name] for name in before} == before
+    ways = of_run(more)["train"]
+    captions = [ways.caption(index) for index in range(14)]
+    assert captions == chosen_captions(SOURCES["train"], teacher.encoder, more.data, 14)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ("distill.sample.guidance=3", "sample"),
+        ("distill.sample.schedule=beta", "sample"),
+        ("data.side=12", "side"),
+        ("flow.noise_scale=1", "noise_scale"),
+        ("data.prefix=oh", "rules"),
+        ("distill.segments=3", "in 4 segments"),
+        ("distill.segments=12", "in 4 segments"),
+        ("distill.segments=3 data.lower=1 data.side=4", "side, rules, in 4 segments"),
+    ],
+)
+def test_a_folder_of_others_is_refused(folder, encoder, changes, told):
+    with pytest.raises(config.ConfigError, match=rf"^{folder} holds .* otherwise \({told}\): give another distill.path\.$"):
+        made_of(run_of(folder, *changes.split()), encoder)
+
+
+def test_and_one_of_another_teacher_captions_or_encoder(folder, encoder):
+    run = run_of(folder)
+    for arguments, told in (
+        ((encoder, SOURCES, "another"), "teacher"),
+        ((encoder, SOURCES | {"train": SOURCES["validation"]}), "captions"),
+        ((HashEncoder(15, 8),), "text"),
+    ):
+        with pytest.raises(config.ConfigError, match=rf"otherwise \({told}\)"):
+            made_of(run, *arguments)
+
+
+def test_a_number_of_segments_that_divides_reads_every_second_point(folder, teacher):
+    for segments, chosen in ((2, [1, 3]), (1, [3])):
+        run = run_of(folder, f"distill.segments={segments}", "distill.sample.batch=2")
+        assert made_of(run, teacher.encoder).segments == 4
+        paint_missing(run, made_of(run, teacher.encoder), SOURCES, partial(pytest.fail, "nothing is missing"))
+        for index in (0, 7):
+            assert np.array_equal(of_run(run)["train"].points(index), of_run(run_of(folder))["train"].points(index)[chosen])
+
+
+def test_it_goes_on_in_the_segments_that_are_there(folder, teacher, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    before = files(tmp_path)
+    (tmp_path / "train-000000.safetensors").unlink()
+    paint(run_of(tmp_path, "distill.segments=1"), teacher)
+    assert files(tmp_path)["train-000000.safetensors"][0] == before["train-000000.safetensors"][0]
+    assert json.loads((tmp_path / "trajectories.json").read_text())["segments"] == 4
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_picture_gives_a_caption_in_turn(encoder):
+    source, rules = SOURCES["train"], config.Data(prefix="oh ", caption_dropout=1.0)
+    found = chosen_captions(source, encoder, rules, 15)
+    fitting = Counter(f"oh {caption}" for caption in source.said[:5])  # the last is over the limit
+    assert all(Counter(found[i : i + 5]) == fitting for i in (0, 5, 10))
+    assert found[:5] != found[5:10] or found[5:10] != found[10:15]
+    assert chosen_captions(source, encoder, rules, 7) == found[:7]
+
+
+def test_no_caption_that_fits(encoder):
+    with pytest.raises(config.ConfigError, match="No caption fits text.length=8: raise it"):
+        chosen_captions(Captions("one two three four five six seven eight", "1 2 3 4 5 6 7 8 9"), encoder, config.Data(), 3)
+
+
+def test_captions_are_chosen_once(teacher, tmp_path, monkeypatch):
+    asked, choose = [], chosen_captions
+    monkeypatch.setattr(trajectories, "chosen_captions", lambda *arguments: asked.append(arguments[-1]) or choose(*arguments))
+    paint(run_of(tmp_path), teacher)
+    assert sorted(asked) == [4, 12]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches_of(folder, encoder, *changes, seed=0, rows=None, masking="one_pad"):
+    run = run_of(folder, "data.batch=4", *changes)
+    return TrajectoryBatches(of_run(run)["train"], run.data, encoder, seed, 20, masking, rows)
+
+
+def test_batches_follow_from_seed_and_step(folder, encoder):
+    batches, again = (batches_of(folder, encoder, "data.caption_dropout=0") for _ in range(2))
+    with_feed = batches.start(3)
+    first = next(with_feed)
+    with_feed.close()
+    assert same(first, again[3]) and not same(batches_of(folder, encoder, seed=1)[3], again[3])
+    seeds = np.concatenate([batches[step]["seed"] for step in range(10)])  # 40 rows: four epochs of 10
+    epochs = seeds.reshape(4, 10)
+    assert all(sorted(epoch) == list(range(0, 20, 2)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    ways = batches.ways
+    for step in (0, 2):
+        batch = batches[step]
+        indices = batch["seed"] // 2
+        assert batch["seed"].dtype == np.uint32 and batch["weight"].tolist() == [1] * 4 and batch["cut"] == batch["skipped"] == 0
+        assert np.array_equal(batch["image"], np.stack([ways.points(index) for index in indices]))
+        captions = [ways.caption(index) for index in indices]
+        text, lengths = encoder(captions)
+        assert np.array_equal(batch["lengths"], lengths)
+        width = width_for(max(map(encoder.count, captions)), 8, "one_pad")
+        assert np.array_equal(batch["text"], text[:, :width])
+
+
+def test_rows_of_a_host_are_those_of_the_whole_batch(folder, encoder):
+    whole, part = (batches_of(folder, encoder, "data.caption_dropout=0.5", rows=rows) for rows in (None, range(2, 4)))
+    for step in range(4):
+        for name, values in part[step].items():
+            expected = whole[step][name]
+            assert np.array_equal(values, expected[2:] if expected.ndim else expected), name
+
+
+def test_the_longest_caption_of_all_hosts_says_how_wide_text_is():
+    data, points = config.Data(batch=4, caption_dropout=0.0), np.zeros((1, 8, 8, 3), np.float16)
+    ways = SimpleNamespace(count=8, caption=lambda i: "word " * (20 if i == 5 else 3), points=lambda i: points, seed=lambda i: i)
+    hosts = [TrajectoryBatches(ways, data, HashEncoder(16, 40), 0, 2, "one_pad", rows) for rows in (range(2), range(2, 4))]
+    assert sorted([host[step]["text"].shape[1] for host in hosts] for step in range(2)) == [[16, 16], [32, 32]]
+
+
+@pytest.mark.parametrize("to", ["empty", "masked"])
+def test_captions_are_dropped(folder, encoder, to):
+    changes = [f"data.dropout_to={to}"] if to == "empty" else [f"data.dropout_to={to}", "model.padding=learned"]
+    batches = batches_of(folder, encoder, *changes, "data.caption_dropout=0.4")
+    rows = [(int(seed) // 2, int(length)) for step in range(20) for seed, length in zip(batches[step]["seed"], batches[step]["lengths"])]
+    nothing = 1 if to == "empty" else 0
+    dropped = [length == nothing for _, length in rows]
+    assert 0.2 < np.mean(dropped) < 0.6
+    assert all(length == encoder.count(batches.ways.caption(index)) for (index, length), gone in zip(rows, dropped) if not gone)
+    by_row = {}
+    for (index, _), gone in zip(rows, dropped):
+        by_row.setdefault(index, set()).add(gone)
+    assert {True, False} in by_row.values(), "it is drawn anew each time"
+
+
+def test_validation_is_all_of_them_once(folder, encoder):
+    ways = Trajectories(folder, "train", 10, 4)
+    batches = fixed_trajectories(ways, encoder, "one_pad", 4)
+    assert [batch["weight"].tolist() for batch in batches] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert len({(batch["image"].shape, batch["text"].shape) for batch in batches}) == 1
+    seeds, there = (np.concatenate([batch[name] for batch in batches]) for name in ("seed", "weight"))
+    assert seeds[there > 0].tolist() == list(range(0, 20, 2))
+    assert np.array_equal(batches[2]["image"][1], ways.points(9)) and batches[2]["lengths"][1] == encoder.count(ways.caption(9))
+    (one,) = fixed_trajectories(Trajectories(folder, "validation", 3, 2), encoder, "one_pad", 8)
+    assert one["image"].shape == (3, 2, 8, 8, 3) and one["seed"].tolist() == [1, 3, 5] and one["weight"].all()
+
+
+# --- before anything is painted ---------------------------------------------------------------------------------------
+
+
+def test_no_room_on_the_disk(encoder, tmp_path, monkeypatch):
+    run, needed = run_of(tmp_path / "ways"), 4 * 4 * 4 * 8 * 8 * 3 * 2  # four files of four, in four segments of 8×8 pixels, in float16
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed, 1, needed - 1))
+    with pytest.raises(CheckpointError, match="GB are needed: make room"):
+        paint_missing(run, made_of(run, encoder), SOURCES, partial(pytest.fail, "began to paint"))
+    assert not (tmp_path / "ways").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed, 0, needed))
+    with pytest.raises(SystemExit):
+        paint_missing(run, made_of(run, encoder), SOURCES, lambda: (_ for _ in ()).throw(SystemExit))
+
+
+def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
+    changes = ["distill.sample.schedule=beta", "distill.sample.beta=0.01,0.01", "distill.sample.steps=100"]
+    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL)
+    with pytest.raises(config.ConfigError, match="repeats a time"):
+        train(run)
+    assert not run.directory.exists()
+
+
+def test_several_hosts_paint_nothing(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    run = run_of(tmp_path)
+    with pytest.raises(config.ConfigError, match="16 trajectories are not painted yet, which one host does: .* distill.path=FOLDER"):
+        paint_missing(run, made_of(run, encoder), SOURCES, partial(pytest.fail, "began to paint"))
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def saved(folder, model, seed=0):
+    file = folder / f"teacher{seed}.safetensors"
+    checkpoint.write(file, model, toy_params(model, seed))
+    return file
+
+
+def student(output, data_directory, kind, *changes, seed=0, **model):
+    """A run that starts from its teacher."""
+    run = toy_run(output, data_directory, "train.sample_every=100", **model)
+    file = saved(output, run.model, seed)
+    return config.override(run, [f"init={file}", f"distill.kind={kind}", "distill.sample.steps=4", "distill.sample.batch=4", *changes])
+
+
+def validation(run):
+    return [row["validation_loss"] for row in metrics(run) if "validation_loss" in row]
+
+
+ON_WAYS = ["distill.segments=2", "distill.trajectories=10", "train.validate_pictures=3"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data_directory):
+    run = student(tmp_path_factory.mktemp("student"), data_directory, "trajectories", *ON_WAYS, "data.batch=4", **SMALL)
+    assert train(run) == 8
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
+    kept = unbroken.directory / "trajectories"
+    assert len(files(kept)) == 4 and len(validation(unbroken)) == 3
+    told = json.loads((unbroken.directory / "data.json").read_text())["trajectories"]
+    assert told["segments"] == 2 and told["sample"]["steps"] == 4
+    broken = config.override(unbroken, ["name=broken", f"distill.path={kept}", "train.steps=3"])
+    before = files(kept)
+    assert train(broken) == 3
+    assert train(config.override(broken, ["train.steps=8"])) == 8
+    assert files(kept) == before and not (broken.directory / "trajectories").exists()
+    assert same(state_of(broken, 8), state_of(unbroken, 8))
+    expected = [row for row in metrics(unbroken) if row["step"] > 3 and "loss" in row]
+    assert [row for row in metrics(broken) if row["step"] > 3 and "loss" in row] == expected
+
+
+@pytest.mark.slow
+def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
+    other = saved(tmp_path, unbroken.model, seed=3)
+    with pytest.raises(config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"):
+        train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
+
+
+@pytest.mark.slow
+def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
+    before = metrics(unbroken)
+    shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
+    shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
+    moved = config.override(unbroken, [f"init={tmp_path / 'moved.safetensors'}", f"distill.path={tmp_path / 'ways'}"])
+    assert train(moved) == 8 and metrics(unbroken) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prediction", "picture", "mean_flow"])
+def test_students_learn(kind, tmp_path, data_directory):
+    changes = ["distill.sample.guidance=3", "optimizer.learning_rate=1e-2", "train.validate_every=100", "optimizer.ema=0.5"]
+    if kind == "mean_flow":
+        run = student(tmp_path, data_directory, "mean_flow", *changes, "compute.attention=xla", "sample.solver=mean_flow", **MEAN)
+    else:
+        run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **SMALL)
+    if kind == "prediction":
+        run = config.override(run, [f"distill.teacher={saved(tmp_path, run.model, 1)}"])
+    assert train(run) == 8
+    before, after = validation(run)
+    assert 0 < after < before
+    data = json.loads((run.directory / "data.json").read_text())
+    assert ("teacher" in data) == (kind != "picture")
+    assert not any("tflops_per_device" in json.loads(line) for line in run.directory.joinpath("metrics.jsonl").read_text().splitlines())
+    if kind == "prediction":
+        other = saved(tmp_path, run.model, seed=3)
+        with pytest.raises(config.ConfigError, match=r"on other data \(teacher in data.json\)"):
+            train(config.override(run, [f"distill.teacher={other}", "train.steps=9"]))
+
+
+@pytest.mark.slow
+def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
+    """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
+    monkeypatch.setattr(loop, "load_weights", lambda *_: pytest.fail("the base is there already"))
+    changes = ["distill.sample.guidance=1", "lora.rank=2", "lora.dtype=float32", "train.steps=1", "data.batch=4"]
+    run = student(tmp_path, data_directory, "guidance", *changes, **SMALL)
+    assert train(run) == 1
+    assert max(validation(run)) < 1e-10
+    data = json.loads((run.directory / "data.json").read_text())
+    assert data["teacher"] == data["base"]
+
+
+@pytest.mark.slow
+def test_a_latent_model_needs_no_pictures(tmp_path, data_directory):
+    changes = [*ON_WAYS, "distill.sample.guidance=2", "data.batch=4", "train.steps=4", "optimizer.learning_rate=1e-2", "optimizer.ema=0.5"]
+    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL, patch=1, channels=6)
+    assert train(run) == 4
+    before, *_, after = validation(run)
+    assert after < before
+    assert of_run(run)["train"].points(0).shape == (2, 8, 8, 6) and not list(run.directory.glob("samples/*.png"))
+    with pytest.raises(config.ConfigError, match="pictures of 3 channels: train a pixel model"):
+        train(config.override(run, ["distill.kind=guidance", "distill.segments=1", "name=other"]))
+
+
+# --- what it will cost ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, teachers, model",
+    [
+        ("distill.kind=guidance", 1, SMALL),
+        ("distill.kind=guidance distill.rule=picture", 0, SMALL),
+        ("distill.kind=trajectories distill.segments=2", 0, SMALL),
+        ("distill.kind=mean_flow compute.attention=xla", 1, MEAN),
+    ],
+)
+def test_a_plan_counts_the_teacher(changes, teachers, model):
+    run = toy_run(
+        "unused", "unused", "distill.teacher=another", "data.batch=2", "optimizer.ema=0.9", "mesh.data=1", *changes.split(), **model
+    )
+    lower, held = _training(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lower()  # the step takes what is planned for
+    parameters = sum(x.size for x in jax.tree.leaves(abstract(run.model)))
+    assert sum(x.size for x in jax.tree.leaves(held["parameters"])) == (1 + teachers) * parameters
+    if run.distill.kind == "trajectories":
+        assert held["batch"]["image"].shape == (2, 2, 8, 8, 3) and held["batch"]["image"].dtype == np.float16
+    if changes == "distill.kind=guidance":
+        found = plan(run, "cpu")
+        assert (found.parameters, found.averages) == (2 * 4 * parameters, 4 * parameters)
+
+
+def test_a_plan_counts_a_loras_base_once():
+    changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch=2"]
+    runs = [toy_run("unused", "unused", *changes, teacher, **SMALL) for teacher in ("distill.teacher=", "distill.teacher=another")]
+    sizes = [sum(x.size for x in jax.tree.leaves(_training(run, make_mesh(run.mesh))[1]["parameters"])) for run in runs]
+    assert sizes[1] - sizes[0] == sum(x.size for x in jax.tree.leaves(abstract(runs[0].model)))
