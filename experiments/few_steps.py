@@ -54,7 +54,7 @@ ARMS = {
     "guidance_picture": [
         *NO_TRAJECTORIES, "distill.kind=guidance", "distill.rule=picture", "data.caption_dropout=0.1", "flow.time_law=logistic", "sample.steps=28",
     ],
-    "mean_flow": [*NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed", "compute.attention=pieces", "sample.solver=mean_flow"],
+    "mean_flow": [*NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed", "sample.solver=mean_flow"],
     "toy": TOY,
 }  # fmt: skip
 STEPS = (1, 2, 4, 8, 30)

@@ -138,8 +138,8 @@ class Config(Section):
             "distill.kind=trajectories has squares of data.side alone: leave data.other_sides and data.bucket_step out.",
         )
         require(
-            kind != "mean_flow" or self.compute.attention in ("xla", "pieces"),
-            f"distill.kind=mean_flow differentiates forwards, which compute.attention={self.compute.attention} may not: use xla or pieces.",
+            kind != "mean_flow" or self.distill.difference > 0 or self.compute.attention in ("xla", "pieces"),
+            f"distill.difference=0 differentiates forwards, which compute.attention={self.compute.attention} may not: use xla or pieces.",
         )
         require(
             kind != "mean_flow" or self.model.modulation == "approximator" or self.model.guidance_embed,

@@ -25,11 +25,13 @@ class Distill(Section):
     rule: Literal["prediction", "picture"] = "prediction"
     segments: int = 1  # of trajectories: parts of the way that are made straight, each by itself; 1 is reflow
     trajectories: int = 16_384  # that are painted and kept, beside train.validate_pictures for validation
+    difference: float = 0.05  # of mean_flow: the part of a step that is the teacher's; 0: a derivative, by differentiating forwards
     path: str = ""  # folder to keep them in, which several runs may share; empty: in the run directory
 
     def check(self):
         require(self.segments >= 1, f"distill.segments={self.segments} must be at least 1.")
         require(self.trajectories >= 1, f"distill.trajectories={self.trajectories} must be at least 1.")
+        require(0 <= self.difference < 1, f"distill.difference={self.difference} must lie between 0 and 1: it is a part of the time.")
         require(
             self.sample.steps % self.segments == 0,
             f"distill.sample.steps={self.sample.steps} does not divide into distill.segments={self.segments}: change one of them.",

@@ -227,7 +227,7 @@ def test_validation_goes_through_segments_and_places(monkeypatch):
 
 @pytest.fixture(scope="module")
 def mean():
-    return distilling("mean_flow", "distill.sample.guidance=2", **MEAN)
+    return distilling("mean_flow", "distill.sample.guidance=2", "distill.difference=0", **MEAN)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +272,44 @@ def test_mean_velocities_against_finite_differences(mean, mean_batch):
     target = np.float32(along - wide(length) * np.asarray(moved(noisy, time, length)))
     inputs = dict(image=noisy, text=mean_batch["text"], lengths=mean_batch["lengths"], time=time, guidance=length, divisor=time)
     close(gradient, pulled_to(model, params, inputs, target, np.ones(4, np.float32))[1], rtol=2e-3)
+
+
+def test_mean_velocities_by_differences(mean, mean_batch):
+    """A step's way is the teacher's over the first part of it, and the student's over the rest. The lengths of the batch: none, all of the part, more, more."""
+    run, model, params, teacher = config.override(mean, ["distill.difference=0.125"]), mean.model, toy_params(mean.model), teacher_of(mean)
+    image, noise, time, until = (np.asarray(mean_batch[name]) for name in ("image", "noise", "time", "until"))
+    noisy = (1 - wide(time)) * image + wide(time) * noise
+
+    def at(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
+        return np.asarray(apply(model, params, dict(image=x, text=text, lengths=lengths, time=t, guidance=length, divisor=t)))
+
+    none = np.zeros(4, np.float32)
+    without = at(teacher.params, noisy, time, none, np.repeat(teacher.negative.text, 4, axis=0), np.repeat(teacher.negative.lengths, 4))
+    along = without + 2 * (at(teacher.params, noisy, time, none) - without)
+    part = np.array([0, 0.125, 0.125, 0.125], np.float32)
+    rest = wide(time - part - until) * at(params, noisy - wide(part) * along, time - part, time - part - until)
+    target = np.concatenate([along[:1], ((wide(part) * along + rest) / wide(np.maximum(time - until, 1e-9)))[1:]])
+    assert np.abs(target[1] - along[1]).max() < 1e-6 and np.abs(target[2:] - along[2:]).max() > 0.01
+    losses, gradient = pulled(run, params, mean_batch, teacher, jnp.ones(4))
+    np.testing.assert_allclose(losses, np.square(at(params, noisy, time, time - until) - target).mean(axis=(1, 2, 3)), rtol=1e-4)
+    inputs = dict(image=noisy, text=mean_batch["text"], lengths=mean_batch["lengths"], time=time, guidance=time - until, divisor=time)
+    close(gradient, pulled_to(model, params, inputs, target, np.ones(4, np.float32))[1], rtol=2e-3)
+
+
+def test_a_small_difference_is_nearly_the_derivative(mean, mean_batch):
+    """Where the student hears the low frequencies of time alone. What is missed of a step's mean is missed of its part, so by the square of their ratio."""
+    params, teacher = toy_params(mean.model), teacher_of(mean)
+    kernel = params["modulation"]["proj_in"]["kernel"]
+    width = mean.model.approximator_dim // 4
+    slow = np.concatenate([np.tile(np.arange(width // 2) >= width // 4, 4), np.ones(2 * width, bool)])
+    params = params | {
+        "modulation": params["modulation"] | {"proj_in": params["modulation"]["proj_in"] | {"kernel": kernel * slow[:, None]}}
+    }
+    exact, _ = pulled(mean, params, mean_batch, teacher, jnp.ones(4))
+    part = np.float32(2**-7)
+    near, _ = pulled(config.override(mean, [f"distill.difference={part}"]), params, mean_batch, teacher, jnp.ones(4))
+    length = np.asarray(mean_batch["time"] - mean_batch["until"])
+    np.testing.assert_allclose(near * np.where(length > 0, length / part, 1) ** 2, exact, rtol=0.05)
 
 
 def test_every_loss_pulls_alike(mean):
@@ -379,8 +417,12 @@ def _pipeline(run):
         ("distill.kind=trajectories init=x data.other_sides=16", "squares of data.side alone"),
         ("distill.kind=trajectories init=x data.bucket_step=8", "squares of data.side alone"),
         ("distill.kind=guidance init=x distill.sample.unconditional=masked", "distill.sample.unconditional=masked leaves no text token"),
-        ("distill.kind=mean_flow init=x compute.attention=cudnn", "differentiates forwards, which compute.attention=cudnn may not"),
-        ("distill.kind=mean_flow init=x compute.attention=auto", "differentiates forwards"),
+        (
+            "distill.kind=mean_flow init=x distill.difference=0 compute.attention=cudnn",
+            "differentiates forwards, which compute.attention=cudnn",
+        ),
+        ("distill.kind=mean_flow init=x distill.difference=0 compute.attention=auto", "differentiates forwards"),
+        ("distill.kind=mean_flow init=x distill.difference=1", "difference=1.0 must lie between 0 and 1"),
         (
             "distill.kind=mean_flow init=x model.modulation=none compute.attention=xla",
             "in place of the guidance number, which this one does not",
@@ -399,8 +441,8 @@ def test_what_cannot_be_is_said(changes, sentence):
         "distill.kind=guidance distill.rule=picture",
         "distill.kind=guidance init=x flow.coupling=optimal_transport flow.time_law=uniform flow.time_weight=parabola",
         "distill.kind=trajectories init=x flow.time_law=noise distill.segments=5 distill.path=somewhere",
-        "distill.kind=mean_flow init=x compute.attention=xla model.modulation=shared model.guidance_embed=true",
-        "distill.kind=mean_flow init=x compute.attention=pieces",
+        "distill.kind=mean_flow init=x compute.attention=auto model.modulation=shared model.guidance_embed=true",
+        "distill.kind=mean_flow init=x distill.difference=0 compute.attention=pieces",
     ],
 )
 def test_what_can_be(changes):
