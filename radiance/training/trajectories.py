@@ -141,7 +141,10 @@ def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source],
     folder, side = folder_of(run), run.data.side
     require_space(folder, len(missing) * SHARD * made.segments * side**2 * run.model.channels * STORED.itemsize)
     pipeline = teacher()
-    captions = {split: chosen_captions(sources[split], pipeline.encoder, run.data, wanted[split].files * SHARD) for split in {split for split, _ in missing}}
+    captions = {
+        split: chosen_captions(sources[split], pipeline.encoder, run.data, wanted[split].files * SHARD)
+        for split in {split for split, _ in missing}
+    }
     with replacing(folder / "trajectories.json") as part:
         part.write_text(json.dumps(made._asdict(), indent=2) + "\n")
     every = run.distill.sample.steps // made.segments
