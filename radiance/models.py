@@ -134,8 +134,8 @@ def opened(model: str | Path, weights: str | None = None, **known: Any) -> Check
         "side": run.data.side,
         "noise_scale": run.flow.noise_scale,
     }
-    losses = [row["validation_loss"] for row in directory.read_metrics() if "validation_loss" in row]
-    measured = {LOSS_KEY: f"{losses[-1]:.6g}"} if losses and run.sample.weights == validated else {}
+    loss = directory.plain_loss()
+    measured = {LOSS_KEY: f"{loss:.6g}"} if loss is not None and run.sample.weights == validated else {}
     metadata = {RUN_KEY: json.dumps(told), **measured}
     if run.lora.rank:
         return replace(lora_files.merged(opened(run.init), trained_lora(model, run)), metadata=metadata)

@@ -27,7 +27,9 @@ FREE = ("output", "compute.", "sample.", "mesh.", "init", "distill.teacher", "di
 
 
 # What is being written and has not its name yet: by `replacing`, and by Orbax.
-UNFINISHED = (".*.part", "samples/.*.part", "checkpoints/*.orbax-checkpoint-tmp*", "averages/*.orbax-checkpoint-tmp*")
+UNFINISHED = (
+    ".*.part", "samples/.*.part", "trajectories/.*.part", "checkpoints/*.orbax-checkpoint-tmp*", "averages/*.orbax-checkpoint-tmp*",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -91,6 +93,11 @@ class RunDirectory:
             except json.JSONDecodeError:
                 break
         return rows
+
+    def plain_loss(self) -> float | None:
+        """The last validation loss; None before the first, and of a run that a teacher taught, whose loss is another."""
+        losses = [row["validation_loss"] for row in self.read_metrics() if "validation_loss" in row]
+        return losses[-1] if losses and self.read_config().distill.kind == "none" else None
 
     def cut_metrics(self, step: int):
         """Forgets what was measured after `step`, which is going to be done again; from step 0 on that is all, for it is measured too."""

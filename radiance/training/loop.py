@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -36,7 +35,7 @@ from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.distillation import Teacher
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
-from radiance.training.start import identity_of, known_loss, load_base, load_weights, start, verdict
+from radiance.training.start import identity_of, known_loss, load_base, load_still, start, verdict
 from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.training.tracking import Trackers, require_trackers
 from radiance.training.trajectories import TrajectoryBatches, fixed_trajectories
@@ -194,8 +193,11 @@ def _feeds(
 
 def _painter(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh) -> Pipeline:
     """The teacher that paints trajectories."""
-    params = load_weights(run.distill.teacher or run.init, run, shardings(abstract(run.model), mesh))
-    return Pipeline(replace(run, sample=run.distill.sample), params, encoder=encoder, mesh=mesh)
+    return Pipeline(run, _weights_of_teacher(run, mesh), encoder=encoder, mesh=mesh)
+
+
+def _weights_of_teacher(run: config.Config, mesh: jax.sharding.Mesh) -> Params:
+    return load_still(run.distill.teacher or run.init, run, run.compute.dtype, places=shardings(abstract(run.model), mesh))
 
 
 def _teacher(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh, base: Params | None) -> Teacher | None:
@@ -206,8 +208,7 @@ def _teacher(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh, base
     if run.distill.needs_teacher and base is not None and not run.distill.teacher:
         params = base
     elif run.distill.needs_teacher:
-        params = load_weights(run.distill.teacher or run.init, run, shardings(abstract(run.model), mesh))
-        params = jax.tree.map(lambda x: x.astype(run.compute.dtype), params)
+        params = _weights_of_teacher(run, mesh)
     _, negative = encode(encoder, [], run.distill.sample, run.model.masking)
     return Teacher(params, put_whole(negative, mesh))
 

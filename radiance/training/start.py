@@ -46,10 +46,14 @@ def load_weights(path: str, run: config.Config, places: Params | None = None) ->
 
 def load_base(run: config.Config, places: Params | None = None) -> Params:
     """The weights that a LoRA run adds to, stored as `run.lora` says."""
-    store = None if run.lora.store == "none" else run.lora.store
-    if not is_run(run.init):
-        return checkpoint.open_checkpoint(run.init, run.model).params(run.lora.dtype, store, places)
-    return checkpoint.of_params(run.model, load_weights(run.init, run), run.init).params(run.lora.dtype, store, places)
+    return load_still(run.init, run, run.lora.dtype, None if run.lora.store == "none" else run.lora.store, places)
+
+
+def load_still(path: str, run: config.Config, dtype: str, store: str | None = None, places: Params | None = None) -> Params:
+    """Weights that are not trained, in as little memory as they may take: of `load_weights`, in `dtype` but for the parts that must stay precise."""
+    if not is_run(path):
+        return checkpoint.open_checkpoint(path, run.model).params(dtype, store, places)
+    return checkpoint.of_params(run.model, load_weights(path, run), path).params(dtype, store, places)
 
 
 def identity_of(path: str, run: config.Config) -> str:
@@ -93,8 +97,7 @@ class Known(NamedTuple):
 def known_loss(run: config.Config) -> Known | None:
     """From the run or the file that `init` names, or from what is known of the published models."""
     if is_run(run.init):
-        losses = [row["validation_loss"] for row in RunDirectory(Path(run.init)).read_metrics() if "validation_loss" in row]
-        loss, source = (losses[-1] if losses else None), "the run it comes from"
+        loss, source = RunDirectory(Path(run.init)).plain_loss(), "the run it comes from"
     else:
         loss, source = checkpoint.noted_loss(open_tensors(run.init)), "the run it was exported from"
     if loss is not None:

@@ -16,6 +16,7 @@ from toys import toy_params
 from radiance import config
 from radiance.data.pipeline import width_for
 from radiance.model.transformer import abstract
+from radiance.models import opened
 from radiance.pipeline import Pipeline
 from radiance.plan import _training, plan
 from radiance.sharding import make_mesh
@@ -23,6 +24,7 @@ from radiance.text.encoders import HashEncoder
 from radiance.training import loop, trajectories
 from radiance.training.distillation import on_segments
 from radiance.training.loop import train
+from radiance.training.start import known_loss
 from radiance.training.trajectories import (
     Trajectories,
     TrajectoryBatches,
@@ -33,6 +35,7 @@ from radiance.training.trajectories import (
     paint_missing,
 )
 from radiance.weights import checkpoint
+from radiance.weights.checkpoint import LOSS_KEY
 from radiance.weights.files import CheckpointError
 
 SMALL = PLAIN | dict(double_blocks=0)
@@ -408,7 +411,16 @@ def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
     shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
     shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
     moved = config.override(unbroken, [f"init={tmp_path / 'moved.safetensors'}", f"distill.path={tmp_path / 'ways'}"])
-    assert train(moved) == 8 and metrics(unbroken) == before
+    half_written = unbroken.directory / "trajectories" / ".train-000000.safetensors.1.part"
+    half_written.touch()
+    assert train(moved) == 8 and metrics(unbroken) == before and not half_written.exists()
+
+
+@pytest.mark.slow
+def test_a_students_loss_is_not_that_of_pictures(unbroken):
+    """So that it tells nothing of weights that are trained on pictures next."""
+    next_run = config.override(unbroken, [f"init={unbroken.directory}", "distill.kind=none", "distill.segments=1"])
+    assert validation(unbroken) and known_loss(next_run) is None and LOSS_KEY not in opened(unbroken.directory).metadata
 
 
 @pytest.mark.slow
@@ -416,7 +428,16 @@ def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
 def test_students_learn(kind, tmp_path, data_directory):
     changes = ["distill.sample.guidance=3", "optimizer.learning_rate=1e-2", "train.validate_every=100", "optimizer.ema=0.5"]
     if kind == "mean_flow":
-        run = student(tmp_path, data_directory, "mean_flow", *changes, "compute.attention=xla", "sample.solver=mean_flow", **MEAN)
+        run = student(
+            tmp_path,
+            data_directory,
+            "mean_flow",
+            *changes,
+            "distill.difference=0",
+            "compute.attention=xla",
+            "sample.solver=mean_flow",
+            **MEAN,
+        )
     else:
         run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **SMALL)
     if kind == "prediction":
@@ -436,7 +457,7 @@ def test_students_learn(kind, tmp_path, data_directory):
 @pytest.mark.slow
 def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
     """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
-    monkeypatch.setattr(loop, "load_weights", lambda *_: pytest.fail("the base is there already"))
+    monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("the base is there already"))
     changes = ["distill.sample.guidance=1", "lora.rank=2", "lora.dtype=float32", "train.steps=1", "data.batch=4"]
     run = student(tmp_path, data_directory, "guidance", *changes, **SMALL)
     assert train(run) == 1
