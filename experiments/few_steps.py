@@ -82,7 +82,7 @@ def config() -> c.Config:
     )  # fmt: skip
 
 
-def compare(teacher: str, students: list[str], pictures: int = 500):
+def compare(teacher: str, students: list[str], pictures: int = 300):
     """Prints a row of each run, and in it for each number of steps: FD(random-network) of painted digits from all real ones of the training split, and how
     far they are from what the teacher paints from the same noise in 30 steps (root mean square, of values in [-1, 1]); and the least share
     of them, over the numbers of steps, that the quickstart's classifier reads as asked. Students, runs or files, paint without guidance. Beside each
