@@ -20,7 +20,45 @@ T5: the encoder of T5 v1.1 XXL. TRAJECTORIES: a folder for them, which all arms 
 
 The blocks alone are trained (of mean_flow also the approximator and what is at the picture's ends), so that all of the difference fits into a LoRA. In
 Chroma's first trainer segments began at real pictures with noise; here they lie on the teacher's own way, where the student will be. The learning rate
-is a guess. Nothing has been run at full size.
+is a guess. Nothing has been run at full size. The toy, for each SEED:
+
+    make quickstart
+    radiance train experiments/few_steps.py:toy distill.path=ways train.seed=SEED name=segments-SEED
+    radiance train experiments/few_steps.py:toy:reflow distill.path=ways train.seed=SEED name=reflow-SEED      and so one_step; the others without ways
+    python experiments/few_steps.py runs/quickstart runs/segments-0 runs/reflow-0 …
+
+Made on 2 CPU cores, shared with other work (2026-11-27, JAX 0.10.2): 1.8 M parameters, 2,048 trajectories in three minutes, 300 steps of a student in three to ten.
+In each cell the distance of 300 digits from the real ones (FD of 480 features of a random network: lower is nearer) and how far they are from what
+the teacher paints from the same noise in 30 steps (root mean square). Where 3 seeds are told it is the mean of 0 to 2, whose distances lie within 2 %;
+the teacher evaluates the network twice a step, for its guidance, and students once.
+
+| | seeds | 1 step | 2 | 4 | 8 | 30 |
+|---|---|---|---|---|---|---|
+| teacher, guidance 2 | | 3.46, 0.243 | 2.01, 0.136 | 1.51, 0.071 | 1.37, 0.041 | 1.27, 0 |
+| teacher without guidance | | 4.21, 0.263 | 1.48, 0.191 | 0.97, 0.186 | 0.86, 0.196 | 0.82, 0.215 |
+| segments | 3 | 2.95, 0.204 | 1.83, 0.120 | 1.46, 0.078 | 1.33, 0.062 | 1.22, 0.054 |
+| reflow | 3 | 1.47, 0.126 | 1.28, 0.091 | 1.24, 0.079 | 1.21, 0.075 | 1.20, 0.075 |
+| one_step | 3 | 1.35, 0.102 | 1.16, 0.121 | 1.24, 0.182 | 1.33, 0.214 | 1.45, 0.248 |
+| guidance | 1 | 3.43, 0.234 | 2.01, 0.140 | 1.52, 0.081 | 1.36, 0.059 | 1.25, 0.050 |
+| guidance_picture | 1 | 3.36, 0.240 | 1.97, 0.151 | 1.42, 0.109 | 1.26, 0.100 | 1.15, 0.104 |
+| mean_flow | 1 | 2.07, 0.160 | 1.27, 0.095 | 1.15, 0.076 | 1.21, 0.060 | 1.17, 0.062 |
+
+- One evaluation of one_step is as near to real digits as 16 of the teacher's, and nearer to the teacher's own pictures than its two steps are. With more
+  steps it leaves them, for it was asked at one time alone. Reflow is near at every number of steps: one of its is worth four of the teacher's.
+- In four segments nothing is gained at four steps beyond the guidance, that is, half the work: digits are painted nearly straight within a quarter of the
+  way as it is. All of it learns the teacher's guided distribution, and not the wider one without guidance, whose distance is least.
+- Guidance in one evaluation: by the teacher's predictions students end half as far from its pictures as by Chroma's rule (0.050 and 0.104),
+  whose targets scatter four times as much at guidance 2; Chroma's lies nearer to the real digits.
+- mean_flow: by derivatives (distill.difference=0) its loss was 14.6 before the first step and 23.6 after 100, where the mean square of a velocity without
+  guidance is at most 2: the network reads 1000·t, and its derivative in t says nothing of a step. By differences it is learned, and at two and
+  four steps it is about the nearest.
+- **As a LoRA** of rank 64 (`--extract runs/quickstart --rank 64`) seed 0 of one_step paints at 1.349, 0.103 in one step, where the weights themselves do at 1.350,
+  0.102, and the model without it at 4.21: all of the gain. At rank 16 it is 1.346, 0.110, of segments at rank 64 1.431, 0.077 in four. Biases, which it
+  cannot carry, changed by up to 72 %, and are not missed.
+
+The classifier of the quickstart reads at least 99 % of them as asked at any number of steps, and of one_step and the teacher without guidance 93 %: digits are
+too easy to tell models apart so. On `shapes`, whose exact reader could, a teacher was not to be had on this machine: a like model of 1.4 M parameters has
+learned backgrounds, sizes and some colours after 2,500 steps of 64 pictures, and no places (F1 0.007), so that the F1 of students is not known.
 """
 
 import sys
