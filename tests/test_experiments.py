@@ -19,6 +19,7 @@ from radiance.training.step import init_state, make_step
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL = ("toy", "rehearsal")  # arms for a CPU
+FOR_A_CPU = ("quickstart", "dilation")  # as they are
 
 
 def arms(path: Path) -> list[str]:
@@ -27,8 +28,8 @@ def arms(path: Path) -> list[str]:
 
 def small(path: Path) -> list[str]:
     """The experiment for a CPU, as it is and behind each of its arms."""
-    if path.stem == "quickstart":
-        return [str(path)]
+    if path.stem in FOR_A_CPU:
+        return [str(path), *(f"{path}:{arm}" for arm in arms(path))]
     return [f"{path}{arm}:{small}" for small in SMALL if small in arms(path) for arm in ("", *(f":{a}" for a in arms(path) if a != small))]
 
 
