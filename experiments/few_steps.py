@@ -19,13 +19,17 @@ T5: the encoder of T5 v1.1 XXL. TRAJECTORIES: a folder for them, which all arms 
 | toy | digits on a CPU, from the quickstart's model; before another arm (`few_steps.py:toy:reflow`) it makes that one small |
 
 The blocks alone are trained (of mean_flow also the approximator and what is at the picture's ends), so that all of the difference fits into a LoRA. In
-Chroma's first trainer segments began at real pictures with noise; here they lie on the teacher's own way, where the student will be. The learning rate
-is a guess. Nothing has been run at full size. The toy, for each SEED:
+Chroma's first trainer segments began at real pictures with noise; here they lie on the teacher's own way, where the student will be. All else is
+experiments/finetune.py; the learning rate is a guess. Nothing has been run at full size. The toy, for each SEED:
 
     make quickstart
     radiance train experiments/few_steps.py:toy distill.path=ways train.seed=SEED name=segments-SEED
     radiance train experiments/few_steps.py:toy:reflow distill.path=ways train.seed=SEED name=reflow-SEED      and so one_step; the others without ways
-    python experiments/few_steps.py runs/quickstart runs/segments-0 runs/reflow-0 …
+    radiance convert runs/one_step-0 lora.safetensors --extract runs/quickstart --rank 64 --to peft --dtype fp32
+    radiance convert runs/quickstart merged.safetensors --lora lora.safetensors --dtype fp32
+    python experiments/few_steps.py runs/quickstart ./runs/quickstart runs/segments-0 runs/reflow-0 … merged.safetensors
+
+The second ./runs/quickstart is the teacher without guidance, as all but the first are.
 
 Made on 2 CPU cores, shared with other work (2026-11-27, JAX 0.10.2): 1.8 M parameters, 2,048 trajectories in three minutes, 300 steps of a student in three to ten.
 In each cell the distance of 300 digits from the real ones (FD of 480 features of a random network: lower is nearer) and how far they are from what
@@ -49,21 +53,22 @@ the teacher evaluates the network twice a step, for its guidance, and students o
   way as it is. All of it learns the teacher's guided distribution, and not the wider one without guidance, whose distance is least.
 - Guidance in one evaluation: by the teacher's predictions students end half as far from its pictures as by Chroma's rule (0.050 and 0.104),
   whose targets scatter four times as much at guidance 2; Chroma's lies nearer to the real digits.
-- mean_flow: by derivatives (distill.difference=0) its loss was 14.6 before the first step and 23.6 after 100, where the mean square of a velocity without
+- mean_flow: by derivatives (`distill.difference=0 compute.attention=pieces`) its loss was 14.6 before the first step and 23.6 after 100, where the mean square of a velocity without
   guidance is at most 2: the network reads 1000·t, and its derivative in t says nothing of a step. By differences it is learned, and at two and
   four steps it is about the nearest.
-- **As a LoRA** of rank 64 (`--extract runs/quickstart --rank 64`) seed 0 of one_step paints at 1.349, 0.103 in one step, where the weights themselves do at 1.350,
+- **As a LoRA** of rank 64 seed 0 of one_step paints at 1.349, 0.103 in one step, where the weights themselves do at 1.350,
   0.102, and the model without it at 4.21: all of the gain. At rank 16 it is 1.346, 0.110, of segments at rank 64 1.431, 0.077 in four. Biases, which it
   cannot carry, changed by up to 72 %, and are not missed.
 
 The classifier of the quickstart reads at least 99 % of them as asked at any number of steps, and of one_step and the teacher without guidance 93 %: digits are
-too easy to tell models apart so. On `shapes`, whose exact reader could, a teacher was not to be had on this machine: a like model of 1.4 M parameters has
-learned backgrounds, sizes and some colours after 2,500 steps of 64 pictures, and no places (F1 0.007), so that the F1 of students is not known.
+too easy to tell models apart so. On `shapes`, whose exact reader could, no teacher that paints objects where they were asked for was to be had in the
+time at hand, so that the F1 of students is not known.
 """
 
 import sys
 from pathlib import Path
 
+import finetune
 import numpy as np
 import quickstart
 
@@ -99,24 +104,15 @@ STEPS = (1, 2, 4, 8, 30)
 
 
 def config() -> c.Config:
-    return c.Config(
-        name="few_steps",
-        init="chroma-radiance-x0.safetensors",
-        model=c.Model.named("chroma1-radiance-x0"),
-        compute=c.Compute(dtype="bfloat16", remat="full"),
-        text=c.Text(encoder="t5", length=512),
-        data=c.Data(source="folder", side=512, batch=128, caption_dropout=0.0, threads=16),
-        flow=c.Flow(time_law="uniform", epsilon=0.05, bound="add"),
-        optimizer=c.Optimizer(
-            learning_rate=1e-5, warmup_steps=100, beta1=0.9, beta2=0.95, accumulate=2, frozen=("text_embed", "modulation", "patch_embed", "head"),
-            ema=(0.999,),
-        ),
-        distill=c.Distill(
-            kind="trajectories", segments=4, trajectories=65_536, sample=c.Sample(solver="heun", steps=12, guidance=3.5, batch=16)
-        ),
-        train=c.Train(steps=5_000, validate_every=250, sample_every=250, checkpoint_every=250, keep=2),
-        sample=c.Sample(solver="euler", steps=4, guidance=1.0),
-        mesh=c.Mesh(data=1, fsdp=-1),
+    return c.override(
+        finetune.config(),
+        [
+            "name=few_steps", "init=chroma-radiance-x0.safetensors", "data.batch=128", "data.caption_dropout=0", "flow.time_law=uniform",
+            "optimizer.learning_rate=1e-5", "optimizer.weight_decay=0", "optimizer.accumulate=2",
+            "optimizer.frozen=text_embed,modulation,patch_embed,head", "optimizer.ema=0.999", "distill.kind=trajectories", "distill.segments=4",
+            "distill.trajectories=65536", "distill.sample.steps=12", "distill.sample.batch=16", "train.steps=5000", "train.validate_every=250",
+            "train.sample_every=250", "train.checkpoint_every=250", "sample.steps=4", "sample.schedule=uniform", "sample.guidance=1",
+        ],
     )  # fmt: skip
 
 

@@ -164,11 +164,11 @@ def _training(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Callable[[],
         points = (count, run.distill.segments, side, side, run.model.channels)
         shapes |= {"image": (points, STORED), "seed": ((count,), "uint32")}
     teacher, predicting = None, None  # its weights beside those of the run, if it has any
-    if run.distill.kind in ("guidance", "mean_flow"):
-        if run.distill.needs_teacher and not (run.lora.rank and not run.distill.teacher):
+    if run.distill.in_every_step:
+        if run.distill.needs_teacher and not run.base_teaches:
             predicting = _weights(run.model, run.compute.dtype, "none", mesh)
         negative = Condition(jax.ShapeDtypeStruct((1, *text), _text_type(run)), jax.ShapeDtypeStruct((1,), "int32"))
-        teacher = Teacher(predicting or (base if run.distill.needs_teacher else None), negative)
+        teacher = Teacher(base if run.base_teaches else predicting, negative)
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=spread) for name, (shape, kind) in shapes.items()}
     step = jax.jit(make_step(run), in_shardings=(places, None, None, None, None), out_shardings=(places, None), donate_argnums=0)
     held = {"parameters": (like.params, base, predicting), "averages": like.ema, "optimizer": like.optimizer, "batch": batch}

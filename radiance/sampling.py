@@ -189,9 +189,9 @@ def integrate(
 ) -> Image | Way:
     """Follows dx/dt = velocity(x, t, index of t in times, guided) from the first time to the last; with `way` x at every time.
 
-    euler, and mean_flow, whose velocity is the mean one of the step; heun (one more evaluation a step, except where it would be at time 0); dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095,
-    for α = 1 − t, σ = t: second order at one evaluation a step; the steps at times 1 and 0, where λ is infinite, and the one after
-    time 1 are of first order).
+    euler, and mean_flow, whose velocity is the mean one of the step; heun (one more evaluation a step, except where it would be at time 0);
+    dpmpp_2m (DPM-Solver++ 2M, arXiv 2211.01095, for α = 1 − t, σ = t: second order at one evaluation a step; the steps at times 1 and 0,
+    where λ is infinite, and the one after time 1 are of first order).
     """
     steps = len(times) - 1
     guided = np.zeros((steps, 2), bool) if guided is None else guided

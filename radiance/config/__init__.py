@@ -110,7 +110,6 @@ class Config(Section):
             self.sample.width is not None or self.sample.weights in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema)),
             f"sample.weights={self.sample.weights}, but the averages are optimizer.ema={self.optimizer.ema}: name one of them, ema or params.",
         )
-
         self._check_distillation()
 
     def _check_distillation(self):
@@ -122,7 +121,7 @@ class Config(Section):
         if kind == "none":
             return
         require(
-            bool(self.distill.teacher or self.init) or not (self.distill.needs_teacher or kind == "trajectories"),
+            bool(self.teacher) or not (self.distill.needs_teacher or kind == "trajectories"),
             f"distill.kind={kind} learns from a teacher: give distill.teacher=FILE_OR_RUN, or init, to start from it too.",
         )
         require(
@@ -146,6 +145,16 @@ class Config(Section):
             "distill.kind=mean_flow tells the network a step's length in place of the guidance number, which this one does not read: use "
             "model.guidance_embed=true or model.modulation=approximator.",
         )
+
+    @property
+    def teacher(self) -> str:
+        """The run directory or file that `distill` learns from."""
+        return self.distill.teacher or self.init
+
+    @property
+    def base_teaches(self) -> bool:
+        """Whether the teacher of every step is what a LoRA adds to, which is in memory already."""
+        return self.distill.needs_teacher and self.lora.rank > 0 and not self.distill.teacher
 
     @property
     def directory(self) -> Path:

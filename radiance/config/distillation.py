@@ -25,10 +25,11 @@ class Distill(Section):
     rule: Literal["prediction", "picture"] = "prediction"
     segments: int = 1  # of trajectories: parts of the way that are made straight, each by itself; 1 is reflow
     trajectories: int = 16_384  # that are painted and kept, beside train.validate_pictures for validation
-    difference: float = 0.05  # of mean_flow: the part of a step that is the teacher's; 0: a derivative, by differentiating forwards
     path: str = ""  # folder to keep them in, which several runs may share; empty: in the run directory
+    difference: float = 0.05  # of mean_flow: the part of a step that is the teacher's; 0: a derivative, by differentiating forwards
 
     def check(self):
+        require(self.kind != "none" or not self.teacher, f"distill.teacher={self.teacher} teaches nothing yet: say what, by distill.kind.")
         require(self.segments >= 1, f"distill.segments={self.segments} must be at least 1.")
         require(self.trajectories >= 1, f"distill.trajectories={self.trajectories} must be at least 1.")
         require(0 <= self.difference < 1, f"distill.difference={self.difference} must lie between 0 and 1: it is a part of the time.")
@@ -42,6 +43,11 @@ class Distill(Section):
         )
 
     @property
+    def in_every_step(self) -> bool:
+        """Whether targets are made in every step, by guidance."""
+        return self.kind in ("guidance", "mean_flow")
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether its weights are wanted in every step."""
-        return self.kind == "mean_flow" or (self.kind == "guidance" and self.rule == "prediction")
+        """Whether the teacher predicts in every step."""
+        return self.in_every_step and (self.kind, self.rule) != ("guidance", "picture")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from radiance import config, flow
 from radiance.model.transformer import Params, Transformer, bind
@@ -60,7 +60,7 @@ def guidance_target(
     if run.distill.rule == "prediction":
         return guided(run, bind(run.model, run.compute, teacher.params), batch, noisy, divisor, teacher.negative)
     led = guide(plain, velocity(student, batch, noisy, divisor, teacher.negative), run.distill.sample)
-    return jnp.where(batch["dropped"][:, None, None, None], plain, led) if "dropped" in batch else led
+    return jnp.where(wide(batch["dropped"]), plain, led) if "dropped" in batch else led
 
 
 def mean_flow_losses(
@@ -82,9 +82,6 @@ def mean_flow_losses(
     def mean(x, time, length):
         return student(x, batch["text"], batch["lengths"], time, length, divisor=divided(run.flow, time))
 
-    def wide(x):
-        return x[:, None, None, None]
-
     if run.distill.difference == 0:
         found, change = jax.jvp(mean, (noisy, time, length), (along, jnp.ones_like(time), jnp.ones_like(time)))
         target = along - wide(length) * change
@@ -93,6 +90,11 @@ def mean_flow_losses(
         rest = mean(noisy - wide(part) * along, time - part, length - part)
         target = jnp.where(wide(length) > 0, (wide(part) * along + wide(length - part) * rest) / wide(jnp.maximum(length, 1e-9)), along)
     return flow.squared_error(found, jax.lax.stop_gradient(target))
+
+
+def wide(x: Shaped[Array, " b"]) -> Shaped[Array, "b 1 1 1"]:
+    """One of each picture, beside its pixels."""
+    return x[:, None, None, None]
 
 
 def evened(losses: Float32[Array, " b"]) -> Float32[Array, " b"]:
@@ -131,9 +133,6 @@ def on_segments(run: config.Config, batch: dict[str, Array], segment: Int32[Arra
     ends = jnp.asarray(segment_times(run, (height // run.model.patch) * (width // run.model.patch)))
     rows = jnp.arange(count)
     (begin, end), (later, sooner) = (points[rows, segment], points[rows, segment + 1]), (ends[segment], ends[segment + 1])
-
-    def wide(t):
-        return t[:, None, None, None]
 
     slope = (begin - end) / wide(later - sooner)
     lines = {"image": end - wide(sooner) * slope, "noise": end + wide(1 - sooner) * slope, "time": sooner + (later - sooner) * place}

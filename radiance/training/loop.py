@@ -35,10 +35,9 @@ from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.distillation import Teacher
 from radiance.training.optimizer import join, learning_rate, split_frozen
 from radiance.training.progress import Profile, Progress
-from radiance.training.start import identity_of, known_loss, load_base, load_still, start, verdict
+from radiance.training.start import check_weights, identity_of, known_loss, load_base, load_still, start, verdict
 from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.training.tracking import Trackers, require_trackers
-from radiance.training.trajectories import TrajectoryBatches, fixed_trajectories
 from radiance.weights.files import CheckpointError, require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
@@ -54,7 +53,7 @@ def train(run: config.Config) -> int:
     Raises ConfigError, DataError, TextError or CheckpointError before any work when something does not fit, and TrainingError
     when the loss stays non-finite.
     """
-    # 1. What is asked, and with what. Everything that can be wrong is found here, and nothing is written.
+    # 1. What is asked, and with what. Everything that can be wrong is found here, and nothing is written but a teacher's trajectories, last.
     mesh = make_mesh(run.mesh)
     _check(run, mesh)
     # Text is encoded by each host for its own rows, whenever they are wanted: on its own devices.
@@ -66,9 +65,9 @@ def train(run: config.Config) -> int:
     if run.lora.rank:
         data["base"] = {"identity": identity_of(run.init, run)}
     if run.distill.needs_teacher:
-        data["teacher"] = {"identity": identity_of(run.distill.teacher or run.init, run)}
+        data["teacher"] = {"identity": identity_of(run.teacher, run)}
     if run.distill.kind == "trajectories":
-        made = trajectories.painted(run, sources, encoder, identity_of(run.distill.teacher or run.init, run))
+        made = trajectories.painted(run, sources, encoder, identity_of(run.teacher, run))
         made = trajectories.as_there(trajectories.folder_of(run), made)
         data["trajectories"] = made._asdict()
     directory = RunDirectory(run.directory)
@@ -76,18 +75,18 @@ def train(run: config.Config) -> int:
     prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
     encoder(prompts)  # none is over the limit
     known = known_loss(run) if run.init and run.distill.kind == "none" else None
+    like = jax.eval_shape(partial(init_state, run))
+    require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     if run.distill.kind == "trajectories":
         trajectories.paint_missing(run, made, sources, partial(_painter, run, encoder, own))
     batches, validation = _feeds(run, sources, encoder, mesh)
 
     # 2. The state: this run's newest checkpoint, else the weights of `init`, else fresh ones; born on its devices.
-    like = jax.eval_shape(partial(init_state, run))
     places = shardings(like, mesh)
     like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places)
     first_host = jax.process_index() == 0
     if first_host:
         directory.clean()
-    require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     checkpoints = Checkpoints(directory.checkpoints, run.train.keep, run.train.keep_every)
     first, state, origin = start(run, checkpoints, like, places)
     base = load_base(run, shardings(abstract(run.model), mesh)) if run.lora.rank else None
@@ -180,35 +179,33 @@ def train(run: config.Config) -> int:
 
 def _feeds(
     run: config.Config, sources: Mapping[str, Source], encoder: Encoder, mesh: jax.sharding.Mesh
-) -> tuple[Batches | TrajectoryBatches, list]:
+) -> tuple[Batches | trajectories.TrajectoryBatches, list]:
     """The batches of this host, and those for validation."""
     rows, masking = host_rows(mesh, run.data.batch), run.model.masking
     if run.distill.kind == "trajectories":
         ways = trajectories.of_run(run)
-        batches = TrajectoryBatches(ways["train"], run.data, encoder, run.train.seed, run.train.steps, masking, rows)
-        return batches, fixed_trajectories(ways["validation"], encoder, masking, run.data.batch)
+        batches = trajectories.TrajectoryBatches(ways["train"], run.data, encoder, run.train.seed, run.train.steps, masking, rows)
+        return batches, trajectories.fixed_trajectories(ways["validation"], encoder, masking, run.data.batch)
     batches = Batches(sources["train"], run.data, encoder, run.train.seed, run.train.steps, masking, rows)
     return batches, fixed_batches(sources["validation"], run.data, encoder, run.train.validate_pictures, masking)
 
 
 def _painter(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh) -> Pipeline:
-    """The teacher that paints trajectories."""
+    """The teacher that paints trajectories; only when what the student starts from is there too, for painting takes long."""
+    if run.init and not run.lora.rank:
+        check_weights(run.init, run)
     return Pipeline(run, _weights_of_teacher(run, mesh), encoder=encoder, mesh=mesh)
 
 
 def _weights_of_teacher(run: config.Config, mesh: jax.sharding.Mesh) -> Params:
-    return load_still(run.distill.teacher or run.init, run, run.compute.dtype, places=shardings(abstract(run.model), mesh))
+    return load_still(run.teacher, run, run.compute.dtype, places=shardings(abstract(run.model), mesh))
 
 
 def _teacher(run: config.Config, encoder: Encoder, mesh: jax.sharding.Mesh, base: Params | None) -> Teacher | None:
     """What every step is given of a teacher, in the precision of the computation. A LoRA's own base is one already."""
-    if run.distill.kind not in ("guidance", "mean_flow"):
+    if not run.distill.in_every_step:
         return None
-    params = None
-    if run.distill.needs_teacher and base is not None and not run.distill.teacher:
-        params = base
-    elif run.distill.needs_teacher:
-        params = _weights_of_teacher(run, mesh)
+    params = base if run.base_teaches else _weights_of_teacher(run, mesh) if run.distill.needs_teacher else None
     _, negative = encode(encoder, [], run.distill.sample, run.model.masking)
     return Teacher(params, put_whole(negative, mesh))
 
@@ -232,12 +229,12 @@ class _Tally:
 
 
 def _speed(run: config.Config, rate: float, shapes: Sequence[tuple[int, int, int]]) -> dict[str, float]:
-    """Operations a second of each device, and their share of what it can do, where that is known. Where a teacher predicts in every step, which are
-    not counted, nothing.
+    """Operations a second of each device, and their share of what it can do, where that is known. Nothing where a teacher
+    works in every step, which is not counted.
 
     rate: pictures a second of each. shapes: height, width and text tokens of a picture, step by step.
     """
-    if run.distill.kind in ("guidance", "mean_flow"):
+    if run.distill.in_every_step:
         return {}
     flops = rate * np.mean([training_flops(run.model, *shape, run.lora.rank > 0) for shape in shapes])
     device = device_named(jax.devices()[0].device_kind)

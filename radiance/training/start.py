@@ -16,7 +16,7 @@ from radiance.model.transformer import Params
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import RunDirectory, is_run
 from radiance.training.step import VALIDATION_BINS, State, init_state
-from radiance.weights import checkpoint
+from radiance.weights import checkpoint, native
 from radiance.weights.files import open_tensors
 
 FAR = 1.5  # times more or less than is known
@@ -53,7 +53,19 @@ def load_still(path: str, run: config.Config, dtype: str, store: str | None = No
     """Weights that are not trained, in as little memory as they may take: of `load_weights`, in `dtype` but for the parts that must stay precise."""
     if not is_run(path):
         return checkpoint.open_checkpoint(path, run.model).params(dtype, store, places)
-    return checkpoint.of_params(run.model, load_weights(path, run), path).params(dtype, store, places)
+    if store:
+        return checkpoint.of_params(run.model, load_weights(path, run), path).params(dtype, store, places)
+    weights = load_weights(path, run, places)  # in parts, where there are places
+    leaves = [x if path.startswith(checkpoint.PRECISE) else x.astype(dtype) for path, x in native.flatten(weights).items()]
+    return jax.tree.unflatten(jax.tree.structure(weights), leaves)
+
+
+def check_weights(path: str, run: config.Config):
+    """Raises ConfigError or CheckpointError when `load_weights` would, as far as can be told without reading them."""
+    if is_run(path):
+        _other_run(path, run)
+    else:
+        checkpoint.open_checkpoint(path, run.model)
 
 
 def identity_of(path: str, run: config.Config) -> str:

@@ -35,7 +35,7 @@ SPLITS = ("train", "validation")  # their seeds are the even and the odd numbers
 class Trajectories:
     """Those of one split of a folder: the first `count`. They may be missing yet.
 
-    segments: of each, of which a whole number is in one of those that the folder's were painted in.
+    segments: of each; they may be of several that the folder's were painted in.
     """
 
     def __init__(self, folder: Path, split: str, count: int, segments: int):
@@ -166,6 +166,7 @@ def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source],
 def chosen_captions(source: Source, encoder: Encoder, rules: config.Data, count: int) -> list[str]:
     """One of each picture, in a random order that no seed of a run changes, and others of them when all are used; those that the encoder would
     cut are passed over. Raises ConfigError when none is left."""
+    rules = replace(rules, caption_dropout=0.0)
     found: list[str] = []
     for position, index in enumerate(_in_order(len(source))):
         if len(found) == count:
@@ -173,7 +174,7 @@ def chosen_captions(source: Source, encoder: Encoder, rules: config.Data, count:
         if position == len(source) and not found:
             raise config.ConfigError(f"No caption fits text.length={encoder.limit}: raise it.")
         drawn = draws(0, Of.CAPTION, position)
-        caption = caption_of(source.captions(index), source.tags(index), replace(rules, caption_dropout=0.0), drawn)
+        caption = caption_of(source.captions(index), source.tags(index), rules, drawn)
         if encoder.count(caption) <= encoder.limit:
             found.append(caption)
     return found
@@ -202,6 +203,7 @@ class TrajectoryBatches:
     ):
         self.ways, self.data, self.encoder, self.seed, self.steps, self.masking = ways, data, encoder, seed, steps, masking
         self.rows = range(data.batch) if rows is None else rows
+        self._rules = config.Data(caption_dropout=data.caption_dropout)  # all others have been followed
         self._order = lru_cache(maxsize=2)(lambda epoch: shuffled(draws(seed, Of.PICTURES, epoch), ways.count))
 
     def __getitem__(self, step: int) -> Batch:
@@ -216,8 +218,7 @@ class TrajectoryBatches:
         return batch | {"cut": np.int32(0), "skipped": np.int32(0)}
 
     def _caption(self, position: int, index: int) -> str | None:
-        kept = config.Data(caption_dropout=self.data.caption_dropout)
-        return caption_of([self.ways.caption(index)], False, kept, draws(self.seed, Of.CAPTION, position))
+        return caption_of([self.ways.caption(index)], False, self._rules, draws(self.seed, Of.CAPTION, position))
 
     def start(self, step: int) -> grain.DatasetIterator[Batch]:
         """Batches from `step` on, read ahead. To be closed."""

@@ -353,7 +353,7 @@ def test_steps_end_between_zero_and_their_begin():
 def test_ends_are_drawn_anew_and_beside_what_was_drawn(mean, monkeypatch):
     batch = batch_of(config.override(mean, ["data.batch=64"]))
     drawn = [with_noise(mean, batch, jax.random.key(i)) for i in (1, 2)]
-    other = with_noise(config.override(mean, ["distill.kind=none"]), batch, jax.random.key(1))
+    other = with_noise(config.override(mean, ["distill.kind=none", "distill.teacher="]), batch, jax.random.key(1))
     assert "until" not in other and same({name: drawn[0][name] for name in other}, other)
     assert not np.array_equal(drawn[0]["until"] < drawn[0]["time"], drawn[1]["until"] < drawn[1]["time"])
     monkeypatch.setattr(step, "picture_losses", lambda run, params, batch, teacher: jnp.stack([batch["time"], batch["until"]], axis=-1))
@@ -407,6 +407,7 @@ def _pipeline(run):
         ("distill.kind=trajectories distill.segments=3", "steps=10 does not divide into distill.segments=3"),
         ("distill.kind=guidance distill.segments=2", "are of distill.kind=trajectories, not of guidance"),
         ("distill.path=somewhere", "are of distill.kind=trajectories, not of none"),
+        ("distill.teacher=somewhere", "teacher=somewhere teaches nothing yet: say what, by distill.kind"),
         ("flow.time_law=noise", "time_law=noise teaches no time but 1, and distill.kind=none"),
         ("distill.kind=guidance distill.teacher=x flow.time_law=noise", "time_law=noise teaches no time but 1"),
         ("distill.kind=guidance", "kind=guidance learns from a teacher: give distill.teacher"),

@@ -1,4 +1,4 @@
-"""Trajectories: how they are painted, kept and read as batches; and whole runs of students."""
+"""Trajectories: how they are painted, kept and read as batches."""
 
 import json
 import shutil
@@ -10,21 +10,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from runs import PLAIN, metrics, same, state_of, toy_run
+from runs import PLAIN, same, toy_run
 from toys import toy_params
 
 from radiance import config
 from radiance.data.pipeline import width_for
-from radiance.model.transformer import abstract
-from radiance.models import opened
 from radiance.pipeline import Pipeline
-from radiance.plan import _training, plan
-from radiance.sharding import make_mesh
 from radiance.text.encoders import HashEncoder
-from radiance.training import loop, trajectories
+from radiance.training import trajectories
 from radiance.training.distillation import on_segments
-from radiance.training.loop import train
-from radiance.training.start import known_loss
 from radiance.training.trajectories import (
     Trajectories,
     TrajectoryBatches,
@@ -34,8 +28,6 @@ from radiance.training.trajectories import (
     of_run,
     paint_missing,
 )
-from radiance.weights import checkpoint
-from radiance.weights.checkpoint import LOSS_KEY
 from radiance.weights.files import CheckpointError
 
 SMALL = PLAIN | dict(double_blocks=0)
@@ -337,176 +329,8 @@ def test_no_room_on_the_disk(encoder, tmp_path, monkeypatch):
         paint_missing(run, made_of(run, encoder), SOURCES, lambda: (_ for _ in ()).throw(SystemExit))
 
 
-def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
-    changes = ["distill.sample.schedule=beta", "distill.sample.beta=0.01,0.01", "distill.sample.steps=100"]
-    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL)
-    with pytest.raises(config.ConfigError, match="repeats a time"):
-        train(run)
-    assert not run.directory.exists()
-
-
 def test_several_hosts_paint_nothing(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     run = run_of(tmp_path)
     with pytest.raises(config.ConfigError, match="16 trajectories are not painted yet, which one host does: .* distill.path=FOLDER"):
         paint_missing(run, made_of(run, encoder), SOURCES, partial(pytest.fail, "began to paint"))
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
-
-
-def saved(folder, model, seed=0):
-    file = folder / f"teacher{seed}.safetensors"
-    checkpoint.write(file, model, toy_params(model, seed))
-    return file
-
-
-def student(output, data_directory, kind, *changes, seed=0, **model):
-    """A run that starts from its teacher."""
-    run = toy_run(output, data_directory, "train.sample_every=100", **model)
-    file = saved(output, run.model, seed)
-    return config.override(run, [f"init={file}", f"distill.kind={kind}", "distill.sample.steps=4", "distill.sample.batch=4", *changes])
-
-
-def validation(run):
-    return [row["validation_loss"] for row in metrics(run) if "validation_loss" in row]
-
-
-ON_WAYS = ["distill.segments=2", "distill.trajectories=10", "train.validate_pictures=3"]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data_directory):
-    run = student(tmp_path_factory.mktemp("student"), data_directory, "trajectories", *ON_WAYS, "data.batch=4", **SMALL)
-    assert train(run) == 8
-    return run
-
-
-@pytest.mark.slow
-def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
-    kept = unbroken.directory / "trajectories"
-    assert len(files(kept)) == 4 and len(validation(unbroken)) == 3
-    told = json.loads((unbroken.directory / "data.json").read_text())["trajectories"]
-    assert told["segments"] == 2 and told["sample"]["steps"] == 4
-    broken = config.override(unbroken, ["name=broken", f"distill.path={kept}", "train.steps=3"])
-    before = files(kept)
-    assert train(broken) == 3
-    assert train(config.override(broken, ["train.steps=8"])) == 8
-    assert files(kept) == before and not (broken.directory / "trajectories").exists()
-    assert same(state_of(broken, 8), state_of(unbroken, 8))
-    expected = [row for row in metrics(unbroken) if row["step"] > 3 and "loss" in row]
-    assert [row for row in metrics(broken) if row["step"] > 3 and "loss" in row] == expected
-
-
-@pytest.mark.slow
-def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
-    other = saved(tmp_path, unbroken.model, seed=3)
-    with pytest.raises(config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"):
-        train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
-
-
-@pytest.mark.slow
-def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
-    before = metrics(unbroken)
-    shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
-    shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
-    moved = config.override(unbroken, [f"init={tmp_path / 'moved.safetensors'}", f"distill.path={tmp_path / 'ways'}"])
-    half_written = unbroken.directory / "trajectories" / ".train-000000.safetensors.1.part"
-    half_written.touch()
-    assert train(moved) == 8 and metrics(unbroken) == before and not half_written.exists()
-
-
-@pytest.mark.slow
-def test_a_students_loss_is_not_that_of_pictures(unbroken):
-    """So that it tells nothing of weights that are trained on pictures next."""
-    next_run = config.override(unbroken, [f"init={unbroken.directory}", "distill.kind=none", "distill.segments=1"])
-    assert validation(unbroken) and known_loss(next_run) is None and LOSS_KEY not in opened(unbroken.directory).metadata
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["prediction", "picture", "mean_flow"])
-def test_students_learn(kind, tmp_path, data_directory):
-    changes = ["distill.sample.guidance=3", "optimizer.learning_rate=1e-2", "train.validate_every=100", "optimizer.ema=0.5"]
-    if kind == "mean_flow":
-        run = student(
-            tmp_path,
-            data_directory,
-            "mean_flow",
-            *changes,
-            "distill.difference=0",
-            "compute.attention=xla",
-            "sample.solver=mean_flow",
-            **MEAN,
-        )
-    else:
-        run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **SMALL)
-    if kind == "prediction":
-        run = config.override(run, [f"distill.teacher={saved(tmp_path, run.model, 1)}"])
-    assert train(run) == 8
-    before, after = validation(run)
-    assert 0 < after < before
-    data = json.loads((run.directory / "data.json").read_text())
-    assert ("teacher" in data) == (kind != "picture")
-    assert not any("tflops_per_device" in json.loads(line) for line in run.directory.joinpath("metrics.jsonl").read_text().splitlines())
-    if kind == "prediction":
-        other = saved(tmp_path, run.model, seed=3)
-        with pytest.raises(config.ConfigError, match=r"on other data \(teacher in data.json\)"):
-            train(config.override(run, [f"distill.teacher={other}", "train.steps=9"]))
-
-
-@pytest.mark.slow
-def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
-    """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
-    monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("the base is there already"))
-    changes = ["distill.sample.guidance=1", "lora.rank=2", "lora.dtype=float32", "train.steps=1", "data.batch=4"]
-    run = student(tmp_path, data_directory, "guidance", *changes, **SMALL)
-    assert train(run) == 1
-    assert max(validation(run)) < 1e-10
-    data = json.loads((run.directory / "data.json").read_text())
-    assert data["teacher"] == data["base"]
-
-
-@pytest.mark.slow
-def test_a_latent_model_needs_no_pictures(tmp_path, data_directory):
-    changes = [*ON_WAYS, "distill.sample.guidance=2", "data.batch=4", "train.steps=4", "optimizer.learning_rate=1e-2", "optimizer.ema=0.5"]
-    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL, patch=1, channels=6)
-    assert train(run) == 4
-    before, *_, after = validation(run)
-    assert after < before
-    assert of_run(run)["train"].points(0).shape == (2, 8, 8, 6) and not list(run.directory.glob("samples/*.png"))
-    with pytest.raises(config.ConfigError, match="pictures of 3 channels: train a pixel model"):
-        train(config.override(run, ["distill.kind=guidance", "distill.segments=1", "name=other"]))
-
-
-# --- what it will cost ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes, teachers, model",
-    [
-        ("distill.kind=guidance", 1, SMALL),
-        ("distill.kind=guidance distill.rule=picture", 0, SMALL),
-        ("distill.kind=trajectories distill.segments=2", 0, SMALL),
-        ("distill.kind=mean_flow compute.attention=xla", 1, MEAN),
-    ],
-)
-def test_a_plan_counts_the_teacher(changes, teachers, model):
-    run = toy_run(
-        "unused", "unused", "distill.teacher=another", "data.batch=2", "optimizer.ema=0.9", "mesh.data=1", *changes.split(), **model
-    )
-    lower, held = _training(run, make_mesh(run.mesh, jax.devices()[:1]))
-    lower()  # the step takes what is planned for
-    parameters = sum(x.size for x in jax.tree.leaves(abstract(run.model)))
-    assert sum(x.size for x in jax.tree.leaves(held["parameters"])) == (1 + teachers) * parameters
-    if run.distill.kind == "trajectories":
-        assert held["batch"]["image"].shape == (2, 2, 8, 8, 3) and held["batch"]["image"].dtype == np.float16
-    if changes == "distill.kind=guidance":
-        found = plan(run, "cpu")
-        assert (found.parameters, found.averages) == (2 * 4 * parameters, 4 * parameters)
-
-
-def test_a_plan_counts_a_loras_base_once():
-    changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch=2"]
-    runs = [toy_run("unused", "unused", *changes, teacher, **SMALL) for teacher in ("distill.teacher=", "distill.teacher=another")]
-    sizes = [sum(x.size for x in jax.tree.leaves(_training(run, make_mesh(run.mesh))[1]["parameters"])) for run in runs]
-    assert sizes[1] - sizes[0] == sum(x.size for x in jax.tree.leaves(abstract(runs[0].model)))
