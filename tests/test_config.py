@@ -190,6 +190,8 @@ def test_models_that_cannot_be(changes, match):
         ("data.background=0,0,256", "three numbers from 0 to 255"),
         ("data.mirror=2", "data.mirror=2.0 must lie between 0 and 1"),
         ("data.dropout_to=masked", "model.padding=encoder has nothing to put there"),
+        ("data.shapes.objects=0", "data.shapes.objects=0 must be a whole number from 1 to 5"),
+        ("data.shapes.objects=6", "data.shapes.objects=6 must"),
         ("data.tag_drop=1.5", "data.tag_drop=1.5 must lie between 0 and 1"),
         ("data.broken_limit=-1", "data.broken_limit=-1.0 must lie between 0 and 1"),
         ("optimizer.accumulate=3", "data.batch=256 does not divide into optimizer.accumulate=3"),

@@ -34,10 +34,12 @@ class Shapes(Section):
 
     law: Literal["short", "mixed", "full"] = "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
     limit: int = 64  # longest caption in tokens, end-of-sequence included
+    objects: int = 5  # of a picture at most; of one alone a small model learns in minutes what captions say
     count: int = 2**20  # pictures of an epoch, and of the validation split: training for longer than one sees them again
     seed: int = 0  # of the scenes, and of their captions
 
     def check(self):
+        require(1 <= self.objects <= 5, f"data.shapes.objects={self.objects} must be a whole number from 1 to 5.")
         require(self.count >= 1, f"data.shapes.count={self.count} must be at least 1.")
         require(0 <= self.seed < 2**32, f"data.shapes.seed={self.seed} must be a whole number from 0 to 2**32 - 1.")
 

@@ -1,7 +1,8 @@
 """`shapes`: pictures without end, each drawn from (seed, index) and known to the last attribute.
 
-One to five objects stand in different cells of a 4×4 grid, on a plain background. Everything is a function of (seed, index) and
-the side alone, through numbers from Philox and operations that IEEE 754 rounds exactly: the same pixels on every machine.
+One to five objects, or fewer where that is asked for, stand in different cells of a 4×4 grid, on a plain background. Everything is
+a function of (seed, index) and the side alone, through numbers from Philox and operations that IEEE 754 rounds exactly: the same
+pixels on every machine.
 
 Lengths are in cells, x to the right and y down.
 """
@@ -153,8 +154,8 @@ def coverage(
 # --- scenes -----------------------------------------------------------------------------------------------------------
 
 
-def scene(seed: int, index: int, split: Split = "train") -> Scene:
-    """Scene `index` ≥ 0 of the endless list that the seed (0 ≤ seed < 2³²) gives.
+def scene(seed: int, index: int, split: Split = "train", most: int = MOST) -> Scene:
+    """Scene `index` ≥ 0 of the endless list that the seed (0 ≤ seed < 2³²) gives, of one to `most` objects (1 ≤ most ≤ 5).
 
     Training has none of the pairs of HELD_OUT; in validation all pairs are equally likely. All numbers are drawn whether or not
     they are needed, so that no attribute hangs on another.
@@ -164,7 +165,7 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
     cells = shuffled(draw, GRID * GRID)
     pairs = SEEN if split == "train" else PAIRS
     objects, finishes = [], []
-    for cell, numbers in zip(cells, draw.random((1 + int(many * MOST), 7)).tolist()):
+    for cell, numbers in zip(cells, draw.random((1 + int(many * most), 7)).tolist()):
         pair, size, texture, turn, phase, across, down = numbers
         shape, colour = pairs[int(pair * len(pairs))]
         objects.append(Object(list(SIZES)[int(size * len(SIZES))], colour, shape, *divmod(int(cell), GRID)))

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from radiance.data.shape_captions import Law, caption
-from radiance.data.shapes import BACKGROUNDS, COLOURS, GRID, SHAPES, SIZES, TEXTURES, Split, render, scene
+from radiance.data.shapes import BACKGROUNDS, COLOURS, GRID, MOST, SHAPES, SIZES, TEXTURES, Split, render, scene
 
 Labels = tfds.features.ClassLabel
 
@@ -21,6 +21,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     side: int = 64  # pixels
     law: Law = "mixed"
     limit: int = 256  # tokens
+    objects: int = MOST  # of a picture at most
     seed: int = 0
     train: int = 16384  # pictures
     validation: int = 4096
@@ -63,7 +64,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         made = self.builder_config
         for index in range(count):
-            drawn = scene(made.seed, index, split)
+            drawn = scene(made.seed, index, split, made.objects)
             text, facts = caption(drawn, made.law, made.limit)
             yield (
                 index,

@@ -57,8 +57,17 @@ def test_validation_has_what_training_never_shows(source):
     assert not pairs[0] & HELD_OUT and pairs[1] & HELD_OUT
 
 
+def test_pictures_of_few_objects():
+    few = open_source(replace(DATA, shapes=replace(SHAPES, objects=2)), "train")
+    shown = [few.attributes(i)["shown"] for i in range(40)]
+    assert {facts.count for facts in shown} == {1, 2}
+    for i, facts in enumerate(shown):
+        assert facts == scene(3, i, most=2).facts and facts.objects == scene(3, i).objects[: facts.count]
+        assert few.captions(i) == (caption(scene(3, i, most=2), "short", 24).text,)
+
+
 def test_a_fingerprint_tells_all_settings_and_the_split_apart(source):
-    others = [{"law": "mixed"}, {"limit": 23}, {"count": 41}, {"seed": 4}]
+    others = [{"law": "mixed"}, {"limit": 23}, {"count": 41}, {"seed": 4}, {"objects": 4}]
     sources = [source, open_source(DATA, "validation")]
     sources += [open_source(replace(DATA, shapes=replace(SHAPES, **change)), "train") for change in others]
     assert len({one.fingerprint() for one in sources}) == len(sources)
