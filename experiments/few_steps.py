@@ -2,7 +2,7 @@
 
     radiance train experiments/few_steps.py init=FILE data.path=FOLDER text.file=T5 distill.path=TRAJECTORIES
     radiance convert runs/few_steps flash.safetensors --extract FILE --rank 64 --to peft
-    radiance sample FILE --text-encoder T5 --lora flash.safetensors:1.0 --prompt "…" steps=4 guidance=1
+    radiance sample FILE --text-encoder T5 --lora flash.safetensors:1.0 --prompt "…" steps=4 schedule=uniform guidance=1
 
 FILE: the published weights, such as chroma-radiance-x0.safetensors. FOLDER: pictures and captions, of which trajectories read the captions alone.
 T5: the encoder of T5 v1.1 XXL. TRAJECTORIES: a folder for them, which all arms that use them may share: 65,536 in four segments are 412 GB at
@@ -66,29 +66,39 @@ time at hand, so that the F1 of students is not known.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import finetune
 import numpy as np
+import one_shape
 import quickstart
+from jaxtyping import Float32
 
 from radiance import config as c
 from radiance.data.datasets import open_source
+from radiance.evaluation import reader
 from radiance.evaluation.distances import frechet_distance, moments
 from radiance.evaluation.features import RandomNetwork
 from radiance.models import load
 from radiance.pictures import contact_sheet, save_png, to_array, to_picture
+from radiance.sections import differences
 
-TOY = [  # the quickstart's model and pictures
-    "init=runs/quickstart", "model.patch=4", "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=2",
-    "model.single_blocks=4", "model.mlp_ratio=3", "model.text_dim=64", "model.approximator_hidden=64", "model.approximator_depth=2",
-    "model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=2", "model.nerf_freqs=4", "compute.dtype=float32", "compute.head_tile=0",
-    "compute.remat=none", "text.encoder=hash", "text.length=10", "data.source=digits", "data.side=16", "data.batch=64", "data.threads=1",
-    "optimizer.accumulate=1", "optimizer.learning_rate=5e-4", "optimizer.warmup_steps=20", "optimizer.decay=cosine", "optimizer.ema=0.99",
-    "distill.sample.steps=8", "distill.sample.guidance=2", "distill.sample.batch=64", "distill.trajectories=2048", "train.steps=300",
-    "train.log_every=50", "train.validate_every=100", "train.sample_every=300", "train.checkpoint_every=100", "sample.batch=50", "mesh.data=-1",
-    "mesh.fsdp=1",
-]  # fmt: skip
+
+def small(run: c.Config, rate: float) -> list[str]:
+    """What makes this experiment and its arms those of a student of a small model, trained for minutes on a CPU.
+
+    run: that model's experiment. rate: the learning rate."""
+    found = differences(finetune.config(), run)
+    like = [f"{key}={value}" for key, (_, value) in found.items() if key.split(".")[0] in ("model", "compute", "text", "data")]
+    return [
+        *like, f"init={run.directory}", "data.caption_dropout=0", "data.batch=64", "optimizer.accumulate=1", f"optimizer.learning_rate={rate}",
+        "optimizer.warmup_steps=20", "optimizer.decay=cosine", "optimizer.ema=0.99", "distill.sample.steps=8", "distill.sample.guidance=2",
+        "distill.sample.batch=64", "distill.trajectories=2048", "train.steps=300", "train.log_every=50", "train.validate_every=100",
+        "train.sample_every=300", "train.checkpoint_every=100", "sample.batch=50", "mesh.data=-1", "mesh.fsdp=1",
+    ]  # fmt: skip
+
+
 NO_TRAJECTORIES = ["distill.segments=1", "distill.path="]
 ARMS = {
     "reflow": ["distill.segments=1", "flow.time_law=uniform"],
@@ -98,9 +108,12 @@ ARMS = {
         *NO_TRAJECTORIES, "distill.kind=guidance", "distill.rule=picture", "data.caption_dropout=0.1", "flow.time_law=logistic", "sample.steps=28",
     ],
     "mean_flow": [*NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed", "sample.solver=mean_flow"],
-    "toy": TOY,
+    "toy": small(quickstart.config(), 5e-4),
+    "shapes": small(one_shape.config(), 5e-4),
 }  # fmt: skip
 STEPS = (1, 2, 4, 8, 30)
+Pictures = Float32[np.ndarray, "b height width 3"]
+Measure = Callable[[Pictures], tuple[float, float]]
 
 
 def config() -> c.Config:
@@ -116,29 +129,50 @@ def config() -> c.Config:
     )  # fmt: skip
 
 
-def compare(teacher: str, students: list[str], pictures: int = 300):
-    """Prints a row of each run, and in it for each number of steps: FD(random-network) of painted digits from all real ones of the training split, and how
-    far they are from what the teacher paints from the same noise in 30 steps (root mean square, of values in [-1, 1]); and the least share
-    of them, over the numbers of steps, that the quickstart's classifier reads as asked. Students, runs or files, paint without guidance. Beside each
-    is written RUN.steps.png: a row of digits a number of steps."""
+def digits(pictures: int) -> tuple[list[str], Measure]:
+    """Prompts, and of what is painted for them FD(random-network) from all real digits of the training split, and the share that the quickstart's
+    classifier reads as asked."""
     run, features = quickstart.config(), RandomNetwork()
-    reader, source = quickstart.reader(run), open_source(run.data, "train")
+    classifier, source = quickstart.reader(run), open_source(run.data, "train")
     real = moments([features(np.stack([to_array(source.picture(i), run.data.side, run.data.side) for i in range(len(source))]))])
     asked = np.arange(pictures) % 10
-    prompts = [f"a handwritten {quickstart.NAMES[digit]}" for digit in asked]
 
-    def painted(run: str, steps: int) -> np.ndarray:
+    def measured(found: Pictures) -> tuple[float, float]:
+        read = classifier.predict(found.mean(axis=-1).reshape(pictures, -1))
+        return frechet_distance(moments([features(found)]), real), (read == asked).mean()
+
+    return [f"a handwritten {quickstart.NAMES[digit]}" for digit in asked], measured
+
+
+def shapes(pictures: int) -> tuple[list[str], Measure]:
+    """Captions of held-out pictures, and of what is painted for them F1 of the objects, and the share that is all as told."""
+    source = open_source(one_shape.config().data, "validation")
+    facts = [source.attributes(i)["told"] for i in range(pictures)]
+
+    def measured(found: Pictures) -> tuple[float, float]:
+        scores = reader.score(reader.read(found), facts)
+        return scores.f1, scores.exact
+
+    return [source.captions(i)[0] for i in range(pictures)], measured
+
+
+def compare(teacher: str, students: list[str], pictures: int = 300):
+    """Prints a row of each run, and in it for each number of steps: what `digits` or `shapes` measures first, as the teacher was taught, and how
+    far the pictures are from what the teacher paints from the same noise in 30 steps (root mean square, of values in [-1, 1]); and the least
+    of what is measured second, over the numbers of steps. Students, runs or files, paint without guidance. Beside each
+    is written RUN.steps.png: a row of pictures a number of steps."""
+    prompts, measured = (shapes if load(teacher).run.data.source == "shapes" else digits)(pictures)
+
+    def painted(run: str, steps: int) -> Pictures:
         changes = [f"steps={steps}", *(["guidance=1"] if run != teacher else [])]
         return np.stack([to_array(x.image, *x.image.size) for x in load(run, changes=changes, dtype="float32")(prompts)])
-
-    def read(found: np.ndarray) -> float:
-        return (reader.predict(found.mean(axis=-1).reshape(pictures, -1)) == asked).mean()
 
     aim = painted(teacher, STEPS[-1])
     for run in (teacher, *students):
         found = {steps: painted(run, steps) for steps in STEPS}
-        cells = [f"{frechet_distance(moments([features(x)]), real):.3f}, {np.sqrt(np.square(x - aim).mean()):.3f}" for x in found.values()]
-        print(f"| {run} | {' | '.join(cells)} | {min(map(read, found.values())):.1%} |", flush=True)
+        first, second = zip(*map(measured, found.values()))
+        cells = [f"{value:.3f}, {np.sqrt(np.square(x - aim).mean()):.3f}" for value, x in zip(first, found.values())]
+        print(f"| {run} | {' | '.join(cells)} | {min(second):.1%} |", flush=True)
         sheet = contact_sheet([to_picture(image) for images in found.values() for image in images[:20]], columns=20)
         save_png(Path(f"{run}.steps.png"), sheet, {"steps": STEPS, "prompts": prompts[:20]})
 

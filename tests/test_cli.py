@@ -293,6 +293,8 @@ def test_prompts(capsys, trained, tmp_path):
     assert "nothing to paint" in told(capsys, "sample", trained)
     assert "has 21 tokens, and the limit is 8" in told(capsys, "sample", trained, "--prompt", "one " * 20)
     assert "is not a run directory" in told(capsys, "sample", tmp_path, "--prompt", "one")
+    assert "give --hosts N too" in told(capsys, "sample", trained, "--prompt", "one", "--host", "1")
+    assert "none of --hosts 2" in told(capsys, "encode", "experiments/quickstart.py", "text.cache=x", "--host", "2", "--hosts", "2")
     assert "No such file" in told(capsys, "sample", trained, "--prompts", tmp_path / "missing.txt")
     assert "did you mean 'guidance'" in told(capsys, "sample", trained, "guidence=2", "--prompt", "one")
 

@@ -19,7 +19,7 @@ from radiance.training.step import init_state, make_step
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL = ("toy", "rehearsal")  # arms for a CPU
-FOR_A_CPU = ("quickstart", "dilation")  # as they are
+FOR_A_CPU = ("quickstart", "dilation", "one_shape")  # as they are
 
 
 def arms(path: Path) -> list[str]:

@@ -33,7 +33,7 @@ def add(verbs):
         "--lora", action="append", type=with_number, default=[], metavar="FILE[:STRENGTH]", help="merge; negative to unmerge"
     )
     parser.add_argument("--head", choices=["nerf_conv"], help="turn a linear NeRF head into a convolution with the same output")
-    parser.add_argument("--dilate", choices=["conv", "conv_half"], help="patch 16 to 32: a larger kernel, or every second pixel")
+    parser.add_argument("--dilate", choices=["conv", "conv_half"], help="patches twice as large: a larger kernel, or every second pixel")
     parser.add_argument("--graft", metavar="NAME", help="put the blocks under a fresh pixel head of this named model")
     parser.add_argument(
         "--pooled",
@@ -70,6 +70,8 @@ def main(options: argparse.Namespace) -> int:
         raise config.ConfigError("--modulation-steps is a number of at least 1, for --modulation approximator: give that too.")
     if to in LORA_NAMES and (options.modulation or options.pooled):
         raise config.ConfigError(f"--modulation and --pooled make another model, and --to {to} writes a LoRA: convert first.")
+    if to in LORA_NAMES and (options.head or options.dilate or options.graft or (options.extract and options.lora)):
+        raise config.ConfigError(f"--to {to} writes a LoRA, and --lora, --head, --dilate and --graft make another model: convert first.")
     if options.merge and options.merge[1] is None:
         raise config.ConfigError(f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5.")
     checkpoint = opened(options.model, options.weights, **known(options))

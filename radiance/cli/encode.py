@@ -26,11 +26,13 @@ def main(options: argparse.Namespace) -> int:
     from radiance.text.encoders import make_encoder
 
     run = config.override(experiment(options.experiment), options.changes)
+    if not 0 <= options.host < options.hosts:
+        raise config.ConfigError(f"--host {options.host} is none of --hosts {options.hosts}: they count from 0.")
     if not run.text.cache:
         raise config.ConfigError("There is no folder to write to: give text.cache=FOLDER.")
     encoder = make_encoder(replace(run.text, cache=""), run.model.text_dim)
     sources = [open_source(run.data, split) for split in ("train", "validation")]
-    prompts = (*run.train.sample_prompts, run.sample.negative)
+    prompts = (*run.train.sample_prompts, run.sample.negative, run.distill.sample.negative)
     captions = chain(prompts, *(source.captions(i) for source in sources for i in range(len(source))))
     with tqdm(unit="caption", disable=None) as bar:
         counts = encode_captions(captions, encoder, run.text.cache, options.host, options.hosts, bar.update)

@@ -24,6 +24,8 @@ def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
         if not options.hosts.isdecimal():
             raise config.ConfigError(f"--hosts {options.hosts} is neither a number nor auto.")
         sharding.join_hosts(options.coordinator, int(options.hosts), options.host)
+    elif options.host is not None or options.coordinator:
+        raise config.ConfigError("--host and --coordinator are of several hosts: give --hosts N too.")
     return jax.process_index(), jax.process_count()
 
 

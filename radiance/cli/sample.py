@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> int:
     if hosts == 1 and not options.folder:
         sheet = contact_sheet(pictures, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10))
         settings = config.to_dict(pipeline.run.sample)
-        save_png(out / "sheet.png", sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
+        with replacing(out / "sheet.png") as part:
+            save_png(part, sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
     others = f" of {len(jobs)}" if options.folder or hosts > 1 else " and sheet.png"
     print(f"{len(mine)} pictures{others} are in {out}.")
     return 0

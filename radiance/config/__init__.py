@@ -128,8 +128,13 @@ class Config(Section):
             kind == "guidance" or (self.flow.coupling == "independent" and self.flow.time_weight == "none"),
             f"distill.kind={kind} brings pairs and times of its own: leave flow.coupling=independent and flow.time_weight=none.",
         )
+        guided = self.distill.sample
         require(
-            self.distill.sample.unconditional == "negative" or self.model.padding == "learned",
+            kind == "trajectories" or (guided.guidance_interval == (0, 1) and guided.unguided_steps == 0),
+            f"distill.kind={kind} learns one guidance for all times: leave distill.sample.guidance_interval and unguided_steps out.",
+        )
+        require(
+            guided.unconditional == "negative" or self.model.padding == "learned",
             f"distill.sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
         )
         require(

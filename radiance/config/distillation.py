@@ -18,7 +18,7 @@ class Distill(Section):
     # the network is told in place of the guidance number (arXiv 2505.13447).
     kind: Literal["none", "guidance", "trajectories", "mean_flow"] = "none"
     teacher: str = ""  # a run directory or a checkpoint file; empty: what `init` names
-    # How it paints; of kind=guidance and mean_flow its guidance alone.
+    # How it paints. Of kind=guidance and mean_flow how it is guided alone, which is the same at all times.
     sample: Sample = field(default_factory=lambda: Sample(solver="heun", steps=10))
     # Of kind=guidance, what is led away from the unconditional prediction: the teacher's prediction, or the velocity of the picture at hand. The latter,
     # Chroma's rule, needs no teacher (the student predicts the unconditional part), and its targets scatter guidance² times as much.

@@ -39,7 +39,7 @@ def validation(
     Each picture is seen at one time in each bin; times and noise follow from train.seed and the picture's place in its batch. It is the plain loss,
     also of a model that was taught by another.
     """
-    run = replace(pipeline.run, distill=config.Distill(), flow=replace(pipeline.run.flow, time_law="uniform"))
+    run = replace(pipeline.run, distill=config.Distill(), flow=replace(pipeline.run.flow, time_law="uniform", time_mean=None))
     batches = fixed_batches(source, run.data, pipeline.encoder, pictures, run.model.masking)
     validate = jax.jit(partial(validation_losses, run, bins=BINS))
 

@@ -35,11 +35,16 @@ def velocity(model: Transformer, batch: dict[str, Array], noisy: Array, divisor:
 
 
 def guided(run: config.Config, model: Transformer, batch: dict[str, Array], noisy: Array, divisor: Array, negative: Condition) -> Array:
-    """The model's guided velocity (`distill.sample`)."""
+    """The model's guided velocity (`distill.sample`); not guided where a caption was dropped."""
     positive = velocity(model, batch, noisy, divisor)
     if run.distill.sample.guidance == 1:
         return positive
-    return guide(positive, velocity(model, batch, noisy, divisor, negative), run.distill.sample)
+    return _but_for_dropped(batch, positive, guide(positive, velocity(model, batch, noisy, divisor, negative), run.distill.sample))
+
+
+def _but_for_dropped(batch: dict[str, Array], plain: Array, led: Array) -> Array:
+    """What no caption says stays what it is, for guidance leads away from it."""
+    return jnp.where(wide(batch["dropped"]), plain, led) if "dropped" in batch else led
 
 
 def guidance_target(
@@ -54,13 +59,13 @@ def guidance_target(
 
     rule=prediction: v⁻ + g·(v⁺ − v⁻) of the teacher. rule=picture: v⁻ + g·(plain − v⁻), v⁻ the student's and `plain` the velocity of the
     picture: as Chroma's trainer does it. The two have one mean where v⁺ is the best prediction and student and teacher agree on v⁻. Rows whose
-    caption was dropped keep the target without guidance, so that v⁻ stays what it is.
+    caption was dropped keep the target without guidance.
     """
     divisor = flow.bounded(run.flow, batch["time"])
     if run.distill.rule == "prediction":
         return guided(run, bind(run.model, run.compute, teacher.params), batch, noisy, divisor, teacher.negative)
     led = guide(plain, velocity(student, batch, noisy, divisor, teacher.negative), run.distill.sample)
-    return jnp.where(wide(batch["dropped"]), plain, led) if "dropped" in batch else led
+    return _but_for_dropped(batch, plain, led)
 
 
 def mean_flow_losses(
@@ -103,7 +108,8 @@ def evened(losses: Float32[Array, " b"]) -> Float32[Array, " b"]:
 
 
 def divided(settings: config.Flow, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
-    """What velocities that are to be gone along are divided by: the time, as in sampling, and not by more, which would bend them."""
+    """What velocities that are to be gone along are divided by: the time, as in sampling. To add to it as losses do would bend them; below epsilon
+    that much is left of it."""
     return jnp.maximum(time, settings.epsilon)
 
 

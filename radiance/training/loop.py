@@ -65,6 +65,7 @@ def train(run: config.Config) -> int:
     if run.lora.rank:
         data["base"] = {"identity": identity_of(run.init, run)}
     if run.distill.needs_teacher:
+        check_weights(run.teacher, run)
         data["teacher"] = {"identity": identity_of(run.teacher, run)}
     if run.distill.kind == "trajectories":
         made = trajectories.painted(run, sources, encoder, identity_of(run.teacher, run))
@@ -73,7 +74,7 @@ def train(run: config.Config) -> int:
     directory = RunDirectory(run.directory)
     directory.check(run, data)
     prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
-    encoder(prompts)  # none is over the limit
+    encoder([*prompts, run.sample.negative, run.distill.sample.negative])  # none is over the limit
     known = known_loss(run) if run.init and run.distill.kind == "none" else None
     like = jax.eval_shape(partial(init_state, run))
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))

@@ -73,7 +73,9 @@ def identity_of(path: str, run: config.Config) -> str:
     if not is_run(path):
         return open_tensors(path).fingerprint()
     their, checkpoints = _other_run(path, run)
-    return f"{their.name} step {checkpoints.latest} {their.sample.weights}"
+    losses = [row["loss"] for row in RunDirectory(Path(path)).read_metrics() if "loss" in row and row["step"] <= checkpoints.latest]
+    last = f" loss {losses[-1]}" if losses else ""  # in all its digits: another run of that name has another
+    return f"{their.name} step {checkpoints.latest}{last} {their.sample.weights}"
 
 
 def _other_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints]:

@@ -86,6 +86,8 @@ class Painted(NamedTuple):
     captions: dict[str, str]  # of each split, the fingerprint of what they are taken from
     rules: dict[str, Any]  # of the captions
     text: str  # identity of the encoder
+    limit: int  # of its tokens
+    model: dict[str, Any]  # with what the teacher's file may not say, such as its masking
 
 
 def painted(run: config.Config, sources: dict[str, Source], encoder: Encoder, teacher: str) -> Painted:
@@ -93,7 +95,8 @@ def painted(run: config.Config, sources: dict[str, Source], encoder: Encoder, te
     sample = {name: value for name, value in config.to_dict(run.distill.sample).items() if name not in ("weights", "batch")}
     rules = {name: getattr(run.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
     captions = {split: source.fingerprint() for split, source in sources.items()}
-    made = Painted(teacher, sample, run.distill.segments, run.data.side, run.flow.noise_scale, captions, rules, encoder.identity)
+    model, flow, segments = config.to_dict(run.model), run.flow, run.distill.segments
+    made = Painted(teacher, sample, segments, run.data.side, flow.noise_scale, captions, rules, encoder.identity, encoder.limit, model)
     return Painted(**json.loads(json.dumps(made._asdict())))  # as a file gives it back
 
 
@@ -141,17 +144,21 @@ def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source],
     folder, side = folder_of(run), run.data.side
     require_space(folder, len(missing) * SHARD * made.segments * side**2 * run.model.channels * STORED.itemsize)
     pipeline = teacher()
+    made = as_there(folder, made)  # another run may have begun to paint here while the teacher was read
     captions = {
         split: chosen_captions(sources[split], pipeline.encoder, run.data, wanted[split].files * SHARD)
         for split in {split for split, _ in missing}
     }
-    with replacing(folder / "trajectories.json") as part:
-        part.write_text(json.dumps(made._asdict(), indent=2) + "\n")
+    if not (folder / "trajectories.json").is_file():
+        with replacing(folder / "trajectories.json") as part:
+            part.write_text(json.dumps(made._asdict(), indent=2) + "\n")
     every = run.distill.sample.steps // made.segments
     print(f"{folder}: {len(missing) * SHARD} trajectories are painted first.", flush=True)
     with closing(Progress(0, len(missing), SHARD, "file")) as progress:
         for done, (split, number) in enumerate(missing, 1):
             ways, rows = wanted[split], range(number * SHARD, (number + 1) * SHARD)
+            if ways.file(number).is_file():  # by another run
+                continue
             prompts = captions[split][rows.start : rows.stop]
             found = pipeline.ways(prompts, [ways.seed(row) for row in rows], side, side, run.distill.sample)
             points = {"points": np.concatenate([batch[every::every].swapaxes(0, 1) for batch in found])}

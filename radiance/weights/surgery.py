@@ -70,7 +70,7 @@ def _fresh(model: config.Model, seed: int) -> Callable[[str], np.ndarray]:
 
 
 def dilate(checkpoint: Checkpoint, patch_embed: str = "conv") -> Checkpoint:
-    """A model of patch 16 as one of patch 32, with a quarter of the tokens.
+    """A model as one of patches twice as large, such as 32 for 16, with a quarter of the tokens.
 
     patch_embed: conv doubles the convolution's kernel (every weight on 2×2 pixels, divided by 4: on a picture without detail it
     gives the same tokens); conv_half keeps it and reads every second pixel. The NeRF head's weights know no patch size.

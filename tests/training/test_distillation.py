@@ -91,7 +91,7 @@ def test_guidance_is_learned(prediction):
     of_teacher, without = (np.asarray(apply(model, teacher.params, x)) for x in (inputs, nothing))
     own = np.asarray(apply(model, params, nothing))
     expected = {
-        "prediction": without + 3 * (of_teacher - without),
+        "prediction": np.where(wide(dropped), of_teacher, without + 3 * (of_teacher - without)),
         "picture": np.where(wide(dropped), plain, own + 3 * (plain - own)),
     }
     scale = np.ones(4, np.float32) if prediction == "x0" else (time / (time + 0.05)) ** 2
@@ -412,6 +412,8 @@ def _pipeline(run):
         ("distill.kind=guidance distill.teacher=x flow.time_law=noise", "time_law=noise teaches no time but 1"),
         ("distill.kind=guidance", "kind=guidance learns from a teacher: give distill.teacher"),
         ("distill.kind=mean_flow", "kind=mean_flow learns from a teacher"),
+        ("distill.kind=mean_flow init=x distill.sample.unguided_steps=1", "learns one guidance for all times"),
+        ("distill.kind=guidance init=x distill.sample.guidance_interval=0,0.9", "learns one guidance for all times"),
         ("distill.kind=trajectories", "kind=trajectories learns from a teacher"),
         ("distill.kind=trajectories init=x flow.coupling=optimal_transport", "pairs and times of its own"),
         ("distill.kind=mean_flow init=x flow.time_law=uniform flow.time_weight=parabola", "pairs and times of its own"),

@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import PLAIN, metrics, same, state_of, toy_run
@@ -17,9 +18,12 @@ from radiance.model.transformer import abstract
 from radiance.models import load, opened
 from radiance.plan import _training, plan
 from radiance.sharding import make_mesh
+from radiance.text.encoders import TextError
 from radiance.training import loop, start, trajectories
+from radiance.training.checkpoints import Checkpoints
 from radiance.training.loop import train
 from radiance.training.start import known_loss, load_still
+from radiance.training.step import init_state
 from radiance.training.trajectories import of_run
 from radiance.weights import checkpoint
 from radiance.weights.checkpoint import LOSS_KEY
@@ -75,6 +79,33 @@ def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
     checkpoint.write(tmp_path / "other.safetensors", toy_model(**SMALL), toy_params(toy_model(**SMALL)))
     with pytest.raises(CheckpointError, match="other.safetensors"):
         train(config.override(run, [f"distill.teacher={run.init}", f"init={tmp_path / 'other.safetensors'}"]))
+
+
+def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, data_directory):
+    run = student(tmp_path, data_directory, "guidance", **SMALL)
+    other = saved(tmp_path, toy_model(**SMALL), 1)
+    with pytest.raises(CheckpointError, match="teacher1.safetensors"):
+        train(config.override(run, [f"distill.teacher={other}"]))
+    for key in ("sample.negative", "distill.sample.negative"):
+        with pytest.raises(TextError, match="over the limit|the limit is 8"):
+            train(config.override(run, [f"{key}={'very ' * 20}"]))
+    assert not run.directory.exists()
+
+
+def test_runs_of_one_name_are_different_teachers(tmp_path):
+    """Where they have not learned the same."""
+    run = toy_run(tmp_path, "unused", **SMALL)
+    told = []
+    for loss in (0.25, 0.25, 0.2500001):
+        shutil.rmtree(run.directory, ignore_errors=True)
+        run.directory.mkdir(parents=True)
+        (run.directory / "config.json").write_text(config.to_json(run))
+        (run.directory / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 9}}\n')
+        checkpoints = Checkpoints(run.directory / "checkpoints")
+        checkpoints.save(init_state(run)._replace(step=jnp.int32(1)))
+        checkpoints.close()
+        told.append(start.identity_of(str(run.directory), run))
+    assert told[0] == told[1] != told[2] and told[0] == "toy step 1 loss 0.25 ema"
 
 
 def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, monkeypatch):

@@ -178,6 +178,7 @@ def test_more_go_on_behind_those_that_are_there(folder, teacher, tmp_path):
         ("data.side=12", "side"),
         ("flow.noise_scale=1", "noise_scale"),
         ("data.prefix=oh", "rules"),
+        ("model.masking=strict", "model"),
         ("distill.segments=3", "in 4 segments"),
         ("distill.segments=12", "in 4 segments"),
         ("distill.segments=3 data.lower=1 data.side=4", "side, rules, in 4 segments"),
@@ -194,6 +195,7 @@ def test_and_one_of_another_teacher_captions_or_encoder(folder, encoder):
         ((encoder, SOURCES, "another"), "teacher"),
         ((encoder, SOURCES | {"train": SOURCES["validation"]}), "captions"),
         ((HashEncoder(15, 8),), "text"),
+        ((HashEncoder(16, 9),), "limit"),
     ):
         with pytest.raises(config.ConfigError, match=rf"otherwise \({told}\)"):
             made_of(run, *arguments)
@@ -215,6 +217,27 @@ def test_it_goes_on_in_the_segments_that_are_there(folder, teacher, tmp_path):
     paint(run_of(tmp_path, "distill.segments=1"), teacher)
     assert files(tmp_path)["train-000000.safetensors"][0] == before["train-000000.safetensors"][0]
     assert json.loads((tmp_path / "trajectories.json").read_text())["segments"] == 4
+
+
+def test_two_that_paint_into_one_folder(folder, teacher, tmp_path):
+    """What another run has painted since this one looked is left; and what it paints otherwise stops this one."""
+    run = run_of(tmp_path)
+    made = made_of(run, teacher.encoder)
+
+    def meanwhile(**changes):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        told = json.loads((folder / "trajectories.json").read_text()) | changes
+        (tmp_path / "trajectories.json").write_text(json.dumps(told))
+        (tmp_path / "train-000001.safetensors").unlink()
+        return files(tmp_path)
+
+    before = []
+    paint_missing(run, made, SOURCES, lambda: before.append(meanwhile()) or teacher)
+    after = files(tmp_path)
+    assert after.keys() - before[0].keys() == {"train-000001.safetensors"} and {name: after[name] for name in before[0]} == before[0]
+    (tmp_path / "train-000000.safetensors").unlink()
+    with pytest.raises(config.ConfigError, match=r"otherwise \(in 1 segments\)"):
+        paint_missing(run, made, SOURCES, lambda: meanwhile(segments=1) and teacher)
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
