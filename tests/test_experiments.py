@@ -19,6 +19,7 @@ from radiance.training.step import init_state, make_step
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL = ("toy", "rehearsal")  # arms for a CPU
+SMALL_FIRST = ("few_steps",)  # before other arms, which change what it says
 FOR_A_CPU = ("quickstart", "dilation", "one_shape")  # as they are
 
 
@@ -30,7 +31,12 @@ def small(path: Path) -> list[str]:
     """The experiment for a CPU, as it is and behind each of its arms."""
     if path.stem in FOR_A_CPU:
         return [str(path), *(f"{path}:{arm}" for arm in arms(path))]
-    return [f"{path}{arm}:{small}" for small in SMALL if small in arms(path) for arm in ("", *(f":{a}" for a in arms(path) if a != small))]
+    found = []
+    for small in set(SMALL) & set(arms(path)):
+        others = [name for name in arms(path) if name != small]
+        pairs = [(small, name) if path.stem in SMALL_FIRST else (name, small) for name in others]
+        found += [f"{path}:{':'.join(names)}" for names in [(small,), *pairs]]
+    return found
 
 
 def distinct(names: list[str]) -> list[str]:
@@ -41,7 +47,7 @@ def distinct(names: list[str]) -> list[str]:
 PATHS = sorted(FOLDER.glob("*.py"))
 NAMES = [str(path) + arm for path in PATHS for arm in ("", *(f":{name}" for name in arms(path)))]
 STEPS = distinct([name for path in PATHS for name in small(path)])
-COMPILED = [next(name for name in STEPS if name.startswith(str(path))) for path in PATHS]  # of the others the step is traced alone
+COMPILED = [next((name for name in STEPS if name.startswith(str(path))), "") for path in PATHS]  # of the others the step is traced alone
 
 
 def short(name: str) -> str:

@@ -34,7 +34,7 @@ one's at p8, and at p16 in every seed but undecided after Holm's correction.
 By time: the mean hides that small times count most. Linear velocities win below t = 0.1 at every patch (0.05 to 0.07 of x0's loss); at
 p4 they lose by 6 to 56 % above 0.4, at p8 and p16 they are 4 to 14 times worse from 0.3 on. The NeRF head's velocity at p8 and p16 wins below
 0.4 and loses by up to 54 % above it. ε and the clamp are undecided. The control, no text, is told from the base at no patch, so that `undecided`
-says nothing there: in 200 steps these networks learn no captions yet. It is early training of 200,000 parameters, and one learning rate.
+says nothing there: in 200 steps these networks learn no captions yet. It is early training of 180,000 to 330,000 parameters, and one learning rate.
 p32 and the other scales have not been run.
 
 Missing, because the code cannot say it yet: linear heads with as much work as the NeRF heads; see the table's FLOP.

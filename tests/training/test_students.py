@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_runs_of_one_name_are_different_teachers(tmp_path):
         (run.directory / "config.json").write_text(config.to_json(run))
         (run.directory / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 9}}\n')
         checkpoints = Checkpoints(run.directory / "checkpoints")
-        checkpoints.save(init_state(run)._replace(step=jnp.int32(1)))
+        checkpoints.save(replace(init_state(run), step=jnp.int32(1)))
         checkpoints.close()
         told.append(start.identity_of(str(run.directory), run))
     assert told[0] == told[1] != told[2] and told[0] == "toy step 1 loss 0.25 ema"
