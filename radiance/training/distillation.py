@@ -16,6 +16,7 @@ from radiance.sampling import Condition, guide, noise_of, times_of
 
 WHOLE = 0.5  # share of mean_flow's steps that are of some length; the others have none, and teach the velocity itself
 EVEN = 1e-3  # added to the losses that mean_flow divides its own by
+LEAST = 1e-6  # a time that is divided by
 
 
 class Teacher(NamedTuple):
@@ -77,15 +78,14 @@ def mean_flow_losses(
     With a difference δ: (t − r)·u is δ·v and the rest of the way, (t − δ − r)·u at the point that v leads to, of which the former is the
     limit. The network reads 1000·t through sinusoids, so that derivatives in t are far larger than velocities and say little; the mean of two
     velocities is not. The right side is a constant to the gradient. The student reads t − r in place of the guidance number: where that
-    is 0, u = v.
+    is 0, u = v. Both are gone along, so pictures are divided by the time itself, as in sampling; the error of x0 models is weighed by
+    t² / max(t, ε)² instead.
     """
     time, length = batch["time"], batch["time"] - batch["until"]
-    along = jax.lax.stop_gradient(
-        guided(run, bind(run.model, run.compute, teacher.params), batch, noisy, divided(run.flow, time), teacher.negative)
-    )
+    along = jax.lax.stop_gradient(guided(run, bind(run.model, run.compute, teacher.params), batch, noisy, divided(time), teacher.negative))
 
     def mean(x, time, length):
-        return student(x, batch["text"], batch["lengths"], time, length, divisor=divided(run.flow, time))
+        return student(x, batch["text"], batch["lengths"], time, length, divisor=divided(time))
 
     if run.distill.difference == 0:
         found, change = jax.jvp(mean, (noisy, time, length), (along, jnp.ones_like(time), jnp.ones_like(time)))
@@ -94,7 +94,8 @@ def mean_flow_losses(
         found, part = mean(noisy, time, length), jnp.minimum(run.distill.difference, length)
         rest = mean(noisy - wide(part) * along, time - part, length - part)
         target = jnp.where(wide(length) > 0, (wide(part) * along + wide(length - part) * rest) / wide(jnp.maximum(length, 1e-9)), along)
-    return flow.squared_error(found, jax.lax.stop_gradient(target))
+    losses = flow.squared_error(found, jax.lax.stop_gradient(target))
+    return losses * jnp.square(time / jnp.maximum(time, run.flow.epsilon)) if run.model.prediction == "x0" else losses
 
 
 def wide(x: Shaped[Array, " b"]) -> Shaped[Array, "b 1 1 1"]:
@@ -107,10 +108,9 @@ def evened(losses: Float32[Array, " b"]) -> Float32[Array, " b"]:
     return losses / jax.lax.stop_gradient(losses + EVEN)
 
 
-def divided(settings: config.Flow, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
-    """What velocities that are to be gone along are divided by: the time, as in sampling. To add to it as losses do would bend them; below epsilon
-    that much is left of it."""
-    return jnp.maximum(time, settings.epsilon)
+def divided(time: Float32[Array, " b"]) -> Float32[Array, " b"]:
+    """The time, where something can be divided by it."""
+    return jnp.maximum(time, LEAST)
 
 
 def until(key: Array, time: Float32[Array, " b"]) -> Float32[Array, " b"]:

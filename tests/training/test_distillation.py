@@ -1,5 +1,6 @@
 """What students are taught, against NumPy, separate calls of the models, finite differences and closed forms; what a config may not say."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -326,15 +327,34 @@ def test_every_loss_pulls_alike(mean):
 
 
 def test_a_model_of_one_picture_has_straight_ways(mean, mean_batch):
-    """x̂ is the same everywhere, so every mean velocity is the velocity. At times below epsilon, where the division is by more, that holds of no length."""
+    """x̂ is the same everywhere, so every mean velocity is the velocity, at times below epsilon too."""
     head = {name: {part: 0 * x for part, x in leaves.items()} for name, leaves in toy_params(mean.model)["head"].items()}
     assert {"kernel", "bias"} == head["linear"].keys()
     head["linear"]["bias"] = head["linear"]["bias"] + 0.3
     params = toy_params(mean.model) | {"head": head}
-    time = jnp.array([0.5, 0.06, 1, 0.02])
-    batch = mean_batch | {"time": time, "until": time - jnp.array([0.3, 0.06, 0, 0])}
-    losses, _ = pulled(mean, params, batch, Teacher(params, teacher_of(mean).negative), jnp.ones(4))
-    np.testing.assert_allclose(losses, 0, atol=1e-8)
+    time = jnp.array([0.5, 0.08, 1, 0.02])
+    batch = mean_batch | {"time": time, "until": time - jnp.array([0.3, 0.08, 0, 0.015])}
+    for difference in (0, 0.05):
+        run = config.override(mean, [f"distill.difference={difference}"])
+        losses, _ = pulled(run, params, batch, Teacher(params, teacher_of(mean).negative), jnp.ones(4))
+        np.testing.assert_allclose(losses, 0, atol=1e-8)
+
+
+def test_errors_at_small_times_weigh_less(mean, mean_batch):
+    """Those of pictures: a velocity is not divided by the time."""
+    params, teacher, time = toy_params(mean.model), teacher_of(mean), np.array([0.04, 0.02, 0.01, 0.3], np.float32)
+    batch = mean_batch | {"time": jnp.asarray(time), "until": jnp.asarray(time)}  # of no length, where u = v
+    for prediction in ("x0", "velocity"):
+        run = replace(mean, model=replace(mean.model, prediction=prediction))
+        losses, _ = pulled(run, params, batch, teacher, jnp.ones(4))
+        image, noise = (np.asarray(batch[name]) for name in ("image", "noise"))
+        inputs = dict(image=(1 - wide(time)) * image + wide(time) * noise, text=batch["text"], lengths=batch["lengths"], time=time)
+        inputs |= dict(guidance=0 * time, divisor=np.maximum(time, 0.05) if prediction == "x0" else time)
+        own, theirs, without = (np.asarray(apply(run.model, p, inputs | more)) for p, more in (
+            (params, {}), (teacher.params, {}),
+            (teacher.params, dict(text=np.repeat(teacher.negative.text, 4, axis=0), lengths=np.repeat(teacher.negative.lengths, 4))),
+        ))  # fmt: skip
+        np.testing.assert_allclose(losses, np.square(own - without - 2 * (theirs - without)).mean(axis=(1, 2, 3)), rtol=1e-3)
 
 
 def test_steps_end_between_zero_and_their_begin():
