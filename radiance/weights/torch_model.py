@@ -7,6 +7,7 @@ checkpoints' names.
     from model import load
     model = load("folder")                          # its config.json and model.safetensors
     velocity = model(image, text, lengths, time)    # an nn.Module like any other, to be trained further
+    add_lora(model, "lora.safetensors", 0.8)
 
 Time 1 is noise, 0 the picture in [-1, 1]: x_t = (1 − t)·picture + t·noise, velocity = noise − picture. What is trained here goes back with
     safetensors.torch.save_file(model.state_dict(), "model.safetensors", {"radiance.model": json.dumps(model.config)})
@@ -446,19 +447,47 @@ class Transformer(nn.Module):
 FLOAT32 = ("__", "nerf_image_embedder.", "nerf_final_layer", "final_layer.linear.")  # what `load` keeps in float32
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError("Weights are read with safetensors: pip install safetensors.") from None
+    return load_file(path)
+
+
 def load(folder: str | Path = ".", device: str = "cpu", dtype: torch.dtype = torch.float32, head_tile: int = 512) -> Transformer:
     """The model of `folder`/config.json with the weights of `folder`/model.safetensors.
 
     Raises ValueError for a config of another version, and RuntimeError that names every tensor that does not fit.
     """
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError("Weights are read with safetensors: pip install safetensors.") from None
     with torch.device("meta"):
         model = Transformer(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), head_tile)
-    tensors = load_file(Path(folder) / "model.safetensors")
+    tensors = read_tensors(Path(folder) / "model.safetensors")
     # Copies, for these tensors are the file itself, which could not be written again while they are in use.
     tensors = {k: x.to(device, torch.float32 if k.startswith(FLOAT32) else dtype, copy=True) for k, x in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+@torch.no_grad()
+def add_lora(model: Transformer, path: str | Path, strength: float = 1.0):
+    """Adds `strength` times a LoRA to the weights; the opposite strength takes it away again, but for rounding.
+
+    path: what `radiance convert --to peft` writes. Raises ValueError, and adds nothing, where the file has other names or is for another model.
+    """
+    tensors, weights, sums = read_tensors(Path(path)), dict(model.named_parameters()), {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        module = key.removesuffix(".lora_A.weight")
+        down, up = tensors.pop(key).float(), tensors.pop(f"{module}.lora_B.weight", torch.empty(0)).float()
+        scale = tensors.pop(f"{module}.alpha", torch.tensor(float(len(down)))) / len(down)
+        weight = weights.get(f"{module.removeprefix('diffusion_model.')}.weight")
+        if weight is None or weight.numel() != up.shape[0] * down[0].numel() or up.numel() != up.shape[0] * len(down):
+            raise ValueError(f"{path}: {key} does not fit this model: the LoRA is for another.")
+        change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (strength * scale)
+        sums[weight] = weight + change.to(weight.device)
+    if tensors or not sums:
+        raise ValueError(
+            f"{path} is not a LoRA with PEFT's names ({next(iter(tensors), 'it is empty')}): rename it with `radiance convert --to peft`."
+        )
+    for weight, changed in sums.items():
+        weight.copy_(changed)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from model import Transformer, load
+from model import Transformer, add_lora, load
 from safetensors import safe_open
 from torch import Tensor
 
@@ -37,6 +37,8 @@ def main():
     times = times_of(settings, arguments.steps)
     dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
     model = load(folder, arguments.device, getattr(torch, dtype)).eval()
+    for path, strength in arguments.lora:
+        add_lora(model, path, strength)
     tensors = {name: x.to(arguments.device) for name, x in tensors.items()}
     negative = [tensors.get(name) for name in ("negative_text", "negative_lengths", "negative_pooled")]
 
@@ -59,6 +61,7 @@ def parse(settings: dict) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=settings["guidance"], help="1 is none; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; default: %(default)s")
     parser.add_argument("--size", type=size, default=(settings["side"],) * 2, metavar="WxH", help="in pixels, or tokens of a latent")
+    parser.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="to be added; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 elsewhere")
@@ -73,6 +76,14 @@ def size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x512.")
     return int(width), int(height)
+
+
+def lora(text: str) -> tuple[Path, float]:
+    path, _, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[str], dict]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from toy_loras import MODEL, toy_lora
 from toys import FLOAT32, VARIANTS, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed.")
@@ -28,7 +29,7 @@ from radiance.model.modulation import frequencies, index_table  # noqa: E402
 from radiance.model.transformer import bind  # noqa: E402
 from radiance.pictures import to_picture  # noqa: E402
 from radiance.sampling import Condition, sample, times_of  # noqa: E402
-from radiance.weights import checkpoint, torch_model  # noqa: E402
+from radiance.weights import checkpoint, lora, torch_model  # noqa: E402
 from radiance.weights.detect import canonical_names, detect  # noqa: E402
 from radiance.weights.files import open_tensors  # noqa: E402
 
@@ -298,6 +299,40 @@ def test_weights_that_do_not_fit(tmp_path):
         torch_model.load(tmp_path)
 
 
+# --- LoRAs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_is_added_as_it_is_merged(loaded, tmp_path):
+    """Of all modules, convolutions too; and taken away again."""
+    module, model, found = loaded(MODEL), MODEL, toy_lora()
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    file = tmp_path / "lora.safetensors"
+    lora.write(file, found, dtype="float32")
+    torch_model.add_lora(module, file, 0.5)
+    merged = lora.merged(checkpoint.of_params(model, toy_params(model), "toy"), found, 0.5)
+    for name, x in module.state_dict().items():
+        if not name.startswith("__"):
+            assert_near(x, merged.tensor(name), 1e-6)
+    assert sum(not torch.equal(x, before[name]) for name, x in module.state_dict().items()) == len(found.pairs)
+    torch_model.add_lora(module, file, -0.5)
+    for name, x in module.state_dict().items():
+        if not name.startswith("__"):
+            assert_near(x, before[name], 1e-6)
+
+
+@pytest.mark.parametrize("way", ["another", "kohya", "half", "empty"])
+def test_a_lora_that_does_not_fit_changes_nothing(way, loaded, tmp_path):
+    module, file = loaded(MODEL), tmp_path / "lora.safetensors"
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    modules = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
+    lora.write(file, toy_lora(toy_model(mlp_ratio=3) if way == "another" else MODEL, modules), "kohya" if way == "kohya" else "peft")
+    tensors = load_file(file) if way != "empty" else {}
+    save_file({key: x for key, x in tensors.items() if way != "half" or "single_blocks.0.linear1.lora_B" not in key}, file)
+    with pytest.raises(ValueError, match="does not fit this model|not a LoRA with PEFT's names"):
+        torch_model.add_lora(module, file)
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
 # --- sampling -----------------------------------------------------------------------------------------------------------
 
 
@@ -386,13 +421,17 @@ def test_sample_script_paints_pictures(tmp_path):
     run = config.to_dict(config.Sample(steps=3, guidance=2.0, solver="heun", schedule="shifted"))
     settings = run | {"side": 16, "noise_scale": 2.0, "times": [1.0, 0.9, 0.6, 0.0]}
     tensors = user_folder(tmp_path, model, settings)
-    done = run_script(tmp_path, "--seed", "7", "--size", "18x10", "--dtype", "float32", "--device", "cpu")
+    lora.write(tmp_path / "lora.safetensors", toy_lora(model, ["single_blocks.0.linear1"]))
+    ours = ["--lora", "lora.safetensors:0.5", "--lora", "lora.safetensors:-0.25"]
+    done = run_script(tmp_path, "--seed", "7", "--size", "18x10", "--dtype", "float32", "--device", "cpu", *ours)
     assert done.returncode == 0, done.stderr
     assert all(prompt in done.stdout for prompt in PROMPTS) and "solver=heun" in done.stdout and "schedule" not in done.stdout
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["000-seed7.png", "001-seed8.png"]
 
     noise = torch.cat([2 * torch.randn((1, 3, 12, 20), generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)])
-    expected = torch_sample.sample(torch_model.load(tmp_path), noise, *tensors.values(), times=settings["times"], guidance=2.0)
+    module = torch_model.load(tmp_path)
+    torch_model.add_lora(module, tmp_path / "lora.safetensors", 0.25)
+    expected = torch_sample.sample(module, noise, *tensors.values(), times=settings["times"], guidance=2.0)
     for i, pixels in enumerate(expected.permute(0, 2, 3, 1).numpy()):
         with Image.open(tmp_path / "pictures" / f"00{i}-seed{7 + i}.png") as picture:
             assert picture.size == (18, 10) and picture.mode == "RGB"
