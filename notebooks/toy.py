@@ -55,5 +55,6 @@ def ready(*models: str):
             model.parent.mkdir(exist_ok=True)
             with model.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another notebook may be at it
-                if not (model / "report.html").is_file():  # which is written last
-                    radiance(["train", ":".join([__file__, *arms])])
+                made = (model / "report.html").is_file()  # which is written last
+                if not made and (code := radiance(["train", ":".join([__file__, *arms])])):
+                    raise SystemExit(code)

@@ -53,13 +53,19 @@ def hashed(run: config.Config, *more: Any) -> str:
 
 
 def code() -> str:
-    """The last commit that changed the package, with a hash of what is not committed; without a checkout the version."""
+    """The last commit that changed the package, with a hash of what is not committed; without a checkout the version, with one of all files."""
     try:
         commit = _git("log", "-1", "--format=%H", "--", "radiance")
-        changed = _git("diff", "HEAD", "--", "radiance") + _git("status", "--porcelain", "--", "radiance")
+        changed = _git("diff", "HEAD", "--", "radiance")
+        others = [ROOT / name for name in _git("ls-files", "--others", "--exclude-standard", "--", "radiance").splitlines()]
     except (OSError, subprocess.SubprocessError):
-        return f"radiance {version('radiance')}"
-    return commit + (f"+{hashlib.blake2b(changed.encode(), digest_size=6).hexdigest()}" if changed else "")
+        commit = ""
+    if not commit:
+        commit, changed, others = f"radiance {version('radiance')}", "", sorted((ROOT / "radiance").rglob("*.py"))
+    if not changed and not others:
+        return commit
+    contents = [changed.encode(), *(path.read_bytes() for path in others)]
+    return f"{commit}+{hashlib.blake2b(b'|'.join(contents), digest_size=6).hexdigest()}"
 
 
 def _git(*command: str) -> str:
@@ -123,9 +129,13 @@ def check_like(ours: Key, theirs: Key, path: Path):
     """Raises ConfigError where two results cannot stand in one table; configs are compared between results of one arm alone."""
     names = ["suite", "scale", "seeds", "commit", "data"] + (["config"] if ours.arm == theirs.arm else [])
     if other := [name for name in names if getattr(ours, name) != getattr(theirs, name)]:
-        told = ", ".join(f"{name} {_short(getattr(theirs, name))} and not {_short(getattr(ours, name))}" for name in other)
+        told = ", ".join(f"{name} {short(getattr(theirs, name))} and not {short(getattr(ours, name))}" for name in other)
         raise ConfigError(f"{path} is a result of something else ({told}): move it away, or give another folder (--results).")
 
 
-def _short(value: str | Sequence[int]) -> str:
-    return value[:20] if isinstance(value, str) else ",".join(map(str, value))
+def short(value: str | Sequence[int]) -> str:
+    """A hash by its beginning, with what is behind a plus; seeds."""
+    if not isinstance(value, str):
+        return ",".join(map(str, value))
+    committed, plus, more = value.partition("+")
+    return committed[:20] + plus + more

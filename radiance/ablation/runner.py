@@ -66,11 +66,11 @@ def train(
     def save():
         nonlocal saved, began
         jax.block_until_ready(state)
+        seconds[number], began, saved = time.monotonic() - began, time.monotonic(), number
+        with replacing(notes) as part:  # before the checkpoint, behind which nothing of them is read
+            part.write_text(json.dumps({"seconds": seconds, "curve": curve}) + "\n")
         checkpoints.save(state)
         checkpoints.wait()
-        seconds[number], began, saved = time.monotonic() - began, time.monotonic(), number
-        with replacing(notes) as part:
-            part.write_text(json.dumps({"seconds": seconds, "curve": curve}) + "\n")
 
     try:
         with closing(Progress(first, run.train.steps, run.data.batch * len(seeds))) as progress:

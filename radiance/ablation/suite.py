@@ -6,7 +6,7 @@ What is compared between arms is paired by seed: see `runner`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from radiance import config
@@ -64,7 +64,7 @@ class Suite:
             require(self.control != self.base, f"Suite {self.name}: base and control are the same arm.")
             runs = {arm: self.run(scale, arm) for arm in arms}
             for arm, run in runs.items():
-                _comparable(self, arm, run)
+                _comparable(self, arm, run, runs[self.base])
             require(len(set(runs.values())) == len(runs), f"Suite {self.name} has two arms at scale {scale} that are the same.")
             require(
                 self.metric != "exact" or not self.scales[scale].pictures or self.scales[scale].painted > 0,
@@ -91,8 +91,14 @@ class Suite:
         return found
 
 
-def _comparable(suite: Suite, arm: str, run: config.Config):
+def _comparable(suite: Suite, arm: str, run: config.Config, base: config.Config):
     said = f"Suite {suite.name}, arm {arm}:"
+    data = replace(base.data, batch=run.data.batch, caption_dropout=run.data.caption_dropout)
+    require(
+        run.data == data and run.train.seed == base.train.seed,
+        f"{said} all arms are shown the same scenes with the same seeds: of data change batch and caption_dropout alone.",
+    )
+    require(run.distill.kind == "none", f"{said} arms have no teacher: leave distill.kind=none.")
     require(not run.init and not run.lora.rank, f"{said} arms are trained from scratch, whole: leave init and lora out.")
     require(
         run.optimizer.rotate == (0, 0), f"{said} optimizer.rotate follows train.seed, which seeds trained together share: leave it out."

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from radiance.ablation.results import Result
+from radiance.ablation.results import Result, short
 from radiance.ablation.suite import Suite
 from radiance.evaluation.charts import number, ticks
 from radiance.evaluation.intervals import CONFIDENCE, Interval, paired_differences, student
@@ -19,14 +19,14 @@ HIGHER_IS_BETTER = ("exact",)
 class Compared(NamedTuple):
     """An arm against the base."""
 
-    difference: Interval  # as a share of the base's mean
+    difference: Interval | None  # as a share of the base's mean; None where a seed's is not finite
     p: float  # of no difference: paired t-test, two-sided, after Holm over the arms but the control
-    verdict: str  # better, worse, equal (within the margin), or undecided
+    verdict: str  # better, worse, equal (within the margin), undecided, or diverged
     reached: Interval | None  # of the base's steps, in which the arm reaches the base's last validation loss; None where a seed never does
 
 
 def compared(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compared]:
-    """Every arm but the base. Raises ConfigError where the base is not among them, or its metric is nothing but 0."""
+    """Every arm but the base. Raises ConfigError where the base is not among them, or its metric is nothing but 0 or not finite."""
     if suite.base not in results:
         raise ConfigError(
             f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others are compared: run that arm."
@@ -38,11 +38,19 @@ def compared(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compared]
         raise ConfigError(
             f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, and there is no share of that: train it longer."
         )
+    if not np.isfinite(scale):
+        raise ConfigError(
+            f"Suite {suite.name}: its base {suite.base} has diverged, and nothing can be compared with it: lower its learning rate."
+        )
     ours = {arm: paired_differences(result.metrics[suite.metric], theirs) for arm, result in results.items() if arm != suite.base}
-    raw = {arm: p_value(differences) for arm, differences in ours.items()}
+    raw = {arm: p_value(differences) for arm, differences in ours.items() if np.isfinite(differences).all()}
     adjusted = raw | holm({arm: p for arm, p in raw.items() if arm != suite.control})
     found = {}
     for arm, differences in ours.items():
+        if arm not in raw:
+            lost = int((~np.isfinite(differences)).sum())
+            found[arm] = Compared(None, float("nan"), f"diverged with {lost} of {len(differences)} seeds", None)
+            continue
         interval = student([difference / scale for difference in differences])
         verdict = verdict_of(suite, interval, adjusted[arm])
         found[arm] = Compared(interval, adjusted[arm], verdict, steps_to_quality(results[arm], base))
@@ -125,22 +133,27 @@ def page(suite: Suite, results: Mapping[str, Result]) -> str:
         parts += ["## Painted and read", _means(results, extra)]
     missing = [arm for arm in suite.arms_at(key.scale) if arm not in results]
     if missing:
-        parts.append(f"Not run yet: {', '.join(missing)}.")
+        parts.append(f"Not run yet: {', '.join(missing)}. With them p of the others may grow.")
+    if skipped := {arm: result.cost["skipped"] for arm, result in results.items() if result.cost["skipped"]}:
+        told = ", ".join(f"{arm} {count}" for arm, count in skipped.items())
+        parts.append(f"Updates of all seeds that were left out because they were not finite: {told}.")
     devices = ", ".join(sorted({device for result in results.values() for device in result.environment["devices"]}))
-    parts.append(f"Code {key.commit[:20]}, data {key.data}, on {devices}.")
+    parts.append(f"Code {short(key.commit)}, data {key.data}, on {devices}.")
     return "\n\n".join(parts) + "\n"
 
 
 def _arms(suite: Suite, results: Mapping[str, Result], found: Mapping[str, Compared]) -> str:
     rows = [["arm", "changes", suite.metric, "difference", "p", "verdict", "steps to quality", "parameters", "FLOP a picture", "seconds"]]
     for arm, result in results.items():
-        mean = student(list(result.metrics[suite.metric].values()))
+        values = list(result.metrics[suite.metric].values())
+        mean = student(values) if np.isfinite(values).all() else "not finite"
         changes = " ".join(f"`{change}`" for change in suite.arms_at(result.key.scale)[arm]) or "the base"
         told = ["", "", "", ""]
         if arm in found:
             other = found[arm]
             reached = f"× {other.reached}" if other.reached else "not reached"
-            told = [percent(other.difference), f"{other.p:.2g}", other.verdict, reached]
+            told = [percent(other.difference), f"{other.p:.2g}"] if other.difference else ["", ""]
+            told += [other.verdict, reached]
         cost = [number(result.cost["parameters"]), number(result.cost["flops"]), f"{result.cost['seconds']:.0f}"]
         rows.append([f"{arm} (control)" if arm == suite.control else arm, changes, str(mean), *told, *cost])
     return _markdown(rows)
@@ -151,7 +164,7 @@ def _control(suite: Suite, found: Mapping[str, Compared]) -> str:
         return f"The control {suite.control} has not been run: no verdict of “undecided” or “equal” can be trusted yet."
     if found[suite.control].verdict.startswith("worse"):
         return f"The control {suite.control} is told from the base, so the suite can see an effect of that size."
-    return f"The control {suite.control} is not told from the base: this run has no power, and what it leaves undecided says nothing."
+    return f"The control {suite.control} is not told from the base: what this run leaves undecided, or calls equal, says nothing."
 
 
 def _bins(results: Mapping[str, Result], base: Result) -> str:
@@ -193,8 +206,9 @@ LEFT, WIDTH, ROW, TOP = 150, 640, 26, 34
 
 
 def figure(suite: Suite, results: Mapping[str, Result]) -> str:
-    """SVG: each arm's paired difference to the base with its interval, over the margin of equality in grey."""
+    """SVG: each arm's paired difference to the base with its interval, over the margin of equality in grey. Those that diverged have none."""
     found = compared(suite, results)
+    found = {arm: other for arm, other in found.items() if other.difference}
     ends = [end for other in found.values() for end in other.difference] + [-suite.margin, suite.margin]
     low, high = min(ends) * 100, max(ends) * 100
     low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +66,11 @@ class Trial(NamedTuple):
 
 
 def config_hash(suite: Suite, scale: str, arm: str) -> str:
-    """Of all that an arm's result follows from but the code, the data and the seeds."""
+    """Of all that an arm's result follows from but the code, the data and the seeds: of the base its first weights and how losses are measured."""
     size = suite.scales[scale]
-    return hashed(suite.run(scale, arm), size.rates, size.painted, size.pictures, size.law, size.views)
+    return hashed(
+        suite.run(scale, arm), hashed(suite.run(scale, suite.base)), size.rates, size.painted, size.pictures, size.law, size.views
+    )
 
 
 def run_arm(trial: Trial, results: Results, work: Path, stop: Callable[[], bool] = lambda: False) -> Result | None:
@@ -88,6 +91,7 @@ def run_arm(trial: Trial, results: Results, work: Path, stop: Callable[[], bool]
         return None
     result = _measured(trial, key, run, trained, tuned)
     results.write(result)
+    shutil.rmtree(folder)
     return result
 
 

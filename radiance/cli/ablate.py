@@ -79,11 +79,13 @@ def _arms(options: argparse.Namespace, suite) -> list[str]:
 def _tabulate(suite, scale: str, results) -> int:
     from radiance.ablation.tables import figure, page
     from radiance.ablation.trial import config_hash
+    from radiance.weights.files import replacing
 
     found = results.all({arm: config_hash(suite, scale, arm) for arm in suite.arms_at(scale)})
     text = page(suite, found)
-    (results.folder / "table.md").write_text(text)
-    (results.folder / "figure.svg").write_text(figure(suite, found))
+    for name, content in (("table.md", text), ("figure.svg", figure(suite, found))):
+        with replacing(results.folder / name) as part:
+            part.write_text(content)
     print(text)
     return 0
 
@@ -92,6 +94,7 @@ def _told_pod(where: str, suite, arms: list[str]):
     """A pod's arms are runs of their own, one for each seed."""
     print("Arms of this scale are trained one by one, as any experiment is; `radiance plan` says what each costs:")
     for arm in arms:
-        changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER", "text.file=T5"]
+        changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER"]
+        changes += ["text.file=T5"] if suite.run("pod", arm).text.encoder == "t5" else []
         print("  " + shlex.join(["radiance", "train", f"{where}:{arm}", *changes]))
     print(f"SEED: 0 to {suite.scales['pod'].seeds - 1}.")

@@ -34,5 +34,8 @@ def main(options: argparse.Namespace) -> int:
     found = plan(run, options.device, options.sample)
     print(table(found))
     if options.json:
-        options.json.write_text(json.dumps(found.as_json(), indent=2) + "\n")
+        from radiance.weights.files import replacing
+
+        with replacing(options.json) as part:
+            part.write_text(json.dumps(found.as_json(), indent=2) + "\n")
     return 0

@@ -59,7 +59,15 @@ class PromptSuite(NamedTuple):
                 found.append(one)
             elif facts.get("prompt") != one.prompt or facts.get("seed") not in (one.seeds[-1], list(one.seeds)):
                 raise config.ConfigError(f"{folder / self.last(one)} is of another prompt or seed: give another --out.")
+            elif more := _more(folder / self.last(one), len(one.seeds)):
+                raise config.ConfigError(f"{more} is of more seeds than these, and would be scored with them: give another --out.")
         return found
+
+
+def _more(last: Path, count: int) -> Path | None:
+    """A picture behind the last of a prompt that has a folder of its own."""
+    behind = last.with_name(f"{count:05d}.png")
+    return behind if last.parent.name == "samples" and behind.is_file() else None
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:

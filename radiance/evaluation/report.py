@@ -17,6 +17,7 @@ from radiance.evaluation import charts
 from radiance.evaluation.charts import COLOURS, Line, line_chart
 from radiance.model.transformer import abstract
 from radiance.training.directory import RunDirectory
+from radiance.weights.files import replacing
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1.2em;color:#222;background:#fff}
@@ -58,7 +59,8 @@ def write_report(*directories: Path, out: Path | None = None) -> Path:
     parts = [f"<h1>{title}</h1>", _header(runs), "<h2>Curves</h2>", f'<div class="charts">{"".join(_curves(runs))}</div>', _bins(runs)]
     parts += [_samples(runs), _skipped(runs), _config(runs), *(_origin(run) for run in runs)]
     path = out or runs[0].directory.path / "report.html"
-    path.write_text(page(title, parts), "utf-8")
+    with replacing(path) as part:
+        part.write_text(page(title, parts), "utf-8")
     return path
 
 

@@ -1,11 +1,13 @@
 """Results of different things are never mixed, and a table's numbers are those worked out by hand."""
 
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from radiance import config
+from radiance.ablation import results as results_of
 from radiance.ablation.results import Key, Result, Results, check_like, code, hashed, read
 from radiance.ablation.suite import Scale, Suite
 from radiance.ablation.tables import compared, figure, first_below, holm, page
@@ -71,8 +73,31 @@ def test_hashes_see_every_setting():
     assert len({hashed(run, 1), hashed(run, 2), hashed(config.override(run, ["optimizer.eps=1e-7"]), 1)}) == 3
 
 
-def test_the_code_of_a_result_has_a_name():
+def test_the_code_of_a_result_has_a_name(tmp_path, monkeypatch):
+    """Which any change of the package changes: committed, not committed, in a file that git does not know, and without git."""
     assert len(code()) >= 5
+    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    file = tmp_path / "radiance" / "one.py"
+    file.parent.mkdir()
+    names = []
+
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *command], cwd=tmp_path, check=True, capture_output=True)
+
+    for text in ("1", "2"):
+        file.write_text(text)
+        names.append(code())  # without a repository
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    names.append(code())
+    file.write_text("3")
+    names.append(code())
+    for text in ("4", "5"):
+        file.with_name("two.py").write_text(text)
+        names.append(code())
+    assert len(set(names)) == len(names) == 6
+    assert names[0].startswith("radiance ") and len(names[2]) == 40 and all(name.startswith(names[2] + "+") for name in names[3:])
 
 
 def test_a_table_by_hand():
@@ -112,10 +137,24 @@ def test_the_page_and_the_figure_say_it():
     text = page(suite(), results)
     assert "| worse | `model.masking=off` |" in text and "+21.0% (+18.5% … +23.5%)" in text and "| 12.35k | 2G | 61 |" in text
     assert "Not run yet: near." in text and "is told from the base" in text and "2.287 (×2.00)" not in text and "(×2.00)" in text
-    assert "has no power" in page(suite(control="near"), {arm: result(arm) for arm in ("base", "near")})
+    assert "or calls equal, says nothing" in page(suite(control="near"), {arm: result(arm) for arm in ("base", "near")})
     assert "| arm | 0 … 0.5 | 0.5 … 1 |" in text and "| worse | 1.210 | 1.500 |" in text
     drawn = figure(suite(), results)
     assert drawn.count("<circle") == 2 and drawn.startswith("<svg") and "nan" not in drawn
+
+
+def test_an_arm_that_diverges_spoils_itself_alone():
+    """It is no part of Holm's family, and has no place in the figure."""
+    lost = result("near")
+    lost = replace(lost, metrics={"validation_loss": lost.metrics["validation_loss"] | {1: float("nan")}}, cost=lost.cost | {"skipped": 7})
+    results = {"base": result("base"), "worse": result("worse"), "near": lost, "blind": result("blind")}
+    found, without = compared(suite(), results), compared(suite(), {arm: one for arm, one in results.items() if arm != "near"})
+    assert found["near"].verdict == "diverged with 1 of 3 seeds" and found["worse"] == without["worse"]
+    text = page(suite(), results)
+    assert "| not finite |  |  | diverged with 1 of 3 seeds |" in text and "not finite: near 7." in text
+    assert figure(suite(), results).count("<circle") == 2
+    with pytest.raises(config.ConfigError, match="base base has diverged"):
+        compared(suite(), results | {"base": lost})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +167,9 @@ def test_the_page_and_the_figure_say_it():
         (dict(arms={"base": (), "blind": ("optimizer.decay=cosine",)}), "constant"),
         (dict(arms={"base": (), "blind": ("model.masking=off",), "twin": ("model.masking=off",)}), "the same"),
         (dict(arms={"base": (), "blind": ("model.maskin=off",)}), "masking"),
+        (dict(arms={"base": (), "blind": ("data.shapes.law=full",)}), "of data change batch and caption_dropout alone"),
+        (dict(arms={"base": (), "blind": ("train.seed=5",)}), "the same seeds"),
+        (dict(arms={"base": (), "blind": ("distill.kind=guidance", "distill.rule=picture")}), "no teacher"),
         (dict(metric="exact"), "painted=0"),
         (dict(margin=0.0), "margin"),
     ],

@@ -60,6 +60,7 @@ def test_geneval(trained, tmp_path, capsys, monkeypatch):
     assert main([str(part) for part in command]) == 0 and painted == ["a red dog"] * 4
     assert main([str(part) for part in command]) == 0 and "Nothing is left" in capsys.readouterr().out
     assert "another prompt or seed" in told(capsys, *command, "--seeds", "4-7")
+    assert "00002.png is of more seeds than these" in told(capsys, *command, "--seeds", "0-1")
     (out / "00001/samples/00003.png").unlink()
     assert "painted with another settings" in told(capsys, *command[:2], "steps=2", *command[2:])
 
