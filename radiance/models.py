@@ -19,7 +19,7 @@ from radiance.text.encoders import make_encoder
 from radiance.training.adapters import as_lora
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import RunDirectory, is_run
-from radiance.training.start import load_base
+from radiance.training.start import identity_of, load_base
 from radiance.weights import autoencoder as autoencoder_files
 from radiance.weights import lora as lora_files
 from radiance.weights.checkpoint import LOSS_KEY, Checkpoint, of_params, open_checkpoint
@@ -72,7 +72,9 @@ def load(
         changes = [*changes, f"weights={weights}"]
     run = replace(run, sample=config.override(run.sample, changes))
     if text_encoder:
-        run = replace(run, text=replace(run.text, encoder="t5", file=text_encoder, tokenizer=tokenizer))
+        run = replace(run, text=replace(run.text, encoder="t5", file=text_encoder, tokenizer=tokenizer, cache=""))
+    elif tokenizer:
+        raise config.ConfigError(f"--tokenizer {tokenizer} is of a text encoder: give --text-encoder FILE too.")
     _check(run, model, autoencoder)
     decoder = Autoencoder(*autoencoder_files.read(autoencoder), run.compute.dtype) if autoencoder else None
     if decoder and 4 * decoder.sizes.latent_channels != run.model.channels:
@@ -86,6 +88,7 @@ def load(
 
     places = spread and spread(abstract(run.model))
     if is_run(model) and run.lora.rank:
+        check_base(RunDirectory(Path(model)), run)
         own = trained_lora(model, run)
         base = run if store is None else replace(run, lora=replace(run.lora, store=store))
         params, origin, adapters = load_base(base, places), own.origin, [(own, 1.0), *adapters]
@@ -138,8 +141,18 @@ def opened(model: str | Path, weights: str | None = None, **known: Any) -> Check
     measured = {LOSS_KEY: f"{loss:.6g}"} if loss is not None and run.sample.weights == validated else {}
     metadata = {RUN_KEY: json.dumps(told), **measured}
     if run.lora.rank:
-        return replace(lora_files.merged(opened(run.init), trained_lora(model, run)), metadata=metadata)
-    return of_params(run.model, *restored(model, run), metadata)
+        check_base(directory, run)
+        base = opened(run.init) if is_run(run.init) else open_checkpoint(run.init, run.model)
+        return replace(lora_files.merged(base, trained_lora(model, run)), metadata=metadata)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # an accelerator may have no room for all that is read
+    return of_params(run.model, *restored(model, run, jax.tree.map(lambda _: host, abstract(run.model))), metadata)
+
+
+def check_base(directory: RunDirectory, run: config.Config):
+    """Raises ConfigError when a LoRA run's base is no longer the one that it was trained on."""
+    trained_on, there = directory.base_identity(), identity_of(run.init, run)
+    if trained_on not in (None, there):
+        raise config.ConfigError(f"{directory.path} was trained on another {run.init} ({trained_on}; now it is {there}): bring that back.")
 
 
 def run_of(checkpoint: Checkpoint, dtype: str) -> config.Config:

@@ -72,11 +72,13 @@ def main(options: argparse.Namespace) -> int:
         raise config.ConfigError(f"--modulation and --pooled make another model, and --to {to} writes a LoRA: convert first.")
     if to in LORA_NAMES and (options.head or options.dilate or options.graft or (options.extract and options.lora)):
         raise config.ConfigError(f"--to {to} writes a LoRA, and --lora, --head, --dilate and --graft make another model: convert first.")
+    if to in LORA_NAMES and (dtype or "bfloat16") not in ("float32", "bfloat16", "float16"):
+        raise config.ConfigError(f"--dtype {options.dtype}: a LoRA is written as fp32, bf16 or fp16.")
     if options.merge and options.merge[1] is None:
         raise config.ConfigError(f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5.")
     checkpoint = opened(options.model, options.weights, **known(options))
     if options.merge:
-        checkpoint = surgery.merge(checkpoint, opened(options.merge[0], **known(options)), options.merge[1])
+        checkpoint = surgery.merge(checkpoint, _other(options.merge[0], options), options.merge[1])
     if to in LORA_NAMES:
         return _write_lora(options, checkpoint, to)
     for path, strength in options.lora:
@@ -106,6 +108,14 @@ def main(options: argparse.Namespace) -> int:
         print(f"The pooled text vector is {held}, whatever the prompt: what it said of prompts is lost.")
     print(f"{checkpoint.origin} is written to {options.out}.")
     return 0
+
+
+def _other(path: str, options: argparse.Namespace) -> "Checkpoint":
+    """A second model. What is told of the first is meant for it too, unless it is a run, which knows."""
+    from radiance.models import opened
+    from radiance.training.directory import is_run
+
+    return opened(path) if is_run(path) else opened(path, **known(options))
 
 
 def _pooled(told: str, model: config.Model) -> tuple["np.ndarray", str]:
@@ -140,7 +150,7 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: st
     """The difference to another checkpoint as a LoRA, or a LoRA file under other names."""
     from tqdm import tqdm
 
-    from radiance.models import opened, trained_lora
+    from radiance.models import trained_lora
     from radiance.training.directory import RunDirectory, is_run
     from radiance.weights import lora
     from radiance.weights.convert import SHORT
@@ -153,7 +163,7 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", names: st
         lora.write(options.out, found, names, dtype)
         print(f"{found.origin} is written to {options.out}: {len(found.pairs)} matrices.")
     elif options.extract:
-        base = opened(options.extract, **known(options))
+        base = _other(options.extract, options)
         count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
         with tqdm(total=count, unit="parameter", unit_scale=True, disable=None) as bar:
             found = lora.extract(base, checkpoint, options.rank, progress=bar.update)

@@ -1,8 +1,13 @@
 """This process: one of several hosts that run the same command."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from radiance import config, startup
+
+PATIENCE = 7 * 24 * 3600 * 1000  # ms
 
 
 def add_hosts(parser: argparse.ArgumentParser):
@@ -27,6 +32,18 @@ def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
     elif options.host is not None or options.coordinator:
         raise config.ConfigError("--host and --coordinator are of several hosts: give --hosts N too.")
     return jax.process_index(), jax.process_count()
+
+
+@contextmanager
+def together(options: argparse.Namespace) -> Iterator[None]:
+    """A host that is done, or has failed, waits for the others: where one leaves, JAX ends those that are still at work five minutes later."""
+    try:
+        yield
+    finally:
+        if options.hosts is not None and not isinstance(sys.exception(), (KeyboardInterrupt, config.ConfigError)):
+            from orbax.checkpoint import multihost
+
+            multihost.get_barrier_sync_fn()(key="done", timeout_ms=PATIENCE)
 
 
 def keep_memory():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from radiance import config
 from radiance.cli.arguments import add_model, known, lines, mesh, seeds, size, with_number
-from radiance.cli.hosts import add_hosts, join_hosts, keep_memory
+from radiance.cli.hosts import add_hosts, join_hosts, keep_memory, together
 
 STORES = ("q8_0", "int8", "float8_e4m3fn")
+SHEET = 400  # pictures that sheet.png shows at most: of more there is none
 SUITES = ("geneval", "dpg", "coco30k")  # see evaluation/prompt_suites.py
 
 
@@ -54,8 +55,12 @@ def add(verbs):
 
 def main(options: argparse.Namespace) -> int:
     """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the pictures."""
-    if options.suite:
-        return _suite(options)
+    with together(options):
+        return _suite(options) if options.suite else _sample(options)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from radiance.evaluation.prompt_suites import check_like
     from radiance.pictures import contact_sheet, save_png
     from radiance.weights.files import replacing
 
@@ -75,25 +80,29 @@ def main(options: argparse.Namespace) -> int:
         if not mine:
             print(f"Nothing is left to paint for {out}.")
             return 0
+        begun = sorted(out / name for name in named.keys() - mine.keys() if (out / name).is_file())
     elif any((out / name).exists() for name in (*mine, "sheet.png")):
         raise config.ConfigError(f"{out} holds pictures already: give another --out.")
     start = _start(options)
     pipeline = _loaded(options)
+    if options.folder and begun:
+        width, height = options.size or (pipeline.run.data.side,) * 2 if start is None else start.image.shape[1::-1]
+        check_like(begun[0], pipeline.facts(width, height))
     pictures = []
     for name, picture in zip(mine, _painted(options, pipeline, list(mine.values()), start)):
         if options.folder:
             with replacing((out / name).with_suffix(".txt")) as part:
                 part.write_text(_caption(mine[name][0]) + "\n", "utf-8")
-        else:
+        elif len(jobs) <= SHEET:
             pictures.append(picture.image)
         with replacing(out / name) as part:
             save_png(part, picture.image, picture.facts)
-    if hosts == 1 and not options.folder:
+    if hosts == 1 and pictures:
         sheet = contact_sheet(pictures, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10))
         settings = config.to_dict(pipeline.run.sample)
         with replacing(out / "sheet.png") as part:
             save_png(part, sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings})
-    others = f" of {len(jobs)}" if options.folder or hosts > 1 else " and sheet.png"
+    others = " and sheet.png" if hosts == 1 and pictures else f" of {len(jobs)}"
     print(f"{len(mine)} pictures{others} are in {out}.")
     return 0
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -155,8 +156,9 @@ class Catalogue:
     def _make(self, threads: int):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for other in self.path.parent.glob(f".{self.path.name}.*"):
-            if time.time() - max(file.stat().st_mtime for file in [other, *other.iterdir()]) > ABANDONED:
-                shutil.rmtree(other, ignore_errors=True)  # its process was killed
+            with suppress(FileNotFoundError):  # it has its name by now
+                if time.time() - max(file.stat().st_mtime for file in [other, *other.iterdir()]) > ABANDONED:
+                    shutil.rmtree(other, ignore_errors=True)  # its process was killed
         part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             self._write(part, threads)

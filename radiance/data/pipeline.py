@@ -17,6 +17,7 @@ from radiance.text.encoders import BUCKET, Encoder, bucket
 
 Batch = dict[str, np.ndarray]  # image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b], dropped [b]
 WIDTHS = 8  # lengths that texts are cut to, at most: each is a program that must be compiled
+MANY = 8  # pictures of a batch: that none of so many can be used is no chance
 AHEAD = 2  # batches that stand ready for the trainer, their text encoded
 
 
@@ -57,6 +58,10 @@ class Batches:
     def _complete(self, step: int, drawn: dict[str, Any]) -> Batch:
         """The batch of a step from its pictures."""
         self._note(drawn["broken"])
+        if len(self.rows) >= MANY and not drawn["weight"].any():
+            raise DataError(
+                f"None of the {len(self.rows)} pictures of step {step + 1} can be used: look whether the disk that they lie on is still there."
+            )
         captions = self._captions(step, self.order[step])  # of all hosts, for their arrays must have one shape
         tokens = [self.encoder.count(caption or "") for caption in captions]
         width = width_for(max(tokens), self.encoder.limit, self.masking)

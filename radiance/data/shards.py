@@ -104,7 +104,8 @@ def _remote(pattern: str, suffix: str) -> list[storage.File]:
     except NotADirectoryError:
         return []
     inside = [file for file in files if (fnmatchcase(file.name, name) if name else file.name.endswith(suffix))]
-    return [file._replace(place=storage.join(folder + slash, file.place)) for file in inside if not (name and "/" in file.name)]
+    found = [file._replace(place=storage.join(folder + slash, file.place)) for file in inside if not (name and "/" in file.name)]
+    return [storage.file(file.place) if file.size is None else file for file in found]  # listings of web servers tell no sizes
 
 
 def _shard(file: storage.File, folder: str, suffix: str) -> Shard:

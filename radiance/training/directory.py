@@ -84,6 +84,11 @@ class RunDirectory:
         with appending(self.path / "command.txt") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
+    def base_identity(self) -> str | None:
+        """What a LoRA run was trained on; None where it does not say."""
+        file = self.path / "data.json"
+        return json.loads(file.read_text()).get("base", {}).get("identity") if file.is_file() else None
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All that was measured; a line cut short by a kill is left out."""
         rows = []

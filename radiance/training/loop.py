@@ -3,6 +3,8 @@
 A run directory is a run: the same command goes on where it stopped, bit for bit as if it had not.
 """
 
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -38,7 +40,7 @@ from radiance.training.progress import Profile, Progress
 from radiance.training.start import check_weights, identity_of, known_loss, load_base, load_still, start, verdict
 from radiance.training.step import Metrics, State, complete, init_state, make_step, validation_losses
 from radiance.training.tracking import Trackers, require_trackers
-from radiance.weights.files import CheckpointError, require_space
+from radiance.weights.files import require_space
 
 PROMPTS = 16  # pictures of a gallery, where the config names no prompts
 
@@ -71,6 +73,7 @@ def train(run: config.Config) -> int:
         made = trajectories.painted(run, sources, encoder, identity_of(run.teacher, run))
         made = trajectories.as_there(trajectories.folder_of(run), made)
         data["trajectories"] = made._asdict()
+    _check_alike(data)
     directory = RunDirectory(run.directory)
     directory.check(run, data)
     prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
@@ -255,8 +258,8 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
     at an ordinary end, would wait for minutes."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, TrainingError):  # which all hosts raise
             raise
         latest = checkpoints.standing
         print(
@@ -266,6 +269,16 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
             flush=True,
         )
         os._exit(1)
+
+
+def _check_alike(data: Mapping[str, Any]):
+    """Raises ConfigError where hosts see other data than the first: each would have an order of its own."""
+    ours = np.stack([np.frombuffer(hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest(), np.uint8) for part in data.values()])
+    theirs = multihost_utils.process_allgather(ours) if jax.process_count() > 1 else ours[None]
+    if other := [name for name, part in zip(data, np.moveaxis(theirs, 1, 0)) if (part != part[0]).any()]:
+        raise config.ConfigError(
+            f"The hosts do not see the same data ({', '.join(other)}): look at data.path on each, and remove data.directory where it is stale."
+        )
 
 
 def _check(run: config.Config, mesh: jax.sharding.Mesh):

@@ -290,7 +290,8 @@ def write_safetensors(
     with replacing(path) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, shape in shapes.items():
-            np.ascontiguousarray(cast(tensor(key), dtypes[key], key)).reshape(shape).tofile(file)
+            values = np.ascontiguousarray(cast(tensor(key), dtypes[key], key)).reshape(shape)
+            file.write(values.reshape(-1).view(np.uint8).data)  # tofile says nothing of what a full disk loses at its end
 
 
 def cast(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
@@ -319,6 +320,9 @@ def replacing(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        if part.is_file():
+            with part.open("rb") as written:
+                os.fsync(written.fileno())  # or a name could outlive a power cut without what it names
         os.replace(part, path)
     except OSError as error:
         raise unwritten(path, error) from error

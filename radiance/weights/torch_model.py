@@ -475,19 +475,19 @@ def add_lora(model: Transformer, path: str | Path, strength: float = 1.0):
 
     path: what `radiance convert --to peft` writes. Raises ValueError, and adds nothing, where the file has other names or is for another model.
     """
-    tensors, weights, sums = read_tensors(Path(path)), dict(model.named_parameters()), {}
+    tensors, weights, pairs = read_tensors(Path(path)), dict(model.named_parameters()), {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         module = key.removesuffix(".lora_A.weight")
-        down, up = tensors.pop(key).float(), tensors.pop(f"{module}.lora_B.weight", torch.empty(0)).float()
+        down, up = tensors.pop(key).flatten(1), tensors.pop(f"{module}.lora_B.weight", torch.empty(0, 0)).flatten(1)
         scale = tensors.pop(f"{module}.alpha", torch.tensor(float(len(down)))) / len(down)
         weight = weights.get(f"{module.removeprefix('diffusion_model.')}.weight")
-        if weight is None or weight.numel() != up.shape[0] * down[0].numel() or up.numel() != up.shape[0] * len(down):
-            raise ValueError(f"{path}: {key} does not fit this model: the LoRA is for another.")
-        change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (strength * scale)
-        sums[weight] = weight + change.to(weight.device)
-    if tensors or not sums:
+        if weight is None or (len(weight), weight[0].numel()) != (len(up), down.shape[1]) or up.shape[1] != len(down):
+            raise ValueError(f"{path}: {key} and its other half do not fit this model: the LoRA is for another, or is not whole.")
+        pairs[weight] = (down, up, strength * scale)
+    if tensors or not pairs:
         raise ValueError(
             f"{path} is not a LoRA with PEFT's names ({next(iter(tensors), 'it is empty')}): rename it with `radiance convert --to peft`."
         )
-    for weight, changed in sums.items():
-        weight.copy_(changed)
+    for weight, (down, up, scale) in pairs.items():
+        change = (up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)).reshape(weight.shape)
+        weight.copy_(weight + scale.to(weight.device) * change)

@@ -15,6 +15,7 @@ safetensors.torch.save_file(tensors, "prompts.safetensors", metadata) writes it.
 
 import argparse
 import json
+import math
 import struct
 import time
 import zlib
@@ -81,9 +82,12 @@ def size(text: str) -> tuple[int, int]:
 def lora(text: str) -> tuple[Path, float]:
     path, _, strength = text.rpartition(":")
     try:
-        return (Path(path), float(strength)) if path else (Path(text), 1.0)
+        found = (Path(path), float(strength)) if path else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
+    if not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: the strength is not a finite number.")
+    return found
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[str], dict]:
