@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,16 @@ os.environ.setdefault(
 import pytest
 from jaxtyping import install_import_hook
 
+# Tracing makes many objects, few of them garbage, and JAX has work to do at every collection.
+gc.set_threshold(50_000, 20, 50)
+
 # The shapes in the signatures are checked at every call of a test.
 install_import_hook([f"radiance.{room}" for room in ("model", "pictures")], "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """What the imports have made is no garbage to the end."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

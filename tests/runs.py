@@ -10,15 +10,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 from toys import toy_model
 
 from radiance import config, startup
+from radiance.training import loop
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.step import init_state, make_step
 
 # What compiles fastest, where any network will do.
-PLAIN = dict(head="linear", modulation="none")
+PLAIN = dict(head="linear", modulation="none", double_blocks=0)
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
@@ -41,10 +43,17 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
     return config.override(run, changes)
 
 
-@lru_cache(4)
+@lru_cache(6)
 def step_of(run: config.Config):
     """Its step, compiled once for tests that follow one another: that takes seconds."""
     return jax.jit(make_step(run))
+
+
+def train(run: config.Config) -> int:
+    """That of the trainer, but no pictures are painted on the way: for tests that look at none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_gallery", lambda *_: None)
+        return loop.train(run)
 
 
 def batch_of(run: config.Config, seed: int = 0) -> dict[str, jnp.ndarray]:

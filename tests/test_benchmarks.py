@@ -17,7 +17,7 @@ from radiance.weights import checkpoint
 
 TOY = [
     *("model.hidden=48", "model.heads=2", "model.double_blocks=1", "model.single_blocks=1", "model.rope_axes=4,10,10", "model.text_dim=32"),
-    *("model.approximator_hidden=40", "model.patch=4", "model.nerf_hidden=8", "model.nerf_depth=1", "model.nerf_freqs=3"),
+    *("model.approximator_hidden=40", "model.patch=4", "model.head=linear"),
     *("--model", "nano", "--side", "8", "--text-limit", "16", "--prompt-tokens", "3", "--repeats", "1"),
 ]
 PEERS = ["PyTorch module, eager, text at the limit", "PyTorch module, eager, text cut"]
@@ -176,7 +176,7 @@ def test_sampling(torch):
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.slow
 def test_training_without_peers():
-    rows = rows_of(training.main([*TOY, "--parts", "step", "--remat", "full"]))
+    rows = rows_of(training.main(["model.modulation=none", *TOY, "--parts", "step", "--remat", "full"]))
     assert "radiance, text cut, remat full" in rows
     assert all(float(rows[name][6]) > 0 for name in rows if name.startswith("radiance"))  # GB temporary
     assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 4
@@ -185,7 +185,7 @@ def test_training_without_peers():
 @pytest.mark.reference
 @pytest.mark.slow
 def test_training(torch):
-    rows = rows_of(training.main([*TOY, "--batch", "2"]))
+    rows = rows_of(training.main(["model.modulation=none", *TOY, "--batch", "2"]))
     assert {"radiance, text cut", *PEERS, "PyTorch module, compiled, text cut"} <= set(rows)
     assert not any("not measured" in name for name in rows)
 
@@ -208,7 +208,8 @@ def test_errors_are_of_visible_rows():
 
 @pytest.mark.slow
 def test_compile_time(monkeypatch):
-    monkeypatch.setitem(compile_time.SIZES, "nano", toy_model())
+    monkeypatch.setitem(compile_time.SIZES, "nano", toy_model(head="linear", modulation="none"))
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests' programs are there too
     report = compile_time.main(["--models", "nano", "--devices", "1", "8", "--side", "8", "--peers"])
     lines = report.parts[-1].splitlines()[2:]
     assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
@@ -217,7 +218,10 @@ def test_compile_time(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc.")
-def test_host_memory():
+def test_host_memory(monkeypatch):
+    whole = host_memory.run_of
+    quick = ["model.head=linear", "model.modulation=none"]
+    monkeypatch.setattr(host_memory, "run_of", lambda *given: config.override(whole(*given), quick))
     report = host_memory.main(["--steps", "6", "--pictures", "20", "--side", "16"])
     rows = rows_of(report)
     assert "6" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")

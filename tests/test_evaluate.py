@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from runs import PLAIN, toy_run, written_experiment
+from runs import PLAIN, toy_run, train, written_experiment
 
 from radiance import config
 from radiance.cli import main
@@ -18,7 +18,6 @@ from radiance.evaluation.features import Pixels
 from radiance.evaluation.measure import Painted, sampling
 from radiance.models import load
 from radiance.pictures import to_signed
-from radiance.training.loop import train
 from radiance.training.step import validation_losses
 
 CHANGES = (

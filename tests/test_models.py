@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, toy_run
+from runs import PLAIN, toy_run, train
 from safetensors.numpy import load_file
 from toy_t5 import TOY, toy_folder
 from toys import toy_model, toy_params
@@ -14,11 +14,14 @@ from toys import toy_model, toy_params
 import radiance
 from radiance import config
 from radiance.cli import main
+from radiance.data.datasets import open_source
 from radiance.model import autoencoder
 from radiance.models import encoded_prompts
 from radiance.pictures import to_picture
 from radiance.pipeline import encode
 from radiance.sampling import paint
+from radiance.text.encoders import make_encoder
+from radiance.training import loop
 from radiance.weights import autoencoder as autoencoder_files
 from radiance.weights import checkpoint, lora
 from radiance.weights.convert import convert
@@ -186,26 +189,20 @@ def test_a_file_is_told_what_it_does_not_say(files, tmp_path):
     assert "__sequential__" in checkpoint.open_checkpoint(tmp_path / "m.safetensors").shapes
 
 
-def test_a_run_exports_what_it_takes_to_sample_it(tmp_path, data_directory, capsys):
-    from radiance.training.loop import train
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_directory):
+    run = toy_run(tmp_path_factory.mktemp("run"), data_directory, "train.steps=2", "train.checkpoint_every=2", **PLAIN)
+    assert train(run) == 2
+    return run
 
-    run = toy_run(tmp_path, data_directory, "train.steps=2", "train.checkpoint_every=2")
-    train(run)
+
+def test_a_run_exports_what_it_takes_to_sample_it(run, tmp_path, capsys):
     out = tmp_path / "export.safetensors"
     assert main(["convert", str(run.directory), str(out), "--weights", "ema=0.9"]) == 0
-    assert "double blocks" in capsys.readouterr().out
+    assert "single blocks" in capsys.readouterr().out
     theirs = radiance.load(run.directory, "ema=0.9")(["the digit 2"], seeds=[1])[0]
     ours = radiance.load(out, dtype="float32")(["the digit 2"], seeds=[1])[0]  # the hash encoder and settings come with it
     assert np.array_equal(pixels(theirs.image), pixels(ours.image))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, data_directory):
-    from radiance.training.loop import train
-
-    run = toy_run(tmp_path_factory.mktemp("run"), data_directory, "train.steps=2", "train.checkpoint_every=2", **PLAIN)
-    train(run)
-    return run
 
 
 def told(capsys, *arguments) -> str:
@@ -277,8 +274,6 @@ def test_damaged_settings_of_an_export(files, tmp_path, metadata, capsys):
 
 @pytest.mark.parametrize("loss", ["abc", "0", "nan", "-1"])
 def test_a_damaged_loss_stops_a_run_before_it_begins(run, tmp_path, data_directory, loss):
-    from radiance.training.loop import train
-
     checkpoint.write(tmp_path / "x.safetensors", run.model, toy_params(run.model), metadata={"radiance.validation_loss": loss})
     with pytest.raises(CheckpointError, match="which is no loss"):
         train(toy_run(tmp_path, data_directory, f"init={tmp_path / 'x.safetensors'}"))
@@ -298,10 +293,11 @@ def test_prompts_that_are_no_text(files, tmp_path, capsys):
 
 
 def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
-    from radiance.training.loop import train
-
-    run = toy_run(tmp_path, data_directory, "train.steps=1", "text.length=3", "train.sample_prompts=", "train.validate_pictures=4", **PLAIN)
-    assert train(run) == 1  # "the digit 7" and its end are four
+    run = toy_run(tmp_path, data_directory, "text.length=3")
+    encoder = make_encoder(run.text, run.model.text_dim)
+    prompts = loop._captions(open_source(run.data, "validation"), encoder)
+    assert len(prompts) == loop.PROMPTS
+    encoder(prompts)  # "the digit 7" and its end are four
 
 
 def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):

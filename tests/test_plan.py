@@ -225,7 +225,8 @@ def test_peak_memory():
 @pytest.mark.parametrize("device, package, attention", [("v5e", "libtpu", "splash"), ("h200", "jax_cuda13_plugin", "cudnn")])
 def test_with_the_devices_own_compiler(device, package, attention, tmp_path):
     pytest.importorskip(package, reason=f"{package}, which has the compiler for {device}, is not installed.")
-    run = toy_run(tmp_path, str(tmp_path), "compute.dtype=bfloat16", hidden=64, heads=1, rope_axes=(8, 28, 28), **PLAIN)
+    sizes = PLAIN | dict(hidden=64, heads=1, rope_axes=(8, 28, 28), double_blocks=1)
+    run = toy_run(tmp_path, str(tmp_path), "compute.dtype=bfloat16", **sizes)
     path, out = written_experiment(run), tmp_path / "plan.json"
     command = [sys.executable, "-m", "radiance", "plan", str(path), "--device", device, "--mesh", "fsdp=4", "--json", str(out)]
     done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)  # the tests' own are the CPU's

@@ -13,6 +13,7 @@ from toys import noisy_autoencoder, toy_model
 from radiance import config
 from radiance.cli import experiment, main
 from radiance.model.autoencoder import Autoencoder
+from radiance.training import loop
 from radiance.training.start import load_weights
 from radiance.weights import autoencoder
 
@@ -22,12 +23,14 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SHORT = [
     "data.batch=4", "train.steps=3", "train.validate_every=3", "train.validate_pictures=2", "train.sample_every=3", "train.checkpoint_every=3",
     "train.sample_prompts=one", "sample.steps=2", "sample.guidance=1", "optimizer.warmup_steps=0",
+    "data.other_sides=", "data.bucket_step=0", "flow.coupling=independent",  # that shapes mix in a run is shown in training/test_run.py
 ]  # fmt: skip
 
 
 @pytest.fixture
-def trained(tmp_path, data_directory):
-    """Trains an arm, and gives its config."""
+def trained(tmp_path, data_directory, monkeypatch):
+    """Trains an arm, without pictures on the way, and gives its config."""
+    monkeypatch.setattr(loop, "_gallery", lambda *_: None)
 
     def train(name: str, *changes: str) -> config.Config:
         changes = [*SHORT, f"output={tmp_path}", f"data.directory={data_directory}", *changes]
@@ -69,10 +72,8 @@ def test_head_then_trunk_then_x0_then_text_ids_that_count(trained, tmp_path):
 
 
 def test_resolutions_grow(trained):
-    """Squares alone, for that shapes mix in a run is shown in training/test_run.py."""
-    squares = ["data.other_sides=", "data.bucket_step=0"]
-    first = trained("radiance_512.py:256:toy", *squares, "data.side=8")
-    last = trained("radiance_512.py:1024:toy", *squares, f"init={first.directory}")
+    first = trained("radiance_512.py:256:toy", "data.side=8")
+    last = trained("radiance_512.py:1024:toy", f"init={first.directory}")
     assert (first.data.side, last.data.side) == (8, 16) and first_row(last)["step"] == 0  # the loss of what it starts from
     assert moved(weights(first), weights(last)) >= {"double", "single", "modulation"}
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, toy_run
+from runs import PLAIN, toy_run, train
 from toy_folders import fill, opened, pixels_of, save, settings
 
 from radiance import config
@@ -17,7 +17,6 @@ from radiance.data.decode import Broken
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.pictures import to_array
 from radiance.text.encoders import HashEncoder
-from radiance.training.loop import train
 
 
 def broken_folder(folder):

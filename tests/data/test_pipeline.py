@@ -84,8 +84,8 @@ def test_reading_ahead_changes_nothing():
 @pytest.mark.slow
 def test_processes_read_the_same_batches():
     data = dict(steps=12, dropout=0.3, mirror=0.5, crop="random")
-    ahead = [list(make(**data, workers=workers).start(2)) for workers in (0, 1, 3)]
-    assert len(ahead[0]) == 10 and all(same(a, b) for others in ahead[1:] for a, b in zip(ahead[0], others))
+    ahead = [list(make(**data, workers=workers).start(2)) for workers in (0, 2)]
+    assert len(ahead[0]) == len(ahead[1]) == 10 and all(map(same, *ahead))
 
 
 def test_captions_are_drawn_and_dropped_by_position():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from runs import PLAIN, metrics, toy_run
+from runs import PLAIN, metrics, toy_run, train
 
 from radiance import config
 from radiance.data.datasets import Mixture, describe, open_source
@@ -16,7 +16,6 @@ from radiance.data.pipeline import Batches, fixed_batches
 from radiance.data.shape_captions import caption, tokens
 from radiance.data.shapes import HELD_OUT, Facts, render, scene
 from radiance.text.encoders import HashEncoder
-from radiance.training.loop import train
 
 SHAPES = config.Shapes(law="short", limit=24, count=40, seed=3)
 NUMBER = 8  # of a picture whose caption leaves something out

@@ -6,11 +6,10 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, toy_run
+from runs import PLAIN, toy_run, train
 
 from radiance.cli import main
 from radiance.pipeline import Pipeline
-from radiance.training.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """LoRA training: gradients against those of the whole weights, runs that are resumed, and what they export."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, metrics, same, toy_run
+from runs import PLAIN, command, metrics, same, toy_run, train
 from toys import apply, gradients, toy_inputs, toy_model, toy_params
 
 import radiance
@@ -12,21 +14,20 @@ from radiance import config
 from radiance.cli import main
 from radiance.model.stored import Adapted
 from radiance.training.adapters import adapted, as_lora, init_adapters
-from radiance.training.loop import train
 from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora
 from radiance.weights.native import flatten
 
-SIZES = dict(hidden=64, rope_axes=(4, 14, 14), text_preamble=1)  # blocks of 32 divide
-MODEL = toy_model(**SIZES)
+SIZES = PLAIN | dict(hidden=64, rope_axes=(4, 14, 14), text_preamble=1, double_blocks=1)  # blocks of 32 divide
+MODEL = toy_model(**SIZES | dict(double_blocks=2))
 LORA = config.Lora(rank=3, alpha=6.0)
 
 
 def noisy_adapters(model=MODEL, settings=LORA):
     """`up` is not 0, as after some steps."""
     draw = np.random.default_rng(5)
-    fresh = init_adapters(model, settings, jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.05 * draw.standard_normal(x.shape, np.float32), fresh)
+    shapes = jax.eval_shape(partial(init_adapters, model, settings), jax.random.key(0))
+    return jax.tree.map(lambda x: 0.1 * draw.standard_normal(x.shape, np.float32), shapes)
 
 
 def test_fresh_ones_change_nothing_and_have_the_sizes():
@@ -131,7 +132,7 @@ def test_weight_decay_takes_hold_of_both_matrices():
     optimizer = make_optimizer(config.Optimizer(weight_decay=0.5, learning_rate=1.0, warmup_steps=0), 10)
     adapters = noisy_adapters()
     none = jax.tree.map(jnp.zeros_like, adapters)
-    updates, _ = optimizer.update(none, optimizer.init(adapters), adapters)
+    updates, _ = jax.jit(optimizer.update)(none, optimizer.init(adapters), adapters)
     jax.tree.map(lambda u, a: np.testing.assert_allclose(u, -0.5 * a, rtol=1e-6), updates, adapters)
 
 
@@ -148,7 +149,7 @@ def test_a_run_over_two_devices(base, tmp_path, data_directory):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
-    run = lora_run(tmp_path, data_directory, base, "train.steps=2", "train.sample_every=100")
+    run = lora_run(tmp_path, data_directory, base, "train.steps=2")
     assert train(run) == 2
     other = tmp_path / "other.safetensors"
     checkpoint.write(other, run.model, toy_params(run.model, 1), "bfloat16")

@@ -18,7 +18,6 @@ from radiance.training import distillation, step
 from radiance.training.distillation import Teacher, on_segments
 from radiance.training.step import init_state, picture_losses, validation_losses, with_noise
 
-SMALL = PLAIN | dict(double_blocks=0)
 MEAN = dict(
     head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32
 )  # what compiles fastest of what reads a step's length
@@ -78,7 +77,7 @@ def test_guidance_is_learned(prediction):
     """Of the teacher's predictions; or of the pictures' velocities, away from the student's own, but not where captions were dropped."""
     changes = ["distill.sample.guidance=3", "flow.velocity_weight=x0"]
     runs = {
-        rule: distilling("guidance", *changes, f"distill.rule={rule}", **SMALL, prediction=prediction) for rule in ("prediction", "picture")
+        rule: distilling("guidance", *changes, f"distill.rule={rule}", **PLAIN, prediction=prediction) for rule in ("prediction", "picture")
     }
     run = runs["prediction"]
     model, params, teacher, dropped = run.model, toy_params(run.model), teacher_of(run), np.array([True, False, False, True])
@@ -103,7 +102,7 @@ def test_guidance_is_learned(prediction):
 
 
 def test_without_dropped_captions_all_pictures_are_led():
-    run = distilling("guidance", "distill.rule=picture", "distill.sample.guidance=3", **SMALL)
+    run = distilling("guidance", "distill.rule=picture", "distill.sample.guidance=3", **PLAIN)
     plain, own, time = np.full((4, 8, 8, 3), 2.0), np.full((4, 8, 8, 3), 0.5), jnp.linspace(0.1, 1, 4)
     told = []
 
@@ -122,7 +121,7 @@ def test_without_dropped_captions_all_pictures_are_led():
 
 
 def test_guidance_of_one_asks_once():
-    run = distilling("guidance", "distill.sample.guidance=1", **SMALL)
+    run = distilling("guidance", "distill.sample.guidance=1", **PLAIN)
     asked = []
     batch = batch_of(run) | {"time": jnp.ones(4)}
     model = lambda *arguments, divisor: asked.append(arguments) or arguments[0]  # noqa: E731
@@ -160,7 +159,7 @@ def cuts(segments):
 
 
 def test_lines_through_segments():
-    run = distilling("trajectories", "distill.segments=3", *SEGMENTS, **SMALL)
+    run = distilling("trajectories", "distill.segments=3", *SEGMENTS, **PLAIN)
     batch, segment, place = points_of(run, 6), np.array([0, 1, 2, 2, 1, 0]), np.float32([0, 1, 0, 1, 0.25, 0.7])
     found = on_segments(run, batch, jnp.asarray(segment), jnp.asarray(place))
     way, times = whole_way(batch, 1.5), cuts(3)
@@ -173,7 +172,7 @@ def test_lines_through_segments():
 
 
 def test_one_segment_is_the_pair_itself():
-    run = distilling("trajectories", *SEGMENTS, **SMALL)
+    run = distilling("trajectories", *SEGMENTS, **PLAIN)
     batch = points_of(run, 4)
     found = on_segments(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
     assert np.array_equal(found["image"], batch["image"][:, 0].astype(jnp.float32))
@@ -189,7 +188,7 @@ def test_halves_are_near_enough():
 
 
 def test_segments_are_drawn_alike_and_times_by_the_law():
-    run = distilling("trajectories", "distill.segments=4", "flow.time_law=uniform", *SEGMENTS, **SMALL)
+    run = distilling("trajectories", "distill.segments=4", "flow.time_law=uniform", *SEGMENTS, **PLAIN)
     batch, times = points_of(run, 500), cuts(4)
     drawn = with_noise(run, batch, jax.random.key(1))
     time = np.asarray(drawn["time"], np.float64)
@@ -211,7 +210,7 @@ def test_segments_are_drawn_alike_and_times_by_the_law():
 
 
 def test_validation_goes_through_segments_and_places(monkeypatch):
-    run = distilling("trajectories", "distill.segments=3", "flow.time_law=uniform", *SEGMENTS, **SMALL)
+    run = distilling("trajectories", "distill.segments=3", "flow.time_law=uniform", *SEGMENTS, **PLAIN)
     monkeypatch.setattr(step, "picture_losses", lambda run, params, batch, teacher=None: batch["time"])
     batch, times = points_of(run, 7), cuts(3)
     later, sooner = times[np.arange(7) % 3], times[np.arange(7) % 3 + 1]

@@ -58,7 +58,7 @@ def forks(disk, tmp_path_factory):
 def unbroken(tmp_path_factory, data_directory, forks):
     run = toy_run(
         tmp_path_factory.mktemp("unbroken"), data_directory, "train.steps=80", "train.log_every=1", "train.checkpoint_every=32",
-        "train.sample_every=10", "train.validate_every=16", **PLAIN, double_blocks=0,
+        "train.sample_every=10", "train.validate_every=16", **PLAIN,
     )  # fmt: skip
     ended = forks.train(run)
     assert ended.code == 0, ended.output

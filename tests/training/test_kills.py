@@ -27,7 +27,7 @@ def often_saved(output: Path, data_directory: str, *changes: str) -> config.Conf
     """A run that compiles fast and writes something of every kind every few steps. Its captions are cut, and its checkpoints lie between rows."""
     return toy_run(
         output, data_directory, "text.length=4", "optimizer.ema=0.9", "optimizer.ema_widths=0.1,0.2", "train.validate_every=6",
-        "train.sample_every=6", "train.snapshot_every=6", "train.keep=1", *changes, **PLAIN, double_blocks=0,
+        "train.sample_every=6", "train.snapshot_every=6", "train.keep=1", *changes, **PLAIN,
     )  # fmt: skip
 
 

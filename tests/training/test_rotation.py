@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run
+from runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run, train
 from toys import toy_params
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.loop import train
 from radiance.training.rotation import blocks_at
 from radiance.training.step import init_state
 
 
 def rotating(*changes, output="unused", data_directory="unused", **model):
-    sizes = dict(double_blocks=2, single_blocks=5)
+    sizes = PLAIN | dict(double_blocks=2, single_blocks=5)
     return toy_run(output, data_directory, "optimizer.rotate=1,2", "optimizer.rotate_every=3", *changes, **(sizes | model))
 
 
@@ -42,7 +41,7 @@ def test_every_block_gets_its_turn():
 
 
 def picked(stack, at):
-    return jax.tree.map(lambda x: x[at], stack)
+    return jax.tree.map(lambda x: np.asarray(x)[np.asarray(at)], stack)
 
 
 @pytest.mark.parametrize("changes", [(), ("optimizer.kind=muon",), ("optimizer.weights_dtype=bfloat16", "optimizer.accumulate=2")])
@@ -88,7 +87,7 @@ def test_moments_begin_anew_with_every_turn_even_where_its_first_step_is_skipped
 
 def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
     """Their moments go on, as those of a run do that trains all blocks."""
-    run = rotating("optimizer.rotate=0,0", "optimizer.edges=1,2", "optimizer.rotate_every=1", "optimizer.frozen=modulation")
+    run = rotating("optimizer.rotate=0,0", "optimizer.edges=1,2", "optimizer.rotate_every=1", "optimizer.frozen=patch_embed")
     first = state = init_state(run, toy_params(run.model))
     step = step_of(run)
     for number in range(3):
@@ -99,14 +98,12 @@ def test_at_the_edges_the_first_and_the_last_blocks_move_and_no_others():
     }
     assert moved == {"double": [0], "single": [3, 4]} and int(state.optimizer[1].count) == 3
     assert state.optimizer[1].mu["single"]["mlp"]["linear_in"]["kernel"].shape[0] == 2
-    assert not same(first.params["head"], state.params["head"]) and same(first.params["modulation"], state.params["modulation"])
+    assert not same(first.params["head"], state.params["head"]) and same(first.params["patch_embed"], state.params["patch_embed"])
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
-    whole, broken = (
-        rotating("train.steps=8", output=tmp_path / name, data_directory=data_directory, **PLAIN) for name in ("whole", "broken")
-    )
+    whole, broken = (rotating("train.steps=8", output=tmp_path / name, data_directory=data_directory) for name in ("whole", "broken"))
     assert train(whole) == 8
     assert train(config.override(broken, ["train.steps=4"])) == 4 and train(broken) == 8  # within the second turn
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, metrics, same, state_of, toy_run
+from runs import PLAIN, metrics, same, state_of, toy_run, train
 from toys import toy_model, toy_params
 
 from radiance import config
@@ -22,7 +22,6 @@ from radiance.sharding import make_mesh
 from radiance.text.encoders import TextError
 from radiance.training import loop, start, trajectories
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.loop import train
 from radiance.training.start import known_loss, load_still
 from radiance.training.step import init_state
 from radiance.training.trajectories import of_run
@@ -30,7 +29,6 @@ from radiance.weights import checkpoint
 from radiance.weights.checkpoint import LOSS_KEY
 from radiance.weights.files import CheckpointError
 
-SMALL = PLAIN | dict(double_blocks=0)
 MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
 
 
@@ -49,7 +47,7 @@ def saved(folder, model, seed=0):
 
 def student(output, data_directory, kind, *changes, seed=0, **model):
     """A run that starts from its teacher."""
-    run = toy_run(output, data_directory, "train.sample_every=100", **model)
+    run = toy_run(output, data_directory, **model)
     file = saved(output, run.model, seed)
     return config.override(run, [f"init={file}", f"distill.kind={kind}", "distill.sample.steps=4", "distill.sample.batch=4", *changes])
 
@@ -67,7 +65,7 @@ def validation(run):
 
 def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
     changes = ["distill.sample.schedule=beta", "distill.sample.beta=0.01,0.01", "distill.sample.steps=100"]
-    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL)
+    run = student(tmp_path, data_directory, "trajectories", *changes, **PLAIN)
     with pytest.raises(config.ConfigError, match="repeats a time"):
         train(run)
     assert not run.directory.exists()
@@ -76,15 +74,15 @@ def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
 def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
     """Whose teacher is well: painting takes long."""
     monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("began to paint"))
-    run = student(tmp_path, data_directory, "trajectories", **SMALL)
-    checkpoint.write(tmp_path / "other.safetensors", toy_model(**SMALL), toy_params(toy_model(**SMALL)))
+    run = student(tmp_path, data_directory, "trajectories", **PLAIN)
+    checkpoint.write(tmp_path / "other.safetensors", toy_model(**PLAIN), toy_params(toy_model(**PLAIN)))
     with pytest.raises(CheckpointError, match="other.safetensors"):
         train(config.override(run, [f"distill.teacher={run.init}", f"init={tmp_path / 'other.safetensors'}"]))
 
 
 def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, data_directory):
-    run = student(tmp_path, data_directory, "guidance", **SMALL)
-    other = saved(tmp_path, toy_model(**SMALL), 1)
+    run = student(tmp_path, data_directory, "guidance", **PLAIN)
+    other = saved(tmp_path, toy_model(**PLAIN), 1)
     with pytest.raises(CheckpointError, match="teacher1.safetensors"):
         train(config.override(run, [f"distill.teacher={other}"]))
     for key in ("sample.negative", "distill.sample.negative"):
@@ -95,7 +93,7 @@ def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, d
 
 def test_runs_of_one_name_are_different_teachers(tmp_path):
     """Where they have not learned the same."""
-    run = toy_run(tmp_path, "unused", **SMALL)
+    run = toy_run(tmp_path, "unused", **PLAIN)
     told = []
     for loss in (0.25, 0.25, 0.2500001):
         shutil.rmtree(run.directory, ignore_errors=True)
@@ -111,7 +109,7 @@ def test_runs_of_one_name_are_different_teachers(tmp_path):
 
 def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, monkeypatch):
     monkeypatch.setattr(trajectories, "paint_missing", lambda *_: pytest.fail("began to paint"))
-    run = student(tmp_path, data_directory, "trajectories", **SMALL)
+    run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(CheckpointError, match="GB are needed: make room"):
         train(run)
@@ -126,7 +124,7 @@ ON_WAYS = ["distill.segments=2", "distill.trajectories=10", "train.validate_pict
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data_directory):
-    run = student(tmp_path_factory.mktemp("student"), data_directory, "trajectories", *ON_WAYS, "data.batch=4", **SMALL)
+    run = student(tmp_path_factory.mktemp("student"), data_directory, "trajectories", *ON_WAYS, "data.batch=4", **PLAIN)
     assert train(run) == 8
     return run
 
@@ -181,7 +179,7 @@ def test_students_learn(kind, tmp_path, data_directory):
             **MEAN,
         )
     else:
-        run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **SMALL)
+        run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **PLAIN)
     if kind == "prediction":
         run = config.override(run, [f"distill.teacher={saved(tmp_path, run.model, 1)}"])
     assert train(run) == 8
@@ -201,7 +199,7 @@ def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
     """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
     monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("the base is there already"))
     changes = ["distill.sample.guidance=1", "lora.rank=2", "lora.dtype=float32", "train.steps=1", "data.batch=4"]
-    run = student(tmp_path, data_directory, "guidance", *changes, **SMALL)
+    run = student(tmp_path, data_directory, "guidance", *changes, **PLAIN)
     assert train(run) == 1
     assert max(validation(run)) < 1e-10
     data = json.loads((run.directory / "data.json").read_text())
@@ -211,8 +209,8 @@ def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
 @pytest.mark.slow
 def test_a_latent_model_needs_no_pictures(tmp_path, data_directory):
     changes = [*ON_WAYS, "distill.sample.guidance=2", "data.batch=4", "train.steps=4", "optimizer.learning_rate=1e-2", "optimizer.ema=0.5"]
-    run = student(tmp_path, data_directory, "trajectories", *changes, **SMALL, patch=1, channels=6)
-    assert train(run) == 4
+    run = student(tmp_path, data_directory, "trajectories", *changes, **PLAIN, patch=1, channels=6)
+    assert loop.train(run) == 4
     before, *_, after = validation(run)
     assert after < before
     assert of_run(run)["train"].points(0).shape == (2, 8, 8, 6) and not list(run.directory.glob("samples/*.png"))
@@ -261,9 +259,9 @@ def test_weights_that_stay_are_small_but_where_they_must_be_precise(monkeypatch)
 @pytest.mark.parametrize(
     "changes, teachers, model",
     [
-        ("distill.kind=guidance", 1, SMALL),
-        ("distill.kind=guidance distill.rule=picture", 0, SMALL),
-        ("distill.kind=trajectories distill.segments=2", 0, SMALL),
+        ("distill.kind=guidance", 1, PLAIN),
+        ("distill.kind=guidance distill.rule=picture", 0, PLAIN),
+        ("distill.kind=trajectories distill.segments=2", 0, PLAIN),
         ("distill.kind=mean_flow compute.attention=xla", 1, MEAN),
     ],
 )
@@ -284,6 +282,6 @@ def test_a_plan_counts_the_teacher(changes, teachers, model):
 
 def test_a_plan_counts_a_loras_base_once():
     changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch=2"]
-    runs = [toy_run("unused", "unused", *changes, teacher, **SMALL) for teacher in ("distill.teacher=", "distill.teacher=another")]
+    runs = [toy_run("unused", "unused", *changes, teacher, **PLAIN) for teacher in ("distill.teacher=", "distill.teacher=another")]
     sizes = [sum(x.size for x in jax.tree.leaves(_training(run, make_mesh(run.mesh))[1]["parameters"])) for run in runs]
     assert sizes[1] - sizes[0] == sum(x.size for x in jax.tree.leaves(abstract(runs[0].model)))

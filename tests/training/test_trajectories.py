@@ -30,7 +30,6 @@ from radiance.training.trajectories import (
 )
 from radiance.weights.files import CheckpointError
 
-SMALL = PLAIN | dict(double_blocks=0)
 MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
 
 
@@ -69,7 +68,7 @@ SOURCES = {
 def run_of(folder, *changes):
     return toy_run(
         "unused", "unused", "distill.kind=trajectories", "distill.teacher=another", f"distill.path={folder}", "distill.segments=4", "distill.trajectories=10",
-        "distill.sample.steps=12", "distill.sample.guidance=2", "distill.sample.batch=4", "train.validate_pictures=3", "flow.noise_scale=1.5", *changes, **SMALL,
+        "distill.sample.steps=12", "distill.sample.guidance=2", "distill.sample.batch=4", "train.validate_pictures=3", "flow.noise_scale=1.5", *changes, **PLAIN,
     )  # fmt: skip
 
 

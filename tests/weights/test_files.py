@@ -210,14 +210,11 @@ def test_pickles_in_folders_and_behind_an_index_are_named_too(tmp_path):
 
 
 def test_a_header_whose_length_looks_like_something_else(tmp_path):
-    path, seen = tmp_path / "x.safetensors", set()
-    for room in range(0, 1 << 15, 8):
-        raw(path, json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(64 + room), bytes(4))
-        start = path.read_bytes()[:2]
-        if start[:1] == b"\x80" or start == b"PK":
-            seen.add(start[:1])
-            assert open_tensors(path).shapes == {"a": (1,)}
-    assert b"\x80" in seen
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    for length, start in ((0x80, b"\x80\0"), (0x180, b"\x80\1"), (0x4B50, b"PK")):
+        path = raw(tmp_path / "x.safetensors", header.ljust(length), bytes(4))
+        assert path.read_bytes()[:2] == start
+        assert open_tensors(path).shapes == {"a": (1,)}
 
 
 def test_names_with_line_breaks_make_one_line(tmp_path):

@@ -1,6 +1,6 @@
 """Damaged and hostile files: every reader either reads them or says in one sentence why not, in little memory.
 
-RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py    runs that many inputs in all instead of a few thousand; the first
+RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py    runs that many inputs in all instead of two thousand; the first
 of each target are the same. RADIANCE_FUZZ_SEED=1 draws others, and RADIANCE_FUZZ_KEEP=FOLDER keeps an input that breaks a reader.
 """
 
@@ -36,7 +36,7 @@ from radiance.weights.detect import METADATA_KEY
 from radiance.weights.files import CheckpointError, open_tensors
 from radiance.weights.inspect import inspect_file
 
-INPUTS = int(os.environ.get("RADIANCE_FUZZ", "5000"))
+INPUTS = int(os.environ.get("RADIANCE_FUZZ", "2000"))
 SEED = [int(x) for x in os.environ.get("RADIANCE_FUZZ_SEED", "").split()]
 EXPECTED = (CheckpointError, config.ConfigError, TextError)
 LONGEST = 5.0  # seconds for one input: a hang, not a speed
