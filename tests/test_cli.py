@@ -159,7 +159,7 @@ def test_pictures_are_not_overwritten(capsys, trained, tmp_path):
 
 def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, data_directory):
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "painted"
-    prompts.write_text("a handwritten one\nthe digit 2\n")
+    prompts.write_text("\ufeffa handwritten one\nthe digit 2\n", "utf-8")  # as editors on Windows begin a file
     command = ["sample", str(trained), "guidance=1", "--prompts", str(prompts), "--seeds", "3-4", "--folder", str(folder)]
     assert main(command) == 0
     names = [f"{i:05d}_seed{s}" for i, s in enumerate([3, 4, 3, 4])]
@@ -174,6 +174,9 @@ def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, 
     lost.with_suffix(".txt").write_bytes(before.pop(lost.with_suffix(".txt"))[0])
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
     assert main(command) == 0 and "Nothing is left" in capsys.readouterr().out
+    lost.unlink()
+    assert "was painted with another settings" in told(capsys, *(part.replace("guidance=1", "guidance=2") for part in command))
+    lost.write_bytes((folder / f"{names[0]}.png").read_bytes())
     assert "begun with other prompts" in told(capsys, *command[:-4], "--seeds", "4-5", "--folder", folder)
     assert "(it holds 00002_seed3.txt)" in told(capsys, *command[:3], "--prompt", "a handwritten one", "--prompt", "3", *command[5:])
 

@@ -240,6 +240,10 @@ def test_no_request_is_ignored(run, files, tmp_path, capsys):
     assert "knows its text_ids" in told(capsys, "sample", run.directory, "--prompt", "x", "--text-ids", "zero", "--out", tmp_path / "p")
     assert "needs a ratio" in told(capsys, "convert", file, out, "--merge", file)
     assert "--extract writes a LoRA" in told(capsys, "convert", file, out, "--extract", file, "--to", "native")
+    assert "a LoRA is written as fp32, bf16 or fp16" in told(capsys, "convert", file, out, "--extract", file, "--dtype", "q8_0")
+    assert "give --text-encoder FILE too" in told(
+        capsys, "sample", run.directory, "--prompt", "x", "--tokenizer", "t", "--out", tmp_path / "p"
+    )
     for more in (["--extract", file, "--lora", "x"], ["--lora", "x", "--to", "peft", "--dilate", "conv"]):
         assert "writes a LoRA, and --lora, --head, --dilate and --graft make another model" in told(capsys, "convert", file, out, *more)
     assert not out.exists()

@@ -76,6 +76,16 @@ def test_too_many_broken_pictures_end_the_run(tmp_path):
         list(Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad").start(0))
 
 
+def test_a_batch_without_any_picture_ends_the_run(tmp_path):
+    """As where a disk is gone: the limit is a share of all, which takes long to reach."""
+    data = settings(fill(tmp_path, 40), batch=8, broken_limit=1.0)
+    source = open_source(data, "train")
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="None of the 8 pictures of step 1 can be used"):
+        list(Batches(source, data, HashEncoder(8, 6), 0, 10, "one_pad").start(0))
+
+
 def test_an_orientation_that_cannot_be_read(tmp_path):
     save(tmp_path / "a.png", "a caption", exif=b"Exif\0\0no TIFF", size=(12, 8))
     source = opened(tmp_path)

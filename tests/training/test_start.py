@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from radiance import config
+from radiance.training import loop
 from radiance.training.start import alternatives, known_loss, verdict
 
 PUBLISHED = config.MODELS["chroma1-radiance-x0"]
@@ -43,6 +44,16 @@ def test_a_loss_that_nothing_mends(file):
     assert len(list(alternatives(config.Config(model=PUBLISHED)))) == 5
     learned = config.Config(model=replace(PUBLISHED, padding="learned"))
     assert all(config.override(learned, [change]) for change in alternatives(learned))
+
+
+def test_hosts_that_see_other_data_do_not_train(monkeypatch):
+    ours = {"train": {"count": 3}, "text": {"identity": "x"}}
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
+    loop._check_alike(ours)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda x: np.stack([x, np.stack([x[0] + 1, x[1]])]))
+    with pytest.raises(config.ConfigError, match=r"do not see the same data \(train\)"):
+        loop._check_alike(ours)
 
 
 def test_nothing_is_known_of_other_models(file):
