@@ -19,9 +19,6 @@ os.environ.setdefault(
 import pytest
 from jaxtyping import install_import_hook
 
-# Tracing makes many objects, few of them garbage, and JAX has work to do at every collection.
-gc.set_threshold(50_000, 20, 50)
-
 # The shapes in the signatures are checked at every call of a test.
 install_import_hook([f"radiance.{room}" for room in ("model", "pictures")], "beartype.beartype")
 

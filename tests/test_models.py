@@ -297,11 +297,13 @@ def test_prompts_that_are_no_text(files, tmp_path, capsys):
 
 
 def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "text.length=3")
-    encoder = make_encoder(run.text, run.model.text_dim)
-    prompts = loop._captions(open_source(run.data, "validation"), encoder)
-    assert len(prompts) == loop.PROMPTS
-    encoder(prompts)  # "the digit 7" and its end are four
+    """Of which the shortest, "the digit 7" and its end, are four."""
+    for length, count in ((4, loop.PROMPTS), (3, 1)):
+        run = toy_run(tmp_path, data_directory, f"text.length={length}")
+        encoder = make_encoder(run.text, run.model.text_dim)
+        prompts = loop._captions(open_source(run.data, "validation"), encoder)
+        encoder(prompts)
+        assert len(prompts) == count and (prompts == ("",)) == (length == 3)
 
 
 def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):
