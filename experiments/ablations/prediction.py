@@ -28,7 +28,7 @@ results/prediction_p4/cpu/, prediction_p8, prediction_p16 and prediction_p32. A 
 | 32 | 3,072 | +59.5 % (+44.1 … +75.0) | +59.7 % (+44.7 … +74.7) | −51.4 % (−59.6 … −43.2) | −78.4 % (−92.4 … −64.5) |
 
 With a linear head the order turns round between 48 and 192 numbers, on either side of the 64 channels, as JiT would have it, and the weight of
-the loss is not why. **With a NeRF head it does not**: at patches of 8, 16 and 32, where the linear head's velocity is a third to a half
+the loss is not why. **With a NeRF head it does not**: at patches of 8, 16 and 32, where the linear head's velocity is a third to three fifths
 worse than x0, the NeRF head's is the best of all, in every seed, for 2.4, 4.0 and 6.3 times the linear head's FLOP. Its x0 is better than the linear
 one's at p8 and p32, and at p16 in every seed but undecided after Holm's correction.
 
