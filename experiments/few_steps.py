@@ -54,13 +54,13 @@ the teacher evaluates the network twice a step, for its guidance, and students o
   way as it is. All of it learns the teacher's guided distribution, and not the wider one without guidance, whose distance is least.
 - Guidance in one evaluation: by the teacher's predictions students end half as far from its pictures as by Chroma's rule (0.050 and 0.104),
   whose targets scatter four times as much at guidance 2; Chroma's lies nearer to the real digits.
-- mean_flow: by derivatives (`distill.difference=0 compute.attention=pieces`) its loss was 14.6 before the first step and 23.6 after 100, where the mean square of a velocity without
-  guidance is at most 2: the network reads 1000·t, and its derivative in t says nothing of a step. By differences it is learned, and at
-  four steps it is the nearest of the students.
+- mean_flow: by derivatives (`distill.difference=0 compute.attention=pieces`) its loss was 14.6 before the first step and 23.6 after 100, where the
+  mean square of a velocity without guidance is at most 2: the network reads 1000·t, and its derivative in t says nothing of a step. By
+  differences it is learned, and at four steps it is the nearest of the students. (Measured before errors below epsilon were weighed by the time.)
 - **As a LoRA** of rank 64 seed 0 of one_step paints at 1.349, 0.103 in one step, where the weights themselves do at 1.350,
   0.102, and the model without it at 4.21: all of the gain. At rank 16 it is 1.346, 0.110, of segments at rank 64 1.431, 0.077 in four. Biases, which it
-  cannot carry, changed by up to 72 %, and are not missed. The file of rank 64, added to the quickstart's model in PyTorch (`convert --to torch`, then
-  `sample.py --lora`), paints what JAX does in one step to 2e-6.
+  cannot carry, changed by up to 72 %, and are not missed. The file of rank 64, added to the quickstart's model in PyTorch
+  (`add_lora`), painted from the same noise what JAX did, to 2e-6; of toys tests/weights/test_torch_model.py shows it.
 
 The classifier of the quickstart reads at least 99 % of them as asked at any number of steps, and of one_step and the teacher without guidance 93 %: digits are
 too easy to tell models apart so. On `shapes`, whose exact reader could, no teacher that paints objects where they were asked for was to be had on two

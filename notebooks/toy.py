@@ -56,5 +56,5 @@ def ready(*models: str):
             with model.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another notebook may be at it
                 made = (model / "report.html").is_file()  # which is written last
-                if not made and (code := radiance(["train", ":".join([__file__, *arms])])):
-                    raise SystemExit(code)
+                if not made and radiance(["train", ":".join([__file__, *arms])]):
+                    raise RuntimeError(f"{model} could not be trained; what was wrong stands above.")

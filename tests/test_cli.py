@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from toy_files import PIXELS, published, save
 
 from radiance import config
-from radiance.cli import experiment, main
+from radiance.cli import experiment, hosts, main
 from radiance.cli.inspect import data_of
 from radiance.data.datasets import open_source
 
@@ -289,6 +290,22 @@ def test_sizes_that_do_not_divide(capsys):
         "optimizer.accumulate=3 parts", "3 parts"
     )
     assert "there are 1" in told(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
+
+
+@pytest.mark.parametrize("error, waits", [(None, 1), (OSError, 1), (config.ConfigError, 1), (KeyboardInterrupt, 0)])
+def test_hosts_wait_for_each_other(error, waits, monkeypatch):
+    """Also one that has failed, but not one that is stopped; a host alone waits for nobody."""
+    from orbax.checkpoint import multihost
+
+    waited = []
+    monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: lambda key, timeout_ms: waited.append((key, timeout_ms)))
+    for count in (2, 1):
+        monkeypatch.setattr(hosts, "join_hosts", lambda options, count=count: (0, count))
+        with pytest.raises(error) if error else nullcontext(), hosts.together(None) as found:
+            assert found == (0, count)
+            if error:
+                raise error
+    assert waited == [("done", hosts.PATIENCE)] * waits
 
 
 def test_prompts(capsys, trained, tmp_path):

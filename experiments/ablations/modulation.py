@@ -14,11 +14,14 @@ Expected, before the run: at equal work all within 1 % of per_block; at equal pa
 
 Run: the cpu scale, seeds 0 to 7, on 2 CPU cores shared with other work (its seconds say nothing): results/modulation/cpu/. It was run with three
 seeds first, which did not tell the control from the base. Now it is told (+46.5 %, +34.9 … +58.1). A time is needed: none +35.5 % (+29.7 …
-+41.2), and with as many parameters as the base +28.5 % (+23.8 … +33.1); half of the excess above t = 0.7, where the loss is
-up to three times the base's, and a quarter below 0.1. What MiniT2I does without, these 200 steps do not. The approximator is undecided, +4.9 % (−0.4 … +10.2), and so is one layer for all blocks, −0.3 % (−3.0
-… +2.4). Ten times its learning rate is far worse than the approximator's own (+120 %, +78 … +162, of its loss), and a tenth of it is not told from it
-(+2.7 %, −3.5 … +8.8). The depth that the layers pay for helps a network without a time (deep_none against none −5.2 %, −8.0 … −2.4) and is not told
-with the approximator (+2.0 %, −3.6 … +7.6); these four were compared after the run, without a correction. The other scales have not been run.
++41.2), and with as many parameters as the base +28.5 % (+23.8 … +33.1); the loss is three times the base's at t = 0.8 to 0.9, and
+a fifth higher below 0.1. What MiniT2I does without, these 200 steps do not. The approximator is undecided, +4.9 % (−0.4 … +10.2), and so is one
+layer for all blocks, −0.3 % (−3.0 … +2.4).
+
+Compared after the run, in notebooks/04_ablation_report.ipynb, without a correction: ten times the approximator's learning rate is far worse than
+its own (+120 %, +78 … +162, of its loss), and a tenth is not told from it (+2.7 %, −3.5 … +8.8). The depth that the layers pay for helps a
+network without a time (deep_none against none −5.2 %, −8.0 … −2.4) and is not told with the approximator (+2.0 %, −3.6 … +7.6).
+The other scales have not been run.
 
 Missing, because the code cannot say it yet: a pooled text vector beside the time, a spline of the time in each vector (`table`), and the time as a
 token. What a trained model loses when its layers are replaced stands in ../distill_modulation.py.

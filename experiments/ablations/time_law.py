@@ -18,9 +18,10 @@ last tenth; each `…_as_…` nearer to the law it is weighed as than to the one
 Run: the cpu scale, seeds 0 to 2, on 2 CPU cores shared with other work (its seconds say nothing): results/time_law/cpu/. No arm is decided but
 the control, which is told from the base (+104 %, from +55 to +153 %). Nearest to a finding: uniform times weighed as the parabola would,
 −14.7 % (−24.1 … −5.4; p = 0.11 after Holm's correction), and the other way round, parabola_as_uniform, +16.4 % (+2.1 … +30.7). So neither is
-nearer to the law it is weighed as, against what was expected: by their means each lies nearer to the one it draws from. Both are validated on the same even times, and in 200 steps the gradient's noise may count for more than its mean. The expected two- to fivefold
-differences in the first and the last tenth were not there: 0.79 to 1.15 of the base's loss in the first, 0.89 to 1.14 in the last, without the
-control (2.7 and 0.83). The other scales have not been run.
+nearer to the law it is weighed as, against what was expected: by their means each lies nearer to the one it draws from. Both are
+validated on the same even times, and in 200 steps the gradient's noise may count for more than its mean. The expected two- to fivefold
+differences in the first and the last tenth were not there: 0.79 to 1.15 of the base's loss in the first, 0.89 to 1.14 in the last,
+without the control (2.7 and 0.83). The other scales have not been run.
 
 Missing, because the code cannot say it yet: the mean colour after the first step of sampling and the noise that the last one leaves.
 """

@@ -35,12 +35,14 @@ def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
 
 
 @contextmanager
-def together(options: argparse.Namespace) -> Iterator[None]:
-    """A host that is done, or has failed, waits for the others: where one leaves, JAX ends those that are still at work five minutes later."""
+def together(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """`join_hosts`, for hosts that work each by itself: one that is done, or has failed, waits for the others. Where one leaves, JAX ends those that
+    are still at work five minutes later."""
+    host, hosts = join_hosts(options)
     try:
-        yield
+        yield host, hosts
     finally:
-        if options.hosts is not None and not isinstance(sys.exception(), (KeyboardInterrupt, config.ConfigError)):
+        if hosts > 1 and not isinstance(sys.exception(), KeyboardInterrupt):
             from orbax.checkpoint import multihost
 
             multihost.get_barrier_sync_fn()(key="done", timeout_ms=PATIENCE)

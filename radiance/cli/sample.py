@@ -6,7 +6,7 @@ from pathlib import Path
 
 from radiance import config
 from radiance.cli.arguments import add_model, known, lines, mesh, seeds, size, with_number
-from radiance.cli.hosts import add_hosts, join_hosts, keep_memory, together
+from radiance.cli.hosts import add_hosts, keep_memory, together
 
 STORES = ("q8_0", "int8", "float8_e4m3fn")
 SHEET = 400  # pictures that sheet.png shows at most: of more there is none
@@ -55,22 +55,24 @@ def add(verbs):
 
 def main(options: argparse.Namespace) -> int:
     """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the pictures."""
-    with together(options):
-        return _suite(options) if options.suite else _sample(options)
-
-
-def _sample(options: argparse.Namespace) -> int:
-    from radiance.evaluation.prompt_suites import check_like
-    from radiance.pictures import contact_sheet, save_png
-    from radiance.weights.files import replacing
-
+    if options.suite:
+        return _suite(options)
     options.seeds = options.seeds or [0]
     prompts = options.prompt + (lines(options.prompts) if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
+    with together(options) as (host, hosts):
+        keep_memory()
+        return _sample(options, prompts, host, hosts)
+
+
+def _sample(options: argparse.Namespace, prompts: list[str], host: int, hosts: int) -> int:
+    """This host's share of the pictures."""
+    from radiance.evaluation.prompt_suites import check_like
+    from radiance.pictures import contact_sheet, save_png
+    from radiance.weights.files import replacing
+
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    host, hosts = join_hosts(options)
-    keep_memory()
     named = {f"{i:05d}_seed{seed}.png": (prompt, seed) for i, (prompt, seed) in enumerate(jobs)}
     mine = dict(islice(named.items(), host, None, hosts))
     out = options.folder or options.out
@@ -166,20 +168,20 @@ def _suite(options: argparse.Namespace) -> int:
         raise config.ConfigError(f"--suite {options.suite} takes its prompts from --prompts PATH and nothing else, and writes into --out.")
     suite = prompt_suites.SUITES[options.suite]
     asked = suite.asked(options.suite, options.prompts, options.seeds)
-    host, hosts = join_hosts(options)
-    keep_memory()
-    mine = asked[host::hosts]
-    left = suite.left(options.out, mine)
-    if not left:
-        print(f"Nothing is left to paint for {options.out}.")
-        return 0
-    pipeline = _loaded(options)
-    if done := set(mine) - set(left):
-        width, height = options.size or (pipeline.run.data.side,) * 2
-        prompt_suites.check_like(options.out / suite.last(done.pop()), pipeline.facts(width, height))
-    painted = iter(_painted(options, pipeline, [(one.prompt, seed) for one in left for seed in one.seeds]))
-    for one in left:
-        suite.write(options.out, one, list(islice(painted, len(one.seeds))))
+    with together(options) as (host, hosts):
+        keep_memory()
+        mine = asked[host::hosts]
+        left = suite.left(options.out, mine)
+        if not left:
+            print(f"Nothing is left to paint for {options.out}.")
+            return 0
+        pipeline = _loaded(options)
+        if done := set(mine) - set(left):
+            width, height = options.size or (pipeline.run.data.side,) * 2
+            prompt_suites.check_like(options.out / suite.last(done.pop()), pipeline.facts(width, height))
+        painted = iter(_painted(options, pipeline, [(one.prompt, seed) for one in left for seed in one.seeds]))
+        for one in left:
+            suite.write(options.out, one, list(islice(painted, len(one.seeds))))
     print(f"Pictures of {len(left)} prompts of {len(asked)} are in {options.out}.")
     return 0
 

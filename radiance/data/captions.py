@@ -18,8 +18,9 @@ def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np
     """One of the captions, of which there is at least one. None for one that is dropped: how "nothing" is said is the caller's affair.
 
     tags: whether they are lists of tags with commas between. Of n tags ceil(n u) are kept, u uniform in (1 - tag_drop, 1], and
-    they are shuffled, or stay in their order; without either rule they stay as they are written. The prefix and the suffix stand as they are written, around what is left: they are
-    neither shuffled, dropped nor put in lower case, and bring their own spaces and commas.
+    they are shuffled, or stay in their order; without either rule they stay as they are written. The prefix and the suffix
+    stand as they are written too, around what is left: they are neither shuffled, dropped nor put in lower case, and bring their own
+    spaces and commas.
 
     Four numbers are drawn, and then one for each tag; all with Generator.random, whose stream no version of NumPy has changed.
     """

@@ -37,6 +37,7 @@ class PromptSuite(NamedTuple):
     last: Callable[[Asked], str]  # of a prompt's files the one that is written last, below the folder
     write: Callable[[Path, Asked, list[Picture]], None]
     seeds: tuple[int, ...] = ()  # that papers report; none where each prompt has its own
+    behind: Callable[[Asked], str] | None = None  # the file that the next seed would have, where each has one
 
     def asked(self, name: str, prompts: Path, seeds: Sequence[int] | None) -> list[Asked]:
         """The prompts of a file or folder. Raises ConfigError for one that the suite does not know, and for seeds that it cannot use."""
@@ -59,15 +60,11 @@ class PromptSuite(NamedTuple):
                 found.append(one)
             elif facts.get("prompt") != one.prompt or facts.get("seed") not in (one.seeds[-1], list(one.seeds)):
                 raise config.ConfigError(f"{folder / self.last(one)} is of another prompt or seed: give another --out.")
-            elif more := _more(folder / self.last(one), len(one.seeds)):
-                raise config.ConfigError(f"{more} is of more seeds than these, and would be scored with them: give another --out.")
+            elif self.behind and (folder / self.behind(one)).exists():
+                raise config.ConfigError(
+                    f"{folder / self.behind(one)} is of more seeds than these, and would be scored with them: give another --out."
+                )
         return found
-
-
-def _more(last: Path, count: int) -> Path | None:
-    """A picture behind the last of a prompt that has a folder of its own."""
-    behind = last.with_name(f"{count:05d}.png")
-    return behind if last.parent.name == "samples" and behind.is_file() else None
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:
@@ -91,12 +88,16 @@ def _geneval(file: Path, seeds: tuple[int, ...]) -> list[Asked]:
     return [Asked(f"{i:05d}", json.loads(line)["prompt"], seeds, line) for i, line in enumerate(lines)]
 
 
+def _sample(asked: Asked, number: int) -> str:
+    return f"{asked.name}/samples/{number:05d}.png"
+
+
 def _write_geneval(folder: Path, asked: Asked, pictures: list[Picture]):
     (folder / asked.name / "samples").mkdir(parents=True, exist_ok=True)
     with replacing(folder / asked.name / "metadata.jsonl") as part:
         part.write_text(asked.line + "\n", "utf-8")
     for i, picture in enumerate(pictures):
-        _save(folder / asked.name / "samples" / f"{i:05d}.png", picture.image, picture.facts)
+        _save(folder / _sample(asked, i), picture.image, picture.facts)
 
 
 def _dpg(folder: Path, seeds: tuple[int, ...]) -> list[Asked]:
@@ -129,7 +130,13 @@ def _save(path: Path, image: Image.Image, facts: dict[str, Any]):
 
 
 SUITES = {
-    "geneval": PromptSuite(_geneval, lambda asked: f"{asked.name}/samples/{len(asked.seeds) - 1:05d}.png", _write_geneval, (0, 1, 2, 3)),
+    "geneval": PromptSuite(
+        _geneval,
+        lambda asked: _sample(asked, len(asked.seeds) - 1),
+        _write_geneval,
+        (0, 1, 2, 3),
+        behind=lambda asked: _sample(asked, len(asked.seeds)),
+    ),
     "dpg": PromptSuite(_dpg, lambda asked: f"{asked.name}.png", _write_dpg, (0, 1, 2, 3)),
     "coco30k": PromptSuite(_coco, lambda asked: f"{asked.name}.png", _write_coco),
 }

@@ -83,7 +83,7 @@ def train(run: config.Config) -> int:
     like = jax.eval_shape(partial(init_state, run))
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     if run.distill.kind == "trajectories":
-        trajectories.paint_missing(run, made, sources, partial(_painter, run, encoder, own))
+        data["trajectories"] = trajectories.paint_missing(run, made, sources, partial(_painter, run, encoder, own))._asdict()
     batches, validation = _feeds(run, sources, encoder, mesh)
 
     # 2. The state: this run's newest checkpoint, else the weights of `init`, else fresh ones; born on its devices.
@@ -274,9 +274,11 @@ def _with_all_hosts(checkpoints: Checkpoints) -> Iterator[None]:
 
 def _check_alike(data: Mapping[str, Any]):
     """Raises ConfigError where hosts see other data than the first: each would have an order of its own."""
+    if jax.process_count() == 1:
+        return
     ours = np.stack([np.frombuffer(hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest(), np.uint8) for part in data.values()])
-    theirs = multihost_utils.process_allgather(ours) if jax.process_count() > 1 else ours[None]
-    if other := [name for name, part in zip(data, np.moveaxis(theirs, 1, 0)) if (part != part[0]).any()]:
+    of_all = multihost_utils.process_allgather(ours)  # [hosts, parts, bytes]
+    if other := [name for i, name in enumerate(data) if (of_all[:, i] != of_all[0, i]).any()]:
         raise config.ConfigError(
             f"The hosts do not see the same data ({', '.join(other)}): look at data.path on each, and remove data.directory where it is stale."
         )

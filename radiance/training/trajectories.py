@@ -126,8 +126,8 @@ def of_run(run: config.Config) -> dict[str, Trajectories]:
     return {split: Trajectories(folder_of(run), split, count, run.distill.segments) for split, count in zip(SPLITS, counts)}
 
 
-def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source], teacher: Callable[[], Pipeline]):
-    """Paints what is missing of the trajectories of a run, file by file.
+def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source], teacher: Callable[[], Pipeline]) -> Painted:
+    """Paints what is missing of the trajectories of a run, file by file, and gives what they are made from, in the segments that are there now.
 
     teacher: gives its pipeline, with the encoder of the run. Raises CheckpointError when there is no room for them, and ConfigError when no caption fits the
     encoder and when several hosts would have to paint them.
@@ -135,7 +135,7 @@ def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source],
     wanted = of_run(run)
     missing = [(split, number) for split, ways in wanted.items() for number in ways.missing]
     if not missing:
-        return
+        return made
     if jax.process_count() > 1:
         raise config.ConfigError(
             f"{len(missing) * SHARD} trajectories are not painted yet, which one host does: run the same command on one first, with "
@@ -168,6 +168,7 @@ def paint_missing(run: config.Config, made: Painted, sources: dict[str, Source],
             if done == 1:
                 progress.first_step_done(done)
             progress.update(done, {"trajectories": done * SHARD})
+    return made
 
 
 def chosen_captions(source: Source, encoder: Encoder, rules: config.Data, count: int) -> list[str]:

@@ -4,10 +4,10 @@ It comes from `radiance`, which trains such models in JAX: the same network with
 can name, for pixels and for packed latents. It needs torch, and safetensors to read weights. Parameters have the published
 checkpoints' names.
 
-    from model import load
+    from model import add_lora, load
     model = load("folder")                          # its config.json and model.safetensors
     velocity = model(image, text, lengths, time)    # an nn.Module like any other, to be trained further
-    add_lora(model, "lora.safetensors", 0.8)
+    add_lora(model, "lora.safetensors", 0.8)        # one that `radiance convert --to peft` wrote
 
 Time 1 is noise, 0 the picture in [-1, 1]: x_t = (1 − t)·picture + t·noise, velocity = noise − picture. What is trained here goes back with
     safetensors.torch.save_file(model.state_dict(), "model.safetensors", {"radiance.model": json.dumps(model.config)})
@@ -448,6 +448,7 @@ FLOAT32 = ("__", "nerf_image_embedder.", "nerf_final_layer", "final_layer.linear
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file. Raises ImportError, with what to install."""
     try:
         from safetensors.torch import load_file
     except ImportError:

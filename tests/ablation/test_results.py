@@ -11,6 +11,7 @@ from radiance.ablation import results as results_of
 from radiance.ablation.results import Key, Result, Results, check_like, code, hashed, read
 from radiance.ablation.suite import Scale, Suite
 from radiance.ablation.tables import compared, figure, first_below, holm, page
+from radiance.ablation.trial import config_hash
 
 KEY = Key("toy", "base", "cpu", (0, 1, 2), "c0ffee", "h-base", "data")
 LOSSES = {"base": (1.0, 1.1, 0.9), "worse": (1.2, 1.32, 1.11), "near": (1.001, 1.099, 0.9), "blind": (2.0, 2.1, 1.95)}
@@ -71,6 +72,17 @@ def test_hashes_see_every_setting():
     run = config.Config()
     assert hashed(run, 1) == hashed(config.Config(), 1)
     assert len({hashed(run, 1), hashed(run, 2), hashed(config.override(run, ["optimizer.eps=1e-7"]), 1)}) == 3
+
+
+def test_an_arm_hangs_on_its_base_too():
+    """Whose first weights it shares, and by whose measure it is validated; here in a setting that the arm changes itself."""
+    weighed = ("flow.velocity_weight=x0", "model.masking=off")
+    ours = suite(arms={"base": (), "blind": ("data.caption_dropout=1",), "weighed": weighed})
+    theirs = replace(
+        ours, scales={name: replace(scale, run=config.override(scale.run, weighed[:1])) for name, scale in ours.scales.items()}
+    )
+    assert ours.run("cpu", "weighed") == theirs.run("cpu", "weighed")
+    assert config_hash(ours, "cpu", "weighed") != config_hash(theirs, "cpu", "weighed")
 
 
 def test_the_code_of_a_result_has_a_name(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from runs import same, toy_run
 from radiance import config
 from radiance.ablation.runner import first_states, losses_of, paired, seeds_step, train, weights
 from radiance.ablation.shown import Shown, Texts, digest, drawn, encoded, pictures
+from radiance.training.checkpoints import Checkpoints
 from radiance.training.step import init_state, make_step, validation_losses
 
 SEEDS = (3, 5)
@@ -52,14 +53,22 @@ def test_seeds_together_are_each_alone(run, pool):
     assert not same(at(together.params, 0), at(together.params, 1))
 
 
-def test_a_piece_goes_on_as_if_unbroken(run, pool, tmp_path):
+def test_a_piece_goes_on_as_if_unbroken(run, pool, tmp_path, monkeypatch):
     def trained(folder: str, stop=lambda: False):
         return train(run, run, SEEDS, *pool, pool, tmp_path / folder, stop)
 
     whole = trained("whole")
     assert trained("broken", lambda: True) is None
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["1"]
-    assert trained("broken", lambda: True) is None  # one more step
+    wait = Checkpoints.wait
+
+    def killed(checkpoints):
+        wait(checkpoints)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # one more step, and killed as soon as it is saved
+        patch.setattr(Checkpoints, "wait", killed)
+        trained("broken", lambda: True)
     broken = trained("broken")
     assert same(whole.state, broken.state) and whole.curve == broken.curve and len(whole.curve) == 3 and broken.seconds > 0
     assert same(trained("whole").state, whole.state)  # nothing is left to do

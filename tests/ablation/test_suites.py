@@ -135,7 +135,9 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
 
     assert ablate("--table") == 2  # there is nothing yet
     assert ablate("--minutes", "0") == 143 and not (tmp_path / "results").exists()
+    assert any((tmp_path / "work").rglob("checkpoints"))
     assert ablate("--arms", "base") == 0 and ablate() == 0
+    assert not any((tmp_path / "work").rglob("checkpoints"))  # the states of all seeds, which are large
     result = read(tmp_path / "results" / "blind.json")
     assert result.metrics.keys() >= {"validation_loss", "exact", "f1@3"} and result.metrics["validation_loss"].keys() == {0, 1}
     assert result.tuned["losses"].keys() == {"1", "4"} and result.tuned["average"] in ("0.9", "0.99")

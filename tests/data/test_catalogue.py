@@ -75,6 +75,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_removed_but_not_what_another_writes(tmp_path):
     name = Catalogue(Listed(ROWS), "these", tmp_path, 2).path.rename(tmp_path / "moved").name
     name = Catalogue(Listed(ROWS), "these", tmp_path / "other", 2).path.name
+    (tmp_path / "catalogues" / f".{name}.gone").symlink_to(tmp_path / "nowhere")  # as one that gets its name while others look
     for part, age in ((f".{name}.old", 2 * module.ABANDONED), (f".{name}.new", 0)):
         folder = tmp_path / "catalogues" / part
         folder.mkdir()
@@ -82,7 +83,7 @@ def test_what_a_killed_process_left_is_removed_but_not_what_another_writes(tmp_p
         for path in (folder / "rows.jsonl", folder):
             os.utime(path, (path.stat().st_mtime - age,) * 2)
     assert len(Catalogue(Listed(ROWS), "these", tmp_path, 2)) == 7
-    assert sorted(os.listdir(tmp_path / "catalogues")) == sorted([name, f".{name}.new"])
+    assert sorted(os.listdir(tmp_path / "catalogues")) == sorted([name, f".{name}.gone", f".{name}.new"])
 
 
 def test_several_make_it_at_once(tmp_path):

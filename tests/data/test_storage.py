@@ -34,7 +34,7 @@ class Flaky(MemoryFileSystem):
     protocol = "flaky"
     store, pseudo_dirs = {}, [""]
     asked, failures, listings = [], [], {}
-    ranges = sizes = True
+    ranges = sizes = listed = True  # listed: sizes stand in listings too
 
     def _note(self, *question):
         self.asked.append(question)
@@ -52,7 +52,7 @@ class Flaky(MemoryFileSystem):
     def ls(self, path, detail=True, **kwargs):
         self._note("list", path)
         found = self.listings.setdefault(path, super().ls(path, detail))  # kept, as those of object stores are
-        return found if self.sizes else [info | {"size": None} for info in found]
+        return found if self.sizes and self.listed else [info | {"size": None} for info in found]
 
     def invalidate_cache(self, path=None):
         self.listings.clear()
@@ -65,7 +65,7 @@ def elsewhere(monkeypatch):
     for system in (MemoryFileSystem, Flaky):
         system.store.clear()
         system.pseudo_dirs[:] = [""]
-    for name, value in {"asked": [], "failures": [], "listings": {}, "ranges": True, "sizes": True}.items():
+    for name, value in {"asked": [], "failures": [], "listings": {}, "ranges": True, "sizes": True, "listed": True}.items():
         monkeypatch.setattr(Flaky, name, value)
     waited = []
     monkeypatch.setattr(storage.time, "sleep", waited.append)
@@ -283,9 +283,10 @@ def test_packages_that_are_missing(monkeypatch):
         storage.read("memory://x")
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_shards_lie_anywhere(kind, tmp_path):
-    """Whole, in a folder and by pattern, the same as on this machine."""
+@pytest.mark.parametrize("kind, listed", [("tar", True), ("tar", False), ("parquet", True)])
+def test_shards_lie_anywhere(kind, listed, tmp_path, monkeypatch):
+    """Whole, in a folder and by pattern, the same as on this machine; also where listings tell no sizes, as those of web servers."""
+    monkeypatch.setattr(Flaky, "listed", listed)
     fill_tar(tmp_path / "tar")
     fill_parquet(tmp_path / "parquet")
     (tmp_path / kind / "notes.md").write_text("about these shards")

@@ -263,7 +263,7 @@ def test_a_text_of_nothing_leaves_no_trace(registers):
     """Nothing of it is seen, in the blocks of text alone neither, and nothing becomes NaN."""
     model = toy_model(**VARIANTS["preamble"], registers=registers)
     params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 2, 6))
-    if not registers:
+    if not registers:  # where a softmax sees nothing, which has gradients that are not numbers
         loss, (to_params, _, to_text) = gradients(model, params, inputs, weights_of(inputs))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, to_params, to_text))) and (np.asarray(to_text)[0] == 0).all()
     before = apply(model, params, inputs)

@@ -1,12 +1,15 @@
 """Whether weights arrived well: what is said of the published ones, which cannot be had here, by their loss alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from radiance import config
+from radiance.data.datasets import DataError
 from radiance.training import loop
 from radiance.training.start import alternatives, known_loss, verdict
 
@@ -54,6 +57,18 @@ def test_hosts_that_see_other_data_do_not_train(monkeypatch):
     monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda x: np.stack([x, np.stack([x[0] + 1, x[1]])]))
     with pytest.raises(config.ConfigError, match=r"do not see the same data \(train\)"):
         loop._check_alike(ours)
+
+
+def test_what_one_host_meets_ends_it_at_once(monkeypatch, capsys):
+    """An ordinary end would wait for the others, who wait for it. What all meet ends all alike."""
+    exits = []
+    monkeypatch.setattr(loop.os, "_exit", exits.append)
+    for hosts, error, raised in ((1, DataError, True), (2, loop.TrainingError, True), (2, DataError, False)):
+        monkeypatch.setattr(loop.jax, "process_count", lambda hosts=hosts: hosts)
+        with pytest.raises(error) if raised else nullcontext(), loop._with_all_hosts(SimpleNamespace(standing=7)):
+            raise error("a picture is gone")
+    told = capsys.readouterr().err
+    assert exits == [1] and told.count("start all hosts again") == 1 and "(a picture is gone)" in told and "from step 7." in told
 
 
 def test_nothing_is_known_of_other_models(file):

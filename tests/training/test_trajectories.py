@@ -231,12 +231,22 @@ def test_two_that_paint_into_one_folder(folder, teacher, tmp_path):
         return files(tmp_path)
 
     before = []
-    paint_missing(run, made, SOURCES, lambda: before.append(meanwhile()) or teacher)
+    there = paint_missing(run, made, SOURCES, lambda: before.append(meanwhile()) or teacher)
+    assert there == made
     after = files(tmp_path)
     assert after.keys() - before[0].keys() == {"train-000001.safetensors"} and {name: after[name] for name in before[0]} == before[0]
     (tmp_path / "train-000000.safetensors").unlink()
     with pytest.raises(config.ConfigError, match=r"otherwise \(in 1 segments\)"):
         paint_missing(run, made, SOURCES, lambda: meanwhile(segments=1) and teacher)
+    # What is kept for the run, which must find the same when it goes on, are the segments that are there.
+    whole = run_of(tmp_path / "whole", "distill.segments=1")
+    made = made_of(whole, teacher.encoder)
+
+    def finer():
+        shutil.copytree(folder, tmp_path / "whole")
+        return teacher
+
+    assert made.segments == 1 and paint_missing(whole, made, SOURCES, finer) == made_of(whole, teacher.encoder) == made._replace(segments=4)
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------

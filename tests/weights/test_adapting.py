@@ -87,7 +87,8 @@ def test_applied_is_merged(case):
     whole = in_memory(model)[0]
     params = whole.params()
     plain = apply(model, params, inputs)
-    for loras in ([(first, 0.8)], [(first, 0.8), (second, -0.5)])[: 2 if case in ("pixels", "latent", "flux") else 1]:
+    both = [[(first, 0.8), (second, -0.5)]] if case in ("pixels", "latent", "flux") else []
+    for loras in ([(first, 0.8)], *both):
         changed = whole
         for one, strength in loras:
             changed = lora.merged(changed, one, strength)
