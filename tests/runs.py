@@ -21,6 +21,7 @@ from radiance.training.step import init_state, make_step
 
 # What compiles fastest, where any network will do.
 PLAIN = dict(head="linear", modulation="none", double_blocks=0)
+MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)  # the same, of what reads a step's length
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, batch_of, same, step_of, toy_run
+from runs import MEAN, PLAIN, batch_of, same, step_of, toy_run
 from toys import apply, toy_params
 
 from radiance import config, flow
@@ -17,10 +17,6 @@ from radiance.sampling import Condition, noise_of, paint, times_of
 from radiance.training import distillation, step
 from radiance.training.distillation import Teacher, on_segments
 from radiance.training.step import init_state, picture_losses, validation_losses, with_noise
-
-MEAN = dict(
-    head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32
-)  # what compiles fastest of what reads a step's length
 
 
 def distilling(kind, *changes, **model):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, metrics, same, state_of, toy_run, train
+from runs import MEAN, PLAIN, metrics, same, state_of, toy_run, train
 from toys import toy_model, toy_params
 
 from radiance import config
@@ -29,14 +29,7 @@ from radiance.weights import checkpoint
 from radiance.weights.checkpoint import LOSS_KEY
 from radiance.weights.files import CheckpointError
 
-MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_a_file():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajectories, "SHARD", 4)
-        yield
+pytestmark = pytest.mark.usefixtures("few_trajectories_a_file")
 
 
 def saved(folder, model, seed=0):

@@ -30,14 +30,7 @@ from radiance.training.trajectories import (
 )
 from radiance.weights.files import CheckpointError
 
-MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_a_file():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajectories, "SHARD", 4)
-        yield
+pytestmark = pytest.mark.usefixtures("few_trajectories_a_file")
 
 
 class Captions:
