@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from toy_files import PIXELS, published, save
 
 from radiance import config
-from radiance.cli import experiment, hosts, main
+from radiance.cli import experiment, hosts, main, sample
 from radiance.cli.inspect import data_of
 from radiance.data.datasets import open_source
 
@@ -106,6 +106,13 @@ def test_sample(trained, tmp_path, capsys):
     picture = Image.open(out / "00005_seed7.png")
     assert picture.size == (12, 8) and picture.text["prompt"] == "the digit 2" and "params" not in picture.text["model"]
     assert np.asarray(picture).std() > 0
+
+
+def test_of_many_pictures_no_sheet_is_kept_in_memory(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "SHEET", 1)
+    assert main(["sample", str(trained), "guidance=1", "--prompt", "the digit 2", "--seeds", "0-1", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000_seed0.png", "00001_seed1.png"]
+    assert "2 pictures of 2 are in" in capsys.readouterr().out
 
 
 def test_sample_from_a_picture(capsys, trained, tmp_path):

@@ -41,7 +41,7 @@ def add(verbs):
     )
     parser.add_argument("--mesh", type=mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
     add_hosts(parser)
-    parser.add_argument("--out", type=Path, default=Path("pictures"), help="directory for the PNGs and sheet.png (default: pictures)")
+    parser.add_argument("--out", type=Path, default=Path("pictures"), help=f"directory for the PNGs and, of up to {SHEET}, sheet.png (default: pictures)")
     parser.add_argument(
         "--folder",
         type=Path,

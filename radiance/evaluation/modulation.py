@@ -24,7 +24,7 @@ from radiance.evaluation.report import page, table
 from radiance.model.modulation import SIX, THREE, TIME_EMBEDDING, sinusoid
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.convert import table as text_table
-from radiance.weights.files import CheckpointError, finite, open_tensors
+from radiance.weights.files import CheckpointError, finite, open_tensors, replacing
 
 TIMES = 32  # evenly over [0, 1], in the middle of as many intervals
 POOLED = 32  # Gaussian vectors, where there are no prompts' own
@@ -258,4 +258,5 @@ def write_page(path: Path, title: str, vectors: Sequence[Vector], grid: Grid):
     body.append("<p>Solid: R² of time alone. Dashed: of a function of time plus a function of each other input.</p>")
     body.append(f'<div class="charts">{"".join(figures)}</div><h2>Every vector</h2>')
     body.append(table(("layers", "block", "vector", "R² time", "R² sum", "constant"), rows))
-    path.write_text(page(f"Modulation of {title}", body), "utf-8")
+    with replacing(path) as part:
+        part.write_text(page(f"Modulation of {title}", body), "utf-8")
