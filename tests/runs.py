@@ -74,6 +74,15 @@ def environment_of(devices: int) -> dict[str, str]:
     return os.environ | ({"XLA_FLAGS": " ".join(flags)} if devices > 1 else {})
 
 
+def output_of(script: str, devices: int = 1, environment: dict[str, str] | None = None) -> bytes:
+    """What a program of Python puts out in a process of its own. Fails with what it said of its end.
+
+    devices: that it sees; environment: its variables instead."""
+    done = subprocess.run([sys.executable, "-c", script], env=environment or environment_of(devices), capture_output=True)
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr.decode(errors='replace')}"
+    return done.stdout
+
+
 def written_experiment(run: config.Config, folder: Path | None = None) -> Path:
     """A file of that experiment, in a folder that is there; beside its run directory when None."""
     path = Path(folder or run.output) / "experiment.py"

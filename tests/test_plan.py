@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, environment_of, toy_run, written_experiment
+from runs import PLAIN, environment_of, output_of, toy_run, written_experiment
 
 from radiance import compiled, config
 from radiance.cli import main
@@ -44,9 +44,7 @@ print(f.lower(jax.ShapeDtypeStruct((128,), jnp.float32)).compile().as_text())
 
 
 def test_collectives_are_counted_as_often_as_their_loops_turn():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment_of(8), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    work = compiled.read(done.stdout)
+    work = compiled.read(output_of(PROGRAM, devices=8).decode())
     found = {kind: sum(c.bytes for c in work.collectives if c.kind == kind) for kind in compiled.KINDS}
     size = 16 * 4  # bytes of a device's part
     gathered, summed = 5 * 3 * size, 5 * 2 * size * (2 - 1) / 2

@@ -5,14 +5,13 @@ import errno
 import io
 import pickle
 import struct
-import subprocess
-import sys
 import time
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
+from runs import output_of
 
 from radiance.data.decode import LARGEST, TURNS, Broken, picture, size_of
 from radiance.pictures import to_array, to_picture
@@ -56,7 +55,7 @@ if features.check("avif"):
 
 def test_no_jax():
     told = "import sys, radiance.data.decode, radiance.data.captions, radiance.pictures; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert output_of(told) == b"False\n"
 
 
 # --- upright ------------------------------------------------------------------------------------------------------------

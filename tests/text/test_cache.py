@@ -10,6 +10,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from runs import output_of
 from safetensors.numpy import load_file
 from toy_t5 import CAPTIONS, TOY, toy_folder
 
@@ -226,9 +227,9 @@ for i in range(0, 1199, 16):
     assert encoder.encode(texts[i : i + 16])[0].rows[5, 7] == i + 1
 print(written - before, peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True)
+    found = output_of(script).split()
     assert sum(path.stat().st_size for path in shards(tmp_path)) > 200e6
-    assert all(float(megabytes) < 80 for megabytes in done.stdout.split())
+    assert all(float(megabytes) < 80 for megabytes in found)
 
 
 # --- texts that are not there -----------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from runs import output_of
 from safetensors.numpy import save_file
 from toy_t5 import CAPTIONS, TOY, torch_tensors, toy_folder, train_tokenizer
 
@@ -77,8 +76,7 @@ print(hashlib.sha256(HashEncoder(8, 16)({texts!r})[0].tobytes()).hexdigest())
 """
     ours = hashlib.sha256(HashEncoder(8, 16)(texts)[0].tobytes()).hexdigest()
     env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONIOENCODING": "utf-8"}
-    found = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
-    assert found.strip() == ours
+    assert output_of(script, environment=env).decode().strip() == ours
 
 
 def test_a_text_is_encoded_alike_in_any_batch_and_again():

@@ -4,15 +4,13 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from runs import environment_of
+from runs import output_of
 from safetensors.numpy import save_file
 from toy_t5 import TOY, torch_tensors
 
@@ -323,8 +321,8 @@ for path in (("blocks", "attention", "q"), ("blocks", "attention", "proj"), ("bl
 ids, lengths = (np.array(x, np.int32) for x in {(token_ids().tolist(), LENGTHS.tolist())!r})
 np.save(sys.stdout.buffer, np.asarray(t5.encode(t5.T5(**{vars(TOY)!r}), "float32", params, ids, lengths)))
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment_of(4), capture_output=True, check=True)
-    np.testing.assert_allclose(np.load(io.BytesIO(done.stdout)), apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
+    found = np.load(io.BytesIO(output_of(script, devices=4)))
+    np.testing.assert_allclose(found, apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
 
 
 def test_fingerprint_knows_every_weight(tmp_path, file):
@@ -360,8 +358,7 @@ before = peak()
 params = jax.block_until_ready(weights.load("bfloat16"))
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, check=True)
-    held = int(done.stdout) * 1024 / path.stat().st_size
+    held = int(output_of(script)) * 1024 / path.stat().st_size
     assert held < 0.85  # 0.5 for the parameters, 0.1 for the largest leaf
 
 
