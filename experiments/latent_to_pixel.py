@@ -20,18 +20,18 @@ The text projection and the approximator are frozen too.
 |---|---|
 | shell | no block is trained: the patch embedding and the head alone |
 | toy | digits on a CPU, with the first and the last block |
+| shapes | the first stage at the size of experiments/one_shape.py, from what experiments/latent_source.py paints |
+| real | behind shapes: the second stage, all of it trained on real pictures |
+| scratch | behind real: beside that, the same model from scratch |
 
 Only the toy has been run, and the four commands on toys. There are no pictures and no numbers of the recipe itself.
 """
 
+import one_shape
 import radiance_512 as published
 
 from radiance import config as c
-
-ARMS = {
-    "shell": ["optimizer.edges=0,0", "optimizer.frozen=text_embed,modulation,double,single"],
-    "toy": [*published.TOY, "optimizer.edges=1,1", "optimizer.ema=0.9"],
-}
+from radiance.sections import differences
 
 
 def config() -> c.Config:
@@ -45,3 +45,16 @@ def config() -> c.Config:
             "sample=radiance-x0",
         ],
     )  # fmt: skip
+
+
+SMALL = [f"{key}={there}" for key, (_, there) in differences(config(), one_shape.config()).items() if "." in key]
+ARMS = {
+    "shell": ["optimizer.edges=0,0", "optimizer.frozen=text_embed,modulation,double,single"],
+    "toy": [*published.TOY, "data.path=", "optimizer.edges=1,1", "optimizer.ema=0.9"],
+    "shapes": [
+        *SMALL, "data.source=folder", "data.path=painted", "data.batch=32", "optimizer.frozen=text_embed,modulation", "optimizer.edges=1,1",
+        "optimizer.decay=constant", "train.steps=500", "train.validate_every=100", "train.sample_every=500", "train.checkpoint_every=100",
+    ],
+    "real": ["data.source=shapes", "data.path=", "optimizer.frozen=", "optimizer.edges=0,0", "train.steps=1000"],
+    "scratch": ["init=", "train.steps=1500"],
+}  # fmt: skip

@@ -21,7 +21,7 @@ from radiance.training.step import init_state, make_step
 FOLDER = Path(__file__).parents[1] / "experiments"
 SMALL = ("toy", "rehearsal")  # arms for a CPU
 SMALL_FIRST = ("few_steps",)  # before other arms, which change what it says
-FOR_A_CPU = ("quickstart", "dilation", "one_shape")  # as they are
+FOR_A_CPU = ("quickstart", "dilation", "one_shape", "latent_source")  # as they are
 
 
 def arms(path: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """The recipes' stages, each from the one before, with the commands of their docstrings, at toy size."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 from runs import same
 from toy_files import published, save
 from toy_t5 import CAPTIONS, TOY, toy_folder
@@ -12,10 +14,13 @@ from toys import noisy_autoencoder, toy_model
 
 from radiance import config
 from radiance.cli import experiment, main
+from radiance.cli.experiments import loaded
 from radiance.model.autoencoder import Autoencoder
 from radiance.training import loop
+from radiance.training.directory import RunDirectory
 from radiance.training.start import load_weights
 from radiance.weights import autoencoder
+from radiance.weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -101,3 +106,32 @@ def test_a_latent_model_paints_what_its_trunk_learns_pixels_from(trained, tmp_pa
     for kind, count, edge in (("double", 2, 0), ("single", 3, 2)):
         still = {i for i in range(count) if not moved(*({"": jax.tree.map(lambda x, i=i: x[i], tree[kind])} for tree in (before, after)))}
         assert still == set(range(count)) - {edge}
+
+
+def test_the_latent_toys_source(tmp_path, monkeypatch, data_directory):
+    """It trains both parts, goes on where it was stopped, and paints; and its trunk goes under an experiment's pixel head."""
+    source = loaded(str(EXPERIMENTS / "latent_source.py"))
+    sizes = Autoencoder(latent_channels=2, width=4, multipliers=(1, 1, 1), blocks=1, groups=2)
+    for name, value in {"SIZES": sizes, "STEPS": 2, "CAPTIONS": 2}.items():
+        monkeypatch.setattr(source, name, value)
+    changes = [
+        f"output={tmp_path}",
+        f"data.directory={data_directory}",
+        "data.batch=4",
+        "train.checkpoint_every=1",
+        "optimizer.warmup_steps=0",
+    ]
+    assert source.main([*changes, "train.steps=1"]) == 0
+    run, file = tmp_path / "latent_source", tmp_path / "latent_source/autoencoder.safetensors"
+    before, told = file.read_bytes(), autoencoder.read(file)[0]
+    assert told == replace(sizes, shift=told.shift, scale=told.scale) and told.scale != 1
+    assert source.main([*changes, "train.steps=2"]) == 0
+    assert file.read_bytes() == before and [row["step"] for row in RunDirectory(run).read_metrics()] == []
+    sample = ["sample", run, "--autoencoder", file, "--prompts", run / "captions.txt", "--folder", tmp_path / "painted", "steps=1"]
+    assert main([*map(str, sample)]) == 0
+    assert {Image.open(path).size for path in (tmp_path / "painted").glob("*.png")} == {(32, 32)}
+
+    grafted = tmp_path / "grafted.safetensors"
+    assert main(["convert", str(run), str(grafted), "--graft", f"{EXPERIMENTS}/one_shape.py"]) == 0
+    assert open_checkpoint(grafted).model == experiment(f"{EXPERIMENTS}/one_shape.py").model
+    assert experiment(f"{EXPERIMENTS}/latent_to_pixel.py:shapes").model == experiment(f"{EXPERIMENTS}/one_shape.py").model

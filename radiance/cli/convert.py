@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from radiance import config
 from radiance.cli.arguments import add_model, known, with_number
+from radiance.cli.experiments import experiment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,9 @@ def add(verbs):
     )
     parser.add_argument("--head", choices=["nerf_conv"], help="turn a linear NeRF head into a convolution with the same output")
     parser.add_argument("--dilate", choices=["conv", "conv_half"], help="patches twice as large: a larger kernel, or every second pixel")
-    parser.add_argument("--graft", metavar="NAME", help="put the blocks under a fresh pixel head of this named model")
+    parser.add_argument(
+        "--graft", metavar="MODEL", help="put the blocks under a fresh pixel head of this named model, or of this experiment's (a file)"
+    )
     parser.add_argument(
         "--pooled",
         metavar="zero|FILE",
@@ -88,7 +91,7 @@ def main(options: argparse.Namespace) -> int:
     if options.dilate:
         checkpoint = surgery.dilate(checkpoint, options.dilate)
     if options.graft:
-        checkpoint = surgery.graft(checkpoint, config.Model.named(options.graft), options.seed)
+        checkpoint = surgery.graft(checkpoint, _model(options.graft), options.seed)
     if options.pooled or (options.modulation and checkpoint.model.pooled_dim):
         pooled, held = _pooled(options.pooled or "zero", checkpoint.model)
         checkpoint = surgery.without_pooled(checkpoint, pooled, held)
@@ -108,6 +111,11 @@ def main(options: argparse.Namespace) -> int:
         print(f"The pooled text vector is {held}, whatever the prompt: what it said of prompts is lost.")
     print(f"{checkpoint.origin} is written to {options.out}.")
     return 0
+
+
+def _model(told: str) -> config.Model:
+    """A named one, or an experiment's."""
+    return experiment(told).model if told.partition(":")[0].endswith(".py") else config.Model.named(told)
 
 
 def _other(path: str, options: argparse.Namespace) -> "Checkpoint":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from radiance.sections import Section, require
 
@@ -28,6 +28,9 @@ class Text(Section):
         require(self.encoder == "t5" or not self.file, f"text.file={self.file} is for text.encoder=t5: set that too.")
 
 
+Background = Literal["white", "grey", "black", "beige", "brown", "navy"]  # of data/shapes.py
+
+
 @dataclass(frozen=True)
 class Shapes(Section):
     """Pictures drawn on the way, whose captions say exactly what they show."""
@@ -35,11 +38,17 @@ class Shapes(Section):
     law: Literal["short", "mixed", "full"] = "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
     limit: int = 64  # longest caption in tokens, end-of-sequence included
     objects: int = 5  # of a picture at most; of one alone a small model learns in minutes what captions say
+    # Those that pictures may have. On dark ones alone every object is lighter, and a small model learns soon where it was asked for.
+    backgrounds: tuple[Background, ...] = get_args(Background)
     count: int = 2**20  # pictures of an epoch, and of the validation split: training for longer than one sees them again
     seed: int = 0  # of the scenes, and of their captions
 
     def check(self):
         require(1 <= self.objects <= 5, f"data.shapes.objects={self.objects} must be a whole number from 1 to 5.")
+        require(
+            0 < len(self.backgrounds) == len(set(self.backgrounds)),
+            f"data.shapes.backgrounds={self.backgrounds}: name at least one of {', '.join(get_args(Background))}, each once.",
+        )
         require(self.count >= 1, f"data.shapes.count={self.count} must be at least 1.")
         require(0 <= self.seed < 2**32, f"data.shapes.seed={self.seed} must be a whole number from 0 to 2**32 - 1.")
 

@@ -7,7 +7,7 @@ pixels on every machine.
 Lengths are in cells, x to the right and y down.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -154,8 +154,9 @@ def coverage(
 # --- scenes -----------------------------------------------------------------------------------------------------------
 
 
-def scene(seed: int, index: int, split: Split = "train", most: int = MOST) -> Scene:
-    """Scene `index` ≥ 0 of the endless list that the seed (0 ≤ seed < 2³²) gives, of one to `most` objects (1 ≤ most ≤ 5).
+def scene(seed: int, index: int, split: Split = "train", most: int = MOST, backgrounds: Sequence[str] = tuple(BACKGROUNDS)) -> Scene:
+    """Scene `index` ≥ 0 of the endless list that the seed (0 ≤ seed < 2³²) gives, of one to `most` objects (1 ≤ most ≤ 5) on one of the
+    backgrounds.
 
     Training has none of the pairs of HELD_OUT; in validation all pairs are equally likely. All numbers are drawn whether or not
     they are needed, so that no attribute hangs on another.
@@ -172,7 +173,7 @@ def scene(seed: int, index: int, split: Split = "train", most: int = MOST) -> Sc
         # Half are plain.
         texture = TEXTURES[0 if texture < 0.5 else 1 + int((texture * 2 - 1) * (len(TEXTURES) - 1))]
         finishes.append(Finish(texture, int(turn * 4), phase, (across * 2 - 1) * JITTER, (down * 2 - 1) * JITTER))
-    return Scene(seed, index, split, list(BACKGROUNDS)[int(background * len(BACKGROUNDS))], tuple(objects), tuple(finishes))
+    return Scene(seed, index, split, backgrounds[int(background * len(backgrounds))], tuple(objects), tuple(finishes))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     law: Law = "mixed"
     limit: int = 256  # tokens
     objects: int = MOST  # of a picture at most
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     seed: int = 0
     train: int = 16384  # pictures
     validation: int = 4096
@@ -64,7 +65,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         made = self.builder_config
         for index in range(count):
-            drawn = scene(made.seed, index, split, made.objects)
+            drawn = scene(made.seed, index, split, made.objects, made.backgrounds)
             text, facts = caption(drawn, made.law, made.limit)
             yield (
                 index,

@@ -65,7 +65,8 @@ class Shapes:
         return hashlib.sha256(f"shapes {VERSION} {self.split} {config.to_json(self.settings)}".encode()).hexdigest()
 
     def _scene(self, index: int) -> Scene:
-        return scene(self.settings.seed, index, self.split, self.settings.objects)
+        made = self.settings
+        return scene(made.seed, index, self.split, made.objects, made.backgrounds)
 
     def _caption(self, index: int) -> Caption:
         return caption(self._scene(index), self.settings.law, self.settings.limit)

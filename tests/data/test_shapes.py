@@ -221,11 +221,11 @@ def test_a_limit_without_room_is_an_error():
 def test_the_data_set_has_the_same_pictures(tmp_path):
     from radiance.data.shapes_builder import Shapes, ShapesConfig
 
-    made = ShapesConfig(name="tiny", side=32, law="short", objects=3, seed=3, train=6, validation=4)
+    made = ShapesConfig(name="tiny", side=32, law="short", objects=3, backgrounds=("black", "navy"), seed=3, train=6, validation=4)
     builder = Shapes(data_dir=str(tmp_path), file_format="array_record", config=made)
     builder.download_and_prepare()
     for split, count in (("train", 6), ("validation", 4)):
-        scenes = [scene(3, i, split, most=3) for i in range(count)]
+        scenes = [scene(3, i, split, 3, ("black", "navy")) for i in range(count)]
         rows = {row["index"]: row for row in builder.as_data_source(split=split)}
         assert sorted(rows) == list(range(len(scenes)))
         for index, row in rows.items():

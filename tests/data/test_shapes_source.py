@@ -14,7 +14,7 @@ from radiance import config
 from radiance.data.datasets import Mixture, describe, open_source
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.data.shape_captions import caption, tokens
-from radiance.data.shapes import HELD_OUT, Facts, render, scene
+from radiance.data.shapes import BACKGROUNDS, HELD_OUT, Facts, render, scene
 from radiance.text.encoders import HashEncoder
 
 SHAPES = config.Shapes(law="short", limit=24, count=40, seed=3)
@@ -65,8 +65,20 @@ def test_pictures_of_few_objects():
         assert few.captions(i) == (caption(scene(3, i, most=2), "short", 24).text,)
 
 
+def test_pictures_on_few_backgrounds():
+    assert DATA.shapes.backgrounds == tuple(BACKGROUNDS)
+    dark = open_source(replace(DATA, shapes=replace(SHAPES, backgrounds=("navy", "black"))), "train")
+    shown = [dark.attributes(i)["shown"] for i in range(40)]
+    assert {facts.background for facts in shown} == {"navy", "black"}
+    assert [facts.objects for facts in shown] == [scene(3, i).objects for i in range(40)]
+    assert config.override(DATA, ["shapes.backgrounds=('navy', 'black')"]).shapes == replace(SHAPES, backgrounds=("navy", "black"))
+    for wrong in ((), ("navy", "navy"), ("navy", "mauve")):
+        with pytest.raises(config.ConfigError, match="backgrounds.*navy"):
+            config.override(DATA, [f"shapes.backgrounds={','.join(wrong)}"])
+
+
 def test_a_fingerprint_tells_all_settings_and_the_split_apart(source):
-    others = [{"law": "mixed"}, {"limit": 23}, {"count": 41}, {"seed": 4}, {"objects": 4}]
+    others = [{"law": "mixed"}, {"limit": 23}, {"count": 41}, {"seed": 4}, {"objects": 4}, {"backgrounds": ("navy",)}]
     sources = [source, open_source(DATA, "validation")]
     sources += [open_source(replace(DATA, shapes=replace(SHAPES, **change)), "train") for change in others]
     assert len({one.fingerprint() for one in sources}) == len(sources)
