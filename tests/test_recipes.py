@@ -112,7 +112,7 @@ def test_the_latent_toys_source(tmp_path, monkeypatch, data_directory):
     """It trains both parts, goes on where it was stopped, and paints; and its trunk goes under an experiment's pixel head."""
     source = loaded(str(EXPERIMENTS / "latent_source.py"))
     sizes = Autoencoder(latent_channels=2, width=4, multipliers=(1, 1, 1), blocks=1, groups=2)
-    for name, value in {"SIZES": sizes, "STEPS": 2, "CAPTIONS": 2}.items():
+    for name, value in {"SIZES": sizes, "CROPPED": 1, "WHOLE": 1, "CAPTIONS": 2}.items():
         monkeypatch.setattr(source, name, value)
     changes = [
         f"output={tmp_path}",
