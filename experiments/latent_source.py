@@ -3,7 +3,8 @@
     python experiments/latent_source.py [train.seed=SEED name=latent-SEED …]
 
 trains both, in minutes on a CPU, into runs/latent_source: a run directory, of which `radiance sample` and `radiance convert` read the model, and in it
-autoencoder.safetensors, and captions.txt to paint for. The same command goes on where it was stopped; the autoencoder begins anew.
+autoencoder.safetensors, and captions.txt to paint for. It says how many real pictures are still read as told through the autoencoder. The same
+command goes on where it was stopped, but an autoencoder that was not finished begins anew.
 
 `radiance train` trains pixel models alone, so the loop is here. The autoencoder is FLUX's architecture made small. It learns with noise of a fixed
 variance on its latents and a price for large ones, which is a variational one whose variance is given; they are shifted and scaled to a
@@ -26,6 +27,7 @@ from jaxtyping import Float32
 from radiance import config as c
 from radiance.data.datasets import Source, describe, open_source
 from radiance.data.pipeline import Batches
+from radiance.evaluation import reader
 from radiance.model import autoencoder
 from radiance.model.autoencoder import Autoencoder
 from radiance.model.transformer import Params
@@ -93,6 +95,13 @@ def trained_autoencoder(run: c.Config, source: Source) -> tuple[Autoencoder, Par
     return replace(SIZES, shift=float(latents.mean()), scale=float(1 / latents.std())), params
 
 
+def share_read(sizes: Autoencoder, params: Params, source: Source, count: int = 128) -> float:
+    """Share of the first pictures whose objects and background are all read as they are, after the way through the autoencoder."""
+    pictures = np.stack([to_signed(np.asarray(source.picture(i))) for i in range(count)])
+    through = np.asarray(decode(sizes, params, encode(sizes, params, pictures)))
+    return reader.score(reader.read(through), [source.attributes(i)["shown"] for i in range(count)]).exact
+
+
 def main(changes: list[str]) -> int:
     run = c.override(config(), changes)
     directory, source = RunDirectory(run.directory), open_source(run.data, "train")
@@ -110,6 +119,10 @@ def main(changes: list[str]) -> int:
         (run.directory / "captions.txt").write_text("".join(f"{source.captions(i)[0]}\n" for i in range(CAPTIONS)))
         files.write(file, *trained_autoencoder(run, source))
     sizes, params = files.read(file)
+    print(
+        f"{share_read(sizes, params, open_source(run.data, 'validation')):.0%} of held-out pictures are read as told through {file}.",
+        flush=True,
+    )
 
     state = checkpoints.restore(first, like) if first else jax.jit(partial(init_state, run))()
     step = jax.jit(make_step(run), donate_argnums=0)

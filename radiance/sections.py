@@ -156,8 +156,10 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             except json.JSONDecodeError:
                 example = '[{"key": "value"}, …]' if _is_section(item) else '["one", "two"]'
                 raise ConfigError(f"{key}={text}: this list is not JSON: write {example}.") from None
-        # As people write them and as Python does, with quotes: ('black', 'navy').
-        return tuple(_parse(key, part.strip().strip("'\""), item) for part in text.strip("()[]").split(",") if part.strip())
+        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+        if get_origin(item) is Literal:  # names, which Python writes with quotes, and so do our messages: ('black', 'navy')
+            parts = [part.strip("'\"") for part in parts]
+        return tuple(_parse(key, part, item) for part in parts)
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in (int, float):

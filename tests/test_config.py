@@ -43,7 +43,9 @@ def refused(match, *changes, start=SMALL):
         ("sample.beta=0.5,0.6", (0.5, 0.6)),
         ("sample.shift=1.15", 1.15),
         ("sample.shift=none", None),
+        ("data.shapes.backgrounds=('navy', 'black')", ("navy", "black")),
         ("train.sample_prompts=", ()),
+        ("train.sample_prompts=a sign that says 'no'", ("a sign that says 'no'",)),
         ("init=", ""),
     ],
 )

@@ -71,7 +71,6 @@ def test_pictures_on_few_backgrounds():
     shown = [dark.attributes(i)["shown"] for i in range(40)]
     assert {facts.background for facts in shown} == {"navy", "black"}
     assert [facts.objects for facts in shown] == [scene(3, i).objects for i in range(40)]
-    assert config.override(DATA, ["shapes.backgrounds=('navy', 'black')"]).shapes == replace(SHAPES, backgrounds=("navy", "black"))
     for wrong in ((), ("navy", "navy"), ("navy", "mauve")):
         with pytest.raises(config.ConfigError, match="backgrounds.*navy"):
             config.override(DATA, [f"shapes.backgrounds={','.join(wrong)}"])
