@@ -38,7 +38,7 @@ class Shapes(Section):
     law: Literal["short", "mixed", "full"] = "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
     limit: int = 64  # longest caption in tokens, end-of-sequence included
     objects: int = 5  # of a picture at most; of one alone a small model learns in minutes what captions say
-    # Those that pictures may have. On dark ones alone every object is lighter, and a small model learns soon where it was asked for.
+    # Those that pictures may have. On black alone a small model learns soon where objects stand (experiments/one_shape.py).
     backgrounds: tuple[Background, ...] = get_args(Background)
     count: int = 2**20  # pictures of an epoch, and of the validation split: training for longer than one sees them again
     seed: int = 0  # of the scenes, and of their captions
