@@ -57,10 +57,9 @@ def verify(path: str | Path, compute: config.Compute | None = None) -> list[Agre
     params = native.from_native(model, shapes, lambda name: file[PREFIX + name], path)
     compute = compute or config.Compute(dtype="float32")
 
-    with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda params, image: _outputs(file, sizes, bind(model, compute, params), image))
-        image = _image(file, sizes)
-        outputs, *moved = [run(params, image * factor) for factor in (1, *_roundings(image.shape))]
+    run = jax.jit(lambda params, image: _outputs(file, sizes, bind(model, compute, params), image))
+    image = _image(file, sizes)
+    outputs, *moved = [run(params, image * factor) for factor in (1, *_roundings(image.shape))]
     results = []
     for name, ours in outputs.items():
         ours, reference = np.asarray(ours, np.float64), file[name]

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
+from radiance.model.precision import EXACT, exact_in_float32
 from radiance.model.transformer import Params
 from radiance.sections import Section, require
 
@@ -182,16 +183,17 @@ def blending(n: int, tile: int, writes: int) -> tuple[Int32[np.ndarray, " tiles"
 class Encoder(nnx.Module):
     def __init__(self, sizes: Autoencoder, dtype: jnp.dtype, rngs: nnx.Rngs):
         widths, last = sizes.widths, len(sizes.widths) - 1
-        self.conv_in = nnx.Conv(3, sizes.width, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.conv_in = nnx.Conv(3, sizes.width, (3, 3), padding=1, dtype=jnp.float32, precision=EXACT, rngs=rngs)
         self.levels = nnx.List(
             Level(widths[max(i - 1, 0)], widths[i], sizes.blocks, sizes.groups, "none" if i == last else "down", dtype, rngs)
             for i in range(last + 1)
         )
         self.middle = Middle(widths[-1], sizes.groups, dtype, rngs)
         self.norm_out = group_norm(widths[-1], sizes.groups, dtype, rngs)
-        self.conv_out = nnx.Conv(widths[-1], 2 * sizes.latent_channels, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.conv_out = nnx.Conv(widths[-1], 2 * sizes.latent_channels, (3, 3), padding=1, dtype=jnp.float32, precision=EXACT, rngs=rngs)
         self.dtype = dtype
 
+    @exact_in_float32
     def __call__(self, pictures: Float[Array, "b height width 3"]) -> Float32[Array, "b h w moments"]:
         """Means and log-variances of the latents, side by side."""
         x = self.conv_in(pictures).astype(self.dtype)
@@ -205,16 +207,17 @@ class Decoder(nnx.Module):
 
     def __init__(self, sizes: Autoencoder, dtype: jnp.dtype, rngs: nnx.Rngs):
         widths, last = sizes.widths, len(sizes.widths) - 1
-        self.conv_in = nnx.Conv(sizes.latent_channels, widths[-1], (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.conv_in = nnx.Conv(sizes.latent_channels, widths[-1], (3, 3), padding=1, dtype=jnp.float32, precision=EXACT, rngs=rngs)
         self.middle = Middle(widths[-1], sizes.groups, dtype, rngs)
         self.levels = nnx.List(
             Level(widths[min(i + 1, last)], widths[i], sizes.blocks + 1, sizes.groups, "none" if i == 0 else "up", dtype, rngs)
             for i in range(last + 1)
         )
         self.norm_out = group_norm(sizes.width, sizes.groups, dtype, rngs)
-        self.conv_out = nnx.Conv(sizes.width, 3, (3, 3), padding=1, dtype=jnp.float32, rngs=rngs)
+        self.conv_out = nnx.Conv(sizes.width, 3, (3, 3), padding=1, dtype=jnp.float32, precision=EXACT, rngs=rngs)
         self.dtype = dtype
 
+    @exact_in_float32
     def __call__(self, latents: Float[Array, "b h w c"]) -> Float32[Array, "b height width 3"]:
         x = self.middle(self.conv_in(latents).astype(self.dtype))
         for level in reversed(self.levels):

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from radiance import config
+from radiance.model.precision import exact_in_float32
 from radiance.sharding import ROWS, constrained
 
 MAX_PERIOD = 10_000.0
@@ -66,10 +67,12 @@ class Approximator(nnx.Module):
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         keys = jax.random.split(rngs.params(), model.approximator_depth)
         self.dim, self.count, self.blocks = model.approximator_dim, model.vectors, (model.double_blocks, model.single_blocks)
+        self.dtype = dtype
         self.proj_in = nnx.Linear(model.approximator_dim, model.approximator_hidden, dtype=dtype, rngs=rngs)
         self.layers = jax.vmap(lambda key: ApproximatorLayer(model.approximator_hidden, dtype, nnx.Rngs(key)))(keys)
         self.proj_out = nnx.Linear(model.approximator_hidden, model.hidden, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
+    @exact_in_float32
     def __call__(self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None, pooled: None = None) -> Vectors:
         count = self.count
         guidance = jnp.zeros_like(time) if guidance is None else guidance
@@ -170,13 +173,14 @@ class PerBlock(nnx.Module):
 
             return jax.vmap(make)(jax.random.split(rngs.params(), blocks))
 
-        self.condition = Condition(model, dtype, rngs)
+        self.dtype, self.condition = dtype, Condition(model, dtype, rngs)
         self.double_image = stack(model.double_blocks, 6)
         self.double_text = stack(model.double_blocks, 6)
         self.single = stack(model.single_blocks, 3)
         if model.head == "linear":
             self.output = nnx.Linear(model.hidden, 2 * model.hidden, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
 
+    @exact_in_float32
     def __call__(
         self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None = None, pooled: Float[Array, "b p"] | None = None
     ) -> Vectors:
@@ -198,10 +202,11 @@ class Shared(nnx.Module):
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         d = model.hidden
-        self.condition = Condition(model, dtype, rngs)
+        self.dtype, self.condition = dtype, Condition(model, dtype, rngs)
         self.linear = nnx.Linear(d, (6 + 6 + 3 + 2) * d, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
         self.double_image, self.double_text, self.single = _learned(model)
 
+    @exact_in_float32
     def __call__(
         self, time: Float32[Array, " b"], guidance: Float32[Array, " b"] | None = None, pooled: Float[Array, "b p"] | None = None
     ) -> Vectors:

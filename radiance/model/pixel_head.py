@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from radiance import config
 from radiance.model.blocks import modulate
+from radiance.model.precision import EXACT
 
 
 def unfold(image: Float[Array, "b height width c"], patch: int) -> Float[Array, "b n pixels c"]:
@@ -47,14 +48,14 @@ class NerfHead(nnx.Module):
         self.patch, self.freqs, self.tile, self.dtype = model.patch, model.nerf_freqs, tile, dtype
         hidden, zeros = model.nerf_hidden, nnx.initializers.zeros
         # The embedder and the last layer work in float32: bfloat16 pixels are coarser than 8 bits.
-        self.embedder = nnx.Linear(model.channels + model.nerf_freqs**2, hidden, rngs=rngs)
+        self.embedder = nnx.Linear(model.channels + model.nerf_freqs**2, hidden, precision=EXACT, rngs=rngs)
         keys = jax.random.split(rngs.params(), model.nerf_depth)
         self.blocks = jax.vmap(lambda key: NerfBlock(model, dtype, nnx.Rngs(key)))(keys)
         self.norm = nnx.RMSNorm(hidden, epsilon=1e-6, rngs=rngs)
         if model.head == "nerf_conv":
-            self.conv = nnx.Conv(hidden, model.channels, (3, 3), padding=1, kernel_init=zeros, rngs=rngs)
+            self.conv = nnx.Conv(hidden, model.channels, (3, 3), padding=1, kernel_init=zeros, precision=EXACT, rngs=rngs)
         else:
-            self.linear = nnx.Linear(hidden, model.channels, kernel_init=zeros, rngs=rngs)
+            self.linear = nnx.Linear(hidden, model.channels, kernel_init=zeros, precision=EXACT, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n d"], image: Float32[Array, "b height width c"]) -> Float32[Array, "b height width c"]:
         height, width = image.shape[1:3]
@@ -114,7 +115,8 @@ class LinearHead(nnx.Module):
     def __init__(self, model: config.Model, rngs: nnx.Rngs):
         self.patch = model.patch
         # float32, as the NeRF head's last layer
-        self.linear = nnx.Linear(model.hidden, model.patch**2 * model.channels, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.linear = nnx.Linear(model.hidden, model.patch**2 * model.channels, kernel_init=zeros, precision=EXACT, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "b n d"], output_vectors: Float32[Array, "#b 2 d"], height: int, width: int

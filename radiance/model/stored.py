@@ -63,6 +63,11 @@ class AdaptedLinear:
         return y + (flat @ self.adapted.down.astype(y.dtype) @ self.adapted.up.astype(y.dtype)).reshape(y.shape)
 
 
+def is_stored(module: nnx.Module) -> bool:
+    """Whether any of its weights are stored small."""
+    return any(isinstance(x, Quantised) for x in jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, Quantised)))
+
+
 def expanded(module: M) -> M:
     """`module` with arrays in place of what is stored small, and layers that add in place of those with an addition."""
 

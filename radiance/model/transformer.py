@@ -19,8 +19,9 @@ from radiance.model.attention import attention
 from radiance.model.blocks import DoubleBlock, SingleBlock, TextBlock
 from radiance.model.modulation import Vectors, make_modulation
 from radiance.model.pixel_head import LinearHead, NerfHead, unfold
+from radiance.model.precision import exact_in_float32
 from radiance.model.rope import position_ids, rope_table
-from radiance.model.stored import expanded
+from radiance.model.stored import expanded, is_stored
 from radiance.sharding import ROWS, constrained
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -48,6 +49,7 @@ class Transformer(nnx.Module):
         self.single = _stack(SingleBlock, model.single_blocks, model, dtype, rngs)
         self.head = LinearHead(model, rngs) if model.head == "linear" else NerfHead(model, compute.head_tile, dtype, rngs)
 
+    @exact_in_float32
     def __call__(
         self,
         image: Float[Array, "b height width c"],
@@ -90,9 +92,9 @@ class Transformer(nnx.Module):
             return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
 
         if model.double_blocks:
-            (x, y), _ = jax.lax.scan(self.remat(double), (x, y), (self.double, vectors.double_image, vectors.double_text))
+            (x, y), _ = jax.lax.scan(self.remat(double, self.double), (x, y), (self.double, vectors.double_image, vectors.double_text))
         if model.single_blocks:
-            joint, _ = jax.lax.scan(self.remat(single), jnp.concatenate([x, y], axis=1), (self.single, vectors.single))
+            joint, _ = jax.lax.scan(self.remat(single, self.single), jnp.concatenate([x, y], axis=1), (self.single, vectors.single))
             x = joint[:, :n]
 
         predicted = self.head(x, vectors.output, height, width) if model.head == "linear" else self.head(x, image)
@@ -144,12 +146,13 @@ class Transformer(nnx.Module):
         def body(y, block):
             return constrained(expanded(block)(y, rope, attend), ROWS), None
 
-        return jax.lax.scan(self.remat(body), y, self.preamble)[0]
+        return jax.lax.scan(self.remat(body, self.preamble), y, self.preamble)[0]
 
-    def remat(self, body):
-        if self.compute.remat == "none":
-            return body
-        return jax.checkpoint(body, policy=REMAT[self.compute.remat], prevent_cse=False)
+    def remat(self, body, blocks: nnx.Module):
+        """One block's work, of which the backward pass recomputes what the config says, and always what was stored small: all blocks' matrices
+        would be kept expanded until then."""
+        policy = REMAT.get(self.compute.remat, jax.checkpoint_policies.dots_saveable if is_stored(blocks) else None)
+        return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 class Bottleneck(nnx.Module):

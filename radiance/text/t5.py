@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from radiance.model.precision import exact_in_float32
 from radiance.sections import Section, require
 from radiance.weights.detect import check_shapes
 from radiance.weights.files import CheckpointError, Shapes, Tensors, cast, open_tensors
@@ -92,11 +93,13 @@ class Block(nnx.Module):
 
 class Network(nnx.Module):
     def __init__(self, t5: T5, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.embedding = nnx.Param(jnp.zeros((t5.vocabulary, t5.hidden)))
         self.position_bias = nnx.Param(jnp.zeros((t5.buckets, t5.heads)))
         self.blocks = jax.vmap(lambda key: Block(t5, dtype, nnx.Rngs(key)))(jax.random.split(rngs.params(), t5.layers))
         self.norm = nnx.RMSNorm(t5.hidden, epsilon=1e-6, dtype=FLOAT32, rngs=rngs)
 
+    @exact_in_float32
     def __call__(self, ids: Int[Array, "b l"], lengths: Int[Array, " b"]) -> Float32[Array, "b l d"]:
         """Vectors of all tokens. Every token attends to the first `lengths` (at least 1) of its text, the padding too, so that a
         row of padding depends on the real tokens and its own position, and not on how much padding there is."""

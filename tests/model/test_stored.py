@@ -11,6 +11,7 @@ from toys import apply, toy_inputs, toy_model, toy_params
 from radiance import config
 from radiance.model.stored import STORES, Adapted, Quantised, expanded, quantise
 from radiance.model.transformer import bind
+from radiance.training.adapters import adapted, init_adapters
 from radiance.weights.checkpoint import is_block_matrix, of_params
 from radiance.weights.files import CheckpointError
 from radiance.weights.native import flatten
@@ -115,6 +116,26 @@ def test_one_block_is_expanded_at_a_time():
 
     block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
     assert room(16) - room(4) < 2 * block
+
+
+def test_nor_are_they_kept_for_the_gradient():
+    """That of what is added to them: twelve more blocks keep their activations alone."""
+
+    def room(depth):
+        model = toy_model(
+            double_blocks=0, single_blocks=depth, head="linear", modulation="none", **(SIZES | dict(hidden=256, rope_axes=(16, 56, 56)))
+        )
+        params = of_params(model, toy_params(model), "toy").params(store="q8_0")
+        lora = config.Lora(rank=2)
+        adapters = init_adapters(model, lora, jax.random.key(0))
+
+        def loss(adapters, params, x):
+            return jnp.square(bind(model, config.Compute(dtype="float32"), adapted(params, adapters, lora))(**x)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(adapters, params, toy_inputs(model)).compile().memory_analysis().temp_size_in_bytes
+
+    block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
+    assert room(16) - room(4) < 12 * block / 2
 
 
 def test_blocks_that_do_not_divide():

@@ -1,0 +1,21 @@
+"""Products of float32 that are in float32: unless they are told to, a TPU multiplies in bfloat16 and a GPU in TF32."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+
+import jax
+import jax.numpy as jnp
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def exact_in_float32(method: Callable) -> Callable:
+    """A method of a module, all of whose products are exact where its `dtype` is float32."""
+
+    @wraps(method)
+    def called(self, *arguments, **named):
+        with jax.default_matmul_precision("highest") if jnp.dtype(self.dtype) == jnp.float32 else nullcontext():
+            return method(self, *arguments, **named)
+
+    return called
