@@ -14,7 +14,7 @@ from radiance import config
 from radiance.model.transformer import Params, abstract
 from radiance.pipeline import Autoencoder, Pipeline, encode
 from radiance.sampling import times_of
-from radiance.sharding import make_mesh, shardings
+from radiance.sharding import make_mesh, on_host, shardings
 from radiance.text.encoders import make_encoder
 from radiance.training.adapters import as_lora
 from radiance.training.checkpoints import Checkpoints
@@ -93,8 +93,9 @@ def load(
         base = run if store is None else replace(run, lora=replace(run.lora, store=store))
         params, origin, adapters = load_base(base, places), own.origin, [(own, 1.0), *adapters]
     elif is_run(model):
-        params, origin = restored(model, run, places)
-        if store not in (None, "none"):
+        small = store not in (None, "none")
+        params, origin = restored(model, run, on_host(abstract(run.model)) if small else places)
+        if small:
             params = of_params(run.model, params, origin).params(store=store, shardings=places)
     else:
         small = "file" if store is None else None if store == "none" else store
@@ -144,8 +145,7 @@ def opened(model: str | Path, weights: str | None = None, **known: Any) -> Check
         check_base(directory, run)
         base = opened(run.init) if is_run(run.init) else open_checkpoint(run.init, run.model)
         return replace(lora_files.merged(base, trained_lora(model, run)), metadata=metadata)
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # an accelerator may have no room for all that is read
-    return of_params(run.model, *restored(model, run, jax.tree.map(lambda _: host, abstract(run.model))), metadata)
+    return of_params(run.model, *restored(model, run, on_host(abstract(run.model))), metadata)
 
 
 def check_base(directory: RunDirectory, run: config.Config):

@@ -103,6 +103,12 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def on_host(tree: Any) -> Any:
+    """A tree of places in this host's own memory: for what is read in full where an accelerator may have no room for it."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda _: host, tree)
+
+
 def constrained(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """`x`, told the compiler to lie so over the mesh of `jax.set_mesh`; as it is where there is none.
 

@@ -140,7 +140,7 @@ class Lora(Section):
         require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha} must be positive.")
         for part in self.parts:
             require(
-                part.startswith(("preamble", "double", "single")),
+                part.split("/")[0] in ("preamble", "double", "single"),
                 f"lora.parts={part!r}: only matrices of the blocks are adapted, as in double or single/mlp.",
             )
         require(bool(self.parts), "lora.parts is empty: name what is adapted, such as double,single.")

@@ -15,6 +15,7 @@ from jaxtyping import PRNGKeyArray
 from radiance import config
 from radiance.model.stored import Adapted
 from radiance.model.transformer import Params, abstract
+from radiance.training.optimizer import starts
 from radiance.weights.checkpoint import inputs_of, is_block_matrix
 from radiance.weights.lora import Lora, from_adapters
 from radiance.weights.native import flatten
@@ -24,10 +25,13 @@ def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> 
     """For every adapted matrix of the tree {"down": [blocks, in, rank], "up": [blocks, rank, out]}, float32.
 
     `up` is 0, so that the first step starts from the weights as they are; `down` has variance 1/in, so that x · down is as large as x.
+    Raises ConfigError for one of `lora.parts` that no matrix has, but for a kind of block that this model does without.
     """
-    matrices = {
-        path: leaf.shape for path, leaf in flatten(abstract(model)).items() if is_block_matrix(path) and path.startswith(lora.parts)
-    }
+    every = {path: leaf.shape for path, leaf in flatten(abstract(model)).items() if is_block_matrix(path)}
+    unused = [part for part in lora.parts if not any(starts(path, part) for path in every)]
+    if any("/" in part for part in unused) or len(unused) == len(lora.parts):
+        raise config.ConfigError(f"lora.parts: none of the model's matrices is in {', '.join(unused)}; they are {', '.join(every)}.")
+    matrices = {path: shape for path, shape in every.items() if any(starts(path, part) for part in lora.parts)}
     adapters: Params = {}
     for (path, shape), its_key in zip(matrices.items(), jax.random.split(key, len(matrices))):
         blocks, inputs = shape[0], inputs_of(path, shape)

@@ -24,6 +24,7 @@ from radiance.weights.files import CheckpointError, is_full, require_space
 # Orbax tells of every step of every save, and of one that fails in thousands of lines: here it is one sentence.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
+PARTS = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))  # of a tree may be read alone
 FAR = 0.1  # from the average that is asked for: what snapshots can give is another one
 
 
@@ -44,8 +45,7 @@ class Checkpoints:
     @property
     def standing(self) -> int | None:
         """The newest that is whole on the disk; `latest` may still be on its way there."""
-        steps = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()] if self.directory.is_dir() else []
-        return max(steps, default=None)
+        return standing(self.directory)
 
     def save(self, state: State):
         """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when the save before failed."""
@@ -72,19 +72,19 @@ class Checkpoints:
         if shardings is not None:
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         like = _placed(like)
-        trained, _ = split_frozen(like, run.optimizer.frozen)
+        trained, frozen = split_frozen(like, run.optimizer.frozen)
         width = config.Sample(weights=which).width
         made = width is not None and width not in run.optimizer.ema_widths
         name = None if made else chosen_average(which, run.optimizer.averages)
-        wanted = {} if name is None else {"ema": {d: trained for d in run.optimizer.averages}}
-        if run.optimizer.frozen or not (made or name):
-            wanted["params"] = like
         with _told(f"The checkpoint of step {step}", self.directory, "read"):
-            parts = self._checkpointer.load_checkpointables(step, wanted) if wanted else {}
-        if not (made or name):
-            return parts["params"]
+            if not (made or name):
+                return self._checkpointer.load_checkpointables(step, {"params": like})["params"]
+            # Nothing else is read: each average is as large as the weights.
+            wanted = ({"ema": {name: trained}} if name else {}) | ({"params": frozen} if frozen else {})
+            with ocp.Context(pytree_options=PARTS):
+                parts = self._checkpointer.load_checkpointables(step, wanted) if wanted else {}
         average = Snapshots(self.directory.with_name("averages")).average(run, width, trained) if made else parts["ema"][name]
-        return join(average, split_frozen(parts["params"], run.optimizer.frozen)[1]) if run.optimizer.frozen else average
+        return join(average, parts["params"]) if frozen else average
 
     def wait(self):
         """Until what is being written is. Raises CheckpointError when that failed."""
@@ -95,6 +95,11 @@ class Checkpoints:
         """Waits for what is being written."""
         with _told("The last checkpoint", self.directory):
             self._checkpointer.close()
+
+
+def standing(directory: Path) -> int | None:
+    """The step of the newest checkpoint in a directory that may not be there, and nothing is written."""
+    return max((int(path.name) for path in directory.iterdir() if path.name.isdecimal()), default=None) if directory.is_dir() else None
 
 
 class Snapshots:
@@ -141,7 +146,6 @@ class Snapshots:
                 f"{self.directory} has {len(steps)} snapshots of the averages of width {', '.join(map(str, widths))}, too few for one of width "
                 f"{width:g} (off by {missed:.0%}): ask for a width nearer to those, or train with a smaller train.snapshot_every."
             )
-        partial_load = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
 
         def leaf(keys: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
             wanted = {"averages": {f"width={kept}": _nested(keys, x) for kept in widths}}
@@ -151,7 +155,7 @@ class Snapshots:
                 total += sum(float(s) * one for s, one in zip(share, (jax.tree.leaves(loaded[f"width={kept}"])[0] for kept in widths)))
             return total
 
-        with _told("A snapshot", self.directory, "read"), ocp.Context(pytree_options=partial_load):
+        with _told("A snapshot", self.directory, "read"), ocp.Context(pytree_options=PARTS):
             return jax.tree_util.tree_map_with_path(leaf, like)
 
     def close(self):

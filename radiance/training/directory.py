@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ FREE = ("output", "compute.", "sample.", "mesh.", "init", "distill.teacher", "di
 UNFINISHED = (
     ".*.part", "samples/.*.part", "trajectories/.*.part", "checkpoints/*.orbax-checkpoint-tmp*", "averages/*.orbax-checkpoint-tmp*",
 )  # fmt: skip
+ABANDONED = 3600  # seconds
 
 
 class RunDirectory:
@@ -65,9 +67,11 @@ class RunDirectory:
             )
 
     def clean(self):
-        """Removes what a killed run left half written, which may be as large as a checkpoint; for the one process that writes here."""
+        """Removes what a killed run left half written, which may be as large as a checkpoint; for the one process that writes here. Trajectories
+        other runs may be painting too: of those what nothing was written to for an hour."""
         for path in (path for pattern in UNFINISHED for path in self.path.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.parent.name != "trajectories" or time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def record(self, run: config.Config, data: Mapping[str, Any], step: int):
         """Writes down the config, the command, the data, and the environment of every start."""

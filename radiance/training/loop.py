@@ -33,7 +33,7 @@ from radiance.sampling import times_of
 from radiance.sharding import check_even, gathered, host_rows, make_mesh, put_batch, put_whole, shardings
 from radiance.text.encoders import Encoder, make_encoder
 from radiance.training import trajectories
-from radiance.training.checkpoints import Checkpoints, Snapshots, chosen_average
+from radiance.training.checkpoints import Checkpoints, Snapshots, chosen_average, standing
 from radiance.training.directory import Journal, RunDirectory, Silence
 from radiance.training.distillation import Teacher
 from radiance.training.optimizer import join, learning_rate, split_frozen
@@ -79,7 +79,9 @@ def train(run: config.Config) -> int:
     directory.check(run, data)
     prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
     encoder([*prompts, run.sample.negative, run.distill.sample.negative])  # none is over the limit
-    known = known_loss(run) if run.init and run.distill.kind == "none" else None
+    # Of weights that are taken now: a run that goes on needs them no more, and they may be gone.
+    fresh = standing(directory.checkpoints) is None
+    known = known_loss(run) if fresh and run.init and run.distill.kind == "none" else None
     like = jax.eval_shape(partial(init_state, run))
     require_space(directory.checkpoints, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like)))
     if run.distill.kind == "trajectories":

@@ -93,11 +93,11 @@ def scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
     """Multiplies what lies under each path, the longest that fits. `init` raises ConfigError for a path that is not in the tree."""
 
     def found(path: str) -> str | None:
-        return max((start for start in factors if _starts(path, start)), key=len, default=None)
+        return max((start for start in factors if starts(path, start)), key=len, default=None)
 
     def init(params: Params) -> optax.EmptyState:
         paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-        if unused := [start for start in factors if not any(_starts(path, start) for path in paths)]:
+        if unused := [start for start in factors if not any(starts(path, start) for path in paths)]:
             raise config.ConfigError(
                 f"optimizer.rates names {', '.join(unused)}, which is not among what is trained: that has {', '.join(params)}."
             )
@@ -113,7 +113,7 @@ def _path(keys: tuple) -> str:
     return "/".join(key.key for key in keys)
 
 
-def _starts(path: str, start: str) -> bool:
+def starts(path: str, start: str) -> bool:
     """Whether `start` is a path's first part or parts; whole names count."""
     return f"{path}/".startswith(f"{start}/")
 
@@ -185,7 +185,7 @@ def split_frozen(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Param
     def visit(node: Params, path: str, trained: Params, kept: Params):
         for key, value in node.items():
             here = f"{path}/{key}" if path else key
-            matches = [name for name in frozen if _starts(here, name)]
+            matches = [name for name in frozen if starts(here, name)]
             unused.difference_update(matches)
             if matches:
                 kept[key] = value

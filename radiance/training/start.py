@@ -12,7 +12,8 @@ import numpy as np
 
 from radiance import config
 from radiance.flow import time_quantile
-from radiance.model.transformer import Params
+from radiance.model.transformer import Params, abstract
+from radiance.sharding import on_host
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.directory import RunDirectory, is_run
 from radiance.training.step import VALIDATION_BINS, State, init_state
@@ -54,7 +55,7 @@ def load_still(path: str, run: config.Config, dtype: str, store: str | None = No
     if not is_run(path):
         return checkpoint.open_checkpoint(path, run.model).params(dtype, store, places)
     if store:
-        return checkpoint.of_params(run.model, load_weights(path, run), path).params(dtype, store, places)
+        return checkpoint.of_params(run.model, load_weights(path, run, on_host(abstract(run.model))), path).params(dtype, store, places)
     weights = load_weights(path, run, places)  # in parts, where there are places
     leaves = [x if path.startswith(checkpoint.PRECISE) else x.astype(dtype) for path, x in native.flatten(weights).items()]
     return jax.tree.unflatten(jax.tree.structure(weights), leaves)

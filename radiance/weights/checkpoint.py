@@ -70,14 +70,15 @@ class Checkpoint:
                 return self.tensor.packed(name)
             return self.tensor(name)
 
+        def put(x: np.ndarray, place: jax.sharding.Sharding | None) -> jax.Array:
+            """Each device gets its part alone, on whichever host."""
+            return jnp.asarray(x) if place is None else jax.make_array_from_callback(x.shape, place, lambda part: x[part])
+
         def leaf(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray | Packed]) -> jax.Array | Quantised:
             if path in stores:
                 small = _quantised(path, shape, blocks, stores[path])
-                return jax.tree.map(lambda x: jax.device_put(x, by_output(places[path], x)), small) if path in places else small
-            values = native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype])
-            if path in places:
-                return jax.make_array_from_callback(shape, places[path], lambda part: values[part])
-            return jnp.asarray(values)
+                return jax.tree.map(lambda x: put(x, by_output(places[path], x) if path in places else None), small)
+            return put(native.stacked(shape, blocks, DTYPES["float32" if path.startswith(PRECISE) else dtype]), places.get(path))
 
         return native.from_native(self.model, self.shapes, tensor, self.origin, leaf)
 
@@ -101,7 +102,7 @@ class Checkpoint:
         return {path: small for path, small in found.items() if path not in odd}
 
 
-def by_output(place: NamedSharding, x: jax.Array) -> NamedSharding:
+def by_output(place: NamedSharding, x: np.ndarray) -> NamedSharding:
     """Quantised matrices are flat: their outputs are spread over the devices that hold parts of the whole one, if they divide."""
     axes = [axis for axis in place.spec if axis]
     parts = math.prod(place.mesh.shape[axis] for axis in axes)
@@ -152,7 +153,7 @@ def _quantised(path: str, shape: tuple[int, ...], blocks: Iterator[np.ndarray | 
             values[i], scales[i] = block.values.T, block.scales.T
         else:
             values[i], scales[i] = quantise(block.reshape(inputs, outputs), store)
-    return Quantised(jnp.asarray(values), jnp.asarray(scales), shape[1:])
+    return Quantised(values, scales, shape[1:])
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------

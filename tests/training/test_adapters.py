@@ -173,9 +173,18 @@ def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
         (["lora.rank=4"], "give init=FILE"),
         (["lora.rank=4", "init=x", "optimizer.frozen=single"], "lora.parts says what is trained"),
         (["lora.parts=modulation"], "only matrices of the blocks"),
+        (["lora.parts=singles"], "only matrices of the blocks"),
         (["lora.alpha=0"], "must be positive"),
     ],
 )
 def test_settings_that_cannot_be(changes, told):
     with pytest.raises(config.ConfigError, match=told):
         config.override(config.Config(), changes)
+
+
+@pytest.mark.parametrize("parts", [("single/attention", "double/attention"), ("preamble",)])
+def test_parts_that_the_model_does_not_have(parts):
+    model = toy_model(**SIZES | dict(text_preamble=0))
+    with pytest.raises(config.ConfigError, match=f"none of the model's matrices is in {parts[-1]}; they are .*double/image/attention"):
+        noisy_adapters(model, config.Lora(rank=2, parts=parts))
+    noisy_adapters(model, config.Lora(rank=2))  # the kind that is named by default and not there does no harm

@@ -142,6 +142,8 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys):
         load_weights(str(run.directory), other)
     with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_weights(str(file), other)
+    file.unlink()  # which a run that has begun needs no more
+    assert train(config.override(second, ["train.steps=2"])) == 2
 
 
 def test_a_finished_run_stays_finished(unbroken):

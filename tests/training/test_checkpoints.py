@@ -1,0 +1,51 @@
+"""What is read of a checkpoint where not all of it is wanted."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import PLAIN, same, toy_run
+
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.optimizer import split_frozen
+from radiance.training.step import init_state
+from radiance.weights.files import CheckpointError
+
+RUN = ["optimizer.ema=0.9,0.99", "optimizer.ema_widths=0.1", "optimizer.frozen=single,text_embed"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's state in which no two parts are alike, and its checkpoints."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run, draw = toy_run(folder, str(folder), *RUN, **PLAIN), np.random.default_rng(0)
+    state = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(x.dtype), jax.eval_shape(lambda: init_state(run)))
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    checkpoints.save(replace(state, step=jnp.int32(3)))
+    checkpoints.wait()
+    return run, state, checkpoints
+
+
+@pytest.mark.parametrize("which, name", [("params", None), ("ema", "0.99"), ("ema=0.9", "0.9"), ("width=0.1", "width=0.1")])
+def test_no_more_is_read_than_is_given(saved, monkeypatch, which, name):
+    run, state, checkpoints = saved
+    read, load = [], checkpoints._checkpointer.load_checkpointables
+
+    def spied(step, wanted):
+        read.append(sum(x.size for x in jax.tree.leaves(wanted)))
+        return load(step, wanted)
+
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", spied)
+    found = checkpoints.restore_weights(3, run, which)
+    assert read == [sum(x.size for x in jax.tree.leaves(found))] and found.keys() == state.params.keys()
+    trained, frozen = split_frozen(found, run.optimizer.frozen)
+    assert same(frozen, split_frozen(state.params, run.optimizer.frozen)[1])
+    assert same(trained, state.ema[name] if name else split_frozen(state.params, run.optimizer.frozen)[0])
+
+
+def test_what_is_not_there_is_refused(saved):
+    run, _, checkpoints = saved
+    with pytest.raises(CheckpointError, match="could not be read"):
+        checkpoints.restore_weights(3, replace(run, model=replace(run.model, registers=2)), "params")
