@@ -36,6 +36,7 @@ class Checkpoints:
         preserve = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.directory = Path(directory).absolute()
         self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=policies.AnyPreservationPolicy(preserve))
+        self._failed = False  # the save before
 
     @property
     def latest(self) -> int | None:
@@ -47,14 +48,16 @@ class Checkpoints:
         """The newest that is whole on the disk; `latest` may still be on its way there."""
         return standing(self.directory)
 
-    def save(self, state: State):
-        """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when the save before failed."""
+    def save(self, state: State, tell: Callable[[str], None] = print):
+        """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when two in a row fail."""
         parts = _parts(state)
-        with _told(f"The checkpoint before step {int(state.step)}", self.directory):
-            self._checkpointer.wait()
+        self.settle(tell)
         require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves(parts)))
         with _told(f"The checkpoint of step {int(state.step)}", self.directory):
             self._checkpointer.save_checkpointables_async(int(state.step), parts, force=True)
+            if self._failed:  # behind one that failed nothing is left to chance
+                self._checkpointer.wait()
+                self._failed = False
 
     def restore(self, step: int, like: State) -> State:
         """The state of that step, on the devices and in the shapes of the abstract state `like`."""
@@ -85,6 +88,17 @@ class Checkpoints:
                 parts = self._checkpointer.load_checkpointables(step, wanted) if wanted else {}
         average = Snapshots(self.directory.with_name("averages")).average(run, width, trained) if made else parts["ema"][name]
         return join(average, parts["params"]) if frozen else average
+
+    def settle(self, tell: Callable[[str], None] = print):
+        """Waits for what is being written. That it failed is told, for a run that goes on has a state to save yet; over several hosts, which must
+        all do the same, it raises CheckpointError."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if jax.process_count() > 1:
+                raise
+            self._failed = True
+            tell(f"No checkpoint, and the run goes on to the next. {error}")
 
     def wait(self):
         """Until what is being written is. Raises CheckpointError when that failed."""

@@ -171,16 +171,16 @@ def train(run: config.Config) -> int:
                 journal.write(number, {"validation_loss": float(bins.mean()), "validation_bins": [float(x) for x in bins]})
                 progress.say(f"step {number}: validation loss {bins.mean():.4f}")
             if snapshots and _due(run, number, run.train.snapshot_every):  # before the checkpoint: no start does this step again after it
-                checkpoints.wait()  # two that write at once would wait for each other over several hosts
+                checkpoints.settle(progress.say)  # two that write at once would wait for each other over several hosts
                 snapshots.save(state)
             if _due(run, number, run.train.checkpoint_every):
                 _check_finite(run, metrics, number, checkpoints)
-                checkpoints.save(state)
+                checkpoints.save(state, progress.say)
                 saved = number
             if _due(run, number, run.train.sample_every):  # after the checkpoint: a picture is not worth a step
                 _gallery(run, encoder, prompts, weights_of(run, state, base), number, journal)
         if number > saved:
-            checkpoints.save(state)
+            checkpoints.save(state, progress.say)
     return number
 
 

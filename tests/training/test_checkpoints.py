@@ -1,4 +1,4 @@
-"""What is read of a checkpoint where not all of it is wanted."""
+"""What is read of a checkpoint where not all of it is wanted, and what follows when one cannot be written."""
 
 from dataclasses import replace
 
@@ -43,6 +43,36 @@ def test_no_more_is_read_than_is_given(saved, monkeypatch, which, name):
     trained, frozen = split_frozen(found, run.optimizer.frozen)
     assert same(frozen, split_frozen(state.params, run.optimizer.frozen)[1])
     assert same(trained, state.ema[name] if name else split_frozen(state.params, run.optimizer.frozen)[0])
+
+
+def test_a_save_that_failed_is_told_and_the_next_is_made(saved, tmp_path, monkeypatch):
+    """Of two in a row the run ends, and what is whole stays."""
+    _, state, _ = saved
+    checkpoints, told = Checkpoints(tmp_path / "checkpoints"), []
+    failing, write = {2}, checkpoints._checkpointer.save_checkpointables_async
+    wait = checkpoints._checkpointer.wait
+
+    def begun(step, *arguments, **named):
+        if step in failing:
+            monkeypatch.setattr(checkpoints._checkpointer, "wait", fails)
+        else:
+            write(step, *arguments, **named)
+
+    def fails():
+        monkeypatch.setattr(checkpoints._checkpointer, "wait", wait)
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", begun)
+    for step in (1, 2, 3):
+        checkpoints.save(replace(state, step=jnp.int32(step)), told.append)
+    assert len(told) == 1 and told[0].startswith("No checkpoint, and the run goes on to the next.") and "the disk is away" in told[0]
+    assert checkpoints.standing == 3  # already: behind one that failed it is waited for
+    failing |= {4, 5}
+    checkpoints.save(replace(state, step=jnp.int32(4)), told.append)
+    with pytest.raises(CheckpointError, match="step 5 .*the disk is away"):
+        checkpoints.save(replace(state, step=jnp.int32(5)), told.append)
+    assert len(told) == 2 and checkpoints.standing == 3
+    checkpoints.close()
 
 
 def test_what_is_not_there_is_refused(saved):
