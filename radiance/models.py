@@ -67,7 +67,11 @@ def load(
         run = run or run_of(checkpoint, dtype)
     if preset is not None:
         chosen = config.preset(preset)
-        run = replace(run, sample=replace(chosen.sample, weights=run.sample.weights), data=replace(run.data, side=chosen.side))
+        run = replace(
+            run,
+            sample=replace(chosen.sample, weights=run.sample.weights),
+            data=replace(run.data, side=chosen.side, other_sides=(), bucket_step=0),
+        )
     if weights:
         changes = [*changes, f"weights={weights}"]
     run = replace(run, sample=config.override(run.sample, changes))

@@ -321,7 +321,19 @@ def test_prompts(capsys, trained, tmp_path):
     assert "is not a run directory" in told(capsys, "sample", tmp_path, "--prompt", "one")
     assert "give --hosts N too" in told(capsys, "sample", trained, "--prompt", "one", "--host", "1")
     assert "none of --hosts 2" in told(capsys, "encode", "experiments/quickstart.py", "text.cache=x", "--host", "2", "--hosts", "2")
-    assert "No such file" in told(capsys, "sample", trained, "--prompts", tmp_path / "missing.txt")
+    for option in ("--prompts", "--image"):
+        missing = told(capsys, "sample", trained, "--prompt", "one", option, tmp_path / "missing")
+        assert "missing cannot be read (No such file or directory): give a file that is there." in missing
+    suite = told(capsys, "sample", trained, "--suite", "geneval", "--prompts", tmp_path / "missing")
+    assert "missing cannot be read (No such file or directory): give the prompts of suite geneval." in suite
+    (tmp_path / "file").touch()
+    for command in (
+        ("sample", trained, "--prompt", "one", "--out", tmp_path / "file" / "pictures"),
+        ("train", "experiments/quickstart.py", f"output={tmp_path / 'file'}"),
+        ("evaluate", trained, "--out", tmp_path / "file" / "evaluation.json"),
+    ):
+        assert f"{tmp_path / 'file'} is a file, and nothing can be written below it" in told(capsys, *command)
+    assert "is a folder: give the name of a file" in told(capsys, "evaluate", trained, "--out", tmp_path)
     assert "did you mean 'guidance'" in told(capsys, "sample", trained, "guidence=2", "--prompt", "one")
 
 

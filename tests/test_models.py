@@ -22,6 +22,9 @@ from radiance.pipeline import encode
 from radiance.sampling import paint
 from radiance.text.encoders import make_encoder
 from radiance.training import loop
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.directory import RunDirectory
+from radiance.training.step import init_state
 from radiance.weights import autoencoder as autoencoder_files
 from radiance.weights import checkpoint, lora
 from radiance.weights.convert import convert
@@ -153,6 +156,15 @@ def test_a_lora_at_a_strength(files, tmp_path):
     assert np.abs(half - painted("merged")).max() <= 1
     facts = [Image.open(path).text["model"] for path in sorted(tmp_path.glob("base*/*_seed*.png"))]
     assert sum("lora.safetensors" in model for model in facts) == 2 and any("+ 0.5 × " in model for model in facts)
+
+
+def test_a_preset_of_a_run_that_was_trained_at_several_sides(tmp_path):
+    run = toy_run(tmp_path, str(tmp_path), "data.side=32", "data.other_sides=512,64", "data.bucket_step=16", **PLAIN)
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    checkpoints.save(init_state(run))
+    checkpoints.close()
+    RunDirectory(run.directory).record(run, {}, 0)
+    assert radiance.load(run.directory, preset="radiance").run.data.side == 512
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,17 @@ def test_a_program_that_the_compiler_refuses(tmp_path, monkeypatch):
     assert known.fits is False and "DOES NOT FIT" in table(known)
 
 
+def test_an_uneven_mesh_is_refused_where_either_says_so(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("radiance.cli.prepare_plan", lambda *_: None)
+    monkeypatch.setattr("radiance.plan.plan", lambda run, *_: seen.append(run.mesh.uneven))
+    monkeypatch.setattr("radiance.plan.table", str)
+    for uneven, mesh in (("whole", "fsdp=2"), ("whole", "fsdp=2,uneven=refuse"), ("refuse", "fsdp=2")):
+        run = written_experiment(toy_run(tmp_path, str(tmp_path), f"mesh.uneven={uneven}"))
+        assert main(["plan", str(run), "--device", "cpu", "--mesh", mesh]) == 0
+    assert seen == ["whole", "refuse", "refuse"]
+
+
 def test_errors(capsys, tmp_path, monkeypatch):
     run = written_experiment(toy_run(tmp_path, str(tmp_path)))
 

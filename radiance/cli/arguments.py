@@ -38,9 +38,17 @@ def with_number(text: str) -> tuple[str, float | None]:
 def lines(path: Path) -> list[str]:
     """The prompts of a file, one a line."""
     try:
-        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        return [line for line in read(path).decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise config.ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from None
+
+
+def read(path: Path) -> bytes:
+    """A file that an option names."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise config.ConfigError(f"{path} cannot be read ({error.strerror}): give a file that is there.") from None
 
 
 def mesh(text: str) -> config.Mesh:

@@ -21,6 +21,7 @@ def main(options: argparse.Namespace) -> int:
     """Encodes the captions of an experiment into the folder text.cache=FOLDER, from which it then trains and samples."""
     from tqdm import tqdm
 
+    from radiance.data.captions import framed
     from radiance.data.datasets import open_source
     from radiance.text.cache import encode_captions
     from radiance.text.encoders import make_encoder
@@ -33,7 +34,9 @@ def main(options: argparse.Namespace) -> int:
     encoder = make_encoder(replace(run.text, cache=""), run.model.text_dim)
     sources = [open_source(run.data, split) for split in ("train", "validation")]
     prompts = (*run.train.sample_prompts, run.sample.negative, run.distill.sample.negative)
-    captions = chain(prompts, *(source.captions(i) for source in sources for i in range(len(source))))
+    captions = chain(
+        prompts, *([framed(caption, run.data) for caption in source.captions(i)] for source in sources for i in range(len(source)))
+    )
     with tqdm(unit="caption", disable=None) as bar:
         counts = encode_captions(captions, encoder, run.text.cache, options.host, options.hosts, bar.update)
     print(

@@ -60,18 +60,19 @@ def main(options: argparse.Namespace) -> int:
     from radiance.models import load
     from radiance.sharding import make_mesh
     from radiance.training.directory import environment, is_run
-    from radiance.weights.files import replacing
+    from radiance.weights.files import replacing, require_file
 
     run = _run(options)
     if options.out is None and not is_run(options.model):
         raise config.ConfigError(f"{options.model} is a file, beside which nothing is written: give --out FILE.")
     out = options.out or Path(options.model) / "evaluation.json"
+    require_file(out)
     extractors = [_extractor(name) for name in options.features] if options.pictures else []
     clip = Clip(options.clip) if options.clip else None
     source = open_source(run.data, "validation")
     pipeline = load(options.model, run=run, dtype=run.compute.dtype, mesh=options.mesh, **known(options))
     if options.pictures:
-        chosen = captioned(source, pipeline.encoder, options.pictures)
+        chosen = captioned(source, run.data, pipeline.encoder, options.pictures)
         check_pictures(source, chosen, run.data.side)
 
     found: dict[str, Any] = {
@@ -97,9 +98,9 @@ def main(options: argparse.Namespace) -> int:
                 "clip": clip and clip.identity,
             }
     found = _finite(found)
+    print(_told(found), flush=True)  # whatever becomes of the file
     with replacing(out) as part:
         part.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-    print(_told(found))
     print(f"All of it is in {out}.")
     return 0
 

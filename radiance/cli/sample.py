@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from radiance import config
-from radiance.cli.arguments import add_model, known, lines, mesh, seeds, size, with_number
+from radiance.cli.arguments import add_model, known, lines, mesh, read, seeds, size, with_number
 from radiance.cli.hosts import add_hosts, keep_memory, together
 
 STORES = ("q8_0", "int8", "float8_e4m3fn")
@@ -41,7 +41,9 @@ def add(verbs):
     )
     parser.add_argument("--mesh", type=mesh, help="over which the model and the pictures are spread, such as fsdp=8 or data=2,fsdp=4")
     add_hosts(parser)
-    parser.add_argument("--out", type=Path, default=Path("pictures"), help=f"directory for the PNGs and, of up to {SHEET}, sheet.png (default: pictures)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("pictures"), help=f"directory for the PNGs and, of up to {SHEET}, sheet.png (default: pictures)"
+    )
     parser.add_argument(
         "--folder",
         type=Path,
@@ -70,12 +72,13 @@ def _sample(options: argparse.Namespace, prompts: list[str], host: int, hosts: i
     """This host's share of the pictures."""
     from radiance.evaluation.prompt_suites import check_like
     from radiance.pictures import contact_sheet, save_png
-    from radiance.weights.files import replacing
+    from radiance.weights.files import replacing, require_folder
 
     jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     named = {f"{i:05d}_seed{seed}.png": (prompt, seed) for i, (prompt, seed) in enumerate(jobs)}
     mine = dict(islice(named.items(), host, None, hosts))
     out = options.folder or options.out
+    require_folder(out)
     if options.folder:
         _check_begun(out, named)
         mine = {name: job for name, job in mine.items() if not (out / name).is_file()}
@@ -149,25 +152,27 @@ def _start(options: argparse.Namespace):
     from radiance.pictures import fitted
     from radiance.pipeline import Start
 
-    def read(path: Path) -> np.ndarray:
+    def pixels(path: Path) -> np.ndarray:
         try:
-            found = picture(path.read_bytes())
+            found = picture(read(path))
         except Broken as reason:
             raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
         return fitted(found, *(options.size or found.size))
 
-    mask = read(options.mask)[..., 0].astype(np.float32) / np.float32(255) if options.mask else None
+    mask = pixels(options.mask)[..., 0].astype(np.float32) / np.float32(255) if options.mask else None
     strength = options.strength if options.strength is not None else 0.6 if mask is None else 1.0
-    return Start(read(options.image), mask, strength)
+    return Start(pixels(options.image), mask, strength)
 
 
 def _suite(options: argparse.Namespace) -> int:
     from radiance.evaluation import prompt_suites
+    from radiance.weights.files import require_folder
 
     if options.folder or options.prompt or options.image or not options.prompts:
         raise config.ConfigError(f"--suite {options.suite} takes its prompts from --prompts PATH and nothing else, and writes into --out.")
     suite = prompt_suites.SUITES[options.suite]
     asked = suite.asked(options.suite, options.prompts, options.seeds)
+    require_folder(options.out)
     with together(options) as (host, hosts):
         keep_memory()
         mine = asked[host::hosts]

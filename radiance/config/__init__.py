@@ -65,7 +65,7 @@ class Config(Section):
                 part.source != "shapes" or part.shapes.limit <= self.text.length,
                 f"data.shapes.limit={part.shapes.limit} gives captions that text.length={self.text.length} would cut: lower the one or raise the other.",
             )
-        changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower", "prefix", "suffix")}
+        changed = {name: getattr(self.data, name) for name in ("tag_shuffle", "tag_drop", "lower")}
         told = ", ".join(f"data.{name}={value}" for name, value in changed.items() if value)
         require(
             not (told and self.text.encoder == "t5" and self.text.cache and not self.text.file),

@@ -104,7 +104,7 @@ class Data(Section):
     tag_shuffle: bool = False  # of captions that are lists of tags: in a new order each time
     tag_drop: float = 0.0  # the largest share of a caption's tags that is left out
     lower: float = 0.0  # share of captions put in lower case
-    prefix: str = ""  # before every caption that is not dropped, such as "a painting of "
+    prefix: str = ""  # before every caption that is not dropped, in training and validation, such as "a painting of "
     suffix: str = ""
     workers: int = 0  # processes of each host that decode pictures; 0: the trainer's own threads do
     threads: int = 4  # of each of these processes

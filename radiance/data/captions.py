@@ -34,7 +34,17 @@ def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np
         text = ", ".join(names[i] for i in (kept if rules.tag_shuffle else np.sort(kept)))
     if lowered < rules.lower:
         text = text.lower()
-    return f"{rules.prefix}{text}{rules.suffix}"
+    return framed(text, rules)
+
+
+def framed(caption: str, rules: config.Data) -> str:
+    """With what every caption of the run begins and ends with."""
+    return f"{rules.prefix}{caption}{rules.suffix}"
+
+
+def first_caption(source: Source, index: int, rules: config.Data) -> str:
+    """What a picture is validated with and painted from: nothing is left to chance."""
+    return framed(source.captions(index)[0], rules)
 
 
 def drawn_caption(source: Source, index: int, rules: config.Data, seed: int, position: int) -> str | None:

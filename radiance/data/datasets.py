@@ -92,9 +92,15 @@ class Catalogued:
         self.examples: Mapping[str, Sequence[str]] = {kind: left_out[kind][:EXAMPLES] for kind in self.skipped}
         told = ", ".join(f"{count} × {kind} ({', '.join(map(repr, self.examples[kind]))})" for kind, count in self.skipped.items())
         if len(self.rows) == 0:
+            cures = {
+                "too small": f"lower data.side={data.side} or raise data.enlarge={data.enlarge}",
+                "too long for its width": f"raise data.bucket_ratio={data.bucket_ratio}",
+            }
+            cure = cures.get(max(counts, key=counts.get, default=""), "put pictures with captions there")
+            others = int((~ours & fit).sum())
             raise DataError(
-                f"The {split} split of {catalogue.title} is empty (left out: {told or 'none'}; in the other split: "
-                f"{int((~ours & fit).sum())}): put pictures with captions there, or change data.validation={data.validation}."
+                f"The {split} split of {catalogue.title} is empty (left out: {told or 'none'}; in the other split: {others}): {cure}"
+                + (f", or change data.validation={data.validation}." if others else ".")
             )
         if told and tell:
             print(f"{catalogue.title}, {split}: {len(self)} pictures; left out: {told}.", file=sys.stderr, flush=True)

@@ -58,7 +58,9 @@ class Order:
     def _expected(self) -> Float64[np.ndarray, " shapes"]:
         """Pictures of each shape in an epoch, on average."""
         at = self.shapes.at
-        share = 1 / np.maximum((at >= 0).sum(axis=0), 1)
+        total = sum(span.count for span in self.spans)
+        often = np.concatenate([np.full(span.count, span.share * total / span.count) for span in self.spans])  # of a mixture, in an epoch
+        share = often / np.maximum((at >= 0).sum(axis=0), 1)
         return np.array([((at == shape) * share).sum() for shape in range(len(self.shapes.sizes))])
 
     def __getstate__(self):

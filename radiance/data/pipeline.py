@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from radiance import config
-from radiance.data.captions import drawn_caption
+from radiance.data.captions import drawn_caption, first_caption
 from radiance.data.datasets import DataError, Source
 from radiance.data.order import EMPTY, Chosen, Order
 from radiance.data.pixels import Pixels, View, draw
@@ -58,11 +58,13 @@ class Batches:
     def _complete(self, step: int, drawn: dict[str, Any]) -> Batch:
         """The batch of a step from its pictures."""
         self._note(drawn["broken"])
-        if len(self.rows) >= MANY and not drawn["weight"].any():
+        chosen = self.order[step]
+        there = int((chosen.pictures[list(self.rows)] != EMPTY).sum())
+        if there >= MANY and not drawn["weight"].any():
             raise DataError(
-                f"None of the {len(self.rows)} pictures of step {step + 1} can be used: look whether the disk that they lie on is still there."
+                f"None of the {there} pictures of step {step + 1} can be used: look whether the disk that they lie on is still there."
             )
-        captions = self._captions(step, self.order[step])  # of all hosts, for their arrays must have one shape
+        captions = self._captions(step, chosen)  # of all hosts, for their arrays must have one shape
         tokens = [self.encoder.count(caption or "") for caption in captions]
         width = width_for(max(tokens), self.encoder.limit, self.masking)
         ours = [captions[row] for row in self.rows]
@@ -125,12 +127,12 @@ def fixed_batches(source: Source, data: config.Data, encoder: Encoder, pictures:
     filled with rows of weight 0. Of a mixture, as many of each part as its share says."""
     chosen = first_pictures(source, min(pictures, len(source)))
     size = min(data.batch, len(chosen))
-    width = width_for(max(encoder.count(source.captions(i)[0]) for i in chosen), encoder.limit, masking)
+    width = width_for(max(encoder.count(first_caption(source, i, data)) for i in chosen), encoder.limit, masking)
     batches = []
     for start in range(0, len(chosen), size):
         rows = chosen[start : start + size]
         rows += [EMPTY] * (size - len(rows))
-        captions = ["" if i == EMPTY else source.captions(i)[0] for i in rows]
+        captions = ["" if i == EMPTY else first_caption(source, i, data) for i in rows]
         text, lengths = encoder.pad(encoder.encode(captions, cut=True), width)
         drawn = draw(source, rows, (data.side, data.side), [View()] * size)
         batches.append({"image": drawn.image, "text": text, "lengths": lengths, "weight": np.sign(drawn.weight)})

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from radiance import config
+from radiance.data.captions import first_caption
 from radiance.data.datasets import DataError, Source
 from radiance.data.pipeline import first_pictures, fixed_batches
 from radiance.data.pixels import View, draw
@@ -54,9 +55,9 @@ def validation(
     return {"loss": float(bins.mean()), "bins": bins.tolist(), "pictures": count}
 
 
-def captioned(source: Source, encoder: Encoder, count: int) -> list[int]:
+def captioned(source: Source, data: config.Data, encoder: Encoder, count: int) -> list[int]:
     """The first `count` pictures of a split, without those whose first caption is over the encoder's limit: it cannot be painted."""
-    return [i for i in first_pictures(source, min(count, len(source))) if encoder.count(source.captions(i)[0]) <= encoder.limit]
+    return [i for i in first_pictures(source, min(count, len(source))) if encoder.count(first_caption(source, i, data)) <= encoder.limit]
 
 
 def check_pictures(source: Source, chosen: Sequence[int], side: int):
@@ -92,7 +93,7 @@ def sampling(
         real.add(pictures)
     references = [kept_features(folder, x, fingerprint, len(chosen), real_pictures(source, chosen, side)) for x in extractors]
 
-    captions, facts = [source.captions(i)[0] for i in chosen], told_facts(source, chosen)
+    captions, facts = [first_caption(source, i, run.data) for i in chosen], told_facts(source, chosen)
     painted = Painted(captions, extractors, clip, facts is not None, pipeline.side)
     for values in pipeline.values(captions, range(len(captions)), side, side, run.sample):
         painted.add(values)

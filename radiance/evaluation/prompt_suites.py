@@ -45,6 +45,8 @@ class PromptSuite(NamedTuple):
             raise config.ConfigError(f"Suite {name} gives every prompt a seed of its own: leave --seeds out.")
         try:
             found = self.read(prompts, tuple(seeds) if seeds is not None else self.seeds)
+        except OSError as error:
+            raise config.ConfigError(f"{prompts} cannot be read ({error.strerror}): give the prompts of suite {name}.") from None
         except (ValueError, TypeError, KeyError) as error:
             raise config.ConfigError(f"{prompts} is not the file of prompts of suite {name} ({error!r}).") from None
         if not found:

@@ -19,7 +19,7 @@ from PIL import Image
 from radiance import config
 from radiance.pictures import save_png
 from radiance.training.tracking import Trackers
-from radiance.weights.files import replacing, unwritten
+from radiance.weights.files import replacing, require_folder, unwritten
 
 # What may change between a run and its continuation.
 FREE = ("output", "compute.", "sample.", "mesh.", "init", "distill.teacher", "distill.path", "data.directory", "data.path", "data.root", "data.workers", "data.threads", "data.broken_limit", "text.file", "text.tokenizer", "text.cache", "train.steps") + tuple(
@@ -36,7 +36,7 @@ ABANDONED = 3600  # seconds
 
 class RunDirectory:
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.averages = self.path / "averages"
         self.samples = self.path / "samples"
@@ -50,7 +50,9 @@ class RunDirectory:
         return config.from_json(config.Config, file.read_text())
 
     def check(self, run: config.Config, data: Mapping[str, Any]):
-        """Raises ConfigError when the directory holds a run of another config or of other data; changes nothing."""
+        """Raises ConfigError when the directory holds a run of another config or of other data, and CheckpointError when it cannot be one; changes
+        nothing."""
+        require_folder(self.path)
         if (self.path / "config.json").is_file():
             free = FREE if run.optimizer.decay == "constant" else tuple(key for key in FREE if key != "train.steps")
             changed = {k: v for k, v in config.differences(self.read_config(), run).items() if not k.startswith(free)}
@@ -165,7 +167,7 @@ class Silence:
 
 def is_run(path: str | Path) -> bool:
     """Whether that is a run directory, and not a checkpoint. Raises ConfigError when it is neither."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise config.ConfigError(f"There is no run directory and no checkpoint {path}.")
     if (path / "config.json").is_file() and (path / "command.txt").is_file():

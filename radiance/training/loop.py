@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from radiance import config
+from radiance.data.captions import first_caption
 from radiance.data.datasets import Source, describe, open_source
 from radiance.data.pipeline import Batches, fixed_batches
 from radiance.devices import device_named
@@ -77,7 +78,7 @@ def train(run: config.Config) -> int:
     _check_alike(data)
     directory = RunDirectory(run.directory)
     directory.check(run, data)
-    prompts = run.train.sample_prompts or _captions(sources["validation"], encoder)
+    prompts = run.train.sample_prompts or _captions(run, sources["validation"], encoder)
     encoder([*prompts, run.sample.negative, run.distill.sample.negative])  # none is over the limit
     # Of weights that are taken now: a run that goes on needs them no more, and they may be gone.
     fresh = standing(directory.checkpoints) is None
@@ -339,9 +340,9 @@ def _validate_otherwise(run: config.Config, *, params: Params, batches: Callable
     return mean_losses(jax.jit(partial(validation_losses, run)), params, batches(), mesh)
 
 
-def _captions(source: Source, encoder: Encoder) -> tuple[str, ...]:
+def _captions(run: config.Config, source: Source, encoder: Encoder) -> tuple[str, ...]:
     """Prompts for the pictures on the way: the first captions that are not over the encoder's limit."""
-    captions = (source.captions(i)[0] for i in range(len(source)))
+    captions = (first_caption(source, i, run.data) for i in range(len(source)))
     return tuple(islice((caption for caption in captions if encoder.count(caption) <= encoder.limit), PROMPTS)) or ("",)
 
 

@@ -102,7 +102,7 @@ def convert(
 
     to: native or gguf (a file), diffusers or torch (a new folder); what the path's ending says when None. dtype: float32, bfloat16,
     float16, float8_e4m3fn, in native files int8 (with scales of its rows), and in GGUF q8_0 and q4_0; when None each tensor's own where
-    the format has it, and bfloat16 where it has not or the tensor was changed. Quantised are the blocks' matrices alone.
+    the format has it, and bfloat16 where it has not, or where it was quantised and has been changed. Quantised are the blocks' matrices alone.
     empty_markers: markers have no values, as published; ggml's readers need one value. progress: called with the parameters that were
     written. more: called with a new folder before it takes its name. Raises CheckpointError.
     """

@@ -177,7 +177,7 @@ def open_tensors(path: str | Path) -> Tensors:
 
     Raises CheckpointError when there is none, when it is damaged, and for pickles, which are never opened.
     """
-    path = _inside(Path(path))
+    path = _inside(Path(path).expanduser())
     if path.name.endswith(".index.json"):
         return _open_index(path)
     with path.open("rb") as file:
@@ -354,6 +354,20 @@ def is_full(error: BaseException) -> bool:
     """Whether a disk, a quota, or what a file may grow to is used up; what libraries make of it keeps at least the system's words."""
     kinds = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in kinds or any(os.strerror(kind) in str(error) for kind in kinds)
+
+
+def require_folder(folder: Path):
+    """Raises CheckpointError when files could not be put into `folder`, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"{there} is a file, and nothing can be written below it: give a folder.")
+
+
+def require_file(path: Path):
+    """Raises CheckpointError when `path` could not be written as a file."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the name of a file.")
+    require_folder(path.absolute().parent)
 
 
 def require_space(directory: Path, needed: int):

@@ -10,7 +10,7 @@ from PIL import Image
 from toy_shards import fill_parquet, fill_tar
 
 from radiance import config
-from radiance.data.datasets import Mixture, describe, open_source
+from radiance.data.datasets import DataError, Mixture, describe, open_source
 from radiance.data.order import EMPTY, Order
 from radiance.data.pipeline import Batches, first_pictures
 from radiance.text.encoders import HashEncoder
@@ -126,6 +126,14 @@ def test_batches_keep_the_shares(remainder):
     for span in source.spans:
         share = ((span.first <= seen) & (seen < span.first + span.count)).mean()
         assert abs(share - span.share) < 0.02
+
+
+def test_shares_are_counted_where_batches_may_never_fill():
+    """Of 40 pictures in an epoch of 100 ten have the first shape, and of the others none is large enough for a batch."""
+    source = mixture((60, 40), (1, 9))
+    source.sizes[60:] = [(16, 8), (8, 16)] * 20
+    with pytest.raises(DataError, match="No shape has data.batch=50 pictures in an epoch, but 45 at most"):
+        Order(source, config.Data(side=8, batch=50, remainder="drop", bucket_step=4, bucket_ratio=3.0), seed=5)
 
 
 def test_validation_has_of_each_part_as_many_as_its_share_says():

@@ -7,6 +7,7 @@ from PIL import Image
 from runs import toy_run
 
 from radiance import config
+from radiance.data import decode
 from radiance.data.datasets import DataError, Span, describe, open_source
 from radiance.data.pipeline import Batches, fixed_batches, width_for
 from radiance.text.encoders import HashEncoder
@@ -31,6 +32,16 @@ class Numbers:
 
     def tags(self, index):
         return False
+
+
+class Broken(Numbers):
+    """None of them can be decoded."""
+
+    def picture(self, index, cover=None):
+        raise decode.Broken("cut short")
+
+    def name(self, index):
+        return f"{index}.png"
 
 
 class Tales(Numbers):
@@ -169,6 +180,26 @@ def test_losses_have_the_weights_of_the_pictures():
     assert filled["skipped"] == 0
 
 
+def test_a_host_may_have_rows_of_filling_alone():
+    """Nothing is broken there. What is counted are pictures, and of too few nothing is said."""
+    batches = make(count=20, batch=32, rows=range(24, 32), remainder="fill")
+    assert not batches[0]["weight"].any() and batches[0]["skipped"] == 0
+    broken = make(source=Broken, count=9, batch=8, remainder="fill", broken_limit=1.0)
+    filled = next(step for step in (0, 1) if (broken.order[step].pictures >= 0).sum() == 1)
+    assert not broken[filled]["weight"].any() and broken[filled]["skipped"] == 1
+    with pytest.raises(DataError, match="None of the 8 pictures of step"):
+        broken[1 - filled]
+
+
+def test_what_every_caption_begins_with_is_there_in_validation_too():
+    data = config.Data(side=4, batch=4, prefix="oh ", suffix="!")
+    words = HashEncoder(8, 6)
+    (found,) = fixed_batches(Numbers(4), data, words, 4, "off")
+    expected, lengths = words.pad(words.encode([f"oh number {i}!" for i in range(4)]), 6)
+    np.testing.assert_array_equal(found["text"], expected)
+    np.testing.assert_array_equal(found["lengths"], lengths)
+
+
 def test_captions_over_the_limit_are_cut_and_counted():
     for batches in (make(), make(rows=range(2))):  # as two hosts tell it too
         batches.encoder = HashEncoder(8, 2)
@@ -193,7 +224,9 @@ def test_digits(data_directory):
 
 
 def test_an_empty_data_set(data_directory):
-    with pytest.raises(DataError, match="train split of digits is empty .*1498 × too small"):
+    with pytest.raises(
+        DataError, match="train split of digits is empty .*1498 × too small.*: lower data.side=64 or raise data.enlarge=1.0.$"
+    ):
         open_source(config.Data(directory=data_directory, side=64), "train")
 
 

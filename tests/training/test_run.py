@@ -128,7 +128,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_di
         np.testing.assert_allclose([*x.values()][1], [*y.values()][1], rtol=1e-3)
 
 
-def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys):
+def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypatch):
     run, _ = unbroken
     average = load_weights(str(run.directory), run)
     assert same(average, final_state(run).ema["0.99"])
@@ -142,6 +142,8 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys):
         load_weights(str(run.directory), other)
     with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_weights(str(file), other)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same(load_weights("~/model.safetensors", run), average)  # shells leave it so behind a "="
     file.unlink()  # which a run that has begun needs no more
     assert train(config.override(second, ["train.steps=2"])) == 2
 
