@@ -10,11 +10,14 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from runs import output_of
+from runs import output_of, toy_run, written_experiment
 from safetensors.numpy import load_file
 from toy_t5 import CAPTIONS, TOY, toy_folder
 
+from radiance.cli import main
 from radiance.config import ConfigError, Text
+from radiance.data.captions import caption_of
+from radiance.data.datasets import open_source
 from radiance.text import cache
 from radiance.text.cache import CachedEncoder, Counts, encode_captions
 from radiance.text.encoders import Encoded, Encoder, HashEncoder, T5Encoder, TextError, make_encoder
@@ -371,3 +374,12 @@ def test_values_that_are_not_finite(tmp_path):
     with pytest.raises(TextError) as error:
         encode_captions(MANY, Broken(), tmp_path)
     assert f"not finite for the caption {MANY[2]!r}" in sentence(error) and not shards(tmp_path)
+
+
+def test_encode_keeps_captions_as_the_run_gives_them(tmp_path, data_directory):
+    run = toy_run(tmp_path, data_directory, "data.prefix=oh ", "text.length=12")
+    assert main(["encode", str(written_experiment(run)), f"text.cache={tmp_path / 'kept'}"]) == 0
+    source, found = open_source(run.data, "train"), CachedEncoder(tmp_path / "kept", "hash", 12)
+    found([caption_of(source.captions(i), False, run.data, np.random.default_rng(i)) or "" for i in range(20)])
+    with pytest.raises(TextError):
+        found([next(caption for caption in source.captions(0) if caption not in run.train.sample_prompts)])
