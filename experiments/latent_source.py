@@ -41,7 +41,7 @@ from radiance.training.tracking import Trackers
 from radiance.weights import autoencoder as files
 
 SIZES = Autoencoder(latent_channels=8, width=8, multipliers=(1, 2, 4), blocks=1, groups=4, shift=0.0, scale=1.0)
-CROPPED, WHOLE, RATE = 1400, 400, 4e-3  # steps of the autoencoder
+CROPPED, WHOLE, RATE = 2500, 1500, 4e-3  # steps of the autoencoder
 NOISE, PRICE = 0.05, 1e-5  # on a latent; of its square, beside the square of an error of a pixel
 CAPTIONS = 2048  # to paint for
 Pictures = Float32[np.ndarray, "b height width 3"]

@@ -4,7 +4,8 @@
     radiance evaluate runs/one_shape --pictures 256
 
 A patch is a cell of the grid, so that a token paints one object or none, and rotary positions turn fast enough to tell four places apart.
-It is meant as the teacher of experiments/few_steps.py:shapes.
+It is meant as the teacher of experiments/few_steps.py:shapes; the arm `three` has up to three objects, of which a caption counts all and describes what it
+has room for, and is that of few_steps.py:three.
 
 Made on one of 2 CPU cores (2026-11-27, JAX 0.10.2, seed 0) in 15 minutes, 1,500 steps of 64 at 103 pictures a second. The second command reads of 256
 held-out captions, a seventh of which show a pair of shape and colour that training never shows, and by chance:
@@ -14,6 +15,9 @@ held-out captions, a seventh of which show a pair of shape and colour that train
 | as told | 99.6 % | 99.6 % | 96.9 % | 98.4 % | 0.957 |
 | by chance | 46 % | 12 % | 22 % | 8 % | 0 |
 | the same on all six backgrounds | 35 % | 34 % | 13 % | 4 % | 0.005 |
+
+The arm three takes 3,000 steps, 22 minutes of a core at 146 pictures a second on another machine. Of the objects that 256 captions describe (seed 0): size
+95.5 %, colour 90.5 %, shape 86.3 %, place 96.1 %, F1 0.806; 61.7 % of the pictures are all as told, as many objects as the caption counts among it.
 
 **The background decides** (data.shapes.backgrounds, all else alike, seed 0: the last row). What an object adds to the mean of all pictures is nearly nothing where
 it may be lighter or darker than what is around it, so that its place means something only together with two colours; on black it means light. That is our
@@ -30,6 +34,8 @@ but where it is said; all but the first were stopped at that step of 3,000 to 10
 """
 
 from radiance import config as c
+
+ARMS = {"three": ["data.shapes.objects=3", "train.steps=3000"]}
 
 
 def config() -> c.Config:
