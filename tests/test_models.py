@@ -313,7 +313,7 @@ def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
     for length, count in ((4, loop.PROMPTS), (3, 1)):
         run = toy_run(tmp_path, data_directory, f"text.length={length}")
         encoder = make_encoder(run.text, run.model.text_dim)
-        prompts = loop._captions(open_source(run.data, "validation"), encoder)
+        prompts = loop._captions(run, open_source(run.data, "validation"), encoder)
         encoder(prompts)
         assert len(prompts) == count and (prompts == ("",)) == (length == 3)
 
