@@ -77,8 +77,8 @@ def test_head_then_trunk_then_x0_then_text_ids_that_count(trained, tmp_path):
 
 
 def test_resolutions_grow(trained):
-    first = trained("radiance_512.py:256:toy", "data.side=8")
-    last = trained("radiance_512.py:1024:toy", f"init={first.directory}")
+    first = trained("radiance_512.py:256:toy", "data.side=8", "model.head=linear")
+    last = trained("radiance_512.py:1024:toy", f"init={first.directory}", "model.head=linear")
     assert (first.data.side, last.data.side) == (8, 16) and first_row(last)["step"] == 0  # the loss of what it starts from
     assert moved(weights(first), weights(last)) >= {"double", "single", "modulation"}
 
