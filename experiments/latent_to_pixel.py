@@ -26,6 +26,7 @@ The text projection and the approximator are frozen too.
 
 There are no pictures and no numbers of the recipe itself. Its small model, for each SEED, and beside it the same pixel model from scratch:
 
+    mkdir -p runs/latent-SEED && cp runs/latent-0/autoencoder.safetensors runs/latent-0/captions.txt runs/latent-SEED      but for seed 0
     python experiments/latent_source.py train.seed=SEED name=latent-SEED
     radiance sample runs/latent-SEED steps=12 batch=64 --autoencoder runs/latent-SEED/autoencoder.safetensors \\
         --prompts runs/latent-SEED/captions.txt --folder painted-SEED
@@ -34,8 +35,8 @@ There are no pictures and no numbers of the recipe itself. Its small model, for 
     radiance train experiments/latent_to_pixel.py:shapes:real init=runs/painted-SEED train.seed=1SEED name=real-SEED
     radiance train experiments/latent_to_pixel.py:shapes:real:scratch train.seed=SEED name=scratch-SEED
 
-All seeds share one autoencoder, as published models do: for the others put autoencoder.safetensors and captions.txt of runs/latent-0 into runs/latent-SEED
-first. It takes six minutes, and all of 128 held-out pictures are read as told through it. A latent model takes seven.
+All seeds share one autoencoder, as published models do. It takes six minutes, and all of 128 held-out pictures are read as told through it. A latent model
+takes seven.
 
 Run for seeds 0 to 2 (one of 2 CPU cores, 2026-11-27, JAX 0.10.2; from scratch seed 0 on another machine of two): the first stage 500 steps, the second
 1,000, and from scratch 1,500, all of 32 pictures, eight minutes either way. By all steps of a pixel model the validation loss on real pictures, and F1 of
@@ -51,7 +52,7 @@ the objects (`radiance evaluate runs/real-SEED --pictures 256`, on the way with 
 **By the loss it saves nothing here**: 500 steps on painted pictures bring what 500 on real ones do, and from there on learning is slower, in each of
 the seeds. **By what it paints it ends ahead**: F1 0.992, 0.990 and 0.988, from scratch 0.937, 0.928 and 0.969. What that has after 1,500 steps the
 grafted one has after about 1,000 (halfway 0.900, 0.968 and 0.883), which is more than the half that was asked for, and the latent model's own training
-is not counted. With an autoencoder through which 63 % of the pictures were read (one seed) both were worse: 0.0392 after the first stage, and at the end
+is not counted. With an autoencoder through which 63 % of the pictures were read (CROPPED, WHOLE = 1400, 400; one seed) both were worse: 0.0392 after the first stage, and at the end
 0.0141 and F1 0.934. Of so small a model the trunk is learned in minutes, so this says little of one that took months.
 """
 

@@ -15,9 +15,10 @@ from radiance.data.pipeline import fixed_batches
 from radiance.evaluation import reader
 from radiance.evaluation.compare import compare_features
 from radiance.evaluation.features import Pixels
-from radiance.evaluation.measure import Painted, sampling
+from radiance.evaluation.measure import Painted, captioned, sampling
 from radiance.models import load
 from radiance.pictures import to_signed
+from radiance.text.encoders import HashEncoder
 from radiance.training.step import validation_losses
 
 CHANGES = (
@@ -67,6 +68,23 @@ def test_the_pictures_are_those_that_sample_paints(run, found):
     assert found["sampling"]["scenes"]["count"] == reader.score(reader.read(ours), told).count
     assert set(found["sampling"]["scenes by chance"]) == set(found["sampling"]["scenes"])
     assert numbers["seam score of real pictures"] > 0 and len(found["sampling"]["spectrum error (dB)"]) == 8
+
+
+def test_captions_are_painted_as_the_run_begins_them(run, monkeypatch):
+    framed, source = config.override(run, ["data.prefix=oh "]), open_source(run.data, "validation")
+    pipeline, seen = load(run.directory, run=framed), []
+
+    def values(prompts, *_):
+        seen.extend(prompts)
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline, "values", values)
+    with pytest.raises(InterruptedError):
+        sampling(pipeline, source, range(21), [Pixels()])
+    assert seen == [f"oh {source.captions(i)[0]}" for i in range(21)]
+    longest = max(pipeline.encoder.count(source.captions(i)[0]) for i in range(21))
+    tight = HashEncoder(16, longest)
+    assert 0 < len(captioned(source, framed.data, tight, 21)) < len(captioned(source, run.data, tight, 21)) == 21
 
 
 def test_all_that_it_takes_to_do_it_again_is_written(run, found):

@@ -309,13 +309,14 @@ def test_prompts_that_are_no_text(files, tmp_path, capsys):
 
 
 def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
-    """Of which the shortest, "the digit 7" and its end, are four."""
-    for length, count in ((4, loop.PROMPTS), (3, 1)):
-        run = toy_run(tmp_path, data_directory, f"text.length={length}")
+    """Of which the shortest, "oh the digit 7" and its end, are five: as the run's captions begin."""
+    for length, count in ((5, loop.PROMPTS), (4, 1)):
+        run = toy_run(tmp_path, data_directory, "data.prefix=oh ", f"text.length={length}")
         encoder = make_encoder(run.text, run.model.text_dim)
         prompts = loop._captions(run, open_source(run.data, "validation"), encoder)
         encoder(prompts)
-        assert len(prompts) == count and (prompts == ("",)) == (length == 3)
+        assert len(prompts) == count and (prompts == ("",)) == (length == 4)
+        assert length == 4 or all(prompt.startswith("oh ") for prompt in prompts)
 
 
 def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):

@@ -30,7 +30,8 @@ def main(options: argparse.Namespace) -> int:
         raise config.ConfigError(f"{given[0]}: a plan's mesh is given as --mesh, such as --mesh fsdp=8.")
     run = run_named(options.experiment) if options.experiment in config.MODELS else experiment(options.experiment)
     run = config.override(run, options.changes)
-    run = replace(run, mesh=replace(options.mesh, uneven=max(options.mesh.uneven, run.mesh.uneven, key=("whole", "refuse").index)))
+    refused = "refuse" in (options.mesh.uneven, run.mesh.uneven)
+    run = replace(run, mesh=replace(options.mesh, uneven="refuse" if refused else "whole"))
     found = plan(run, options.device, options.sample)
     print(table(found))
     if options.json:

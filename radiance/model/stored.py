@@ -65,21 +65,21 @@ class AdaptedLinear:
 
 def is_stored(module: nnx.Module) -> bool:
     """Whether any of its weights are stored small."""
-    return any(isinstance(x, Quantised) for x in jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, Quantised)))
+    return any(map(_quantised, jax.tree.leaves(module, is_leaf=_quantised)))
 
 
 def expanded(module: M) -> M:
     """`module` with arrays in place of what is stored small, and layers that add in place of those with an addition."""
-
-    def quantised(x) -> bool:
-        return isinstance(x, Quantised)
-
-    module = jax.tree.map(lambda x: x.expand() if quantised(x) else x, module, is_leaf=quantised)
+    module = jax.tree.map(lambda x: x.expand() if _quantised(x) else x, module, is_leaf=_quantised)
     for part in [part for _, part in nnx.iter_modules(module)]:
         for name, layer in [*vars(part).items()]:
             if isinstance(layer, (nnx.Linear, nnx.LinearGeneral)) and isinstance(layer.kernel.get_value(), Adapted):
                 setattr(part, name, AdaptedLinear(layer))
     return module
+
+
+def _quantised(x: Any) -> bool:
+    return isinstance(x, Quantised)
 
 
 def quantise(matrix: Float[np.ndarray, "in out"], store: str) -> tuple[np.ndarray, np.ndarray]:

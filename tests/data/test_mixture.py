@@ -129,7 +129,7 @@ def test_batches_keep_the_shares(remainder):
 
 
 def test_shares_are_counted_where_batches_may_never_fill():
-    """Of 40 pictures in an epoch of 100 ten have the first shape, and of the others none is large enough for a batch."""
+    """An epoch of 100 shows ten of the first part's 60, and 45 times each of the second part's two shapes: none fills a batch, ever."""
     source = mixture((60, 40), (1, 9))
     source.sizes[60:] = [(16, 8), (8, 16)] * 20
     with pytest.raises(DataError, match="No shape has data.batch=50 pictures in an epoch, but 45 at most"):
