@@ -5,9 +5,9 @@ A room above all others: nothing imports it.
 
 import os
 
-from radiance.startup import keep_memory, prepare
+from radiance.distributed.environment import prepare_environment, retain_freed_memory
 
 # Before JAX starts: the flags that `radiance` sets, and room for PyTorch in the same GPU's memory.
-prepare()
-keep_memory()  # as training and sampling do on CPUs; PyTorch's rows share it
+prepare_environment()
+retain_freed_memory()  # as training and sampling do on CPUs; PyTorch's rows share it
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

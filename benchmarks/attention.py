@@ -1,7 +1,7 @@
 """Attention under lengths, forward and backward: every backend of `radiance` that the device has, beside PyTorch's kernels.
 
     python -m benchmarks.attention --tokens 1024 4608 --heads 24 --head-dim 128 --dtype bfloat16
-    python -m benchmarks.attention --tokens 304 4144 --hidden-tokens 7       # pictures of 256² and 1024² with the text cut
+    python -m benchmarks.attention --tokens 304 4144 --hidden-tokens 7       # images of 256² and 1024² with the text cut
 
 All compute on the same numbers and hide the last tokens of each row. The error is the largest difference to float32 with exact
 products, by the largest value there; with the backward pass that of the output and the three gradients, whichever is worst.
@@ -19,11 +19,22 @@ import numpy as np
 
 from benchmarks import measure, networks
 from benchmarks.measure import Contender, Limits, Report
-from radiance.model.attention import attention, fastest
+from radiance.model.attention import attention, select_backend
 
-PRODUCTS = {"forward": 2, "forward and backward": 7}  # of n × n × k a head; the backward pass makes its scores once more
-BACKENDS = {"cpu": ("xla", "pieces"), "gpu": ("cudnn", "xla", "pieces"), "tpu": ("splash", "xla", "pieces")}
-TORCH = {"cpu": ("default",), "gpu": ("default", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"), "tpu": ()}
+PRODUCTS = {
+    "forward": 2,
+    "forward and backward": 7,
+}  # of n × n × k a head; the backward pass makes its scores once more
+BACKENDS = {
+    "cpu": ("xla", "chunked"),
+    "gpu": ("cudnn", "xla", "chunked"),
+    "tpu": ("splash", "xla", "chunked"),
+}
+TORCH = {
+    "cpu": ("default",),
+    "gpu": ("default", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+    "tpu": (),
+}
 
 
 class Inputs(NamedTuple):
@@ -39,20 +50,35 @@ class Inputs(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> Report:
     small = jax.default_backend() == "cpu"
     parser = measure.parser(__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4608], help="default: %(default)s")
-    parser.add_argument("--hidden-tokens", type=int, default=471, help="at the end of each row; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 4608], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--hidden-tokens",
+        type=int,
+        default=471,
+        help="at the end of each row; default: %(default)s",
+    )
     parser.add_argument("--batch", type=int, default=1 if small else 2, help="default: %(default)s")
-    parser.add_argument("--heads", type=int, default=12 if small else 24, help="default: %(default)s")
-    parser.add_argument("--head-dim", type=int, default=64 if small else 128, help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32" if small else "bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--heads", type=int, default=12 if small else 24, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=64 if small else 128, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", default="float32" if small else "bfloat16", choices=["float32", "bfloat16"]
+    )
     options = parser.parse_args(arguments)
 
     report = Report("attention", arguments)
     limits = report.limits(options.dtype)
     for tokens in options.tokens:
-        inputs = make_inputs((options.batch, tokens, options.heads, options.head_dim), tokens - options.hidden_tokens)
+        inputs = make_inputs(
+            (options.batch, tokens, options.heads, options.head_dim), tokens - options.hidden_tokens
+        )
         with jax.default_matmul_precision("highest"):
-            exact = [host(x) for x in radiance(inputs, "float32", True, "pieces")()]
+            exact = [host(x) for x in radiance(inputs, "float32", True, "chunked")()]
         for part in PRODUCTS:
             compare(report, inputs, exact, part, options, limits)
             measure.forget()
@@ -68,7 +94,14 @@ def make_inputs(shape: tuple[int, ...], length: int) -> Inputs:
     return Inputs(q, k, v, weights, np.full(shape[0], length, np.int32))
 
 
-def compare(report: Report, inputs: Inputs, exact: list[np.ndarray], part: str, options: argparse.Namespace, limits: Limits):
+def compare(
+    report: Report,
+    inputs: Inputs,
+    exact: list[np.ndarray],
+    part: str,
+    options: argparse.Namespace,
+    limits: Limits,
+):
     b, n, h, size = inputs.q.shape
     work, backward = PRODUCTS[part] * 2 * b * h * n**2 * size, part != "forward"
     found: dict[str, Sequence[Any]] = {}  # by row, what its last call gave
@@ -81,14 +114,22 @@ def compare(report: Report, inputs: Inputs, exact: list[np.ndarray], part: str, 
         return Contender(name, keeping, work, peer)
 
     platform = jax.default_backend()
-    first = fastest(platform, inputs.q.shape, jnp.dtype(options.dtype))
+    first = select_backend(platform, inputs.q.shape, jnp.dtype(options.dtype))
     backends = sorted(BACKENDS[platform], key=lambda name: name != first)
     # One that needs more memory than there is becomes a row too, but the one that is chosen must run.
     rows = [row(f"radiance, {name}", radiance, name, peer=name != first) for name in backends]
     rows += [row(f"PyTorch, {name}", pytorch, name) for name in TORCH[platform]]
     results = measure.race(rows, options.repeats)
     report.say(f"### {part}, {n} tokens, {b}×{h} heads of {size}, {options.dtype}")
-    report.compare(results, limits, {"error": lambda result: f"{error(found[result.contender.name], exact, inputs.lengths[0]):.1e}"})
+    report.compare(
+        results,
+        limits,
+        {
+            "error": lambda result: (
+                f"{error(found[result.contender.name], exact, inputs.lengths[0]):.1e}"
+            )
+        },
+    )
 
 
 def error(found: Sequence[Any], exact: Sequence[np.ndarray], length: int) -> float:
@@ -104,7 +145,9 @@ def host(x: Any) -> np.ndarray:
 # --- what is timed: (output, and the gradients of queries, keys and values), all [b, n, h, k] -------------------------
 
 
-def radiance(inputs: Inputs, dtype: str, backward: bool, backend: str) -> Callable[[], Sequence[jax.Array]]:
+def radiance(
+    inputs: Inputs, dtype: str, backward: bool, backend: str
+) -> Callable[[], Sequence[jax.Array]]:
     q, k, v, weights = (jnp.asarray(x, dtype) for x in inputs[:4])
     attend = partial(attention, kv_len=jnp.asarray(inputs.lengths), backend=backend)
 
@@ -118,13 +161,18 @@ def radiance(inputs: Inputs, dtype: str, backward: bool, backend: str) -> Callab
     return lambda: jax.block_until_ready(run(q, k, v, weights))
 
 
-def pytorch(inputs: Inputs, dtype: str, backward: bool, backend: str) -> Callable[[], Sequence[Any]]:
+def pytorch(
+    inputs: Inputs, dtype: str, backward: bool, backend: str
+) -> Callable[[], Sequence[Any]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # Heads before tokens, as its kernels want them; in memory they lie as a projection leaves them.
     q, k, v, weights = (networks.to_torch(x, dtype).transpose(1, 2) for x in inputs[:4])
-    mask = torch.arange(q.shape[2], device=q.device) < networks.to_torch(inputs.lengths)[:, None, None, None]
+    mask = (
+        torch.arange(q.shape[2], device=q.device)
+        < networks.to_torch(inputs.lengths)[:, None, None, None]
+    )
     for x in (q, k, v):
         x.requires_grad_(backward)
 

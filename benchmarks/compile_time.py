@@ -22,9 +22,9 @@ from jax.sharding import NamedSharding
 from benchmarks import measure, networks, training
 from benchmarks.measure import Report
 from radiance import config
-from radiance.model.transformer import abstract, bind
-from radiance.sharding import BATCH, make_mesh, shardings
-from radiance.training.step import init_state, make_step
+from radiance.distributed.sharding import BATCH_SPEC, make_mesh, make_shardings
+from radiance.model.transformer import bind_model, make_abstract_params
+from radiance.training.step import init_state, make_train_step
 
 SIZES = {
     "nano": config.MODELS["nano"],
@@ -39,11 +39,19 @@ HEADER = ("", "part", "devices", "lowering", "compiling", "in all")
 def main(arguments: Sequence[str] | None = None) -> Report:
     parser = measure.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--parts", nargs="+", default=list(training.PARTS), choices=list(training.PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", default=list(training.PARTS), choices=list(training.PARTS)
+    )
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels; default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: %(default)s")
-    parser.add_argument("--peers", nargs="*", default=["torch"], choices=["torch"], help="none: ours alone")
+    parser.add_argument(
+        "--side", type=int, default=256, help="of the images, in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", default=["torch"], choices=["torch"], help="none: ours alone"
+    )
     options = parser.parse_args(arguments)
 
     report = Report("compile_time", arguments)
@@ -55,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                 rows.append([f"radiance, {name}", part, str(devices), *ours(run, part)])
                 print(*rows[-1], flush=True)
             if "torch" in options.peers:
-                rows.append([f"torch.compile, {name}", part, "1", *theirs(run_of(SIZES[name], options.side, 1, options.dtype), part)])
+                rows.append(
+                    [
+                        f"torch.compile, {name}",
+                        part,
+                        "1",
+                        *theirs(run_of(SIZES[name], options.side, 1, options.dtype), part),
+                    ]
+                )
                 print(*rows[-1], flush=True)
     report.say(measure.table(HEADER, rows))
     if options.record:
@@ -68,8 +83,8 @@ def run_of(model: config.Model, side: int, devices: int, dtype: str) -> config.C
         name="benchmark",
         model=model,
         compute=config.Compute(dtype=dtype, remat="full"),
-        text=config.Text(length=512),
-        data=config.Data(side=side, batch=devices),
+        text=config.Text(max_length=512),
+        data=config.Data(resolution=side, batch_size=devices),
         mesh=config.Mesh(data=1, fsdp=devices),
     )
 
@@ -92,31 +107,50 @@ def ours(run: config.Config, part: str) -> list[str]:
 
 def batch_of(run: config.Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     task = networks.Task(run, 40)
-    b = run.data.batch
-    shapes = {"image": task.shape, "text": (b, training.cut(task), run.model.text_dim), "lengths": (b,), "weight": (b,), "time": (b,)}
+    b = run.data.batch_size
+    shapes = {
+        "image": task.shape,
+        "text": (b, training.cut(task), run.model.text_dim),
+        "lengths": (b,),
+        "weight": (b,),
+        "time": (b,),
+    }
     kinds = {"text": jnp.dtype(task.dtype), "lengths": jnp.int32}
-    place = NamedSharding(mesh, BATCH)
-    return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32), sharding=place) for name, shape in shapes.items()}
+    place = NamedSharding(mesh, BATCH_SPEC)
+    return {
+        name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32), sharding=place)
+        for name, shape in shapes.items()
+    }
 
 
 def forward(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     def velocity(params, batch):
-        return bind(run.model, run.compute, params)(*(batch[name] for name in ("image", "text", "lengths", "time")))
+        return bind_model(run.model, run.compute, params)(
+            *(batch[name] for name in ("image", "text", "lengths", "time"))
+        )
 
-    params = abstract(run.model)
-    return jax.jit(velocity, in_shardings=(shardings(params, mesh), None)), (params, batch_of(run, mesh))
+    params = make_abstract_params(run.model)
+    return jax.jit(velocity, in_shardings=(make_shardings(params, mesh), None)), (
+        params,
+        batch_of(run, mesh),
+    )
 
 
 def training_step(run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
     state = jax.eval_shape(partial(init_state, run))
-    places = shardings(state, mesh)
-    program = jax.jit(make_step(run), in_shardings=(places, None), out_shardings=(places, None), donate_argnums=0)
+    places = make_shardings(state, mesh)
+    program = jax.jit(
+        make_train_step(run),
+        in_shardings=(places, None),
+        out_shardings=(places, None),
+        donate_argnums=0,
+    )
     return program, (state, batch_of(run, mesh))
 
 
 def theirs(run: config.Config, part: str) -> list[str]:
     """Seconds that `torch.compile` takes, or why there are none."""
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract(run.model)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(make_abstract_params(run.model)))
     if count >= LARGE:
         return ["not measured: its weights would have to be in memory"]
     try:
@@ -134,11 +168,18 @@ def torch_call(task: networks.Task, part: str) -> Callable[[], Any]:
 
     torch._dynamo.reset()
     torch._inductor.config.force_disable_caches = True
-    module = networks.torch_module(task.model, networks.random_params(task.model, "float32"), "float32")
+    module = networks.torch_module(
+        task.model, networks.random_params(task.model, "float32"), "float32"
+    )
     if part == "forward":
         return training.torch_forward(task, lambda: module, "compiled", training.cut(task))
     return training.torch_step(
-        task, lambda: module, lambda: training.adamw(task.run.optimizer, module), "compiled", training.cut(task), recompute=True
+        task,
+        lambda: module,
+        lambda: training.adamw(task.run.optimizer, module),
+        "compiled",
+        training.cut(task),
+        recompute=True,
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from radiance import config
 from radiance.weights import native
 from radiance.weights.checkpoint import open_checkpoint
-from radiance.weights.files import write_safetensors
+from radiance.weights.safetensors import write_safetensors
 
 FLOAT32 = ("nerf_image_embedder.", "__")  # as published
 WAYS = {
@@ -39,31 +39,48 @@ WAYS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="chroma1-radiance-x0", choices=sorted(config.MODELS))
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="with room for three such files")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="with room for three such files",
+    )
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(Path(folder), config.Model.named(options.model), options.ways)
+        measure(Path(folder), config.Model.from_name(options.model), options.ways)
 
 
 def measure(folder: Path, model: config.Model, ways: list[str]):
     source = folder / "source.safetensors"
-    seconds, memory = child([sys.executable, __file__, "--write", str(source), json.dumps(config.to_dict(model))])
+    seconds, memory = child(
+        [sys.executable, __file__, "--write", str(source), json.dumps(config.to_dict(model))]
+    )
     size = source.stat().st_size
-    print(f"{size / 1e9:.2f} GB written in {seconds:.0f} s ({memory / 1e9:.2f} GB resident)", flush=True)
+    print(
+        f"{size / 1e9:.2f} GB written in {seconds:.0f} s ({memory / 1e9:.2f} GB resident)",
+        flush=True,
+    )
 
     forget(source)
     copied, _ = child(["cp", str(source), str(folder / "cp")], folder / "cp")
     (folder / "cp").unlink()
     print(f"{'what':28} {'output':>9} {'seconds':>8} {'of cp':>6} {'GB/s in':>8} {'resident':>9}")
-    print(f"{'cp':28} {size / 1e9:6.2f} GB {copied:8.1f} {1:6.2f} {size / 1e9 / copied:8.2f}", flush=True)
+    print(
+        f"{'cp':28} {size / 1e9:6.2f} GB {copied:8.1f} {1:6.2f} {size / 1e9 / copied:8.2f}",
+        flush=True,
+    )
     for way in ways:
         name, flags = WAYS[way]
         out = folder / name
         forget(source)
-        seconds, memory = child([sys.executable, "-m", "radiance", "convert", str(source), str(out), *flags], out)
+        seconds, memory = child(
+            [sys.executable, "-m", "radiance", "convert", str(source), str(out), *flags], out
+        )
         written = sum(x.stat().st_size for x in (out.rglob("*") if out.is_dir() else [out]))
         assert open_checkpoint(out).shapes.keys() == open_checkpoint(source).shapes.keys()
         print(
@@ -80,7 +97,9 @@ def child(command: list[str], out: Path | None = None) -> tuple[float, int]:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed.")
-    for path in () if out is None else [x for x in out.rglob("*") if x.is_file()] if out.is_dir() else [out]:
+    for path in (
+        () if out is None else [x for x in out.rglob("*") if x.is_file()] if out.is_dir() else [out]
+    ):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     return time.perf_counter() - began, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -96,15 +115,20 @@ def forget(path: Path):
 
 def write(path: Path, model: config.Model):
     """Random values of a checkpoint, under the names and in the types of the published ones."""
-    draw, shapes = np.random.default_rng(0), native.layout(model)[0]
+    draw, shapes = np.random.default_rng(0), native.native_layout(model)[0]
     noise = draw.standard_normal(1 << 20, np.float32)
 
     def tensor(name: str) -> np.ndarray:
         count = int(np.prod(shapes[name]))
         # The same million numbers from another place: drawing ten billion would take as long as all the rest.
-        return np.resize(np.roll(noise, int(draw.integers(noise.size))), count).reshape(shapes[name]) * np.float32(0.02)
+        return np.resize(np.roll(noise, int(draw.integers(noise.size))), count).reshape(
+            shapes[name]
+        ) * np.float32(0.02)
 
-    types = {name: np.dtype(np.float32 if name.startswith(FLOAT32) else ml_dtypes.bfloat16) for name in shapes}
+    types = {
+        name: np.dtype(np.float32 if name.startswith(FLOAT32) else ml_dtypes.bfloat16)
+        for name in shapes
+    }
     write_safetensors(path, shapes, types, tensor, {})
 
 

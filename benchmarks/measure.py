@@ -19,9 +19,14 @@ import jax
 import jax.numpy as jnp
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-SETTLE = 0.05  # seconds between calls, in which the other library's threads stop waiting for more work
+SETTLE = (
+    0.05  # seconds between calls, in which the other library's threads stop waiting for more work
+)
 PRODUCTS = 4  # matrix products of a call, so that its start does not count
-SIZES = {"cpu": (2048, 1 << 26), "accelerator": (8192, 1 << 30)}  # side of the matrices, and numbers that are copied
+SIZES = {
+    "cpu": (2048, 1 << 26),
+    "accelerator": (8192, 1 << 30),
+}  # side of the matrices, and numbers that are copied
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -67,13 +72,22 @@ def race(contenders: Sequence[Contender], repeats: int) -> list[Result]:
             if not contender.peer:
                 raise
             reasons[contender.name] = told(error)
-        print(contender.name, reasons.get(contender.name, "has warmed up"), sep=": ", file=sys.stderr, flush=True)
+        print(
+            contender.name,
+            reasons.get(contender.name, "has warmed up"),
+            sep=": ",
+            file=sys.stderr,
+            flush=True,
+        )
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             time.sleep(SETTLE)
             times[name].append(seconds(call))
-    return [Result(c, starts.get(c.name, 0.0), tuple(times.get(c.name, ())), reasons.get(c.name, "")) for c in contenders]
+    return [
+        Result(c, starts.get(c.name, 0.0), tuple(times.get(c.name, ())), reasons.get(c.name, ""))
+        for c in contenders
+    ]
 
 
 def told(error: Exception) -> str:
@@ -117,7 +131,10 @@ def measured_limits(dtype: str, repeats: int = 5) -> Limits:
         Contender("JAX", lambda: jax_copy(count, dtype), moved, peer=False),
         Contender("PyTorch", lambda: torch_copy(count, dtype), moved),
     ]
-    best = [max(r.contender.flops / min(r.times) for r in race(pair, repeats) if r.times) for pair in (products, copies)]
+    best = [
+        max(r.contender.flops / min(r.times) for r in race(pair, repeats) if r.times)
+        for pair in (products, copies)
+    ]
     forget()
     return Limits(*best)
 
@@ -129,14 +146,20 @@ def jax_products(side: int, dtype: str) -> Callable[[], Any]:
             a = a @ b
         return a
 
-    a, b = (scale * jax.random.normal(jax.random.key(0), (side, side), dtype) for scale in (1, side**-0.5))
+    a, b = (
+        scale * jax.random.normal(jax.random.key(0), (side, side), dtype)
+        for scale in (1, side**-0.5)
+    )
     return lambda: chain(a, b).block_until_ready()
 
 
 def torch_products(side: int, dtype: str) -> Callable[[], Any]:
     import torch
 
-    a, b = (scale * torch.randn(side, side, dtype=getattr(torch, dtype), device=torch_device()) for scale in (1, side**-0.5))
+    a, b = (
+        scale * torch.randn(side, side, dtype=getattr(torch, dtype), device=torch_device())
+        for scale in (1, side**-0.5)
+    )
 
     def chain():
         x = a
@@ -185,7 +208,11 @@ def synchronize():
 def hardware() -> str:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cpu_name()}, {cores} cores" if device.platform == "cpu" else f"{device.device_kind} (one used)"
+    return (
+        f"{cpu_name()}, {cores} cores"
+        if device.platform == "cpu"
+        else f"{device.device_kind} (one used)"
+    )
 
 
 def cpu_name() -> str:
@@ -211,10 +238,16 @@ def commit() -> str:
     """Of this repository, and whether it has changes that are in no commit."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".", "../radiance") else ""
+    changed = (
+        " with changes"
+        if git("status", "--porcelain", "--untracked-files=no", "--", ".", "../radiance")
+        else ""
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
@@ -227,7 +260,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths))) + " |"
+        return (
+            "| "
+            + " | ".join(
+                x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths))
+            )
+            + " |"
+        )
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
@@ -238,7 +277,9 @@ class Report:
 
     def __init__(self, title: str, arguments: Sequence[str] | None):
         words = sys.argv[1:] if arguments is None else arguments
-        command = shlex.join(["python", "-m", f"benchmarks.{title}", *(word for word in words if word != "--record")])
+        command = shlex.join(
+            ["python", "-m", f"benchmarks.{title}", *(word for word in words if word != "--record")]
+        )
         self.parts: list[str] = []
         self.say(f"## {title}: {hardware()}, {date.today()}")
         self.say(f"`{command}`")
@@ -255,13 +296,35 @@ class Report:
         )
         return limits
 
-    def compare(self, results: Sequence[Result], limits: Limits, columns: Mapping[str, Callable[[Result], str]] | None = None):
+    def compare(
+        self,
+        results: Sequence[Result],
+        limits: Limits,
+        columns: Mapping[str, Callable[[Result], str]] | None = None,
+    ):
         """A table with the time of each row, how many times that of the first it is, its share of the limit, and `columns`."""
         columns = columns or {}
-        header = ["", "seconds", "spread", "× first row", "TFLOP/s", "of limit", *columns, "to start"]
-        self.say(table(header, [self._row(result, results[0], limits, columns) for result in results]))
+        header = [
+            "",
+            "seconds",
+            "spread",
+            "× first row",
+            "TFLOP/s",
+            "of limit",
+            *columns,
+            "to start",
+        ]
+        self.say(
+            table(header, [self._row(result, results[0], limits, columns) for result in results])
+        )
 
-    def _row(self, result: Result, first: Result, limits: Limits, columns: Mapping[str, Callable[[Result], str]]) -> list[str]:
+    def _row(
+        self,
+        result: Result,
+        first: Result,
+        limits: Limits,
+        columns: Mapping[str, Callable[[Result], str]],
+    ) -> list[str]:
         if not result.times:
             return [f"{result.contender.name}: {result.reason}"]
         middle = result.median
@@ -283,7 +346,13 @@ class Report:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With what all benchmarks understand."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=5, help="timed calls of each row; default: %(default)s")
-    made.add_argument("--record", action="store_true", help=f"append what is printed to {RESULTS.name}")
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--repeats", type=int, default=5, help="timed calls of each row; default: %(default)s"
+    )
+    made.add_argument(
+        "--record", action="store_true", help=f"append what is printed to {RESULTS.name}"
+    )
     return made

@@ -27,18 +27,24 @@ from pathlib import Path
 
 from radiance import config
 
-# Hidden width and pictures a step: of what fills the memory, more and more is weights.
+# Hidden width and images a step: of what fills the memory, more and more is weights.
 SIZES = {"few": (256, 2), "activations": (256, 8), "both": (512, 4), "weights": (1024, 1)}
 
 
 def run_of(name: str) -> config.Config:
     hidden, batch = SIZES[name]
-    model = replace(config.Model.named("nano"), hidden=hidden, heads=hidden // 64, approximator_hidden=256, text_dim=512)
+    model = replace(
+        config.Model.from_name("nano"),
+        hidden=hidden,
+        heads=hidden // 64,
+        approximator_hidden=256,
+        text_dim=512,
+    )
     return config.Config(
         model=model,
         compute=config.Compute(dtype="float32", remat="full"),
-        text=config.Text(length=64),
-        data=config.Data(side=128, batch=batch),
+        text=config.Text(max_length=64),
+        data=config.Data(resolution=128, batch_size=batch),
         mesh=config.Mesh(1, 1, 1),
     )
 
@@ -46,7 +52,9 @@ def run_of(name: str) -> config.Config:
 def resident(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at its highest."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)
+    )
 
 
 def measure(name: str) -> dict[str, float]:
@@ -54,16 +62,16 @@ def measure(name: str) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from radiance.plan import plan
-    from radiance.sharding import make_mesh, shardings
-    from radiance.training.step import init_state, make_step
+    from radiance.distributed.sharding import make_mesh, make_shardings
+    from radiance.planning.plan import make_plan
+    from radiance.training.step import init_state, make_train_step
 
     run = run_of(name)
-    predicted = plan(run, "cpu")
+    predicted = make_plan(run, "cpu")
     mesh = make_mesh(run.mesh)
     fresh = jax.jit(lambda: init_state(run))
-    places = shardings(jax.eval_shape(fresh), mesh)
-    count, side, words = run.data.batch, run.data.side, run.text.length
+    places = make_shardings(jax.eval_shape(fresh), mesh)
+    count, side, words = run.data.batch_size, run.data.resolution, run.text.max_length
     draw = np.random.default_rng(0)
     batch = {
         "image": draw.standard_normal((count, side, side, 3), np.float32),
@@ -72,7 +80,12 @@ def measure(name: str) -> dict[str, float]:
         "weight": np.ones(count, np.float32),
     }
     with jax.set_mesh(mesh):
-        step = jax.jit(make_step(run), in_shardings=(places, None, None), out_shardings=(places, None), donate_argnums=0)
+        step = jax.jit(
+            make_train_step(run),
+            in_shardings=(places, None, None),
+            out_shardings=(places, None),
+            donate_argnums=0,
+        )
         like = jax.eval_shape(fresh)
         step = step.lower(like, jax.tree.map(jnp.asarray, batch), None).compile()
         fresh = jax.jit(lambda: init_state(run), out_shardings=places).lower().compile()
@@ -82,22 +95,38 @@ def measure(name: str) -> dict[str, float]:
         state = jax.block_until_ready(fresh())
         batch = {key: jax.device_put(x) for key, x in batch.items()}
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest starts anew: making the state took more than a step may
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the highest starts anew: making the state took more than a step may
         for _ in range(3):
             state, metrics = step(state, batch, None)
             jax.block_until_ready(metrics)
-            time.sleep(0.5)  # results are ready before their step's temporaries are given back, for which the next would not wait
-    return {"parameters": predicted.parameters, "predicted": predicted.peak, "measured": resident("VmHWM") - before}
+            time.sleep(
+                0.5
+            )  # results are ready before their step's temporaries are given back, for which the next would not wait
+    return {
+        "parameters": predicted.parameters,
+        "predicted": predicted.peak,
+        "measured": resident("VmHWM") - before,
+    }
 
 
 def main():
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1])))
         return
-    print(f"| {'':11} | parameters | predicted | measured | ratio |\n|-------------|------------|-----------|----------|-------|")
+    print(
+        f"| {'':11} | parameters | predicted | measured | ratio |\n|-------------|------------|-----------|----------|-------|"
+    )
     for name in SIZES:
         command = [sys.executable, "-m", "benchmarks.plan_memory", name]
-        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         ratio = found["predicted"] / found["measured"]
         print(

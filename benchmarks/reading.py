@@ -1,11 +1,11 @@
-"""Batches of pictures from JPEG files: `radiance` beside grain and PyTorch's DataLoader, and beside what decoding alone takes.
+"""Batches of images from JPEG files: `radiance` beside grain and PyTorch's DataLoader, and beside what decoding alone takes.
 
     python -m benchmarks.reading --processes 0 2
-    python -m benchmarks.reading --size 1024x768 --side 512          # pictures that are scaled down
+    python -m benchmarks.reading --size 1024x768 --side 512          # images that are scaled down
 
 The files are made for the occasion: photograph-like, of one size. Every row reads the same files in a random order, decodes them, scales
 them to cover a square (Lanczos) and cuts it, and gives batches of bytes. What differs: `radiance` also minds turns, profiles, transparency
-and broken files, reads captions from its catalogue and encodes them (with the hash encoder), and lets JPEG's decoder do part of the scaling. Each
+and broken files, reads captions from its dataset index and encodes them (with the hash encoder), and lets JPEG's decoder do part of the scaling. Each
 row starts anew in every round, and the clock begins when all its processes have. The limit is decoding, scaling and cutting in as many
 processes as there are cores, with nothing around it.
 """
@@ -28,21 +28,29 @@ from PIL import Image
 from benchmarks import measure
 from benchmarks.measure import Report
 from radiance import config
+from radiance.base.images import resize_and_crop
+from radiance.data.batches import Batches
 from radiance.data.datasets import open_source
-from radiance.data.pipeline import Batches
-from radiance.pictures import fitted
-from radiance.text.encoders import HashEncoder
+from radiance.text.hash_encoder import HashEncoder
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     parser = measure.parser(__doc__)
-    parser.add_argument("--pictures", type=int, default=256, help="files; default: %(default)s")
+    parser.add_argument("--images", type=int, default=256, help="files; default: %(default)s")
     parser.add_argument("--size", default="640x480", help="of the files; default: %(default)s")
-    parser.add_argument("--side", type=int, default=256, help="of the squares; default: %(default)s")
-    parser.add_argument("--batch", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--batches", type=int, default=12, help="that are timed; default: %(default)s")
     parser.add_argument(
-        "--processes", type=int, nargs="+", default=[0, os.cpu_count() or 1], help="beside the reader's; default: 0 and the cores"
+        "--side", type=int, default=256, help="of the squares; default: %(default)s"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--batches", type=int, default=12, help="that are timed; default: %(default)s"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[0, os.cpu_count() or 1],
+        help="beside the reader's; default: 0 and the cores",
     )
     options = parser.parse_args(arguments)
 
@@ -60,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> Report:
                 f"PyTorch DataLoader, {told(count)}": partial(of_torch, files, options, count),
             }
         rates, reasons = race(rows, options)
-        report.say(f"Decoding alone, {os.cpu_count()} processes: {(limit := alone(files, options)):.1f} pictures a second.")
+        report.say(
+            f"Decoding alone, {os.cpu_count()} processes: {(limit := alone(files, options)):.1f} images a second."
+        )
     first = statistics.median(rates[next(iter(rows))])
     table = [
         [name, f"{statistics.median(r):.1f}", f"{min(r):.1f} – {max(r):.1f}", f"{statistics.median(r) / first:.2f}", f"{statistics.median(r) / limit:.0%}"]
         if (r := rates.get(name)) else [f"{name}: {reasons[name]}"]
         for name in rows
     ]  # fmt: skip
-    report.say(measure.table(["", "pictures/s", "spread", "× first row", "of decoding alone"], table))
+    report.say(measure.table(["", "images/s", "spread", "× first row", "of decoding alone"], table))
     if options.record:
         report.record()
     return report
@@ -77,8 +87,10 @@ def told(processes: int) -> str:
     return f"{processes} processes" if processes else "one process"
 
 
-def race(rows: dict[str, Callable[[], Any]], options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Pictures a second of each row in every round, all rows in turn; and why a peer has none."""
+def race(
+    rows: dict[str, Callable[[], Any]], options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Images a second of each row in every round, all rows in turn; and why a peer has none."""
     rates: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     for _ in range(options.repeats):
@@ -92,7 +104,9 @@ def race(rows: dict[str, Callable[[], Any]], options: argparse.Namespace) -> tup
                     began = time.perf_counter()
                     for _ in range(options.batches):
                         next(batches)
-                    rates.setdefault(name, []).append(options.batches * options.batch / (time.perf_counter() - began))
+                    rates.setdefault(name, []).append(
+                        options.batches * options.batch / (time.perf_counter() - began)
+                    )
             except Exception as error:  # whatever a peer comes up with
                 if name.startswith("radiance"):
                     raise
@@ -101,34 +115,38 @@ def race(rows: dict[str, Callable[[], Any]], options: argparse.Namespace) -> tup
 
 
 def write(folder: Path, count: int, width: int, height: int) -> list[str]:
-    """Files of smooth colours with some grain, which compress about as photographs do."""
+    """Files of smooth colors with some grain, which compress about as photographs do."""
     draw = np.random.default_rng(0)
     files = []
     for i in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (height // 16, width // 16, 3), np.uint8)).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
+        coarse = Image.fromarray(
+            draw.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+        ).resize((width, height), Image.Resampling.BICUBIC)
         grain = draw.normal(0, 6, (height, width, 3))
         path = folder / f"{i:05d}.jpg"
-        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(path, quality=90)
+        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(
+            path, quality=90
+        )
         path.with_suffix(".txt").write_text(f"a photograph of number {i}")
         files.append(str(path))
     return files
 
 
 def plain(side: int, file: str) -> np.ndarray:
-    """A picture as most loaders read it."""
+    """An image as most loaders read it."""
     with Image.open(file) as opened:
-        return fitted(opened.convert("RGB"), side, side)
+        return resize_and_crop(opened.convert("RGB"), side, side)
 
 
 @contextmanager
 def ours(folder: str, options: argparse.Namespace, processes: int) -> Iterator[Iterator[Any]]:
     data = config.Data(
-        source="folder", path=folder, directory=f"{folder}/.catalogues", validation=1e-9, side=options.side, batch=options.batch,
-        workers=processes, threads=1 if processes else os.cpu_count() or 1,
+        source="folder", path=folder, cache_dir=f"{folder}/.dataset indexes", validation_fraction=1e-9, resolution=options.side, batch_size=options.batch,
+        num_workers=processes, num_threads=1 if processes else os.cpu_count() or 1,
     )  # fmt: skip
-    feed = Batches(open_source(data, "train"), data, HashEncoder(64, 64), 0, 1 << 30, "one_pad").start(0)
+    feed = Batches(
+        open_source(data, "train"), data, HashEncoder(64, 64), 0, 1 << 30, "one_pad"
+    ).start(0)
     try:
         yield feed
     finally:
@@ -136,16 +154,29 @@ def ours(folder: str, options: argparse.Namespace, processes: int) -> Iterator[I
 
 
 @contextmanager
-def of_grain(files: list[str], options: argparse.Namespace, processes: int) -> Iterator[Iterator[Any]]:
+def of_grain(
+    files: list[str], options: argparse.Namespace, processes: int
+) -> Iterator[Iterator[Any]]:
     import absl.flags
     import grain
 
     absl.flags.FLAGS.mark_as_parsed()
-    pictures = grain.MapDataset.source(files).seed(0).shuffle().repeat().map(partial(plain, options.side)).batch(options.batch)
+    images = (
+        grain.MapDataset.source(files)
+        .seed(0)
+        .shuffle()
+        .repeat()
+        .map(partial(plain, options.side))
+        .batch(options.batch)
+    )
     threads = 1 if processes else os.cpu_count() or 1
-    feed: Any = pictures.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    feed: Any = images.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    )
     if processes:
-        feed = feed.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2))
+        feed = feed.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2)
+        )
     feed = iter(feed)
     try:
         yield feed
@@ -167,10 +198,14 @@ class Files:
 
 
 @contextmanager
-def of_torch(files: list[str], options: argparse.Namespace, processes: int) -> Iterator[Iterator[Any]]:
+def of_torch(
+    files: list[str], options: argparse.Namespace, processes: int
+) -> Iterator[Iterator[Any]]:
     import torch
 
-    repeated = files * (1 + (options.batches + 2 + 2 * max(options.processes)) * options.batch // len(files))
+    repeated = files * (
+        1 + (options.batches + 2 + 2 * max(options.processes)) * options.batch // len(files)
+    )
     loader = torch.utils.data.DataLoader(
         Files(repeated, options.side), options.batch, shuffle=True, num_workers=processes, collate_fn=np.stack, multiprocessing_context="spawn" if processes else None
     )  # fmt: skip
@@ -178,7 +213,7 @@ def of_torch(files: list[str], options: argparse.Namespace, processes: int) -> I
 
 
 def alone(files: Iterable[str], options: argparse.Namespace) -> float:
-    """Pictures a second that all cores decode, scale and cut when that is all they do."""
+    """Images a second that all cores decode, scale and cut when that is all they do."""
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         pool.map(partial(_through, options.side), list(files), chunksize=8)
         began = time.perf_counter()

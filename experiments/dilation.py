@@ -5,7 +5,7 @@
     radiance train experiments/dilation.py init=dilated-SEED.safetensors train.seed=SEED name=dilation-SEED
     radiance train experiments/dilation.py:scratch train.seed=SEED name=dilation-scratch-SEED
 
-The quickstart's model reads patches of 4 pixels in pictures of 16. Here the same digits have 32 pixels a side and patches of 8: as many tokens, as 1024
+The quickstart's model reads patches of 4 pixels in images of 16. Here the same digits have 32 pixels a side and patches of 8: as many tokens, as 1024
 pixels and patches of 32 have beside 512 and 16 (experiments/radiance_x0_patch32.py, the published step, which is too large to be measured
 here). The rule is the published one: each weight of the patch embedding on 2×2 pixels, divided by 4, and all else as it is. Steps cost the same in
 both arms, and the small model's come on top.
@@ -27,14 +27,14 @@ import quickstart
 
 from radiance import config as c
 
-ARMS = {"scratch": ["init="]}
+VARIANTS = {"scratch": ["init="]}
 
 
 def config() -> c.Config:
     return c.override(
         quickstart.config(),
         [
-            "name=dilation", "init=dilated.safetensors", "model.patch=8", "data.side=32", "data.enlarge=4", "data.batch=32", "train.steps=400",
+            "name=dilation", "init=dilated.safetensors", "model.patch=8", "data.resolution=32", "data.max_upscale=4", "data.batch_size=32", "train.steps=400",
             "train.validate_every=25", "train.sample_every=200", "train.checkpoint_every=100",
         ],
     )  # fmt: skip

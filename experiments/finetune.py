@@ -1,10 +1,10 @@
-"""Fine-tuning Chroma1-Radiance on a folder of captioned pictures.
+"""Fine-tuning Chroma1-Radiance on a folder of captioned images.
 
     radiance train experiments/finetune.py init=FILE data.path=FOLDER text.file=T5
     radiance convert runs/finetune out.safetensors --weights ema=0.9999 --dtype bf16
 
-FILE: the published weights, such as chroma-radiance-x0.safetensors. FOLDER: pictures, each with its captions in NAME.txt beside it
-or in a metadata.jsonl (see radiance/data/folder.py). T5: the encoder of T5 v1.1 XXL, as safetensors or GGUF; text.tokenizer=FILE
+FILE: the published weights, such as chroma-radiance-x0.safetensors. FOLDER: images, each with its captions in NAME.txt beside it
+or in a metadata.jsonl (see radiance/data/sources/folder.py). T5: the encoder of T5 v1.1 XXL, as safetensors or GGUF; text.tokenizer=FILE
 where spiece.model or tokenizer.json does not lie beside it. out.safetensors is for ComfyUI and its kin.
 
 The recipe is the one that the authors' trainer of the x0 model states: AdamW with betas 0.9 and 0.95, weight decay 1e-4 and a
@@ -24,11 +24,11 @@ wrong with a folder:
 
 from radiance import config as c
 
-ARMS = {
+VARIANTS = {
     "rehearsal": [
         "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=1", "model.single_blocks=2", "model.text_dim=64",
         "model.approximator_hidden=64", "model.approximator_depth=2", "model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=2",
-        "compute.dtype=float32", "text.encoder=hash", "text.length=64", "data.side=64", "data.batch=8", "optimizer.accumulate=1",
+        "compute.dtype=float32", "text.encoder=hash", "text.max_length=64", "data.resolution=64", "data.batch_size=8", "optimizer.gradient_accumulation_steps=1",
         "optimizer.learning_rate=1e-3", "train.steps=100", "train.validate_every=100", "train.sample_every=100", "train.checkpoint_every=100",
     ]
 }  # fmt: skip
@@ -37,16 +37,16 @@ ARMS = {
 def config() -> c.Config:
     return c.Config(
         name="finetune",
-        model=c.Model.named("chroma1-radiance-x0"),
+        model=c.Model.from_name("chroma1-radiance-x0"),
         compute=c.Compute(dtype="bfloat16", remat="full"),
-        text=c.Text(encoder="t5", length=512),
-        data=c.Data(source="folder", side=512, batch=256, caption_dropout=0.1, threads=16),
-        flow=c.Flow(time_law="logistic", epsilon=0.05, bound="add"),
+        text=c.Text(encoder="t5", max_length=512),
+        data=c.Data(source="folder", resolution=512, batch_size=256, caption_dropout=0.1, num_threads=16),
+        flow=c.Flow(timestep_distribution="logistic", min_divisor=0.05, min_divisor_mode="add"),
         optimizer=c.Optimizer(
-            learning_rate=1.732e-5, warmup_steps=100, beta1=0.9, beta2=0.95, weight_decay=1e-4, clip_norm=1.0, accumulate=4,
-            frozen=("modulation",), ema=(0.9999,),
+            learning_rate=1.732e-5, warmup_steps=100, beta1=0.9, beta2=0.95, weight_decay=1e-4, clip_norm=1.0, gradient_accumulation_steps=4,
+            frozen=("modulation",), ema_decays=(0.9999,),
         ),
-        train=c.Train(steps=10_000, validate_every=500, sample_every=500, checkpoint_every=500, keep=2),
-        sample=c.Sample(solver="euler", steps=28, schedule="shifted", guidance=4.0),
+        train=c.Train(steps=10_000, validate_every=500, sample_every=500, checkpoint_every=500, max_to_keep=2),
+        sample=c.Sample(solver="euler", steps=28, schedule="shifted", guidance_scale=4.0),
         mesh=c.Mesh(data=1, fsdp=-1),
     )  # fmt: skip

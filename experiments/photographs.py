@@ -2,16 +2,16 @@
 
     python experiments/photographs.py          (needs pip install 'radiance[photographs]')
 
-A test of everything between a folder and a picture: formats, profiles, turns, aspect buckets, captions, broken files, training and sampling. It
-writes the photographs that ship with scikit-image, scikit-learn and matplotlib into runs/photographs/pictures, trains until each
-is known by its caption, paints every caption at the shape its picture was trained at, and lays the pairs side by side in
+A test of everything between a folder and an image: formats, profiles, turns, aspect buckets, captions, broken files, training and sampling. It
+writes the photographs that ship with scikit-image, scikit-learn and matplotlib into runs/photographs/images, trains until each
+is known by its caption, paints every caption at the shape its image was trained at, and lays the pairs side by side in
 runs/photographs/pairs.png with their PSNR.
 
 Run for 1,620 steps, with stops (seed 0, 2 CPU cores shared with other work, 2026-11-26, so that its time says nothing): 17
-pictures are trained on, one of which turns out cut short and is told and passed over; 5 files are left out of them and 1 of the held-out ones,
+images are trained on, one of which turns out cut short and is told and passed over; 5 files are left out of them and 1 of the held-out ones,
 with their reasons. Painted from their captions the sixteen have a median PSNR of 20.9 dB, from 15.0 (gravel) to 31.0 (moon):
 experiments/photographs.jpg. All but the textures are known again at sight; grass and gravel are as rough as they should be and no more, and
-the bricks are rows without their bonds. After 1,000 steps it was 15.7 dB. The trainer waited for pictures in 0.1 % of its time.
+the bricks are rows without their bonds. After 1,000 steps it was 15.7 dB. The trainer waited for images in 0.1 % of its time.
 """
 
 import io
@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from radiance import config as c
+from radiance.base.images import make_contact_sheet, resize_and_crop, save_png
 from radiance.cli import main as radiance
 from radiance.data.datasets import open_source
-from radiance.data.decode import Broken
-from radiance.data.order import Order
-from radiance.models import load
-from radiance.pictures import contact_sheet, fitted, save_png
+from radiance.data.decode import UnusableError
+from radiance.data.sampler import BatchSampler
+from radiance.loading import load
 
 CAPTIONS = {
     "astronaut": "an astronaut in an orange suit, smiling before a flag",
@@ -47,8 +47,15 @@ CAPTIONS = {
     "retina": "the retina of an eye, orange and round",
     "rocket": "a rocket starting at night",
 }
-ARMS = {
-    "toy": ["model.hidden=64", "model.heads=2", "data.side=32", "data.bucket_step=16", "train.steps=40", "train.sample_every=40"],
+VARIANTS = {
+    "toy": [
+        "model.hidden=64",
+        "model.heads=2",
+        "data.resolution=32",
+        "data.bucket_step=16",
+        "train.steps=40",
+        "train.sample_every=40",
+    ],
 }
 
 
@@ -59,24 +66,25 @@ def config() -> c.Config:
             patch=16, hidden=192, heads=6, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
             approximator_hidden=64, approximator_depth=2, nerf_hidden=16, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=4, prediction="x0",
         ),
-        compute=c.Compute(dtype="float32", head_tile=0),
-        text=c.Text(encoder="hash", length=16),
+        compute=c.Compute(dtype="float32", head_chunk_size=0),
+        text=c.Text(encoder="hash", max_length=16),
         data=c.Data(
-            source="folder", path="runs/photographs/pictures", validation=0.03, side=128, bucket_step=32, batch=8, caption_dropout=0.0,
-            broken_limit=0.5, threads=2,
+            source="folder", path="runs/photographs/images", validation_fraction=0.03, resolution=128, bucket_step=32, batch_size=8, caption_dropout=0.0,
+            max_broken_fraction=0.5, num_threads=2,
         ),
-        flow=c.Flow(time_law="parabola"),
-        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema=(0.99,)),
+        flow=c.Flow(timestep_distribution="parabola"),
+        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema_decays=(0.99,)),
         train=c.Train(
             steps=1620, log_every=25, validate_every=1620, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
         ),
-        sample=c.Sample(solver="euler", steps=30, guidance=1.0, batch=16),
+        sample=c.Sample(solver="euler", steps=30, guidance_scale=1.0, batch_size=16),
     )  # fmt: skip
 
 
 def write(folder: Path):
     """The photographs, each kept in another way, with their captions, and what a folder of millions has besides; once, for a run that goes
-    on needs the same files, and a profile holds the time it was made."""
+    on needs the same files, and a profile holds the time it was made.
+    """
     if folder.is_dir():
         return
     part = folder.with_name(f".{folder.name}.part")
@@ -90,27 +98,33 @@ def _fill(folder: Path):
     turned[0x0112] = 6  # shown turned by a quarter
     adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name, caption in CAPTIONS.items():
-        picture = original(name)
+        image = original(name)
         match name:
             case "chelsea":
-                picture.transpose(Image.Transpose.ROTATE_90).save(folder / f"{name}.jpg", quality=95, exif=turned)
+                image.transpose(Image.Transpose.ROTATE_90).save(
+                    folder / f"{name}.jpg", quality=95, exif=turned
+                )
             case "coffee":
-                picture.convert("CMYK").save(folder / f"{name}.jpg", quality=95)
+                image.convert("CMYK").save(folder / f"{name}.jpg", quality=95)
             case "moon":
-                Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / f"{name}.tif")  # 16 bits
+                Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(
+                    folder / f"{name}.tif"
+                )  # 16 bits
             case "astronaut":
-                picture.save(folder / f"{name}.webp", quality=95, icc_profile=adobe)
+                image.save(folder / f"{name}.webp", quality=95, icc_profile=adobe)
             case "rocket":
-                picture.quantize(256).save(folder / f"{name}.png")
+                image.quantize(256).save(folder / f"{name}.png")
             case "coins":
-                picture.save(folder / f"{name}.bmp")
+                image.save(folder / f"{name}.bmp")
             case "flower":
-                picture.convert("RGBA").save(folder / f"{name}.png")
+                image.convert("RGBA").save(folder / f"{name}.png")
             case _:
-                picture.save(folder / f"{name}.png")
+                image.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption + "\n")
 
-    original("chelsea").resize((300, 200)).save(folder / "chelsea_again.webp", quality=60)  # whose name holds it out, alone
+    original("chelsea").resize((300, 200)).save(
+        folder / "chelsea_again.webp", quality=60
+    )  # whose name holds it out, alone
     (folder / "chelsea_again.txt").write_text(CAPTIONS["chelsea"] + "\n")
 
     file = io.BytesIO()
@@ -121,7 +135,7 @@ def _fill(folder: Path):
     }  # fmt: skip
     for name, content in broken.items():
         (folder / name).write_bytes(content)
-        (folder / name).with_suffix(".txt").write_text("a picture that is not there\n")
+        (folder / name).with_suffix(".txt").write_text("an image that is not there\n")
     original("rocket").resize((64, 42)).save(folder / "too_small.png")
     (folder / "too_small.txt").write_text("a small rocket\n")
     original("rocket").resize((900, 150)).save(folder / "too_long.png")
@@ -136,28 +150,37 @@ def original(name: str) -> Image.Image:
         import skimage
         import sklearn
     except ImportError as error:
-        raise SystemExit(f"The photographs ship with other packages ({error}): pip install 'radiance[photographs]'.") from None
+        raise SystemExit(
+            f"The photographs ship with other packages ({error}): pip install 'radiance[photographs]'."
+        ) from None
     places = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images", Path(matplotlib.__file__).parent / "mpl-data/sample_data")  # fmt: skip
-    found = next(path for place in places for path in sorted(place.glob(f"{name}.*")) if path.suffix in (".png", ".jpg"))
+    found = next(
+        path
+        for place in places
+        for path in sorted(place.glob(f"{name}.*"))
+        if path.suffix in (".png", ".jpg")
+    )
     return Image.open(found).convert("RGB")
 
 
 def pairs(run: c.Config) -> dict[str, float]:
     """PSNR in dB of every learned photograph's caption, painted; both side by side in pairs.png."""
-    source, painter = open_source(run.data, "train"), load(run.directory)
-    order = Order(source, run.data, run.train.seed)
+    source, painter = open_source(run.data, "train"), load(run.run_dir)
+    order = BatchSampler(source, run.data, run.train.seed)
     sheet, scores = [], {}
     for index in range(len(source)):
-        size = order.shapes.sizes[order.shapes.at[0, index]]
+        size = order.assignment.sizes[order.assignment.at[0, index]]
         try:
-            real = fitted(source.picture(index, size), *size)
-        except Broken:
+            real = resize_and_crop(source.load_image(index, size), *size)
+        except UnusableError:
             continue
-        painted = painter([source.captions(index)[0]], seeds=[0], width=size[0], height=size[1])[0].image
+        painted = painter([source.captions(index)[0]], seeds=[0], width=size[0], height=size[1])[
+            0
+        ].image
         error = np.mean((np.asarray(painted, np.float64) - real) ** 2)
         scores[Path(source.name(index)).stem] = float(10 * np.log10(255**2 / error))
         sheet += [Image.fromarray(real), painted]
-    save_png(run.directory / "pairs.png", contact_sheet(sheet, columns=8), {"psnr": scores})
+    save_png(run.run_dir / "pairs.png", make_contact_sheet(sheet, columns=8), {"psnr": scores})
     return scores
 
 
@@ -169,7 +192,7 @@ def main(changes: list[str]) -> int:
         scores = pairs(run)
         print("PSNR in dB: " + ", ".join(f"{name} {score:.1f}" for name, score in scores.items()))
         print(
-            f"Median {np.median(list(scores.values())):.1f} dB, least {min(scores.values()):.1f} dB. Look at {run.directory / 'pairs.png'}."
+            f"Median {np.median(list(scores.values())):.1f} dB, least {min(scores.values()):.1f} dB. Look at {run.run_dir / 'pairs.png'}."
         )
     return code
 

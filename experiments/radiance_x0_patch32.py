@@ -12,24 +12,36 @@ FOLDER, T5 and the hardware are those of experiments/radiance_512.py, whose sett
 | 1024 | runs/radiance_x0_patch32 | at 1024 pixels as many tokens as a patch of 16 has at 512; ours |
 | toy | | digits on a CPU |
 
-From the authors' trainer (lodestone-rock/flow, experimental branch): the dilation, which gives the same tokens on a picture without detail,
+From the authors' trainer (lodestone-rock/flow, experimental branch): the dilation, which gives the same tokens on an image without detail,
 and that all but the approximator is trained. The head's weights know no patch size and stay as they are; at the start it paints four times
 the pixels from each token that it was trained for.
 
-Only the toy has been run. There are no pictures and no numbers of the recipe itself.
+Only the toy has been run. There are no images and no numbers of the recipe itself.
 """
 
 import radiance_512 as published
 
 from radiance import config as c
 
-ARMS = {
+VARIANTS = {
     "half": ["init=x0-halved.safetensors", "model.patch_embed=conv_half"],
-    "1024": ["init=runs/radiance_x0_patch32", "data.side=1024"],
-    "toy": [*published.TOY, "model.patch=8", "data.other_sides=24", "data.enlarge=2", "data.bucket_step=8"],
+    "1024": ["init=runs/radiance_x0_patch32", "data.resolution=1024"],
+    "toy": [
+        *published.TOY,
+        "model.patch=8",
+        "data.extra_resolutions=24",
+        "data.max_upscale=2",
+        "data.bucket_step=8",
+    ],
 }
 
 
 def config() -> c.Config:
-    changes = ["name=radiance_x0_patch32", "init=x0-dilated.safetensors", "model.prediction=x0", "model.patch=32", *published.LATER]
+    changes = [
+        "name=radiance_x0_patch32",
+        "init=x0-dilated.safetensors",
+        "model.prediction=x0",
+        "model.patch=32",
+        *published.LATER,
+    ]
     return c.override(published.config(), changes)

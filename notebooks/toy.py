@@ -14,14 +14,14 @@ from pathlib import Path
 
 from radiance import config as c
 from radiance.cli import main as radiance
-from radiance.data.digits import NAMES
+from radiance.data.sources.digits import DIGIT_NAMES
 
-ARMS = {
+VARIANTS = {
     "linear": ["model.head=linear"],
     "per_block": ["model.modulation=per_block"],
     "shapes": [
-        "model.patch=8", "model.head=linear", "text.encoder=random_t5", "text.length=24", "data.source=shapes", "data.shapes.law=short",
-        "data.shapes.limit=24", "data.side=32", "train.sample_prompts=", "sample.guidance=1",
+        "model.patch=8", "model.head=linear", "text.encoder=random_t5", "text.max_length=24", "data.source=shapes", "data.shapes.caption_lengths=short",
+        "data.shapes.max_tokens=24", "data.resolution=32", "train.sample_prompts=", "sample.guidance_scale=1",
     ],
     "off": ["model.masking=off"],
 }  # fmt: skip
@@ -34,16 +34,16 @@ def config() -> c.Config:
             patch=4, hidden=64, heads=4, rope_axes=(4, 6, 6), double_blocks=1, single_blocks=2, mlp_ratio=2, text_dim=64,
             approximator_hidden=64, approximator_depth=2, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=1, nerf_freqs=4, prediction="x0",
         ),
-        compute=c.Compute(dtype="float32", head_tile=0),
-        text=c.Text(encoder="hash", length=10, dtype="float32"),
-        data=c.Data(source="digits", side=16, batch=32, caption_dropout=0.1, threads=1),
-        flow=c.Flow(time_law="parabola"),
-        optimizer=c.Optimizer(learning_rate=4e-3, warmup_steps=20, ema=(0.98,)),
+        compute=c.Compute(dtype="float32", head_chunk_size=0),
+        text=c.Text(encoder="hash", max_length=10, dtype="float32"),
+        data=c.Data(source="digits", resolution=16, batch_size=32, caption_dropout=0.1, num_threads=1),
+        flow=c.Flow(timestep_distribution="parabola"),
+        optimizer=c.Optimizer(learning_rate=4e-3, warmup_steps=20, ema_decays=(0.98,)),
         train=c.Train(
             steps=300, validate_every=300, sample_every=300, checkpoint_every=300,
-            sample_prompts=tuple(f"a handwritten {name}" for name in NAMES),
+            sample_prompts=tuple(f"a handwritten {name}" for name in DIGIT_NAMES),
         ),
-        sample=c.Sample(solver="euler", steps=30, guidance=2.0, batch=60),
+        sample=c.Sample(solver="euler", steps=30, guidance_scale=2.0, batch_size=60),
     )  # fmt: skip
 
 
@@ -57,4 +57,6 @@ def ready(*models: str):
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another notebook may be at it
                 made = (model / "report.html").is_file()  # which is written last
                 if not made and radiance(["train", ":".join([__file__, *arms])]):
-                    raise RuntimeError(f"{model} could not be trained; what was wrong stands above.")
+                    raise RuntimeError(
+                        f"{model} could not be trained; what was wrong stands above."
+                    )

@@ -6,19 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import toy_model, toy_params
 
 from benchmarks import attention, compile_time, host_memory, measure, networks, sampling, training
 from benchmarks.measure import Contender, Limits, Report, Result
 from radiance import config
 from radiance.model.flops import forward_flops
-from radiance.model.stored import STORES
+from radiance.model.quantized import WEIGHT_FORMATS
 from radiance.weights import checkpoint
+from tests.helpers.toy_models import toy_model, toy_params
 
 TOY = [
-    *("model.hidden=48", "model.heads=2", "model.double_blocks=1", "model.single_blocks=1", "model.rope_axes=4,10,10", "model.text_dim=32"),
+    *(
+        "model.hidden=48",
+        "model.heads=2",
+        "model.double_blocks=1",
+        "model.single_blocks=1",
+        "model.rope_axes=4,10,10",
+        "model.text_dim=32",
+    ),
     *("model.approximator_hidden=40", "model.patch=4", "model.head=linear"),
-    *("--model", "nano", "--side", "8", "--text-limit", "16", "--prompt-tokens", "3", "--repeats", "1"),
+    *(
+        "--model",
+        "nano",
+        "--side",
+        "8",
+        "--text-limit",
+        "16",
+        "--prompt-tokens",
+        "3",
+        "--repeats",
+        "1",
+    ),
 ]
 PEERS = ["PyTorch module, eager, text at the limit", "PyTorch module, eager, text cut"]
 
@@ -46,7 +64,10 @@ def no_torch(monkeypatch):
 def rows_of(report: Report) -> dict[str, list[str]]:
     """Cells by the first one, of all tables."""
     lines = [line for part in report.parts for line in part.splitlines() if line.startswith("| ")]
-    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+    return {
+        cells[0]: cells[1:]
+        for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    }
 
 
 # --- the clock and the table ------------------------------------------------------------------------------------------
@@ -54,9 +75,12 @@ def rows_of(report: Report) -> dict[str, list[str]]:
 
 def test_all_are_called_in_turn():
     calls = []
-    results = measure.race([Contender(name, lambda name=name: lambda: calls.append(name)) for name in "abc"], 2)
+    results = measure.race(
+        [Contender(name, lambda name=name: lambda: calls.append(name)) for name in "abc"], 2
+    )
     assert "".join(calls) == "aabbcc" + "abc" * 2
-    assert [r.contender.name for r in results] == list("abc") and all(len(r.times) == 2 and min(r.times) > 0 for r in results)
+    assert [r.contender.name for r in results] == list("abc")
+    assert all(len(r.times) == 2 and min(r.times) > 0 for r in results)
 
 
 def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(capsys):
@@ -64,7 +88,9 @@ def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(capsys):
         raise RuntimeError("no C++\ncompiler")
 
     fine = Contender("ours", lambda: lambda: None, peer=False)
-    results = measure.race([fine, Contender("at once", failing), Contender("when called", lambda: failing)], 1)
+    results = measure.race(
+        [fine, Contender("at once", failing), Contender("when called", lambda: failing)], 1
+    )
     report = Report("test", [])
     report.compare(results, Limits(1e12, 1e9))
     for name in ("at once", "when called"):
@@ -78,7 +104,9 @@ def test_ratios():
     ours = Result(Contender("ours", lambda: None, flops=3e12), 9.0, (4.0, 2.0, 3.0))
     theirs = Result(Contender("theirs", lambda: None, flops=6e12), 1.0, (7.0, 6.0, 5.0))
     report = Report("test", [])
-    report.compare([ours, theirs], Limits(4e12, 1e9), {"pictures/s": lambda result: f"{6 / result.median:.3g}"})
+    report.compare(
+        [ours, theirs], Limits(4e12, 1e9), {"images/s": lambda result: f"{6 / result.median:.3g}"}
+    )
     rows = rows_of(report)
     assert rows["ours"] == ["3", "2 – 4", "1.00", "1", "25%", "2", "9.0 s"]
     assert rows["theirs"] == ["6", "5 – 7", "2.00", "1", "25%", "1", "1.0 s"]
@@ -88,7 +116,8 @@ def test_ratios():
 @pytest.mark.usefixtures("no_torch")
 def test_limits_without_pytorch():
     limits = measure.measured_limits("float32", repeats=1)
-    assert 0 < limits.flops < 1e16 and 0 < limits.bandwidth < 1e14
+    assert 0 < limits.flops < 1e16
+    assert 0 < limits.bandwidth < 1e14
 
 
 def test_recorded(monkeypatch, tmp_path):
@@ -98,10 +127,15 @@ def test_recorded(monkeypatch, tmp_path):
     report = Report("sampling", ["--steps", "2", "--record"])
     report.say("| a |")
     report.record()
-    heading, command, versions, last = path.read_text().removeprefix("# Results\n\n").strip().split("\n\n")
-    assert heading.startswith("## sampling: ") and measure.hardware() in heading
+    heading, command, versions, last = (
+        path.read_text().removeprefix("# Results\n\n").strip().split("\n\n")
+    )
+    assert heading.startswith("## sampling: ")
+    assert measure.hardware() in heading
     assert command == "`python -m benchmarks.sampling --steps 2`"
-    assert f"jax {jax.__version__}" in versions and "commit" in versions and last == "| a |"
+    assert f"jax {jax.__version__}" in versions
+    assert "commit" in versions
+    assert last == "| a |"
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -109,33 +143,47 @@ def test_recorded(monkeypatch, tmp_path):
 
 def toy_task(**changes) -> networks.Task:
     run = config.Config(
-        model=toy_model(**changes), compute=config.Compute(dtype="float32"), text=config.Text(length=40), data=config.Data(side=8, batch=2)
+        model=toy_model(**changes),
+        compute=config.Compute(dtype="float32"),
+        text=config.Text(max_length=40),
+        data=config.Data(resolution=8, batch_size=2),
     )
     return networks.Task(run, 17)
 
 
 def test_operations():
     task = toy_task()
-    assert task.cut() == 32 and task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
+    assert task.cut() == 32
+    assert task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
     once = task.flops(32, 0, 1)
-    assert 0 < once < task.flops(32, 1, 0) and task.flops(32, 6, 4) == 6 * task.flops(32, 1, 0) + 4 * once
+    assert 0 < once < task.flops(32, 1, 0)
+    assert task.flops(32, 6, 4) == 6 * task.flops(32, 1, 0) + 4 * once
 
 
 def test_cut_text_is_the_beginning_of_the_whole():
     task = toy_task()
     (whole, lengths), (cut, _) = task.text(40, [17, 1]), task.text(32, [17, 1])
-    assert whole.shape == (2, 40, 32) and lengths.tolist() == [17, 1]
+    assert whole.shape == (2, 40, 32)
+    assert lengths.tolist() == [17, 1]
     np.testing.assert_array_equal(whole[:, :32], cut)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", WEIGHT_FORMATS)
 def test_stored_small_as_a_checkpoint_is(store):
     model = toy_model(hidden=64, rope_axes=(4, 14, 14))
     params = toy_params(model)
-    expected = checkpoint.of_params(model, params, "toy").params(store=store)
+    expected = checkpoint.checkpoint_from_params(model, params, "toy").load_params(
+        weight_format=store
+    )
     ours = networks.stored_small(params, store)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a.shape} {b.shape}"), ours, expected)
+    jax.tree.map(
+        lambda a, b: (
+            (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a.shape} {b.shape}")
+        ),
+        ours,
+        expected,
+    )
 
 
 @pytest.mark.reference
@@ -156,7 +204,12 @@ def test_networks_that_differ_are_not_timed(torch):
 @pytest.mark.usefixtures("no_torch")
 def test_sampling_without_peers():
     rows = rows_of(sampling.main([*TOY, "--steps", "2", "--stores", "int8"]))
-    assert {"radiance, text cut", "radiance, text at the limit", "radiance, weights in float32", "radiance, weights in int8"} <= set(rows)
+    assert {
+        "radiance, text cut",
+        "radiance, text at the limit",
+        "radiance, weights in float32",
+        "radiance, weights in int8",
+    } <= set(rows)
     assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 6
 
 
@@ -176,9 +229,13 @@ def test_sampling(torch):
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.slow
 def test_training_without_peers():
-    rows = rows_of(training.main(["model.modulation=none", *TOY, "--parts", "step", "--remat", "full"]))
+    rows = rows_of(
+        training.main(["model.modulation=none", *TOY, "--parts", "step", "--remat", "full"])
+    )
     assert "radiance, text cut, remat full" in rows
-    assert all(float(rows[name][6]) > 0 for name in rows if name.startswith("radiance"))  # GB temporary
+    assert all(
+        float(rows[name][6]) > 0 for name in rows if name.startswith("radiance")
+    )  # GB temporary
     assert sum("not measured, ModuleNotFoundError" in name for name in rows) == 4
 
 
@@ -191,7 +248,20 @@ def test_training(torch):
 
 
 def test_attention():
-    report = attention.main(["--tokens", "24", "--hidden-tokens", "5", "--heads", "2", "--head-dim", "8", "--repeats", "1"])
+    report = attention.main(
+        [
+            "--tokens",
+            "24",
+            "--hidden-tokens",
+            "5",
+            "--heads",
+            "2",
+            "--head-dim",
+            "8",
+            "--repeats",
+            "1",
+        ]
+    )
     tables = [part for part in report.parts if part.startswith("| ")]
     assert len(tables) == 2
     for text in tables:
@@ -210,7 +280,9 @@ def test_errors_are_of_visible_rows():
 def test_compile_time(monkeypatch):
     monkeypatch.setitem(compile_time.SIZES, "nano", toy_model(head="linear", modulation="none"))
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests' programs are there too
-    report = compile_time.main(["--models", "nano", "--devices", "1", "8", "--side", "8", "--peers"])
+    report = compile_time.main(
+        ["--models", "nano", "--devices", "1", "8", "--side", "8", "--peers"]
+    )
     lines = report.parts[-1].splitlines()[2:]
     assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
     assert all("not measured: there are" in line for line in lines[1::2]) or len(jax.devices()) >= 8
@@ -221,16 +293,22 @@ def test_compile_time(monkeypatch):
 def test_host_memory(monkeypatch):
     whole = host_memory.run_of
     quick = ["model.head=linear", "model.modulation=none"]
-    monkeypatch.setattr(host_memory, "run_of", lambda *given: config.override(whole(*given), quick))
-    report = host_memory.main(["--steps", "6", "--pictures", "20", "--side", "16"])
+    monkeypatch.setattr(host_memory, "make_sampling_config", lambda *given: config.override(whole(*given), quick))
+    report = host_memory.main(["--steps", "6", "--images", "20", "--side", "16"])
     rows = rows_of(report)
-    assert "6" in rows and all(float(anonymous) <= float(resident) for resident, anonymous in rows.values() if resident != "resident MB")
+    assert "6" in rows
+    assert all(
+        float(anonymous) <= float(resident)
+        for resident, anonymous in rows.values()
+        if resident != "resident MB"
+    )
     assert "each 1,000 steps add" in report.parts[-1]
 
 
 def test_slope_of_memory():
     readings = [host_memory.Reading(step, 50 * step + 7, 0) for step in (10, 20, 50)]
-    assert abs(host_memory.slope(readings, "resident") - 50_000) < 1e-6 and host_memory.slope(readings, "anonymous") == 0
+    assert abs(host_memory.slope(readings, "resident") - 50_000) < 1e-6
+    assert host_memory.slope(readings, "anonymous") == 0
 
 
 def test_what_is_too_large_to_compile_in_pytorch():

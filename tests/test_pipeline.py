@@ -5,30 +5,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from runs import toy_run
-from toys import toy_params
 
 from radiance import config
-from radiance.model.transformer import bind
-from radiance.models import load
-from radiance.pictures import save_png, to_picture
-from radiance.pipeline import Pipeline, Start, encode
-from radiance.sampling import modulations, paint
-from radiance.text.encoders import TextError
+from radiance.base.errors import TextError
+from radiance.base.images import save_png, to_image
+from radiance.flow.sampler import compute_modulations, generate_images
+from radiance.loading import load
+from radiance.model.transformer import bind_model
+from radiance.pipeline import InitImage, Pipeline, encode_prompts
+from tests.helpers.toy_models import toy_params
+from tests.helpers.toy_runs import toy_run
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    run = toy_run("unused", "unused", "text.length=40", "sample.batch=3")
+    run = toy_run("unused", "unused", "text.max_length=40", "sample.batch_size=3")
     return Pipeline(run, jax.tree.map(lambda x: x, toy_params(run.model)), "toy")
 
 
-def pixels(picture):
-    return np.asarray(picture.image, int)
+def pixels(image):
+    return np.asarray(image.image, int)
 
 
-def test_pictures_do_not_depend_on_their_neighbours(pipeline):
-    prompts = ["a one", "two and three and four", "", "five", "a long row of words about nothing at all"]
+def test_images_do_not_depend_on_their_neighbours(pipeline):
+    prompts = [
+        "a one",
+        "two and three and four",
+        "",
+        "five",
+        "a long row of words about nothing at all",
+    ]
     together = pipeline(prompts, seeds=[4, 5, 6, 7, 8])
     for i in (0, 3, 4):
         alone = pipeline([prompts[i]], seeds=[4 + i])
@@ -38,76 +44,108 @@ def test_pictures_do_not_depend_on_their_neighbours(pipeline):
 
 def test_prompts_are_encoded_batch_by_batch_after_all_were_counted(pipeline, monkeypatch):
     asked, whole = [], pipeline.encoder.encode
-    monkeypatch.setattr(pipeline.encoder, "encode", lambda texts, cut=False: asked.append(len(texts)) or whole(texts, cut))
+    monkeypatch.setattr(
+        pipeline.encoder,
+        "encode",
+        lambda texts, cut=False: asked.append(len(texts)) or whole(texts, cut),
+    )
     painted = pipeline.paint(["a one", "two", "three", "four", "five"], seeds=[4, 5, 6, 7, 8])
     next(painted)
     assert asked == [4]  # three prompts, and the negative one
-    assert len([*painted]) == 4 and asked == [4, 4]
+    assert len([*painted]) == 4
+    assert asked == [4, 4]
     asked.clear()
     with pytest.raises(TextError, match="has 51 tokens"):
         next(pipeline.paint(["a one", "two", "three", "four " * 50]))
     assert not asked
 
 
-def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(pipeline, monkeypatch):
+def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(
+    pipeline, monkeypatch
+):
     made = []
-    monkeypatch.setattr("radiance.pipeline.modulations", lambda *a, **k: made.append(1) or modulations(*a, **k))
+    monkeypatch.setattr(
+        "radiance.pipeline.modulations",
+        lambda *a, **k: made.append(1) or compute_modulations(*a, **k),
+    )
     first = pipeline(["a one"], seeds=[2])
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipeline._modulation)) and "modulation" not in pipeline._network
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipeline._modulation))
+    assert "modulation" not in pipeline._network
     made.clear()
     pipeline(["a two", "three", "four", "five"])
     assert not made
     pipeline(["a one"], settings=config.override(pipeline.run.sample, ["steps=3"]))
-    assert np.array_equal(pixels(pipeline(["a one"], seeds=[2])[0]), pixels(first[0])) and len(made) == 2
+    assert np.array_equal(pixels(pipeline(["a one"], seeds=[2])[0]), pixels(first[0]))
+    assert len(made) == 2
     # as when the program makes it itself
-    positive, negative = encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
+    positive, negative = encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     run = pipeline.run
-    whole = paint(
+    whole = generate_images(
         pipeline.params, np.array([2], np.uint32), positive, negative, model=run.model, compute=run.compute, settings=run.sample,
         noise_scale=1.0, height=8, width=8,
     )  # fmt: skip
-    assert np.abs(np.asarray(to_picture(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
+    assert np.abs(np.asarray(to_image(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
 
 
-def test_a_trajectory_ends_in_the_picture_and_tells_what_the_network_expects_on_the_way(pipeline):
+def test_a_trajectory_ends_in_the_image_and_tells_what_the_network_expects_on_the_way(pipeline):
     run = pipeline.run
     settings = config.override(run.sample, ["guidance=1", "steps=3", "solver=euler"])
-    prompts, seeds = ["a one", "two", "three", "four"], [4, 5, 6, 7]  # a batch of three, and one that is filled up
+    prompts, seeds = (
+        ["a one", "two", "three", "four"],
+        [4, 5, 6, 7],
+    )  # a batch of three, and one that is filled up
     way = pipeline.trajectory(prompts, seeds, settings=settings)
-    assert way.noisy.shape == (4, 4, 8, 8, 3) and way.clean.shape == (3, 4, 8, 8, 3)
+    assert way.noisy.shape == (4, 4, 8, 8, 3)
+    assert way.clean.shape == (3, 4, 8, 8, 3)
     values = np.concatenate([*pipeline.values(prompts, seeds, 8, 8, settings)])
     np.testing.assert_allclose(way.noisy[-1], values, atol=1e-5)
     text, lengths = pipeline.encoder(prompts)
-    velocity = jax.jit(lambda x, t: bind(run.model, run.compute, pipeline.params)(x, jnp.asarray(text), jnp.asarray(lengths), t))
+    velocity = jax.jit(
+        lambda x, t: bind_model(run.model, run.compute, pipeline.params)(
+            x, jnp.asarray(text), jnp.asarray(lengths), t
+        )
+    )
     for t, x, clean in zip(way.times, way.noisy, way.clean):
         np.testing.assert_allclose(clean, x - t * velocity(x, np.full(4, t)), atol=1e-4)
-    np.testing.assert_allclose(way.clean[-1], values, atol=1e-4)  # the last step goes there straight
+    np.testing.assert_allclose(
+        way.clean[-1], values, atol=1e-4
+    )  # the last step goes there straight
 
 
 def test_any_size(pipeline):
-    picture = pipeline(["a one"], width=13, height=7)[0]
-    assert picture.image.size == (13, 7)
+    image = pipeline(["a one"], width=13, height=7)[0]
+    assert image.image.size == (13, 7)
     whole = pipeline(["a one"], width=16, height=8)[0]
-    assert np.array_equal(pixels(picture), pixels(whole)[:7, :13])
+    assert np.array_equal(pixels(image), pixels(whole)[:7, :13])
 
 
 def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
-    positive, negative = encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
-    assert positive.text.shape[1] == 16 and negative.text.shape[1] == 16
+    positive, negative = encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
+    assert positive.text.shape[1] == 16
+    assert negative.text.shape[1] == 16
     cut = pipeline(["a one"])
     monkeypatch.setattr("radiance.pipeline.bucket", lambda tokens, limit: limit)
-    assert encode(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1] == 40
+    assert (
+        encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1]
+        == 40
+    )
     assert np.abs(pixels(pipeline(["a one"])[0]) - pixels(cut[0])).max() <= 1
 
 
 def test_without_any_text_guidance_leads_away_from_a_learned_text(pipeline):
     run = config.override(
-        toy_run("unused", "unused", "text.length=40", padding="learned", masking="off"), ["sample.unconditional=masked", "sample.steps=2"]
+        toy_run("unused", "unused", "text.max_length=40", padding="learned", masking="off"),
+        ["sample.unconditional=masked", "sample.steps=2"],
     )
-    positive, negative = encode(pipeline.encoder, ["a one"], run.sample, "off")
-    assert positive.lengths.tolist() == [3] and negative.lengths.tolist() == [0] and negative.text.shape == (1, 40, 16)
+    positive, negative = encode_prompts(pipeline.encoder, ["a one"], run.sample, "off")
+    assert positive.lengths.tolist() == [3]
+    assert negative.lengths.tolist() == [0]
+    assert negative.text.shape == (1, 40, 16)
     learned = Pipeline(run, toy_params(run.model), "toy")
-    masked, named = pixels(learned(["a one"])[0]), config.override(run.sample, ["unconditional=negative"])
+    masked, named = (
+        pixels(learned(["a one"])[0]),
+        config.override(run.sample, ["unconditional=negative"]),
+    )
     assert np.abs(masked - pixels(learned(["a one"], settings=named)[0])).max() > 2
     # no encoder is asked what stands there
     params = dict(learned.params, padding=learned.params["padding"] + 1)
@@ -122,43 +160,59 @@ def test_the_negative_prompt_and_settings_count(pipeline):
 
 
 def test_a_png_says_how_it_was_made(pipeline, tmp_path):
-    picture = pipeline(["a ünï one"], seeds=[3])[0]
-    save_png(tmp_path / "a" / "x.png", picture.image, picture.facts)
+    image = pipeline(["a ünï one"], seeds=[3])[0]
+    save_png(tmp_path / "a" / "x.png", image.image, image.facts)
     text = Image.open(tmp_path / "a" / "x.png").text
-    assert text["prompt"] == "a ünï one" and json.loads(text["seed"]) == 3 and json.loads(text["size"]) == [8, 8]
-    assert json.loads(text["settings"])["guidance"] == 2.0 and text["model"] == "toy"
+    assert text["prompt"] == "a ünï one"
+    assert json.loads(text["seed"]) == 3
+    assert json.loads(text["size"]) == [8, 8]
+    assert json.loads(text["settings"])["guidance"] == 2.0
+    assert text["model"] == "toy"
 
 
 def test_what_a_mask_hides_stays_to_the_last_bit(pipeline, tmp_path):
-    image = np.random.RandomState(0).randint(0, 256, (7, 10, 3)).astype(np.uint8)  # neither side is whole patches
+    image = (
+        np.random.RandomState(0).randint(0, 256, (7, 10, 3)).astype(np.uint8)
+    )  # neither side is whole patches
     mask = np.zeros((7, 10), np.float32)
     mask[2:, 3:8], mask[0, 0] = 1, 0.5
-    painted = pipeline(["a one", "two"], seeds=[3, 4], start=Start(image, mask))
+    painted = pipeline(["a one", "two"], seeds=[3, 4], start=InitImage(image, mask))
     for picture in painted:
         assert picture.image.size == (10, 7)
         changed = pixels(picture) - image
-        assert not changed[mask == 0].any() and np.abs(changed[mask == 1]).mean() > 10
-    anew = [pixels(p) for p in pipeline(["a one", "two"], seeds=[3, 4], start=Start(image))]
+        assert not changed[mask == 0].any()
+        assert np.abs(changed[mask == 1]).mean() > 10
+    anew = [pixels(p) for p in pipeline(["a one", "two"], seeds=[3, 4], start=InitImage(image))]
     assert (
         np.abs(anew[0] - pixels(pipeline(["a one"], seeds=[3], width=10, height=7)[0])).max() <= 1
-    )  # at full strength the picture is forgotten
-    half = pipeline(["a one"], seeds=[3], start=Start(image, strength=0.5))[0]
-    assert np.abs(pixels(half) - anew[0]).max() > 5 and half.facts["start"]["strength"] == 0.5
+    )  # at full strength the image is forgotten
+    half = pipeline(["a one"], seeds=[3], start=InitImage(image, strength=0.5))[0]
+    assert np.abs(pixels(half) - anew[0]).max() > 5
+    assert half.facts["start"]["strength"] == 0.5
     facts = painted[0].facts["start"]
+    assert facts["strength"] == 1
     assert (
-        facts["strength"] == 1
-        and len({facts["image"], facts["mask"], pipeline(["two"], start=Start(image + 1))[0].facts["start"]["image"]}) == 3
+        len(
+            {
+                facts["image"],
+                facts["mask"],
+                pipeline(["two"], start=InitImage(image + 1))[0].facts["start"]["image"],
+            }
+        )
+        == 3
     )
 
 
 def test_starts_that_cannot_be(pipeline):
     image = np.zeros((8, 12, 3), np.uint8)
-    with pytest.raises(config.ConfigError, match="The mask is of 8×12 pixels, and the picture of 12×8"):
-        Start(image, np.zeros((12, 8), np.float32))
+    with pytest.raises(
+        config.ConfigError, match="The mask is of 8×12 pixels, and the image of 12×8"
+    ):
+        InitImage(image, np.zeros((12, 8), np.float32))
     with pytest.raises(config.ConfigError, match="strength=0 must be more than 0"):
-        Start(image, strength=0)
+        InitImage(image, strength=0)
     with pytest.raises(config.ConfigError, match="not of 8×8"):
-        pipeline(["one"], width=8, height=8, start=Start(image))
+        pipeline(["one"], width=8, height=8, start=InitImage(image))
 
 
 def test_a_prompt_over_the_limit_is_told_before_any_work(pipeline):

@@ -4,7 +4,7 @@
     radiance ablate experiments/ablations/masking.py --scale gpu        one GPU; the same command goes on until all is done
     radiance plan experiments/ablations/masking.py:strict --device h200 a run of the pod scale
 
-Captions are of 10 to 20 tokens whatever their picture shows, so that the number of padding tokens says nothing of it. The encoder is a T5 of
+Captions are of 10 to 20 tokens whatever their image shows, so that the number of padding tokens says nothing of it. The encoder is a T5 of
 random weights, whose padding depends on the prompt and on its position, as a trained T5's does.
 
 Expected, before the run: strict within 1 % of one_pad; off at its own length a little better, and 16 registers most of the way there; all that are
@@ -41,9 +41,9 @@ def config() -> c.Config:
         name="masking",
         model=c.MODELS["small"],
         compute=c.Compute(remat="dots"),
-        text=c.Text(encoder="t5", length=256),
-        data=c.Data(source="folder", side=256, batch=1024, threads=16),
-        optimizer=c.Optimizer(learning_rate=3e-4, warmup_steps=1000, ema=(0.9999,)),
+        text=c.Text(encoder="t5", max_length=256),
+        data=c.Data(source="folder", resolution=256, batch_size=1024, num_threads=16),
+        optimizer=c.Optimizer(learning_rate=3e-4, warmup_steps=1000, ema_decays=(0.9999,)),
         train=c.Train(steps=100_000, validate_every=5000, sample_every=5000, checkpoint_every=5000),
         mesh=c.Mesh(data=1, fsdp=-1),
     )
@@ -51,16 +51,23 @@ def config() -> c.Config:
 
 def gpu() -> c.Config:
     """About 10 M parameters, and 64 + 64 tokens."""
-    model = c.override(c.Config(model=c.MODELS["nano"]), ["model.patch=8", "model.text_dim=64", "data.side=64"]).model
+    model = c.override(
+        c.Config(model=c.MODELS["nano"]),
+        ["model.patch=8", "model.text_dim=64", "data.resolution=64"],
+    ).model
     return c.Config(
         name="masking-gpu",
         model=model,
-        compute=c.Compute(attention="xla"),  # seeds are one more axis, for which the fused kernels are not made
-        text=c.Text(encoder="random_t5", length=64),
-        data=c.Data(side=64, batch=128),
-        optimizer=c.Optimizer(learning_rate=1e-3, warmup_steps=200, ema=(), ema_widths=(0.1, 0.05, 0.2)),
-        train=c.Train(steps=5000, validate_every=250, validate_pictures=4096, checkpoint_every=500),
-        sample=c.Sample(steps=20, batch=128, weights="width=0.1"),
+        compute=c.Compute(
+            attention="xla"
+        ),  # seeds are one more axis, for which the fused kernels are not made
+        text=c.Text(encoder="random_t5", max_length=64),
+        data=c.Data(resolution=64, batch_size=128),
+        optimizer=c.Optimizer(
+            learning_rate=1e-3, warmup_steps=200, ema_decays=(), ema_widths=(0.1, 0.05, 0.2)
+        ),
+        train=c.Train(steps=5000, validate_every=250, validation_images=4096, checkpoint_every=500),
+        sample=c.Sample(steps=20, batch_size=128, weights="width=0.1"),
     )
 
 
@@ -72,10 +79,10 @@ def cpu() -> c.Config:
             approximator_depth=2, head="linear", prediction="x0",
         ),
         compute=c.Compute(dtype="float32"),
-        text=c.Text(encoder="random_t5", length=24, dtype="float32"),
-        data=c.Data(side=32, batch=16),
-        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=20, ema=(0.95,)),
-        train=c.Train(steps=200, validate_every=50, validate_pictures=128, checkpoint_every=100),
+        text=c.Text(encoder="random_t5", max_length=24, dtype="float32"),
+        data=c.Data(resolution=32, batch_size=16),
+        optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=20, ema_decays=(0.95,)),
+        train=c.Train(steps=200, validate_every=50, validation_images=128, checkpoint_every=100),
     )  # fmt: skip
 
 
@@ -85,19 +92,34 @@ def sized(name: str, scale: str, *changes: str) -> c.Config:
     return c.override(run, [f"name={run.name.replace('masking', name)}", *changes])
 
 
-def scales(name: str, *changes: str, seeds: int = 3, **arms: dict[str, tuple[str, ...]]) -> dict[str, Scale]:
+def scales(
+    name: str, *changes: str, seeds: int = 3, **arms: dict[str, tuple[str, ...]]
+) -> dict[str, Scale]:
     """What most suites are run at. seeds: of the cpu scale; arms: by scale, further ones."""
     further = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
     return {
-        "cpu": Scale(sized(name, "cpu", *changes), pictures=2048, seeds=seeds, arms=further["cpu"]),
-        "gpu": Scale(sized(name, "gpu", *changes), pictures=65536, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024, arms=further["gpu"]),
-        "pod": Scale(sized(name, "pod", *changes), seeds=3, arms=further["pod"]),
+        "cpu": Scale(
+            sized(name, "cpu", *changes), num_images=2048, num_seeds=seeds, arms=further["cpu"]
+        ),
+        "gpu": Scale(
+            sized(name, "gpu", *changes),
+            num_images=65536,
+            num_seeds=8,
+            learning_rate_factors=(0.5, 1.0, 2.0),
+            num_samples=1024,
+            arms=further["gpu"],
+        ),
+        "pod": Scale(sized(name, "pod", *changes), num_seeds=3, arms=further["pod"]),
     }
 
 
 def views(*lengths: int) -> dict[str, tuple[str, ...]]:
     masks = ("one_pad", "strict", "off")
-    return {f"{mask} {length}": (f"model.masking={mask}", f"text.length={length}") for mask in masks for length in lengths}
+    return {
+        f"{mask} {length}": (f"model.masking={mask}", f"text.max_length={length}")
+        for mask in masks
+        for length in lengths
+    }
 
 
 SUITE = Suite(
@@ -109,17 +131,17 @@ SUITE = Suite(
     margin=0.01,
     arms=CHANGES,
     scales={
-        "cpu": Scale(cpu(), pictures=2048, seeds=3, views=views(24, 64)),
+        "cpu": Scale(cpu(), num_images=2048, num_seeds=3, conditions=views(24, 64)),
         "gpu": Scale(
             gpu(),
-            pictures=65536,
-            seeds=8,
-            rates=(0.5, 1.0, 2.0),
-            painted=1024,
-            arms={"off_256": ("model.masking=off", "text.length=256")},
-            views=views(24, 64, 256),
+            num_images=65536,
+            num_seeds=8,
+            learning_rate_factors=(0.5, 1.0, 2.0),
+            num_samples=1024,
+            arms={"off_256": ("model.masking=off", "text.max_length=256")},
+            conditions=views(24, 64, 256),
         ),
-        "pod": Scale(config(), seeds=3),
+        "pod": Scale(config(), num_seeds=3),
     },
 )
-ARMS = SUITE.arms_at("pod")
+VARIANTS = SUITE.arms_at("pod")

@@ -36,11 +36,17 @@ BASE = "model.modulation=per_block"
 CHANGES = {
     "per_block": (),
     "approximator": ("model.modulation=approximator",),
-    "approximator_slow": ("model.modulation=approximator", "optimizer.rates=modulation=0.1"),
-    "approximator_fast": ("model.modulation=approximator", "optimizer.rates=modulation=10"),
+    "approximator_slow": (
+        "model.modulation=approximator",
+        "optimizer.lr_multipliers=modulation=0.1",
+    ),
+    "approximator_fast": (
+        "model.modulation=approximator",
+        "optimizer.lr_multipliers=modulation=10",
+    ),
     "shared": ("model.modulation=shared",),
     "none": ("model.modulation=none",),
-    "slow": ("optimizer.rates=modulation=0.03",),
+    "slow": ("optimizer.lr_multipliers=modulation=0.03",),
 }
 
 
@@ -51,7 +57,10 @@ def config() -> c.Config:
 
 def deep(**singles: int) -> dict[str, tuple[str, ...]]:
     """Arms with so many single blocks."""
-    return {f"deep_{kind}": (f"model.modulation={kind}", f"model.single_blocks={count}") for kind, count in singles.items()}
+    return {
+        f"deep_{kind}": (f"model.modulation={kind}", f"model.single_blocks={count}")
+        for kind, count in singles.items()
+    }
 
 
 SUITE = Suite(
@@ -71,4 +80,4 @@ SUITE = Suite(
         pod=deep(approximator=12, none=13, shared=11),
     ),
 )
-ARMS = SUITE.arms_at("pod")
+VARIANTS = SUITE.arms_at("pod")

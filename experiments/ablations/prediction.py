@@ -1,15 +1,15 @@
-"""What should the last layer put out, the velocity or the picture, and does a NeRF head change the answer? At four sizes of patch.
+"""What should the last layer put out, the velocity or the image, and does a NeRF head change the answer? At four sizes of patch.
 
     radiance ablate experiments/ablations/prediction.py:p16                           the cpu scale: too small to decide anything
     radiance ablate experiments/ablations/prediction.py:p16 --scale gpu               one GPU; the same command goes on until all is done
     radiance plan experiments/ablations/prediction.py:p16:nerf_x0 --device h200       a run of the pod scale
 
 There is a suite for each patch, p4, p8, p16 and p32, and heads and predictions are crossed in each, so there is no suite of heads beside
-them. The trunk always works on 64 tokens: pictures are of 8 patches a side, scenes rendered anew. Arms are compared within a patch alone,
-for losses of pictures of two sizes are not of one kind. The numbers of a patch, 3 · side², cross the 256 channels of a token between
+them. The trunk always works on 64 tokens: images are of 8 patches a side, scenes rendered anew. Arms are compared within a patch alone,
+for losses of images of two sizes are not of one kind. The numbers of a patch, 3 · side², cross the 256 channels of a token between
 patches of 8 and of 16.
 
-All arms are validated by one measure, the error of the picture over t + 0.05, as x0 models are trained: a velocity's error is weighted by
+All arms are validated by one measure, the error of the image over t + 0.05, as x0 models are trained: a velocity's error is weighted by
 t² / (t + 0.05)². `velocity` arms are trained without that weight, as velocity models are, and linear_velocity_weighed with it.
 
 Expected, before the run: linear_velocity falls behind where a patch has more numbers than a token has channels (JiT, arXiv 2511.13720), and
@@ -46,22 +46,31 @@ import masking
 from radiance import config as c
 from radiance.ablation.suite import Scale, Suite
 
-PATCHES = {f"p{side}": (f"model.patch={side}", f"data.side={8 * side}") for side in (4, 8, 16, 32)}
-TRAINED_AS_VELOCITY = ("model.prediction=velocity", "flow.velocity_weight=one")
+PATCHES = {
+    f"p{side}": (f"model.patch={side}", f"data.resolution={8 * side}") for side in (4, 8, 16, 32)
+}
+TRAINED_AS_VELOCITY = ("model.prediction=velocity", "flow.loss_weighting=none")
 CHANGES = {
     "linear_x0": (),
     "linear_velocity": TRAINED_AS_VELOCITY,
     "linear_velocity_weighed": ("model.prediction=velocity",),
     "nerf_x0": ("model.head=nerf_conv",),
     "nerf_velocity": ("model.head=nerf_conv", *TRAINED_AS_VELOCITY),
-    "small_epsilon": ("flow.epsilon=0.01",),
-    "clamp": ("flow.bound=clamp",),
+    "small_epsilon": ("flow.min_divisor=0.01",),
+    "clamp": ("flow.min_divisor_mode=clamp",),
     "no_text": ("data.caption_dropout=1",),
 }
 
 
 def sized(scale: str, *changes: str) -> c.Config:
-    return masking.sized("prediction", scale, "model.head=linear", "model.prediction=x0", "flow.velocity_weight=x0", *changes)
+    return masking.sized(
+        "prediction",
+        scale,
+        "model.head=linear",
+        "model.prediction=x0",
+        "flow.loss_weighting=x0",
+        *changes,
+    )
 
 
 def config() -> c.Config:
@@ -70,22 +79,35 @@ def config() -> c.Config:
 
 
 def suite(patch: str) -> Suite:
-    of, small = PATCHES[patch], ("model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=1")
+    of, small = (
+        PATCHES[patch],
+        ("model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=1"),
+    )
     return Suite(
         name=f"prediction_{patch}",
-        question=f"Velocity or picture, from a linear or a NeRF head, at {patch}?",
+        question=f"Velocity or image, from a linear or a NeRF head, at {patch}?",
         metric="validation_loss",
         base="linear_x0",
         control="linear_velocity" if patch == "p32" else "no_text",
         margin=0.01,
         arms=CHANGES,
         scales={
-            "cpu": Scale(sized("cpu", "data.batch=8", "train.validate_pictures=32", *small, *of), pictures=512, seeds=3),
-            "gpu": Scale(sized("gpu", *of), pictures=16384, seeds=8, rates=(0.5, 1.0, 2.0), painted=1024),
-            "pod": Scale(sized("pod", *of), seeds=3),
+            "cpu": Scale(
+                sized("cpu", "data.batch_size=8", "train.validation_images=32", *small, *of),
+                num_images=512,
+                num_seeds=3,
+            ),
+            "gpu": Scale(
+                sized("gpu", *of),
+                num_images=16384,
+                num_seeds=8,
+                learning_rate_factors=(0.5, 1.0, 2.0),
+                num_samples=1024,
+            ),
+            "pod": Scale(sized("pod", *of), num_seeds=3),
         },
     )
 
 
 SUITES = {patch: suite(patch) for patch in PATCHES}
-ARMS = PATCHES | CHANGES
+VARIANTS = PATCHES | CHANGES

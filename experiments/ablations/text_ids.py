@@ -5,8 +5,8 @@
     radiance plan experiments/ablations/text_ids.py:sequential --device h200   a run of the pod scale
 
 The encoder is a T5 of random weights, and never the hash. With ids of zero the network cannot tell the order of the text, and with the
-hash, a bag of words, nothing else can: it never learns which colour is which shape's, and sequential ids win for a reason that no trained
-T5 gives, whose rows know their neighbours.
+hash, a bag of words, nothing else can: it never learns which color is which shape's, and sequential ids win for a reason that no trained
+T5 gives, whose rows know their neighbors.
 
 Expected, before the run: sequential within 1 % of zero, for the rows say already what the order would.
 
@@ -44,4 +44,4 @@ SUITE = Suite(
     arms=CHANGES,
     scales=masking.scales("text_ids"),
 )
-ARMS = SUITE.arms_at("pod")
+VARIANTS = SUITE.arms_at("pod")

@@ -9,7 +9,7 @@ one law and weigh as the other would, so that their expected gradient is the oth
 the mean by resolution: 0.47 at 64 tokens. Training losses of two laws are means over two sets of times; validation takes the same in all
 arms, as many in every tenth.
 
-The control draws late times (logit-normal with mean and scale 0.8): a ten-thousandth of them lies before 0.1, where the last of a picture
+The control draws late times (logit-normal with mean and scale 0.8): a ten-thousandth of them lies before 0.1, where the last of an image
 is decided.
 
 Expected, before the run: the laws reach the base's loss in 0.9 to 1.2 times its steps, and differ two- to fivefold in the first and the
@@ -23,7 +23,7 @@ validated on the same even times, and in 200 steps the gradient's noise may coun
 differences in the first and the last tenth were not there: 0.79 to 1.15 of the base's loss in the first, 0.89 to 1.14 in the last,
 without the control (2.7 and 0.83). The other scales have not been run.
 
-Missing, because the code cannot say it yet: the mean colour after the first step of sampling and the noise that the last one leaves.
+Missing, because the code cannot say it yet: the mean color after the first step of sampling and the noise that the last one leaves.
 """
 
 import masking
@@ -33,12 +33,19 @@ from radiance.ablation.suite import Suite
 
 CHANGES = {
     "parabola": (),
-    "uniform": ("flow.time_law=uniform",),
-    "logit_normal": ("flow.time_law=logit_normal",),
-    "logistic": ("flow.time_law=logistic",),
-    "parabola_as_uniform": ("flow.time_weight=uniform",),
-    "uniform_as_parabola": ("flow.time_law=uniform", "flow.time_weight=parabola"),
-    "late": ("flow.time_law=logit_normal", "flow.time_mean=0.8", "flow.time_scale=0.8"),
+    "uniform": ("flow.timestep_distribution=uniform",),
+    "logit_normal": ("flow.timestep_distribution=logit_normal",),
+    "logistic": ("flow.timestep_distribution=logistic",),
+    "parabola_as_uniform": ("flow.timestep_weighting=uniform",),
+    "uniform_as_parabola": (
+        "flow.timestep_distribution=uniform",
+        "flow.timestep_weighting=parabola",
+    ),
+    "late": (
+        "flow.timestep_distribution=logit_normal",
+        "flow.logit_mean=0.8",
+        "flow.logit_std=0.8",
+    ),
 }
 
 
@@ -57,4 +64,4 @@ SUITE = Suite(
     arms=CHANGES,
     scales=masking.scales("time_law"),
 )
-ARMS = SUITE.arms_at("pod")
+VARIANTS = SUITE.arms_at("pod")

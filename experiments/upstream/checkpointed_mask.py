@@ -12,11 +12,15 @@ from toy_chroma import IMAGE, LENGTHS, WORDS, moved, output, toy
 def main():
     model = toy()
     mask = torch.arange(WORDS) <= torch.tensor(LENGTHS)[:, None]
-    mask = torch.cat([mask, torch.ones(len(LENGTHS), IMAGE, dtype=torch.bool)], dim=1)  # booleans, which are right
+    mask = torch.cat(
+        [mask, torch.ones(len(LENGTHS), IMAGE, dtype=torch.bool)], dim=1
+    )  # booleans, which are right
     plain, before = output(model, mask), moved(model, mask)
     model.enable_gradient_checkpointing()
     change = float((output(model, mask) - plain).norm() / plain.norm())
-    print(f"diffusers {__version__}: checkpointing, which should change nothing, moves the output by {change:.4f} (relative);")
+    print(
+        f"diffusers {__version__}: checkpointing, which should change nothing, moves the output by {change:.4f} (relative);"
+    )
     print(f"other padding moves it by {before:.1e} without checkpointing, and with it by")
     print(f"effect = {moved(model, mask):.4f}")
 

@@ -24,10 +24,14 @@ def meant(samples):
 def main():
     for count in (255, 256, 257, 512, 1024, 25_600):
         rows = list(range(count))
-        print(f"{count:6d} pictures of one shape: {len(theirs(rows)):3d} batches, meant are {len(meant(rows)):3d}")
+        print(
+            f"{count:6d} images of one shape: {len(theirs(rows)):3d} batches, meant are {len(meant(rows)):3d}"
+        )
     sizes = range(1, 8 * BATCH + 1)
     lost = sum(len(meant(range(n))) - len(theirs(range(n))) for n in sizes)
-    print(f"buckets of 1 to {8 * BATCH} pictures that lose one: {lost} of {len(sizes)}; pictures lost of a bucket of 256:")
+    print(
+        f"buckets of 1 to {8 * BATCH} images that lose one: {lost} of {len(sizes)}; images lost of a bucket of 256:"
+    )
     print(f"effect = {BATCH * (len(meant(range(BATCH))) - len(theirs(range(BATCH))))}")
 
 

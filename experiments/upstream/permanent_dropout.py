@@ -19,7 +19,9 @@ def main():
                 captions[i] = ""
         shares.append(captions.count("") / SAMPLES)
     print("share without caption, epoch by epoch:", [round(share, 3) for share in shares])
-    print(f"expected 1 − 0.9ⁿ: {1 - (1 - CHANCE) ** EPOCHS:.3f} after {EPOCHS}; asked for: {CHANCE}")
+    print(
+        f"expected 1 − 0.9ⁿ: {1 - (1 - CHANCE) ** EPOCHS:.3f} after {EPOCHS}; asked for: {CHANCE}"
+    )
     print(f"effect = {shares[-1]:.3f}")
 
 

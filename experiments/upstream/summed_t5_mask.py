@@ -20,13 +20,25 @@ def main():
     counts = kept.T @ kept
     bias = np.where(counts == 0, -3e38, np.where(counts == 1, 0, counts)).astype(np.float32)
     row = bias[0]  # of a token that all samples have
-    print("bias by position:", {f"{low}–{high - 1}": float(row[low]) for low, high in zip((0, *LENGTHS), (*LENGTHS, WORDS))})
+    print(
+        "bias by position:",
+        {
+            f"{low}–{high - 1}": float(row[low])
+            for low, high in zip((0, *LENGTHS), (*LENGTHS, WORDS))
+        },
+    )
     logits = draw.standard_normal((LENGTHS[0], WORDS), np.float32)  # of the tokens that all have
-    mask = np.where(kept[-1] > 0, 0, -3e38).astype(np.float32)  # of the longest caption, as it should be
+    mask = np.where(kept[-1] > 0, 0, -3e38).astype(
+        np.float32
+    )  # of the longest caption, as it should be
     right, wrong = softmax(logits + mask), softmax(logits + bias[: LENGTHS[0]])
     first = slice(0, LENGTHS[0])
-    print(f"longest caption: its first {LENGTHS[0]} words look at each other with {right[:, first].sum(-1).mean():.3f} of their attention,")
-    print(f"and with the bias of 4 with {wrong[:, first].sum(-1).mean():.3f}; the distribution moves by (total variation)")
+    print(
+        f"longest caption: its first {LENGTHS[0]} words look at each other with {right[:, first].sum(-1).mean():.3f} of their attention,"
+    )
+    print(
+        f"and with the bias of 4 with {wrong[:, first].sum(-1).mean():.3f}; the distribution moves by (total variation)"
+    )
     print(f"effect = {np.abs(wrong - right).sum(-1).mean() / 2:.3f}")
 
 

@@ -22,11 +22,20 @@ def main():
     kept = np.concatenate([kept, np.ones((len(kept), IMAGE), bool)], axis=1)
     own = kept[:, :, None] & kept[:, None, :]
     union = np.broadcast_to((kept.T.astype(int) @ kept.astype(int)) > 0, own.shape)
-    print("text tokens that each sample sees:", own[:, -1, :WORDS].sum(-1), "instead:", union[:, -1, :WORDS].sum(-1))
-    query, key, value = draw.standard_normal((3, len(kept), WORDS + IMAGE, HEADS, WIDTH), np.float32)
+    print(
+        "text tokens that each sample sees:",
+        own[:, -1, :WORDS].sum(-1),
+        "instead:",
+        union[:, -1, :WORDS].sum(-1),
+    )
+    query, key, value = draw.standard_normal(
+        (3, len(kept), WORDS + IMAGE, HEADS, WIDTH), np.float32
+    )
     right, wrong = (attend(query, key, value, pairs)[:, WORDS:] for pairs in (own, union))
     for length, x, y in zip(LENGTHS, right, wrong):
-        print(f"{length:4d} words: image tokens move by {np.linalg.norm(y - x) / np.linalg.norm(x):.3f} (relative)")
+        print(
+            f"{length:4d} words: image tokens move by {np.linalg.norm(y - x) / np.linalg.norm(x):.3f} (relative)"
+        )
     print(f"effect = {np.linalg.norm(wrong[0] - right[0]) / np.linalg.norm(right[0]):.3f}")
 
 

@@ -1,4 +1,4 @@
-"""What is said of a picture at one step: one of its captions, and tags in a new order each time."""
+"""What is said of an image at one step: one of its captions, and tags in a new order each time."""
 
 import math
 import re
@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from radiance import config
-from radiance.data.datasets import Source
-from radiance.data.draws import Of, draws
+from radiance.base.random import RandomStream, make_rng
+from radiance.data.source import Source
 
 # Letters alone end a word, for tags are also written like looking_left.
-SIDES = re.compile(r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE)
+DIRECTION_WORDS = re.compile(
+    r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE
+)
 
 
-def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np.random.Generator) -> str | None:
+def augment_caption(
+    captions: Sequence[str], has_tags: bool, data: config.Data, rng: np.random.Generator
+) -> str | None:
     """One of the captions, of which there is at least one. None for one that is dropped: how "nothing" is said is the caller's affair.
 
     tags: whether they are lists of tags with commas between. Of n tags ceil(n u) are kept, u uniform in (1 - tag_drop, 1], and
@@ -24,35 +28,47 @@ def caption_of(captions: Sequence[str], tags: bool, rules: config.Data, draw: np
 
     Four numbers are drawn, and then one for each tag; all with Generator.random, whose stream no version of NumPy has changed.
     """
-    chosen, dropped, lowered, share = draw.random(4)
-    text = captions[int(chosen * len(captions))]
-    if dropped < rules.caption_dropout:
+    u_caption, u_dropout, u_lowercase, u_tags = rng.random(4)
+    text = captions[int(u_caption * len(captions))]
+    if u_dropout < data.caption_dropout:
         return None
-    if tags and (rules.tag_shuffle or rules.tag_drop):
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        kept = np.argsort(draw.random(len(names)), kind="stable")[: math.ceil(len(names) * (1 - rules.tag_drop * share))]
-        text = ", ".join(names[i] for i in (kept if rules.tag_shuffle else np.sort(kept)))
-    if lowered < rules.lower:
+    if has_tags and (data.shuffle_tags or data.tag_dropout):
+        tag_names = [name.strip() for name in text.split(",") if name.strip()]
+        tag_indices = np.argsort(rng.random(len(tag_names)), kind="stable")[
+            : math.ceil(len(tag_names) * (1 - data.tag_dropout * u_tags))
+        ]
+        text = ", ".join(
+            tag_names[i] for i in (tag_indices if data.shuffle_tags else np.sort(tag_indices))
+        )
+    if u_lowercase < data.lowercase_probability:
         text = text.lower()
-    return framed(text, rules)
+    return wrap_caption(text, data)
 
 
-def framed(caption: str, rules: config.Data) -> str:
+def wrap_caption(caption: str, data: config.Data) -> str:
     """With what every caption of the run begins and ends with."""
-    return f"{rules.prefix}{caption}{rules.suffix}"
+    return f"{data.caption_prefix}{caption}{data.caption_suffix}"
 
 
-def first_caption(source: Source, index: int, rules: config.Data) -> str:
-    """What a picture is validated with and painted from: nothing is left to chance."""
-    return framed(source.captions(index)[0], rules)
+def first_caption(source: Source, index: int, data: config.Data) -> str:
+    """What an image is validated with and painted from: nothing is left to chance."""
+    return wrap_caption(source.captions(index)[0], data)
 
 
-def drawn_caption(source: Source, index: int, rules: config.Data, seed: int, position: int) -> str | None:
-    """The caption of the picture that stands at a position of the run: step × batch + row."""
-    return caption_of(source.captions(index), source.tags(index), rules, draws(seed, Of.CAPTION, position))
+def sample_caption(
+    source: Source, index: int, data: config.Data, seed: int, position: int
+) -> str | None:
+    """The caption of the image that stands at a position of the run: step × batch + row."""
+    return augment_caption(
+        source.captions(index),
+        source.has_tags(index),
+        data,
+        make_rng(seed, RandomStream.CAPTION, position),
+    )
 
 
-def mentions_sides(caption: str) -> bool:
-    """Whether it says left or right in English, so that the mirrored picture would make it wrong. "All right", "she has left" and
-    "a right angle" count too: a picture too many that is never mirrored costs nothing."""
-    return SIDES.search(caption) is not None
+def has_direction_words(caption: str) -> bool:
+    """Whether it says left or right in English, so that the mirrored image would make it wrong. "All right", "she has left" and
+    "a right angle" count too: an image too many that is never mirrored costs nothing.
+    """
+    return DIRECTION_WORDS.search(caption) is not None

@@ -12,9 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from radiance import config
-from radiance.model.rope import rotate
+from radiance.model.rope import apply_rope
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys and values [b, n, h, k] to what they find
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array], jax.Array
+]  # queries, keys and values [b, n, h, k] to what they find
 
 
 def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
@@ -24,25 +26,33 @@ def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
     return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
 
 
-def modulate(x: Float[Array, "b n d"], shift: Float32[Array, "#b d"], scale: Float32[Array, "#b d"]) -> Float[Array, "b n d"]:
+def modulate(
+    x: Float[Array, "b n d"], shift: Float32[Array, "#b d"], scale: Float32[Array, "#b d"]
+) -> Float[Array, "b n d"]:
     return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).astype(x.dtype)
 
 
-def gated(x: Float[Array, "b n d"], gate: Float32[Array, "#b d"], f: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    return x + gate[:, None].astype(x.dtype) * f
+def add_gated(
+    x: Float[Array, "b n d"], gate: Float32[Array, "#b d"], update: Float[Array, "b n d"]
+) -> Float[Array, "b n d"]:
+    return x + gate[:, None].astype(x.dtype) * update
 
 
 class SelfAttention(nnx.Module):
     """Queries, keys and values of one stream, with the norms of the first two, and the way back."""
 
-    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs, proj_bias: bool = True):
+    def __init__(
+        self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs, proj_bias: bool = True
+    ):
         heads = (model.heads, model.head_dim)
         self.qkv = nnx.LinearGeneral(model.hidden, (3, *heads), dtype=dtype, rngs=rngs)
         self.query_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.key_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        self.proj = nnx.LinearGeneral(heads, model.hidden, axis=(-2, -1), use_bias=proj_bias, dtype=dtype, rngs=rngs)
+        self.proj = nnx.LinearGeneral(
+            heads, model.hidden, axis=(-2, -1), use_bias=proj_bias, dtype=dtype, rngs=rngs
+        )
 
-    def project(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
+    def project_qkv(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
         q, k, v = jnp.unstack(self.qkv(x), axis=2)
         return self.query_norm(q), self.key_norm(k), v
 
@@ -63,14 +73,19 @@ class Stream(nnx.Module):
         self.attention = SelfAttention(model, dtype, rngs)
         self.mlp = MLP(model, dtype, rngs)
 
-    def open(self, x: Float[Array, "b n d"], vectors: Float32[Array, "#b 6 d"]) -> tuple[Float[Array, "b n h k"], ...]:
-        return self.attention.project(modulate(x, vectors[:, 0], vectors[:, 1]))
+    def compute_qkv(
+        self, x: Float[Array, "b n d"], vectors: Float32[Array, "#b 6 d"]
+    ) -> tuple[Float[Array, "b n h k"], ...]:
+        return self.attention.project_qkv(modulate(x, vectors[:, 0], vectors[:, 1]))
 
-    def close(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"], vectors: Float32[Array, "#b 6 d"]
+    def add_updates(
+        self,
+        x: Float[Array, "b n d"],
+        attention_output: Float[Array, "b n h k"],
+        vectors: Float32[Array, "#b 6 d"],
     ) -> Float[Array, "b n d"]:
-        x = gated(x, vectors[:, 2], self.attention.proj(attended))
-        return gated(x, vectors[:, 5], self.mlp(modulate(x, vectors[:, 3], vectors[:, 4])))
+        x = add_gated(x, vectors[:, 2], self.attention.proj(attention_output))
+        return add_gated(x, vectors[:, 5], self.mlp(modulate(x, vectors[:, 3], vectors[:, 4])))
 
 
 class DoubleBlock(nnx.Module):
@@ -89,27 +104,39 @@ class DoubleBlock(nnx.Module):
         rope: Float32[Array, "2 joint 1 half"],
         attend: Attend,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b l d"]]:
-        sides = zip(self.image.open(image, image_vectors), self.text.open(text, text_vectors))
-        q, k, v = (jnp.concatenate(side, axis=1) for side in sides)
-        attended = attend(rotate(q, rope), rotate(k, rope), v)
+        stream_pairs = zip(
+            self.image.compute_qkv(image, image_vectors), self.text.compute_qkv(text, text_vectors)
+        )
+        q, k, v = (jnp.concatenate(stream_pair, axis=1) for stream_pair in stream_pairs)
+        attention_output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
         n = image.shape[1]
-        return self.image.close(image, attended[:, :n], image_vectors), self.text.close(text, attended[:, n:], text_vectors)
+        return self.image.add_updates(
+            image, attention_output[:, :n], image_vectors
+        ), self.text.add_updates(text, attention_output[:, n:], text_vectors)
 
 
 class TextBlock(Stream):
     """Attention, then MLP, of the text alone: a plain pre-norm block, which no time reaches."""
 
-    def __call__(self, text: Float[Array, "b l d"], rope: Float32[Array, "2 l 1 half"], attend: Attend) -> Float[Array, "b l d"]:
-        unmodulated = jnp.zeros((1, 6, text.shape[-1])).at[:, 2::3].set(1)  # but for the gates, which are open
-        q, k, v = self.open(text, unmodulated)
-        return self.close(text, attend(rotate(q, rope), rotate(k, rope), v), unmodulated)
+    def __call__(
+        self, text: Float[Array, "b l d"], rope: Float32[Array, "2 l 1 half"], attend: Attend
+    ) -> Float[Array, "b l d"]:
+        identity_vectors = (
+            jnp.zeros((1, 6, text.shape[-1])).at[:, 2::3].set(1)
+        )  # but for the gates, which are open
+        q, k, v = self.compute_qkv(text, identity_vectors)
+        return self.add_updates(
+            text, attend(apply_rope(q, rope), apply_rope(k, rope), v), identity_vectors
+        )
 
 
 class SingleBlock(nnx.Module):
     """Attention and MLP side by side on the joint sequence (arXiv 2302.05442)."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention = SelfAttention(model, dtype, rngs, proj_bias=False)  # the fused matrix has one bias: the MLP's
+        self.attention = SelfAttention(
+            model, dtype, rngs, proj_bias=False
+        )  # the fused matrix has one bias: the MLP's
         self.mlp = MLP(model, dtype, rngs)
 
     def __call__(
@@ -120,6 +147,6 @@ class SingleBlock(nnx.Module):
         attend: Attend,
     ) -> Float[Array, "b n d"]:
         y = modulate(x, vectors[:, 0], vectors[:, 1])
-        q, k, v = self.attention.project(y)
-        attended = attend(rotate(q, rope), rotate(k, rope), v)
-        return gated(x, vectors[:, 2], self.attention.proj(attended) + self.mlp(y))
+        q, k, v = self.attention.project_qkv(y)
+        attention_output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        return add_gated(x, vectors[:, 2], self.attention.proj(attention_output) + self.mlp(y))

@@ -7,15 +7,19 @@ from functools import wraps
 import jax
 import jax.numpy as jnp
 
-EXACT = jax.lax.Precision.HIGHEST
+EXACT_PRECISION = jax.lax.Precision.HIGHEST
 
 
 def exact_in_float32(method: Callable) -> Callable:
     """A method of a module, all of whose products are exact where its `dtype` is float32."""
 
     @wraps(method)
-    def called(self, *arguments, **named):
-        with jax.default_matmul_precision("highest") if jnp.dtype(self.dtype) == jnp.float32 else nullcontext():
-            return method(self, *arguments, **named)
+    def wrapper(self, *args, **kwargs):
+        with (
+            jax.default_matmul_precision("highest")
+            if jnp.dtype(self.dtype) == jnp.float32
+            else nullcontext()
+        ):
+            return method(self, *args, **kwargs)
 
-    return called
+    return wrapper

@@ -1,4 +1,4 @@
-"""The network: a picture, a text and a time in, a velocity out.
+"""The network: an image, a text and a time in, a velocity out.
 
 Axis letters: b batch, n image tokens, l text tokens, d hidden, h heads, k head size, p patch side, c channels.
 The parameters live outside the module, in a plain nested dict with the blocks of a kind stacked on axis 0:
@@ -15,39 +15,52 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from radiance import config
+from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
 from radiance.model.attention import attention
 from radiance.model.blocks import DoubleBlock, SingleBlock, TextBlock
-from radiance.model.modulation import Vectors, make_modulation
-from radiance.model.pixel_head import LinearHead, NerfHead, unfold
+from radiance.model.modulation import ModulationVectors, make_modulation
+from radiance.model.pixel_head import LinearHead, NerfHead, patchify
 from radiance.model.precision import exact_in_float32
+from radiance.model.quantized import expand_weights, has_quantized_weights
 from radiance.model.rope import position_ids, rope_table
-from radiance.model.stored import expanded, is_stored
-from radiance.sharding import ROWS, constrained
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
-REMAT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Transformer(nnx.Module):
     def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
         self.config, self.compute = model, compute
         dtype = self.dtype = jnp.dtype(compute.dtype)
-        side = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
+        patch_size = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
         if model.patch_embed == "bottleneck":
-            self.patch_embed = Bottleneck(side * side * model.channels, model, dtype, rngs)
+            self.patch_embed = BottleneckEmbed(
+                patch_size * patch_size * model.channels, model, dtype, rngs
+            )
         else:
-            self.patch_embed = nnx.Linear(side * side * model.channels, model.hidden, dtype=dtype, rngs=rngs)
+            self.patch_embed = nnx.Linear(
+                patch_size * patch_size * model.channels, model.hidden, dtype=dtype, rngs=rngs
+            )
         self.text_embed = nnx.Linear(model.text_dim, model.hidden, dtype=dtype, rngs=rngs)
         if model.padding == "learned":
             self.padding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.text_dim,)))
         if model.registers:
-            self.registers = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden)))
-        self.preamble = _stack(TextBlock, model.text_preamble, model, dtype, rngs)
+            self.registers = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden))
+            )
+        self.refiner = _stack_blocks(TextBlock, model.text_refiner_blocks, model, dtype, rngs)
         self.modulation = make_modulation(model, dtype, rngs)
-        self.double = _stack(DoubleBlock, model.double_blocks, model, dtype, rngs)
-        self.single = _stack(SingleBlock, model.single_blocks, model, dtype, rngs)
-        self.head = LinearHead(model, rngs) if model.head == "linear" else NerfHead(model, compute.head_tile, dtype, rngs)
+        self.double = _stack_blocks(DoubleBlock, model.double_blocks, model, dtype, rngs)
+        self.single = _stack_blocks(SingleBlock, model.single_blocks, model, dtype, rngs)
+        self.head = (
+            LinearHead(model, rngs)
+            if model.head == "linear"
+            else NerfHead(model, compute.head_chunk_size, dtype, rngs)
+        )
 
     @exact_in_float32
     def __call__(
@@ -60,9 +73,9 @@ class Transformer(nnx.Module):
         pooled: Float[Array, "b f"] | None = None,
         *,
         divisor: Float32[Array, " b"] | None = None,
-        vectors: Vectors | None = None,
+        vectors: ModulationVectors | None = None,
     ) -> Float32[Array, "b height width c"]:
-        """Velocity (noise − picture) at `image`, a picture mixed with noise at `time` (1 is noise, 0 the picture).
+        """Velocity (noise − image) at `image`, an image mixed with noise at `time` (1 is noise, 0 the image).
 
         image: in [-1, 1] at time 0; height and width must divide by the patch (ValueError otherwise).
         text, lengths: the encoder's output and the number of real tokens of each row, end-of-sequence included; 0 is no text at all.
@@ -73,139 +86,210 @@ class Transformer(nnx.Module):
         model = self.config
         height, width = image.shape[1:3]
         if height % model.patch or width % model.patch:
-            raise ValueError(f"A picture of {width}×{height} does not divide into patches of {model.patch}: pad it first.")
+            raise ValueError(
+                f"An image of {width}×{height} does not divide into patches of {model.patch}: pad it first."
+            )
         image = image.astype(jnp.float32)
         if vectors is None:
             vectors = self.modulation(time.astype(jnp.float32), guidance, pooled)
 
-        x, y, rope, kv_len = self.embed(image, text, lengths)
+        x, y, rope, kv_len = self.embed_inputs(image, text, lengths)
         n = x.shape[1]
         attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
-        def double(carry, block_vectors):
-            block, image_vectors, text_vectors = block_vectors
-            x, y = expanded(block)(*carry, image_vectors, text_vectors, rope, attend)
-            return (constrained(x, ROWS), constrained(y, ROWS)), None
+        def apply_double_block(carry, scan_inputs):
+            block, image_vectors, text_vectors = scan_inputs
+            x, y = expand_weights(block)(*carry, image_vectors, text_vectors, rope, attend)
+            return (constrain_sharding(x, BATCH_AXES), constrain_sharding(y, BATCH_AXES)), None
 
-        def single(x, block_vectors):
-            block, vectors = block_vectors
-            return constrained(expanded(block)(x, vectors, rope, attend), ROWS), None
+        def apply_single_block(x, scan_inputs):
+            block, vectors = scan_inputs
+            return constrain_sharding(
+                expand_weights(block)(x, vectors, rope, attend), BATCH_AXES
+            ), None
 
         if model.double_blocks:
-            (x, y), _ = jax.lax.scan(self.remat(double, self.double), (x, y), (self.double, vectors.double_image, vectors.double_text))
+            (x, y), _ = jax.lax.scan(
+                self.apply_remat(apply_double_block, self.double),
+                (x, y),
+                (self.double, vectors.double_image, vectors.double_text),
+            )
         if model.single_blocks:
-            joint, _ = jax.lax.scan(self.remat(single, self.single), jnp.concatenate([x, y], axis=1), (self.single, vectors.single))
-            x = joint[:, :n]
+            joint_tokens, _ = jax.lax.scan(
+                self.apply_remat(apply_single_block, self.single),
+                jnp.concatenate([x, y], axis=1),
+                (self.single, vectors.single),
+            )
+            x = joint_tokens[:, :n]
 
-        predicted = self.head(x, vectors.output, height, width) if model.head == "linear" else self.head(x, image)
+        prediction = (
+            self.head(x, vectors.output, height, width)
+            if model.head == "linear"
+            else self.head(x, image)
+        )
         if model.prediction == "velocity":
-            return predicted
+            return prediction
         divisor = time if divisor is None else divisor
-        return (image - predicted) / divisor.astype(jnp.float32)[:, None, None, None]
+        return (image - prediction) / divisor.astype(jnp.float32)[:, None, None, None]
 
-    def embed(
-        self, image: Float32[Array, "b height width c"], text: Float[Array, "b l e"], lengths: Int[Array, " b"]
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b w d"], Float32[Array, "2 joint 1 half"], Int[Array, " b"] | None]:
-        """What the blocks begin with: the picture's tokens, registers and text, their rotary table, and how many of [picture, registers, text]
-        are attended (None: all)."""
+    def embed_inputs(
+        self,
+        image: Float32[Array, "b height width c"],
+        text: Float[Array, "b l e"],
+        lengths: Int[Array, " b"],
+    ) -> tuple[
+        Float[Array, "b n d"],
+        Float[Array, "b w d"],
+        Float32[Array, "2 joint 1 half"],
+        Int[Array, " b"] | None,
+    ]:
+        """What the blocks begin with: the image's tokens, registers and text, their rotary table, and how many of [image, registers, text]
+        are attended (None: all).
+        """
         model, (height, width) = self.config, image.shape[1:3]
-        x = constrained(self.embed_image(image), ROWS)
-        y, visible = self.embed_text(text, lengths)
-        y = constrained(y, ROWS)
+        x = constrain_sharding(self.embed_image(image), BATCH_AXES)
+        y, num_visible = self.embed_text(text, lengths)
+        y = constrain_sharding(y, BATCH_AXES)
         n = x.shape[1]
-        ids = position_ids(height // model.patch, width // model.patch, model.registers, text.shape[1], model.text_ids == "sequential")
-        rope = jnp.asarray(rope_table(ids, model.rope_axes, model.rope_theta))
-        text_len = None if model.masking == "off" else model.registers + visible
-        if model.text_preamble:
-            y = self.read(y, rope[:, n:], text_len)
-        return x, y, rope, None if text_len is None else n + text_len
+        token_positions = position_ids(
+            height // model.patch,
+            width // model.patch,
+            model.registers,
+            text.shape[1],
+            model.text_ids == "sequential",
+        )
+        rope = jnp.asarray(rope_table(token_positions, model.rope_axes, model.rope_theta))
+        num_text_visible = None if model.masking == "off" else model.registers + num_visible
+        if model.text_refiner_blocks:
+            y = self.refine_text(y, rope[:, n:], num_text_visible)
+        return x, y, rope, None if num_text_visible is None else n + num_text_visible
 
     def embed_image(self, image: Float32[Array, "b height width c"]) -> Float[Array, "b n d"]:
-        side = self.config.patch
+        patch_size = self.config.patch
         if self.config.patch_embed == "conv_half":
-            image, side = image[:, ::2, ::2], side // 2
-        patches = unfold(image, side)
+            image, patch_size = image[:, ::2, ::2], patch_size // 2
+        patches = patchify(image, patch_size)
         return self.patch_embed(patches.reshape(*patches.shape[:2], -1))
 
-    def embed_text(self, text: Float[Array, "b l e"], lengths: Int[Array, " b"]) -> tuple[Float[Array, "b w d"], Int[Array, " b"]]:
+    def embed_text(
+        self, text: Float[Array, "b l e"], lengths: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b w d"], Int[Array, " b"]]:
         """Registers and text tokens, and how many of the text tokens are visible."""
-        visible = visible_tokens(lengths, text.shape[1], self.config.masking)
+        num_visible = visible_lengths(lengths, text.shape[1], self.config.masking)
         # What is hidden is also erased: even a NaN there must not pass through a product with 0.
-        kept, filling = (lengths, self.padding[...].astype(text.dtype)) if self.config.padding == "learned" else (visible, 0)
-        text = jnp.where((jnp.arange(text.shape[1]) < kept[:, None])[..., None], text, filling)
+        num_real, padding = (
+            (lengths, self.padding[...].astype(text.dtype))
+            if self.config.padding == "learned"
+            else (num_visible, 0)
+        )
+        text = jnp.where((jnp.arange(text.shape[1]) < num_real[:, None])[..., None], text, padding)
         y = self.text_embed(text)
         if self.config.registers:
-            registers = jnp.broadcast_to(self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape))
+            registers = jnp.broadcast_to(
+                self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape)
+            )
             y = jnp.concatenate([registers, y], axis=1)
-        return y, visible
+        return y, num_visible
 
-    def read(self, y: Float[Array, "b w d"], rope: Float32[Array, "2 w 1 half"], kv_len: Int[Array, " b"] | None) -> Float[Array, "b w d"]:
+    def refine_text(
+        self,
+        y: Float[Array, "b w d"],
+        rope: Float32[Array, "2 w 1 half"],
+        kv_len: Int[Array, " b"] | None,
+    ) -> Float[Array, "b w d"]:
         """The text after the blocks of its own."""
         attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
-        def body(y, block):
-            return constrained(expanded(block)(y, rope, attend), ROWS), None
+        def apply_text_block(y, block):
+            return constrain_sharding(expand_weights(block)(y, rope, attend), BATCH_AXES), None
 
-        return jax.lax.scan(self.remat(body, self.preamble), y, self.preamble)[0]
+        return jax.lax.scan(self.apply_remat(apply_text_block, self.refiner), y, self.refiner)[0]
 
-    def remat(self, body, blocks: nnx.Module):
+    def apply_remat(self, apply_block, blocks: nnx.Module):
         """One block's work, of which the backward pass recomputes what the config says, and always what was stored small: all blocks' matrices
-        would be kept expanded until then."""
-        policy = REMAT.get(self.compute.remat, jax.checkpoint_policies.dots_saveable if is_stored(blocks) else None)
-        return body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=False)
+        would be kept expanded until then.
+        """
+        policy = REMAT_POLICIES.get(
+            self.compute.remat,
+            jax.checkpoint_policies.dots_saveable if has_quantized_weights(blocks) else None,
+        )
+        return (
+            apply_block
+            if policy is None
+            else jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
+        )
 
 
-class Bottleneck(nnx.Module):
+class BottleneckEmbed(nnx.Module):
     """A patch's values to few numbers, and those to the width of the network, with nothing in between (JiT, arXiv 2511.13720)."""
 
-    def __init__(self, values: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.linear_in = nnx.Linear(values, model.bottleneck, use_bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, patch_dim: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear_in = nnx.Linear(
+            patch_dim, model.bottleneck, use_bias=False, dtype=dtype, rngs=rngs
+        )
         self.linear_out = nnx.Linear(model.bottleneck, model.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         return self.linear_out(self.linear_in(patches))
 
 
-def visible_tokens(lengths: Int[Array | np.ndarray, " b"], limit: int, masking: str) -> Int[Array | np.ndarray, " b"]:
+def visible_lengths(
+    lengths: Int[Array | np.ndarray, " b"], max_length: int, masking: str
+) -> Int[Array | np.ndarray, " b"]:
     """Text tokens that take part in the attention: the real ones and one padding token (Chroma), the real ones, or all. Of NumPy's arrays too."""
-    return {"one_pad": (lengths + 1).clip(max=limit), "strict": lengths, "off": 0 * lengths + limit}[masking]
+    return {
+        "one_pad": (lengths + 1).clip(max=max_length),
+        "strict": lengths,
+        "off": 0 * lengths + max_length,
+    }[masking]
 
 
-def _stack(kind: type, count: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module | None:
+def _stack_blocks(
+    block_class: type, num_blocks: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Module | None:
     """`count` blocks as one module whose arrays have a leading axis; None for no blocks."""
-    if count == 0:
+    if num_blocks == 0:
         return None
-    return jax.vmap(lambda key: kind(model, dtype, nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+    return jax.vmap(lambda key: block_class(model, dtype, nnx.Rngs(key)))(
+        jax.random.split(rngs.params(), num_blocks)
+    )
 
 
 # --- parameters as a plain tree ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
-def _skeleton(model: config.Model, compute: config.Compute, modulation: bool = True):
-    module = jax.eval_shape(lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0))
-    if not modulation:
+def _split_abstract_model(
+    model: config.Model, compute: config.Compute, with_modulation: bool = True
+):
+    module = jax.eval_shape(
+        lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0)
+    )
+    if not with_modulation:
         module.modulation = None
     return nnx.split(module)
 
 
-def abstract(model: config.Model) -> Params:
+def make_abstract_params(model: config.Model) -> Params:
     """The parameter tree with shapes and types in place of arrays; costs no memory."""
-    return nnx.to_pure_dict(_skeleton(model, config.Compute())[1])
+    return nnx.to_pure_dict(_split_abstract_model(model, config.Compute())[1])
 
 
 @partial(jax.jit, static_argnames="model")
-def init(model: config.Model, key: PRNGKeyArray) -> Params:
+def init_params(model: config.Model, key: PRNGKeyArray) -> Params:
     """Fresh float32 parameters."""
     return nnx.to_pure_dict(nnx.state(Transformer(model, config.Compute(), nnx.Rngs(key))))
 
 
-def bind(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
+def bind_model(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
     """The module that computes with `params`; inside `jax.jit` this is free. Without `modulation` among them it must be given `vectors`."""
-    return nnx.merge(_skeleton(model, compute, "modulation" in params)[0], params)
+    return nnx.merge(_split_abstract_model(model, compute, "modulation" in params)[0], params)
 
 
 def bind_modulation(model: config.Model, compute: config.Compute, params: Params) -> nnx.Module:
     """The part of the network that makes the modulation, with its parameters alone."""
-    module = jax.eval_shape(lambda key: make_modulation(model, jnp.dtype(compute.dtype), nnx.Rngs(key)), jax.random.key(0))
+    module = jax.eval_shape(
+        lambda key: make_modulation(model, jnp.dtype(compute.dtype), nnx.Rngs(key)),
+        jax.random.key(0),
+    )
     return nnx.merge(nnx.split(module)[0], params)

@@ -7,40 +7,68 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-LINE_EVERY = 10.0  # seconds
+LINE_INTERVAL = 10.0  # seconds
 
 
 class Progress:
-    """Of `steps` of some `unit`, of which `start` were done before, and in each of which so many pictures are."""
+    """Of `steps` of some `unit`, of which `start` were done before, and in each of which so many images are."""
 
-    def __init__(self, start: int, steps: int, pictures: int, unit: str = "step"):
-        self.steps, self.pictures, self.unit, self.start, self.done = steps, pictures, unit, start, start
-        self.began = self.told = time.monotonic()
-        self.bar = tqdm(total=steps, initial=start, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+    def __init__(self, start_step: int, total_steps: int, images_per_step: int, unit: str = "step"):
+        self.total_steps, self.images_per_step, self.unit, self.start_step, self.current_step = (
+            total_steps,
+            images_per_step,
+            unit,
+            start_step,
+            start_step,
+        )
+        self.start_time = self.last_line_time = time.monotonic()
+        self.bar = (
+            tqdm(total=total_steps, initial=start_step, unit=unit, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
 
     @property
-    def rate(self) -> float:
-        """Pictures a second since the first step of this process."""
-        return (self.done - self.start) * self.pictures / max(time.monotonic() - self.began, 1e-9)
+    def images_per_second(self) -> float:
+        """Images a second since the first step of this process."""
+        return (
+            (self.current_step - self.start_step)
+            * self.images_per_step
+            / max(time.monotonic() - self.start_time, 1e-9)
+        )
 
-    def first_step_done(self, step: int):
+    def reset_rate(self, step: int):
         """The first step includes compilation: it is left out of the rate."""
-        self.start = self.done = step
-        self.began = time.monotonic()
+        self.start_step = self.current_step = step
+        self.start_time = time.monotonic()
 
-    def update(self, step: int, facts: dict[str, float]):
-        self.done = step
+    def update(self, step: int, metrics: dict[str, float]):
+        self.current_step = step
         if self.bar is not None:
             self.bar.n = step
-            self.bar.set_postfix({"pictures/s": f"{self.rate:.0f}", **{k: f"{v:.4g}" for k, v in facts.items()}}, refresh=False)
+            self.bar.set_postfix(
+                {
+                    "images/s": f"{self.images_per_second:.0f}",
+                    **{k: f"{v:.4g}" for k, v in metrics.items()},
+                },
+                refresh=False,
+            )
             self.bar.update(0)
-        elif facts and (time.monotonic() - self.told >= LINE_EVERY or step == self.steps):
-            self.told = time.monotonic()
-            left = (self.steps - step) * self.pictures / self.rate if self.rate else float("nan")
-            numbers = "  ".join(f"{k} {v:.4g}" for k, v in facts.items())
-            self.say(f"{self.unit} {step}/{self.steps}  {numbers}  {self.rate:.0f} pictures/s  {left / 60:.1f} min left")
+        elif metrics and (
+            time.monotonic() - self.last_line_time >= LINE_INTERVAL or step == self.total_steps
+        ):
+            self.last_line_time = time.monotonic()
+            seconds_left = (
+                (self.total_steps - step) * self.images_per_step / self.images_per_second
+                if self.images_per_second
+                else float("nan")
+            )
+            metrics_text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            self.print_line(
+                f"{self.unit} {step}/{self.total_steps}  {metrics_text}  {self.images_per_second:.0f} images/s  {seconds_left / 60:.1f} min left"
+            )
 
-    def say(self, line: str):
+    def print_line(self, line: str):
         """A line that does not break the bar."""
         tqdm.write(line, file=sys.stderr)
 
@@ -49,21 +77,21 @@ class Progress:
             self.bar.close()
 
 
-class Profile:
+class StepProfiler:
     """A trace of some steps for TensorBoard's profiler. It begins with the third: the first compiles, and the second warms up."""
 
-    def __init__(self, directory: Path, first: int, steps: int):
-        self.directory, self.running = directory, False
-        self.steps = range(first + 2, first + 2 + steps)
+    def __init__(self, directory: Path, first_step: int, num_steps: int):
+        self.directory, self.is_running = directory, False
+        self.profile_steps = range(first_step + 2, first_step + 2 + num_steps)
 
-    def before_step(self, number: int):
-        if number in self.steps and not self.running:
+    def before_step(self, step: int):
+        if step in self.profile_steps and not self.is_running:
             jax.profiler.start_trace(self.directory)
-            self.running = True
-        elif number not in self.steps:
+            self.is_running = True
+        elif step not in self.profile_steps:
             self.close()
 
     def close(self):
-        if self.running:
+        if self.is_running:
             jax.profiler.stop_trace()
-            self.running = False
+            self.is_running = False

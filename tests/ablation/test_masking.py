@@ -4,9 +4,9 @@ logarithm of their number on one key."""
 import jax
 import jax.numpy as jnp
 import numpy as np
-from toys import FLOAT32, toy_inputs, toy_model, toy_params
 
 from radiance.model import transformer
+from tests.helpers.toy_models import FLOAT32, toy_inputs, toy_model, toy_params
 
 LENGTHS, WORDS = (1, 3, 5), 6
 
@@ -26,7 +26,11 @@ def painted(masking: str, constant: bool) -> np.ndarray:
         padded = np.arange(WORDS) >= np.array(LENGTHS)[:, None]
         inputs["text"] = np.where(padded[..., None], inputs["text"][0, -1], inputs["text"])
     # Traced anew each time, for the attention is exchanged between them.
-    return np.asarray(jax.jit(lambda params, inputs: transformer.bind(model, FLOAT32, params)(**inputs))(toy_params(toy_model()), inputs))
+    return np.asarray(
+        jax.jit(lambda params, inputs: transformer.bind_model(model, FLOAT32, params)(**inputs))(
+            toy_params(toy_model()), inputs
+        )
+    )
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:

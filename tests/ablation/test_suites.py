@@ -11,17 +11,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import PLAIN, toy_run
 
 from radiance import config
-from radiance.ablation.results import read
-from radiance.ablation.shown import encoded, pictures
+from radiance.ablation.data import encode_captions, render_image_set
+from radiance.ablation.results import read_result
 from radiance.ablation.suite import Suite
 from radiance.cli import main
-from radiance.cli.experiments import experiment, loaded
+from radiance.config.experiments import load_experiment, load_module
 from radiance.model.flops import forward_flops
-from radiance.model.transformer import abstract
-from radiance.training.step import with_noise
+from radiance.model.transformer import make_abstract_params
+from radiance.training.step import add_noise_and_times
+from tests.helpers.toy_runs import PLAIN, toy_run
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "ablations"
 PATHS = sorted(FOLDER.glob("*.py"))
@@ -29,12 +29,12 @@ PATHS = sorted(FOLDER.glob("*.py"))
 
 @lru_cache
 def suites(path: Path) -> dict[str, Suite]:
-    module = loaded(str(path))
+    module = load_module(str(path))
     return {"": module.SUITE} if hasattr(module, "SUITE") else module.SUITES
 
 
 def parameters(run: config.Config) -> int:
-    return sum(x.size for x in jax.tree.leaves(abstract(run.model)))
+    return sum(x.size for x in jax.tree.leaves(make_abstract_params(run.model)))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -42,62 +42,113 @@ def test_every_arm_of_every_scale_can_be(path, capsys):
     known = suites(path)  # which checks all their arms
     for part, suite in known.items():
         assert suite.name == "_".join([path.stem, *filter(None, [part])])
-        for model in {replace(suite.run(scale, arm).model, prediction="x0") for scale in suite.scales for arm in suite.arms_at(scale)}:
-            assert all(x.size for x in jax.tree.leaves(abstract(model)))  # checkpoints cannot hold an empty array
-    where, arm = f"{path}:{part}" if part else str(path), suite.control  # as `radiance train` finds it, which builds the suite once more
-    assert replace(experiment(f"{where}:{arm}"), name=path.stem) == suite.run("pod", arm)
+        for model in {
+            replace(suite.arm_config(scale, arm).model, prediction="x0")
+            for scale in suite.scales
+            for arm in suite.arms_at(scale)
+        }:
+            assert all(
+                x.size for x in jax.tree.leaves(make_abstract_params(model))
+            )  # checkpoints cannot hold an empty array
+    where, arm = (
+        f"{path}:{part}" if part else str(path),
+        suite.control,
+    )  # as `radiance train` finds it, which builds the suite once more
+    assert replace(load_experiment(f"{where}:{arm}"), name=path.stem) == suite.arm_config(
+        "pod", arm
+    )
     assert main(["ablate", where, "--scale", "pod"]) == 0
     assert f"{where}:{suite.control}" in capsys.readouterr().out
-    assert main(["ablate", f"{path}:other"]) == 2 and f"no suite {path}:other: there is {path}" in capsys.readouterr().err
+    assert main(["ablate", f"{path}:other"]) == 2
+    assert f"no suite {path}:other: there is {path}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_run_of_the_pod_is_planned(tmp_path):
     """For eight devices that are not here: the step of the largest scale compiles, sharded."""
     file = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "radiance", "plan", f"{FOLDER / 'masking.py'}:strict", "--device", "cpu", "--mesh", "fsdp=8"]
-    done = subprocess.run([*command, "--json", str(file)], env=os.environ, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "radiance",
+        "plan",
+        f"{FOLDER / 'masking.py'}:strict",
+        "--device",
+        "cpu",
+        "--mesh",
+        "fsdp=8",
+    ]
+    done = subprocess.run(
+        [*command, "--json", str(file)], env=os.environ, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "a training step of 1024 pictures of 256×256" in done.stdout
+    assert "a training step of 1024 images of 256×256" in done.stdout
     assert json.loads(file.read_text())["collectives"].keys() >= {"all-gather", "all-reduce"}
 
 
 def test_every_method_can_be_trained_with():
     """Times, noise and weights of every arm whose method differs, with seeds on an axis as suites have them."""
     toy = toy_run("unused", "unused")
-    shapes = {"image": (8, 8, 3), "text": (toy.text.length, toy.model.text_dim), "lengths": (), "weight": ()}
-    batch = {name: jax.ShapeDtypeStruct((2, 8, *shape), np.int32 if name == "lengths" else np.float32) for name, shape in shapes.items()}
+    shapes = {
+        "image": (8, 8, 3),
+        "text": (toy.text.max_length, toy.model.text_dim),
+        "lengths": (),
+        "weight": (),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((2, 8, *shape), np.int32 if name == "lengths" else np.float32)
+        for name, shape in shapes.items()
+    }
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
-    for flow in {suite.run("cpu", arm).flow for path in PATHS for suite in suites(path).values() for arm in suite.arms_at("cpu")}:
-        noisy = jax.eval_shape(jax.vmap(partial(with_noise, replace(toy, flow=flow))), batch, keys)
-        assert noisy["noise"].shape == noisy["image"].shape and noisy["weight"].shape == noisy["time"].shape == (2, 8)
+    for flow in {
+        suite.arm_config("cpu", arm).flow
+        for path in PATHS
+        for suite in suites(path).values()
+        for arm in suite.arms_at("cpu")
+    }:
+        noisy = jax.eval_shape(
+            jax.vmap(partial(add_noise_and_times, replace(toy, flow=flow))), batch, keys
+        )
+        assert noisy["noise"].shape == noisy["image"].shape
+        assert noisy["weight"].shape == noisy["time"].shape == (2, 8)
 
 
 def test_predictions_are_compared_by_one_measure_within_a_patch():
     for suite in suites(FOLDER / "prediction.py").values():
         for scale in suite.scales.values():
             base = scale.run
-            assert (base.flow.velocity_weight, base.model.prediction, base.data.side) == ("x0", "x0", 8 * base.model.patch)
-        assert not any(change.startswith("data.side") for changes in suite.arms.values() for change in changes)
+            assert (base.flow.loss_weighting, base.model.prediction, base.data.resolution) == (
+                "x0",
+                "x0",
+                8 * base.model.patch,
+            )
+        assert not any(
+            change.startswith("data.resolution")
+            for changes in suite.arms.values()
+            for change in changes
+        )
 
 
 def test_transport_leans_noise_towards_the_background_that_a_caption_names():
-    module = loaded(str(FOLDER / "coupling.py"))
-    run = config.override(module.SUITE.scales["cpu"].run, ["data.batch=32"])
-    shown = pictures("train", 64, run.data.side, "short")
-    texts = encoded(shown.captions, run.text, run.model.text_dim)
+    module = load_module(str(FOLDER / "coupling.py"))
+    run = config.override(module.SUITE.scales["cpu"].run, ["data.batch_size=32"])
+    shown = render_image_set("train", 64, run.data.side, "short")
+    texts = encode_captions(shown.captions, run.text, run.model.text_dim)
     free, skewed, within = (
         module.skew(config.override(run, module.CHANGES[arm]), shown, texts, seed=0, batches=4)
         for arm in ("independent", "global", "within_caption")
     )
-    assert abs(free.lean) < 0.3 < 0.6 < skewed.lean and free.saved == 0 < within.saved < skewed.saved
+    assert abs(free.lean) < 0.3 < 0.6 < skewed.lean
+    assert free.saved == 0 < within.saved < skewed.saved
 
 
 def test_deeper_arms_have_as_many_parameters_and_others_as_much_work():
-    suite = loaded(str(FOLDER / "modulation.py")).SUITE
+    suite = load_module(str(FOLDER / "modulation.py")).SUITE
     for scale in suite.scales:
         base = suite.run(scale, suite.base)
-        block = parameters(config.override(base, [f"model.single_blocks={base.model.single_blocks + 1}"])) - parameters(base)
+        block = parameters(
+            config.override(base, [f"model.single_blocks={base.model.single_blocks + 1}"])
+        ) - parameters(base)
         for arm in suite.arms_at(scale):
             run, work = suite.run(scale, arm), []
             if arm.startswith("deep_"):
@@ -113,7 +164,7 @@ from radiance import config as c
 from radiance.ablation.suite import Scale, Suite
 
 RUN = c.from_json(c.Config, {run!r})
-CPU = Scale(RUN, pictures=12, seeds=2, rates=(1.0, 4.0), painted=3, views={{"unmasked": ("model.masking=off",)}})
+CPU = Scale(RUN, images=12, seeds=2, rates=(1.0, 4.0), painted=3, views={{"unmasked": ("model.masking=off",)}})
 SUITE = Suite(
     name="toy", question="Does it run?", metric="validation_loss", base="base", control="blind", margin=0.01,
     arms={{"base": (), "blind": ("data.caption_dropout=1",)}}, scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
@@ -123,7 +174,9 @@ SUITE = Suite(
 
 @pytest.fixture
 def suite(tmp_path) -> Path:
-    run = toy_run("unused", "unused", "train.steps=2", "text.length=20", "sample.batch=2", **PLAIN)
+    run = toy_run(
+        "unused", "unused", "train.steps=2", "text.max_length=20", "sample.batch_size=2", **PLAIN
+    )
     path = tmp_path / "toy.py"
     path.write_text(SUITE.format(run=config.to_json(run)))
     return path
@@ -131,31 +184,65 @@ def suite(tmp_path) -> Path:
 
 def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
     def ablate(*more: str) -> int:
-        return main(["ablate", str(suite), "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work"), *more])
+        return main(
+            [
+                "ablate",
+                str(suite),
+                "--results",
+                str(tmp_path / "results"),
+                "--work",
+                str(tmp_path / "work"),
+                *more,
+            ]
+        )
 
     assert ablate("--table") == 2  # there is nothing yet
-    assert ablate("--minutes", "0") == 143 and not (tmp_path / "results").exists()
+    assert ablate("--minutes", "0") == 143
+    assert not (tmp_path / "results").exists()
     assert any((tmp_path / "work").rglob("checkpoints"))
-    assert ablate("--arms", "base") == 0 and ablate() == 0
-    assert not any((tmp_path / "work").rglob("checkpoints"))  # the states of all seeds, which are large
-    result = read(tmp_path / "results" / "blind.json")
-    assert result.metrics.keys() >= {"validation_loss", "exact", "f1@3"} and result.metrics["validation_loss"].keys() == {0, 1}
-    assert result.tuned["losses"].keys() == {"1", "4"} and result.tuned["average"] in ("0.9", "0.99")
-    chosen = min((loss, rate, name) for rate, losses in result.tuned["losses"].items() for name, loss in losses.items())
-    assert (f"{result.tuned['rate']:g}", result.tuned["average"]) == chosen[1:]
-    assert result.views.keys() == {"unmasked"} and result.cost["seconds"] > 0
+    assert ablate("--arms", "base") == 0
+    assert ablate() == 0
+    assert not any(
+        (tmp_path / "work").rglob("checkpoints")
+    )  # the states of all seeds, which are large
+    result = read_result(tmp_path / "results" / "blind.json")
+    assert result.metrics.keys() >= {"validation_loss", "exact", "f1@3"}
+    assert result.metrics["validation_loss"].keys() == {0, 1}
+    assert result.tuning["losses"].keys() == {"1", "4"}
+    assert result.tuning["average"] in (
+        "0.9",
+        "0.99",
+    )
+    chosen = min(
+        (loss, rate, name)
+        for rate, losses in result.tuning["losses"].items()
+        for name, loss in losses.items()
+    )
+    assert (f"{result.tuning['rate']:g}", result.tuning["average"]) == chosen[1:]
+    assert result.conditions.keys() == {"unmasked"}
+    assert result.cost["seconds"] > 0
     assert "| blind (control) |" in (tmp_path / "results" / "table.md").read_text()
     assert (tmp_path / "results" / "figure.svg").read_text().count("<circle") == 1
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")}
-    assert ablate() == 0 and before == {path: path.stat().st_mtime_ns for path in before}  # all is there
-    assert ablate("--seeds", "3") == 2 and "seeds 0,1 and not 0,1,2" in capsys.readouterr().err
+    assert ablate() == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert ablate("--seeds", "3") == 2
+    assert "seeds 0,1 and not 0,1,2" in capsys.readouterr().err
     suite.write_text(suite.read_text().replace("caption_dropout=1", "caption_dropout=0.9"))
-    assert ablate("--table") == 2 and "another config" in capsys.readouterr().err
+    assert ablate("--table") == 2
+    assert "another config" in capsys.readouterr().err
     assert json.loads((tmp_path / "results" / "base.json").read_text())["key"]["suite"] == "toy"
 
 
-@pytest.mark.parametrize("more, said", [(["--arms", "bse"], "no arm bse"), (["--seeds", "1"], "at least two"), (["--scale", "pod"], "")])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--arms", "bse"], "no arm bse"),
+        (["--seeds", "1"], "at least two"),
+        (["--scale", "pod"], ""),
+    ],
+)
 def test_wrong_words_are_told(suite, more, said, capsys):
     assert main(["ablate", str(suite), *more]) == (2 if said else 0)
     assert said in capsys.readouterr().err

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from radiance.base.errors import CheckpointError
+from radiance.base.images import to_image
 from radiance.data.datasets import DataError
-from radiance.evaluation.clip import Clip
-from radiance.pictures import to_picture
-from radiance.weights.files import CheckpointError
+from radiance.evaluation.clip import ClipScorer
 
 WORDS = ["red", "green", "square", "circle", "a"]
 CAPTIONS = ["a red square", "green circle", "a green square", "red"]
@@ -24,80 +24,104 @@ def folder(tmp_path_factory):
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     path = tmp_path_factory.mktemp("clip")
     letters = sorted(set("".join(WORDS)))
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
     (path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(path, model_max_length=24)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     end = vocabulary.index("<|endoftext|>")
-    text = dict(sizes, vocab_size=len(vocabulary), max_position_embeddings=24, eos_token_id=end, bos_token_id=end - 1, pad_token_id=end)
+    text = dict(
+        sizes,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=24,
+        eos_token_id=end,
+        bos_token_id=end - 1,
+        pad_token_id=end,
+    )
     model = transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=dict(sizes, image_size=16, patch_size=8), projection_dim=8)
+        transformers.CLIPConfig(
+            text_config=text,
+            vision_config=dict(sizes, image_size=16, patch_size=8),
+            projection_dim=8,
+        )
     )
     torch.manual_seed(18)  # which gives cosines of both signs
     for parameter in model.parameters():  # as they come, all embeddings are nearly the same
         parameter.data = 0.5 * torch.randn_like(parameter) + 0.5 * (parameter.ndim == 1)
     model.save_pretrained(path)
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    transformers.CLIPProcessor(pictures, tokenizer).save_pretrained(path)
+    images = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     """Taller than wide, from dark to bright, with values beyond the range."""
     noise = np.random.default_rng(3).normal(0, 0.5, (4, 40, 24, 3))
     return (noise + np.linspace(-1, 1, 4)[:, None, None, None]).astype(np.float32)
 
 
 @pytest.mark.reference
-def test_scores_step_by_step(folder, pictures):
+def test_scores_step_by_step(folder, images):
     import torch
 
-    clip = Clip(folder)
-    found, expected = clip(pictures, CAPTIONS), []
-    for pixels, caption in zip(pictures, CAPTIONS):
-        small = to_picture(pixels).resize((16, 26), Image.Resampling.BICUBIC).crop((0, 5, 16, 21))
+    clip = ClipScorer(folder)
+    found, expected = clip(images, CAPTIONS), []
+    for pixels, caption in zip(images, CAPTIONS):
+        small = to_image(pixels).resize((16, 26), Image.Resampling.BICUBIC).crop((0, 5, 16, 21))
         mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        values = torch.tensor((np.asarray(small) / 255 - mean) / spread, dtype=torch.float32).permute(2, 0, 1)[None]
+        values = torch.tensor(
+            (np.asarray(small) / 255 - mean) / spread, dtype=torch.float32
+        ).permute(2, 0, 1)[None]
         ids = torch.tensor([clip.processor.tokenizer(caption).input_ids])
         with torch.no_grad():
-            x = clip.model.visual_projection(clip.model.vision_model(values).pooler_output)[0].numpy()
+            x = clip.model.visual_projection(clip.model.vision_model(values).pooler_output)[
+                0
+            ].numpy()
             y = clip.model.text_projection(clip.model.text_model(ids).pooler_output)[0].numpy()
         expected.append(100 * max(x @ y / np.sqrt((x @ x) * (y @ y)), 0))
-    assert found.dtype == np.float32 and np.ptp(expected) > 5 and min(expected) == 0
+    assert found.dtype == np.float32
+    assert np.ptp(expected) > 5
+    assert min(expected) == 0
     np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 @pytest.mark.reference
-def test_long_captions_are_cut_and_counts_must_agree(folder, pictures):
-    clip = Clip(folder)
-    assert clip(pictures[:1], ["a red square " * 50]).shape == (1,)
-    with pytest.raises(DataError, match="4 pictures and 3 captions"):
-        clip(pictures, CAPTIONS[:3])
+def test_long_captions_are_cut_and_counts_must_agree(folder, images):
+    clip = ClipScorer(folder)
+    assert clip(images[:1], ["a red square " * 50]).shape == (1,)
+    with pytest.raises(DataError, match="4 images and 3 captions"):
+        clip(images, CAPTIONS[:3])
 
 
 @pytest.mark.reference
 def test_the_identity_is_that_of_the_weights(folder):
-    assert Clip(folder).identity == Clip(folder).identity
+    assert ClipScorer(folder).identity == ClipScorer(folder).identity
 
 
 @pytest.mark.reference
 def test_folders_of_something_else(folder, tmp_path):
     with pytest.raises(CheckpointError, match="holds no safetensors"):
-        Clip(tmp_path)
+        ClipScorer(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no whole CLIP of transformers"):
-        Clip(tmp_path)
+        ClipScorer(tmp_path)
     for file in folder.glob("*.json"):
         shutil.copy(file, tmp_path)
     with pytest.raises(CheckpointError, match="its weights lack visual_projection.weight"):
-        Clip(tmp_path)
+        ClipScorer(tmp_path)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"radiance\[reference\]"):
-        Clip(tmp_path)
+        ClipScorer(tmp_path)

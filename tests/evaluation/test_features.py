@@ -5,11 +5,26 @@ import pytest
 from PIL import Image
 
 from radiance.data.datasets import DataError
-from radiance.evaluation.compare import compare_features
-from radiance.evaluation.features import Pixels, RandomNetwork, extract, kept_features
+from radiance.evaluation.features import (
+    PixelExtractor,
+    RandomNetworkExtractor,
+    extract_features,
+    load_or_extract_features,
+)
+from radiance.evaluation.metrics import compare_features
 
-EXTRACTORS = [Pixels(), Pixels(8), RandomNetwork(), RandomNetwork(seed=1)]
-FIRST = [-0.6183286, 0.0741937, 0.0527003, -0.0025961]  # weight of each kernel of the random network
+EXTRACTORS = [
+    PixelExtractor(),
+    PixelExtractor(8),
+    RandomNetworkExtractor(),
+    RandomNetworkExtractor(seed=1),
+]
+FIRST = [
+    -0.6183286,
+    0.0741937,
+    0.0527003,
+    -0.0025961,
+]  # weight of each kernel of the random network
 
 
 def noise(count, height=32, width=32, seed=0):
@@ -17,50 +32,75 @@ def noise(count, height=32, width=32, seed=0):
 
 
 class Counting:
-    """Which pictures an extractor was given."""
+    """Which images an extractor was given."""
 
     def __init__(self, extractor):
-        self.extractor, self.name, self.identity, self.calls = extractor, extractor.name, extractor.identity, 0
+        self.extractor, self.name, self.identity, self.calls = (
+            extractor,
+            extractor.name,
+            extractor.identity,
+            0,
+        )
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         self.calls += 1
-        return self.extractor(pictures)
+        return self.extractor(images)
 
 
-@pytest.mark.parametrize("extractor", [Pixels(), RandomNetwork()], ids=lambda e: e.name)
-def test_features_are_those_of_single_pictures(extractor):
-    pictures = noise(5, 24, 40)
-    found = extract([pictures[:3], pictures[3:]], extractor)
-    assert found.dtype == np.float32 and found.shape == (5, {"pixels16": 768, "random-network": 480}[extractor.name])
+@pytest.mark.parametrize(
+    "extractor", [PixelExtractor(), RandomNetworkExtractor()], ids=lambda e: e.name
+)
+def test_features_are_those_of_single_images(extractor):
+    images = noise(5, 24, 40)
+    found = extract_features([images[:3], images[3:]], extractor)
+    assert found.dtype == np.float32
+    assert found.shape == (
+        5,
+        {"pixels16": 768, "random-network": 480}[extractor.name],
+    )
     for i in range(5):
-        np.testing.assert_allclose(found[i], extractor(pictures[i : i + 1])[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            found[i], extractor(images[i : i + 1])[0], rtol=1e-5, atol=1e-6
+        )
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (48, 20)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 20)])
 def test_pixels_are_those_of_pillow(height, width):
-    (picture,) = noise(1, height, width)
-    expected = np.stack([Image.fromarray(c).resize((16, 16), Image.Resampling.BILINEAR) for c in picture.transpose(2, 0, 1)], axis=-1)
-    np.testing.assert_allclose(Pixels()(picture[None])[0], expected.ravel(), atol=1e-5)
+    (image,) = noise(1, height, width)
+    expected = np.stack(
+        [
+            Image.fromarray(c).resize((16, 16), Image.Resampling.BILINEAR)
+            for c in image.transpose(2, 0, 1)
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(PixelExtractor()(image[None])[0], expected.ravel(), atol=1e-5)
 
 
 def test_the_random_network_by_direct_sums():
     """Two levels; SAME padding of an even side at stride 2 adds a row and a column at the end."""
-    network, picture = RandomNetwork(widths=(3, 2)), noise(1, 8, 8)[0]
-    expected, x = [], picture.astype(np.float64)
+    network, image = RandomNetworkExtractor(widths=(3, 2)), noise(1, 8, 8)[0]
+    expected, x = [], image.astype(np.float64)
     for kernel in network.kernels:
         padded = np.pad(x, ((0, 1), (0, 1), (0, 0)))
         half = len(x) // 2
         x = np.array(
-            [[np.einsum("ijc,ijco->o", padded[2 * r : 2 * r + 3, 2 * c : 2 * c + 3], kernel) for c in range(half)] for r in range(half)]
+            [
+                [
+                    np.einsum("ijc,ijco->o", padded[2 * r : 2 * r + 3, 2 * c : 2 * c + 3], kernel)
+                    for c in range(half)
+                ]
+                for r in range(half)
+            ]
         )
         x = np.maximum(x, 0)
         expected.extend(x.mean(axis=(0, 1)))
-    np.testing.assert_allclose(network(picture[None])[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(network(image[None])[0], expected, rtol=1e-5)
 
 
 def test_random_weights_are_the_same_everywhere():
     """Drawn of a generator whose stream NumPy promises to keep."""
-    kernels = RandomNetwork().kernels
+    kernels = RandomNetworkExtractor().kernels
     np.testing.assert_allclose([kernel[0, 0, 0, 0] for kernel in kernels], FIRST, atol=1e-6)
     for kernel in kernels:
         assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * kernel.shape[2])), rel=0.05)
@@ -68,18 +108,19 @@ def test_random_weights_are_the_same_everywhere():
 
 def test_identities_differ_and_stay():
     assert len({e.identity for e in EXTRACTORS}) == len(EXTRACTORS)
-    assert RandomNetwork().identity == RandomNetwork().identity and Pixels(8).identity == Pixels(8).identity
+    assert RandomNetworkExtractor().identity == RandomNetworkExtractor().identity
+    assert PixelExtractor(8).identity == PixelExtractor(8).identity
 
 
 def test_what_has_no_features():
-    pictures = noise(6)
-    pictures[5, 0, 0, 0] = np.nan
-    with pytest.raises(DataError, match="Picture 5 has pixels16 features that are not finite"):
-        extract([pictures[:3], pictures[3:]], Pixels())
-    with pytest.raises(DataError, match="no pictures"):
-        extract([], Pixels())
+    images = noise(6)
+    images[5, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="Image 5 has pixels16 features that are not finite"):
+        extract_features([images[:3], images[3:]], PixelExtractor())
+    with pytest.raises(DataError, match="no images"):
+        extract_features([], PixelExtractor())
     with pytest.raises(DataError, match="give a list of batches"):
-        extract(pictures, Pixels())
+        extract_features(images, PixelExtractor())
 
 
 # --- kept features ----------------------------------------------------------------------------------------------------
@@ -87,29 +128,38 @@ def test_what_has_no_features():
 
 def refused():
     """Batches that must not be read."""
-    raise AssertionError("The pictures were read again.")
+    raise AssertionError("The images were read again.")
     yield
 
 
 def test_features_are_taken_once(tmp_path):
-    pictures = noise(6)
-    first = kept_features(tmp_path / "new", Pixels(), "data", 6, [pictures])
-    np.testing.assert_array_equal(kept_features(tmp_path / "new", Pixels(), "data", 6, refused()), first)
-    np.testing.assert_array_equal(first, Pixels()(pictures))
+    images = noise(6)
+    first = load_or_extract_features(tmp_path / "new", PixelExtractor(), "data", 6, [images])
+    np.testing.assert_array_equal(
+        load_or_extract_features(tmp_path / "new", PixelExtractor(), "data", 6, refused()), first
+    )
+    np.testing.assert_array_equal(first, PixelExtractor()(images))
 
 
 @pytest.mark.parametrize(
-    "extractor, fingerprint, count",
-    [(RandomNetwork(), "data", 6), (Pixels(8), "data", 6), (Pixels(), "other data", 6), (Pixels(), "data", 5)],
+    ("extractor", "fingerprint", "count"),
+    [
+        (RandomNetworkExtractor(), "data", 6),
+        (PixelExtractor(8), "data", 6),
+        (PixelExtractor(), "other data", 6),
+        (PixelExtractor(), "data", 5),
+    ],
     ids=["extractor", "setting", "data", "count"],
 )
 def test_another_provenance_is_never_used(tmp_path, extractor, fingerprint, count):
     """Nor where a file lies under the name of the other."""
-    kept_features(tmp_path, Pixels(), "data", 6, [noise(6)])
+    load_or_extract_features(tmp_path, PixelExtractor(), "data", 6, [noise(6)])
     (wrong,) = tmp_path.iterdir()
     for copied in (False, True):
         counting = Counting(extractor)
-        found = kept_features(tmp_path, counting, fingerprint, count, [noise(count, seed=1)])
+        found = load_or_extract_features(
+            tmp_path, counting, fingerprint, count, [noise(count, seed=1)]
+        )
         assert counting.calls == 1
         np.testing.assert_array_equal(found, extractor(noise(count, seed=1)))
         if not copied:
@@ -118,24 +168,26 @@ def test_another_provenance_is_never_used(tmp_path, extractor, fingerprint, coun
 
 
 def test_an_extractor_of_the_same_name_with_other_weights(tmp_path):
-    kept_features(tmp_path, RandomNetwork(), "data", 6, [noise(6)])
-    other = Counting(RandomNetwork(seed=1))
-    kept_features(tmp_path, other, "data", 6, [noise(6)])
+    load_or_extract_features(tmp_path, RandomNetworkExtractor(), "data", 6, [noise(6)])
+    other = Counting(RandomNetworkExtractor(seed=1))
+    load_or_extract_features(tmp_path, other, "data", 6, [noise(6)])
     assert other.calls == 1
 
 
 def test_a_damaged_file_is_made_anew(tmp_path):
-    first = kept_features(tmp_path, Pixels(), "data", 6, [noise(6)])
+    first = load_or_extract_features(tmp_path, PixelExtractor(), "data", 6, [noise(6)])
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    np.testing.assert_array_equal(kept_features(tmp_path, Pixels(), "data", 6, [noise(6)]), first)
+    np.testing.assert_array_equal(
+        load_or_extract_features(tmp_path, PixelExtractor(), "data", 6, [noise(6)]), first
+    )
     assert path.read_bytes() == whole
 
 
-def test_fewer_pictures_than_promised_are_not_kept(tmp_path):
-    with pytest.raises(DataError, match="7 pictures were promised, and there are 6"):
-        kept_features(tmp_path, Pixels(), "data", 7, [noise(6)])
+def test_fewer_images_than_promised_are_not_kept(tmp_path):
+    with pytest.raises(DataError, match="7 images were promised, and there are 6"):
+        load_or_extract_features(tmp_path, PixelExtractor(), "data", 7, [noise(6)])
     assert not list(tmp_path.iterdir())
 
 
@@ -143,19 +195,23 @@ def test_fewer_pictures_than_promised_are_not_kept(tmp_path):
 
 
 def compare(generated, real, extractor):
-    return compare_features(extract(generated, extractor), extract(real, extractor), extractor.name)
+    return compare_features(
+        extract_features(generated, extractor), extract_features(real, extractor), extractor.name
+    )
 
 
 def test_numbers_carry_the_name_of_their_features_and_the_counts():
-    found = compare([noise(40)], [noise(30, seed=1), noise(20, seed=2)], Pixels(4))
+    found = compare([noise(40)], [noise(30, seed=1), noise(20, seed=2)], PixelExtractor(4))
     assert list(found) == [
-        "FD(pixels4)", "KID(pixels4)", "KID(pixels4) standard error", "precision(pixels4)", "recall(pixels4)", "generated pictures", "real pictures"
+        "FD(pixels4)", "KID(pixels4)", "KID(pixels4) standard error", "precision(pixels4)", "recall(pixels4)", "generated images", "real images"
     ]  # fmt: skip
-    assert (found["generated pictures"], found["real pictures"]) == (40, 50)
+    assert (found["generated images"], found["real images"]) == (40, 50)
     assert all(isinstance(value, float | int) for value in found.values())
 
 
-@pytest.mark.parametrize("extractor", [Pixels(4), RandomNetwork(widths=(16, 32))], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "extractor", [PixelExtractor(4), RandomNetworkExtractor(widths=(16, 32))], ids=lambda e: e.name
+)
 def test_a_fault_is_worse_than_a_shuffle(extractor):
     """Real against real, against darker ones, and against a few that are repeated."""
     real = noise(120)
@@ -163,7 +219,10 @@ def test_a_fault_is_worse_than_a_shuffle(extractor):
     darker = compare([real - 0.3], [real], extractor)
     few = compare([np.tile(real[:4], (30, 1, 1, 1))], [real], extractor)
     name = extractor.name
-    assert shuffled[f"FD({name})"] < 1e-9 and shuffled[f"precision({name})"] == shuffled[f"recall({name})"] == 1
+    assert shuffled[f"FD({name})"] < 1e-9
+    assert shuffled[f"precision({name})"] == shuffled[f"recall({name})"] == 1
     assert abs(shuffled[f"KID({name})"]) < 4 * shuffled[f"KID({name}) standard error"]
-    assert darker[f"FD({name})"] > 1e-3 and darker[f"KID({name})"] > 10 * darker[f"KID({name}) standard error"]
-    assert few[f"precision({name})"] == 1 and few[f"recall({name})"] < 0.2
+    assert darker[f"FD({name})"] > 1e-3
+    assert darker[f"KID({name})"] > 10 * darker[f"KID({name}) standard error"]
+    assert few[f"precision({name})"] == 1
+    assert few[f"recall({name})"] < 0.2

@@ -8,10 +8,11 @@ import pytest
 import scipy.ndimage
 from safetensors.numpy import save_file
 
+from radiance.base.errors import CheckpointError
+from radiance.base.images import to_image
 from radiance.evaluation import inception
-from radiance.evaluation.inception import Inception
-from radiance.pictures import to_picture
-from radiance.weights.files import CheckpointError, Place, Tensors
+from radiance.evaluation.inception import InceptionExtractor
+from radiance.weights.tensors import TensorLocation, Tensors
 
 
 @cache
@@ -21,8 +22,12 @@ def tensors():
     found = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
     for name, (height, width, inner, outer) in inception.kernel_shapes().items():
         spread = np.sqrt(2 / (height * width * inner))
-        found[f"{name}.conv.weight"] = spread * draw.standard_normal((outer, inner, height, width), np.float32)
-        found[f"{name}.bn.weight"], found[f"{name}.bn.running_var"] = draw.uniform(0.7, 1.3, (2, outer))
+        found[f"{name}.conv.weight"] = spread * draw.standard_normal(
+            (outer, inner, height, width), np.float32
+        )
+        found[f"{name}.bn.weight"], found[f"{name}.bn.running_var"] = draw.uniform(
+            0.7, 1.3, (2, outer)
+        )
         found[f"{name}.bn.bias"], found[f"{name}.bn.running_mean"] = draw.normal(0, 0.2, (2, outer))
         found[f"{name}.bn.num_batches_tracked"] = np.zeros((), np.int64)
     return {key: x if x.dtype == np.int64 else x.astype(np.float32) for key, x in found.items()}
@@ -38,7 +43,9 @@ def file(tmp_path_factory):
 def photographs(count, height, width):
     """Smooth, with detail, beyond the range here and there."""
     rough = np.random.default_rng(5).standard_normal((count, height, width, 3))
-    return (1.5 * scipy.ndimage.gaussian_filter(rough, (0, 5, 5, 0)) / 0.06 * 0.4 + 0.1 * rough).astype(np.float32)
+    return (
+        1.5 * scipy.ndimage.gaussian_filter(rough, (0, 5, 5, 0)) / 0.06 * 0.4 + 0.1 * rough
+    ).astype(np.float32)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -57,7 +64,9 @@ def published(torch):
         def forward(self, x):
             return torch.relu(self.bn(self.conv(x)))
 
-    average = partial(nn.functional.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+    average = partial(
+        nn.functional.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False
+    )
     halve = partial(nn.functional.max_pool2d, kernel_size=3, stride=2)
 
     class Block(nn.Module):
@@ -94,14 +103,20 @@ def published(torch):
             "branch3x3dbl_3": ("branch3x3dbl_2", 96, three, 1), "branch_pool": (None, pooled, one, 1),
         }  # fmt: skip
         deep = [f"branch3x3dbl_{i}" for i in (1, 2, 3)]
-        return Block(inner, layers, [["branch1x1"], ["branch5x5_1", "branch5x5_2"], deep, ["pool", "branch_pool"]])
+        return Block(
+            inner,
+            layers,
+            [["branch1x1"], ["branch5x5_1", "branch5x5_2"], deep, ["pool", "branch_pool"]],
+        )
 
     def to_17():
         layers = {
             "branch3x3": (None, 384, three, 2), "branch3x3dbl_1": (None, 64, one, 1),
             "branch3x3dbl_2": ("branch3x3dbl_1", 96, three, 1), "branch3x3dbl_3": ("branch3x3dbl_2", 96, three, 2),
         }  # fmt: skip
-        return Block(288, layers, [["branch3x3"], [f"branch3x3dbl_{i}" for i in (1, 2, 3)], ["pool"]], halve)
+        return Block(
+            288, layers, [["branch3x3"], [f"branch3x3dbl_{i}" for i in (1, 2, 3)], ["pool"]], halve
+        )
 
     def figure_6(c):
         layers = {
@@ -111,7 +126,10 @@ def published(torch):
             "branch7x7dbl_4": ("branch7x7dbl_3", c, column, 1), "branch7x7dbl_5": ("branch7x7dbl_4", 192, row, 1),
             "branch_pool": (None, 192, one, 1),
         }  # fmt: skip
-        once, twice = [f"branch7x7_{i}" for i in (1, 2, 3)], [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)]
+        once, twice = (
+            [f"branch7x7_{i}" for i in (1, 2, 3)],
+            [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)],
+        )
         return Block(768, layers, [["branch1x1"], once, twice, ["pool", "branch_pool"]])
 
     def to_8():
@@ -140,12 +158,20 @@ def published(torch):
             self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Layer(3, 32, 3, 2), Layer(32, 32, 3)
             self.Conv2d_2b_3x3 = Layer(32, 64, 3, padding=1)
             self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Layer(64, 80, 1), Layer(80, 192, 3)
-            self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = figure_5(192, 32), figure_5(256, 64), figure_5(288, 64)
+            self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
+                figure_5(192, 32),
+                figure_5(256, 64),
+                figure_5(288, 64),
+            )
             self.Mixed_6a = to_17()
-            self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (figure_6(c) for c in (128, 160, 160, 192))
+            self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+                figure_6(c) for c in (128, 160, 160, 192)
+            )
             self.Mixed_7a = to_8()
             self.Mixed_7b = figure_7(1280, average)
-            self.Mixed_7c = figure_7(2048, partial(nn.functional.max_pool2d, kernel_size=3, stride=1, padding=1))
+            self.Mixed_7c = figure_7(
+                2048, partial(nn.functional.max_pool2d, kernel_size=3, stride=1, padding=1)
+            )
             self.fc = nn.Linear(2048, 1008)
 
         def forward(self, x):
@@ -165,40 +191,55 @@ def test_features_are_those_of_the_published_network(file):
     torch = pytest.importorskip("torch", reason="PyTorch is the reference")
     theirs = published(torch)
     theirs.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors().items()})
-    pictures = photographs(2, 64, 96)
-    levels = torch.tensor(np.stack([np.asarray(to_picture(x), np.float32) for x in pictures]).transpose(0, 3, 1, 2))
+    images = photographs(2, 64, 96)
+    levels = torch.tensor(
+        np.stack([np.asarray(to_image(x), np.float32) for x in images]).transpose(0, 3, 1, 2)
+    )
     # TensorFlow 1's places, i · n / 299, as PyTorch counts them between -1 and 1 from the first pixel to the last.
     down, across = (2 * np.arange(299) * (n / 299) / (n - 1) - 1 for n in (64, 96))
-    grid = torch.tensor(np.stack(np.meshgrid(across, down), axis=-1), dtype=torch.float32).expand(2, -1, -1, -1)
+    grid = torch.tensor(np.stack(np.meshgrid(across, down), axis=-1), dtype=torch.float32).expand(
+        2, -1, -1, -1
+    )
     with torch.no_grad():
-        resized = torch.nn.functional.grid_sample(levels, grid, "bilinear", "border", align_corners=True)
+        resized = torch.nn.functional.grid_sample(
+            levels, grid, "bilinear", "border", align_corners=True
+        )
         expected = theirs((resized - 128) / 128).numpy()
-    found = Inception(file)(pictures)
+    found = InceptionExtractor(file)(images)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"features: {error:.1e}")
-    assert found.shape == (2, 2048) and found.dtype == np.float32
-    assert expected.std() > 0.1 and np.abs(expected[0] - expected[1]).max() > 0.1
+    assert found.shape == (2, 2048)
+    assert found.dtype == np.float32
+    assert expected.std() > 0.1
+    assert np.abs(expected[0] - expected[1]).max() > 0.1
     assert error < 2e-5
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("height, width", [(299, 299), (32, 50), (400, 333)])
-def test_pictures_are_resized_as_scipy_interpolates(height, width):
+@pytest.mark.parametrize(("height", "width"), [(299, 299), (32, 50), (400, 333)])
+def test_images_are_resized_as_scipy_interpolates(height, width):
     """At TensorFlow 1's places; beyond the last pixel it counts on."""
-    pictures = photographs(1, height, width)
-    levels = np.asarray(to_picture(pictures[0]), np.float64)
+    images = photographs(1, height, width)
+    levels = np.asarray(to_image(images[0]), np.float64)
     places = np.meshgrid(np.arange(299) * height / 299, np.arange(299) * width / 299, indexing="ij")
-    expected = np.stack([scipy.ndimage.map_coordinates(c, places, order=1, mode="nearest") for c in levels.transpose(2, 0, 1)], axis=-1)
-    found = np.asarray(inception.preprocess(pictures))[0]
-    assert found.min() == -1 and found.max() == pytest.approx(127 / 128)
+    expected = np.stack(
+        [
+            scipy.ndimage.map_coordinates(c, places, order=1, mode="nearest")
+            for c in levels.transpose(2, 0, 1)
+        ],
+        axis=-1,
+    )
+    found = np.asarray(inception.preprocess_images(images))[0]
+    assert found.min() == -1
+    assert found.max() == pytest.approx(127 / 128)
     np.testing.assert_allclose(found, (expected - 128) / 128, atol=1e-4)
 
 
 def test_averages_are_of_places_inside():
     x = np.random.default_rng(0).standard_normal((1, 4, 5, 2)).astype(np.float32)
-    found = np.asarray(inception.mean_pool(x))
+    found = np.asarray(inception.avg_pool(x))
     np.testing.assert_allclose(found[0, 0, 0], x[0, :2, :2].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(found[0, 3, 2], x[0, 2:4, 1:4].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(found[0, 1, 1], x[0, :3, :3].mean(axis=(0, 1)), rtol=1e-5)
@@ -208,26 +249,37 @@ def test_averages_are_of_places_inside():
 
 
 def test_the_identity_is_that_of_the_weights_that_are_used(file, tmp_path):
-    identity, found = Inception(file).identity, dict(tensors())
-    assert Inception(file).identity == identity
-    for key in [key for key in found if key.endswith("num_batches_tracked") or key.startswith("fc.")]:
+    identity, found = InceptionExtractor(file).identity, dict(tensors())
+    assert InceptionExtractor(file).identity == identity
+    for key in [
+        key for key in found if key.endswith("num_batches_tracked") or key.startswith("fc.")
+    ]:
         del found[key]
     save_file(found, tmp_path / "bare.safetensors")
-    assert Inception(tmp_path / "bare.safetensors").identity == identity
+    assert InceptionExtractor(tmp_path / "bare.safetensors").identity == identity
     found["Mixed_7c.branch_pool.bn.bias"] = found["Mixed_7c.branch_pool.bn.bias"] + np.float32(1e-3)
     save_file(found, tmp_path / "changed.safetensors")
-    assert Inception(tmp_path / "changed.safetensors").identity != identity
+    assert InceptionExtractor(tmp_path / "changed.safetensors").identity != identity
 
 
 FAULTS = {
-    "torchvision": (lambda shapes: shapes | {"fc.weight": (1000, 2048)}, "torchvision, whose features are others"),
-    "auxiliary": (lambda shapes: shapes | {"AuxLogits.fc.bias": (1000,)}, "torchvision, whose features are others"),
+    "torchvision": (
+        lambda shapes: shapes | {"fc.weight": (1000, 2048)},
+        "torchvision, whose features are others",
+    ),
+    "auxiliary": (
+        lambda shapes: shapes | {"AuxLogits.fc.bias": (1000,)},
+        "torchvision, whose features are others",
+    ),
     "another": (lambda shapes: {"x": (3,)}, "holds no Inception v3"),
     "missing": (
         lambda shapes: {k: s for k, s in shapes.items() if k != "Mixed_6c.branch1x1.bn.bias"},
         "missing Mixed_6c.branch1x1.bn.bias",
     ),
-    "more": (lambda shapes: shapes | {"Mixed_8a.conv.weight": (3,)}, "not expected Mixed_8a.conv.weight"),
+    "more": (
+        lambda shapes: shapes | {"Mixed_8a.conv.weight": (3,)},
+        "not expected Mixed_8a.conv.weight",
+    ),
 }
 
 
@@ -236,9 +288,13 @@ def test_files_of_something_else(fault):
     change, message = FAULTS[fault]
 
     def opened(shapes):
-        return Tensors(Path("x"), {key: Place(Path("x"), 0, 0, shape, "F32") for key, shape in shapes.items()}, {})
+        return Tensors(
+            Path("x"),
+            {key: TensorLocation(Path("x"), 0, 0, shape, "F32") for key, shape in shapes.items()},
+            {},
+        )
 
     whole = {key: x.shape for key, x in tensors().items()}
-    inception.check_file(opened(whole))
+    inception.check_inception_file(opened(whole))
     with pytest.raises(CheckpointError, match=message):
-        inception.check_file(opened(change(whole)))
+        inception.check_inception_file(opened(change(whole)))

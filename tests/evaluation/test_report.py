@@ -10,11 +10,24 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.images import save_png
 from radiance.cli import main
-from radiance.evaluation.charts import MOST, Line, line_chart, log_ticks, number, ticks
-from radiance.evaluation.report import Run, _smoothed, _waiting, thinned, write_report
-from radiance.pictures import save_png
-from radiance.training.directory import RunDirectory
+from radiance.evaluation.charts import (
+    MAX_POINTS,
+    Line,
+    format_number,
+    linear_ticks,
+    log_ticks,
+    render_line_chart,
+)
+from radiance.evaluation.report import (
+    ReportRun,
+    _input_wait_percentages,
+    _smooth,
+    thin_steps,
+    write_report,
+)
+from radiance.training.run_directory import RunDirectory
 
 HOSTILE = "<script>alert('&\"')</script>"
 
@@ -45,51 +58,83 @@ class Page(HTMLParser):
         return [len(a["points"].split()) for tag, a in self.tags if tag == "polyline"]
 
 
-def a_run(folder, name: str, rows=(), pictures=()):
+def a_run(folder, name: str, rows=(), images=()):
     path = folder / "run"
     path.mkdir(parents=True)
-    (path / "config.json").write_text(config.to_json(config.Config(name=name, model=config.Model.named("nano"))))
+    (path / "config.json").write_text(
+        config.to_json(config.Config(name=name, model=config.Model.from_name("nano")))
+    )
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step in pictures:
-        save_png(path / "samples" / f"{step:08d}.png", Image.effect_noise((600, 300), 90), {"prompts": [HOSTILE, "two"]})
+    for step in images:
+        save_png(
+            path / "samples" / f"{step:08d}.png",
+            Image.effect_noise((600, 300), 90),
+            {"prompts": [HOSTILE, "two"]},
+        )
     return path
 
 
 def measured(n: int):
-    same = {"gradient_norm": 2.0, "gradient_norms": {HOSTILE: 1.0, "head": 2.0}, "learning_rate": 1e-4, "pictures_skipped": 1}
+    same = {
+        "gradient_norm": 2.0,
+        "gradient_norms": {HOSTILE: 1.0, "head": 2.0},
+        "learning_rate": 1e-4,
+        "images_skipped": 1,
+    }
     same |= {
-        "pictures_per_second": 256.0,
+        "images_per_second": 256.0,
         "input_wait_seconds": 2.5,
         "tflops_per_device": 1.0,
         "mfu": 0.4,
-    }  # 10 steps of 256 pictures take 10 s
+    }  # 10 steps of 256 images take 10 s
     rows = [{"step": 10 * i, "loss": 1 / i, **same} for i in range(1, n + 1)]
     return [*rows, {"step": 10 * n, "validation_loss": 0.5, "validation_bins": [0.5, 0.25]}]
 
 
 def test_one_run(tmp_path):
     path = a_run(tmp_path, HOSTILE.replace("/", ""), measured(7), (10, 20))
-    (path / "data.json").write_text(json.dumps({"train": {"hash": "abc", "skipped": {"no <caption>": 3}}, "text": {"encoder": "hash"}}))
+    (path / "data.json").write_text(
+        json.dumps(
+            {"train": {"hash": "abc", "skipped": {"no <caption>": 3}}, "text": {"encoder": "hash"}}
+        )
+    )
     text = write_report(path).read_text()
     page = Page(text)
-    assert "http:" not in text and "https:" not in text and "script" not in {tag for tag, _ in page.tags}
-    assert page.lines() == [7, 7, 1, 1, 1, *[7] * 9]  # raw, smoothed, validation; two bins; norm, two parts, and six of speed and data
-    assert sum(tag == "img" for tag, _ in page.tags) == 2 and page.text.count(f"{HOSTILE} · two") == 1
-    assert "70 of 100000" in page.text and "no <caption>" in page.text and "nano" in page.text
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.lines() == [
+        7,
+        7,
+        1,
+        1,
+        1,
+        *[7] * 9,
+    ]  # raw, smoothed, validation; two bins; norm, two parts, and six of speed and data
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+    assert page.text.count(f"{HOSTILE} · two") == 1
+    assert "70 of 100000" in page.text
+    assert "no <caption>" in page.text
+    assert "nano" in page.text
 
 
 def test_waiting_is_a_share_of_the_time():
-    run = Run("", RunDirectory("unused"), config.Config(), measured(3), "")
-    assert _waiting(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
+    run = ReportRun("", RunDirectory("unused"), config.Config(), measured(3), "")
+    assert _input_wait_percentages(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
 
 
 def test_several_runs(tmp_path, capsys):
-    one, two = a_run(tmp_path / "1", "same", measured(7), (10, 20)), a_run(tmp_path / "2", "same", measured(5), (20, 30))
+    one, two = (
+        a_run(tmp_path / "1", "same", measured(7), (10, 20)),
+        a_run(tmp_path / "2", "same", measured(5), (20, 30)),
+    )
     out = tmp_path / "both.html"
     assert main(["report", str(one), str(two), "--out", str(out)]) == 0
     page = Page(out.read_text())
-    assert page.lines()[:6] == [7, 7, 1, 5, 5, 1] and sum(tag == "img" for tag, _ in page.tags) == 2
-    assert f"{two}, step 20" in page.text and not (one / "report.html").exists()
+    assert page.lines()[:6] == [7, 7, 1, 5, 5, 1]
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+    assert f"{two}, step 20" in page.text
+    assert not (one / "report.html").exists()
 
 
 def test_a_fresh_run_and_a_broken_one(tmp_path):
@@ -105,30 +150,51 @@ def test_a_fresh_run_and_a_broken_one(tmp_path):
 
 
 def test_the_devices_of_a_running_run_are_left_alone(tmp_path):
-    command = [sys.executable, "-m", "radiance", "report", str(a_run(tmp_path, "busy", measured(3)))]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "a_device_that_is_taken"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "radiance",
+        "report",
+        str(a_run(tmp_path, "busy", measured(3))),
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "a_device_that_is_taken"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_smoothing_follows_a_short_run_and_calms_a_long_one():
     short = [(i, float(i % 2)) for i in range(20)]
-    assert _smoothed(short) == short
+    assert _smooth(short) == short
     long = [(i, float(i % 2)) for i in range(2000)]
-    assert all(abs(y - 0.5) < 0.01 for _, y in _smoothed(long)[500:])
+    assert all(abs(y - 0.5) < 0.01 for _, y in _smooth(long)[500:])
 
 
 def test_the_page_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr("radiance.evaluation.report.BYTES", 200_000)
-    text = write_report(a_run(tmp_path, "many", pictures=range(1, 30))).read_text()
-    assert text.count("<img") == 10 and len(text) < 350_000
+    text = write_report(a_run(tmp_path, "many", images=range(1, 30))).read_text()
+    assert text.count("<img") == 10
+    assert len(text) < 350_000
 
 
 def test_charts():
-    assert ticks(0, 60) == [0, 20, 40, 60] and log_ticks(0.1, 20) == [0.1, 1, 10] and log_ticks(0.2, 3)[:2] == [0.2, 0.5]
-    assert [number(x) for x in (0, 5e-5, 20000, 1.5e6)] == ["0", "5e-5", "20k", "1.5M"]
-    assert thinned(range(100), 4) == [0, 33, 66, 99]
+    assert linear_ticks(0, 60) == [0, 20, 40, 60]
+    assert log_ticks(0.1, 20) == [0.1, 1, 10]
+    assert log_ticks(0.2, 3)[:2] == [0.2, 0.5]
+    assert [format_number(x) for x in (0, 5e-5, 20000, 1.5e6)] == ["0", "5e-5", "20k", "1.5M"]
+    assert thin_steps(range(100), 4) == [0, 33, 66, 99]
     many = [(i, 9.0 if i == 5001 else 1.0 + i % 2) for i in range(10_000)]
-    page = Page(line_chart("spike", "x", [Line("", many)]))
-    heights = [float(p.split(",")[1]) for tag, a in page.tags if tag == "polyline" for p in a["points"].split()]
-    assert len(heights) <= MOST + 2 and sorted(heights)[1] - min(heights) > 50  # the spike is still there
-    assert page.lines() and line_chart("none", "x", [Line("", [(1, float("nan"))])]) == ""
+    page = Page(render_line_chart("spike", "x", [Line("", many)]))
+    heights = [
+        float(p.split(",")[1])
+        for tag, a in page.tags
+        if tag == "polyline"
+        for p in a["points"].split()
+    ]
+    assert len(heights) <= MAX_POINTS + 2
+    assert sorted(heights)[1] - min(heights) > 50
+    assert page.lines()
+    assert render_line_chart("none", "x", [Line("", [(1, float("nan"))])]) == ""

@@ -7,10 +7,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from radiance import config
-from radiance.evaluation.verify import verify
+from radiance.base.errors import CheckpointError
+from radiance.evaluation.verify import verify_golden_file
 from radiance.weights import native
-from radiance.weights.detect import detect
-from radiance.weights.files import CheckpointError
+from radiance.weights.detect import detect_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = {
@@ -25,18 +25,21 @@ PARAMETERS = {"chroma1_base": 8.900e9, "flux1_schnell": 11.891e9}  # the pixel m
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_agrees_with_the_published_code(path):
-    results = verify(path)
+    results = verify_golden_file(path)
     assert {r.output for r in results} == {"velocity", "sampled"} & set(load_file(path))
     for r in results:
-        assert r.good, r
+        assert r.is_within_tolerance, r
         if r.output == "velocity":
             assert r.error < 2e-5, r
 
 
 def test_coarse_rounding_is_no_excuse():
-    """bfloat16 moves its own sampled pictures far, and is not forgiven for that."""
-    results = verify(GOLDEN / "radiance_x0.safetensors", config.Compute(dtype="bfloat16"))
-    assert not any(r.good for r in results) and all(r.tolerance <= 1e-3 for r in results)
+    """bfloat16 moves its own sampled images far, and is not forgiven for that."""
+    results = verify_golden_file(
+        GOLDEN / "radiance_x0.safetensors", config.Compute(dtype="bfloat16")
+    )
+    assert not any(r.is_within_tolerance for r in results)
+    assert all(r.tolerance <= 1e-3 for r in results)
 
 
 def test_all_golden_files_are_there():
@@ -54,25 +57,30 @@ def test_a_small_difference_is_seen(what, tmp_path):
     if what == "nan":
         tensors["velocity"].flat[5] = np.nan
     else:
-        tensors[what].flat[5] += 1e-3 * np.abs(tensors["velocity"]).max() if what == "velocity" else 0.1
+        tensors[what].flat[5] += (
+            1e-3 * np.abs(tensors["velocity"]).max() if what == "velocity" else 0.1
+        )
     save_file(tensors, tmp_path / "x.safetensors", metadata)
-    (result,) = verify(tmp_path / "x.safetensors")
-    assert not result.good, result
+    (result,) = verify_golden_file(tmp_path / "x.safetensors")
+    assert not result.is_within_tolerance, result
 
 
 def test_another_file_is_refused(tmp_path):
     save_file({"velocity": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not a golden file"):
-        verify(tmp_path / "x.safetensors")
+        verify_golden_file(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("file", NAMES)
 def test_full_size_keys(file):
-    published = {name: tuple(shape) for name, shape in json.loads((GOLDEN / f"{file}.keys.json").read_text()).items()}
+    published = {
+        name: tuple(shape)
+        for name, shape in json.loads((GOLDEN / f"{file}.keys.json").read_text()).items()
+    }
     model = config.MODELS[NAMES[file]]
-    shapes, sources = native.layout(model)
+    shapes, sources = native.native_layout(model)
     assert shapes == published
     assert set(sources) == {name for name in shapes if not name.startswith("__")}
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert round(count / 1e6) == round(PARAMETERS.get(file, 9.506e9) / 1e6)
-    assert detect(published) == model
+    assert detect_model(published) == model

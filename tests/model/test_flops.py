@@ -1,9 +1,9 @@
 import jax
 import pytest
-from toys import FLOAT32, toy_inputs, toy_model
 
 from radiance.model.flops import forward_flops, training_flops
-from radiance.model.transformer import abstract, bind
+from radiance.model.transformer import bind_model, make_abstract_params
+from tests.helpers.toy_models import FLOAT32, toy_inputs, toy_model
 
 # Wide enough that what is not a matrix product hardly counts; a block of each kind, for the compiler counts a loop's body once.
 WIDE = dict(
@@ -16,10 +16,23 @@ WIDE = dict(
     "changes",
     [
         dict(nerf_depth=1, approximator_depth=2),
-        dict(nerf_depth=1, head="nerf_linear", modulation="per_block", pooled_dim=32, guidance_embed=True),
+        dict(
+            nerf_depth=1,
+            head="nerf_linear",
+            modulation="per_block",
+            pooled_dim=32,
+            guidance_embed=True,
+        ),
         dict(head="linear", patch_embed="conv_half", modulation="shared", registers=3),
         dict(head="linear", patch=1, channels=16, modulation="none"),
-        dict(head="linear", patch_embed="bottleneck", bottleneck=200, modulation="none", registers=40, text_preamble=1),
+        dict(
+            head="linear",
+            patch_embed="bottleneck",
+            bottleneck=200,
+            modulation="none",
+            registers=40,
+            text_refiner_blocks=1,
+        ),
     ],
     ids=["approximator", "per_block", "shared", "none", "bottleneck"],
 )
@@ -27,10 +40,14 @@ def test_the_compiler_counts_as_many(changes):
     model = toy_model(**(WIDE | changes))
     inputs = toy_inputs(model, lengths=(5,), words=24, rows=8, columns=6)
     count = forward_flops(model, 8 * model.patch, 6 * model.patch, 24)
-    program = jax.jit(lambda params, inputs: bind(model, FLOAT32, params)(**inputs)).lower(abstract(model), inputs)
+    program = jax.jit(lambda params, inputs: bind_model(model, FLOAT32, params)(**inputs)).lower(
+        make_abstract_params(model), inputs
+    )
     assert program.cost_analysis()["flops"] == pytest.approx(count, rel=0.08)
     assert training_flops(model, 8 * model.patch, 6 * model.patch, 24) == 3 * count
-    assert training_flops(model, 8 * model.patch, 6 * model.patch, 24, frozen=True) == 2 * count
+    assert (
+        training_flops(model, 8 * model.patch, 6 * model.patch, 24, frozen_base=True) == 2 * count
+    )
 
 
 def test_the_published_model():

@@ -6,10 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toys import FLOAT32, toy_model, toy_params
 
-from radiance.model.modulation import index_table, join_vectors, make_modulation, sinusoid, split_vectors
-from radiance.model.transformer import bind
+from radiance.model.modulation import (
+    index_embeddings,
+    join_vectors,
+    make_modulation,
+    sinusoidal_embedding,
+    split_vectors,
+)
+from radiance.model.transformer import bind_model
+from tests.helpers.toy_models import FLOAT32, toy_model, toy_params
 
 KINDS = {
     "approximator": dict(),
@@ -23,14 +29,18 @@ TIME = np.array([0.25, 0.5, 1.0], np.float32)
 
 @partial(jax.jit, static_argnames="model")
 def run(model, params, time, guidance=None, pooled=None):
-    return bind(model, FLOAT32, params).modulation(time, guidance, pooled)
+    return bind_model(model, FLOAT32, params).modulation(time, guidance, pooled)
 
 
 def pooled_of(model):
-    return jnp.asarray(np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32)) if model.pooled_dim else None
+    return (
+        jnp.asarray(np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32))
+        if model.pooled_dim
+        else None
+    )
 
 
-@pytest.mark.parametrize("count, width", [(344, 32), (11, 8)])
+@pytest.mark.parametrize(("count", "width"), [(344, 32), (11, 8)])
 def test_index_table_is_rounded_as_the_reference_rounds(count, width):
     half = width // 2
     expected, naive = np.empty((2, count, width))
@@ -42,7 +52,7 @@ def test_index_table_is_rounded_as_the_reference_rounds(count, width):
             expected[m, [j, half + j]] = math.cos(angle), math.sin(angle)
             exact = 1000 * m * 10_000.0 ** (-j / half)
             naive[m, [j, half + j]] = math.cos(exact), math.sin(exact)
-    table = index_table(count, width)
+    table = index_embeddings(count, width)
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, atol=1e-7)
     if count == 344:
@@ -52,18 +62,26 @@ def test_index_table_is_rounded_as_the_reference_rounds(count, width):
 def test_sinusoid_has_cosines_then_sines_of_a_thousand_times():
     x, half = np.array([0.0, 0.001, 0.25, 1.0], np.float32), 8
     angles = np.outer(1000 * x.astype(np.float64), [10_000.0 ** (-j / half) for j in range(half)])
-    np.testing.assert_allclose(sinusoid(jnp.asarray(x), 16), np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=1e-4)
+    np.testing.assert_allclose(
+        sinusoidal_embedding(jnp.asarray(x), 16),
+        np.concatenate([np.cos(angles), np.sin(angles)], axis=1),
+        atol=1e-4,
+    )
 
 
 def test_order_of_the_vectors():
     doubles, singles, b = 2, 3, 2
     count = 3 * singles + 12 * doubles + 2
-    assert count == toy_model(double_blocks=doubles, single_blocks=singles).vectors
+    assert count == toy_model(double_blocks=doubles, single_blocks=singles).num_modulation_vectors
     x = np.arange(count)[None, :, None] + 1000 * np.arange(b)[:, None, None] + np.zeros((1, 1, 4))
     vectors = split_vectors(jnp.asarray(x, jnp.float32), doubles, singles)
     for sample in range(b):
         at = iter(range(1000 * sample, 1000 * sample + count))
-        for kind, blocks, each in ((vectors.single, singles, 3), (vectors.double_image, doubles, 6), (vectors.double_text, doubles, 6)):
+        for kind, blocks, each in (
+            (vectors.single, singles, 3),
+            (vectors.double_image, doubles, 6),
+            (vectors.double_text, doubles, 6),
+        ):
             for block in range(blocks):
                 assert kind[block, sample, :, 0].tolist() == [next(at) for _ in range(each)]
         assert vectors.output[sample, :, 0].tolist() == [next(at), next(at)]
@@ -76,11 +94,18 @@ def test_fresh_vectors_are_zero(kind):
 
     @jax.jit
     def fresh(key):
-        return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(jnp.asarray(TIME), jnp.ones(3), pooled_of(model))
+        return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(
+            jnp.asarray(TIME), jnp.ones(3), pooled_of(model)
+        )
 
     vectors = fresh(jax.random.key(0))
     d, rows = model.hidden, 1 if kind == "none" else 3
-    assert [x.shape for x in vectors] == [(2, rows, 6, d), (2, rows, 6, d), (3, rows, 3, d), (rows, 2, d)]
+    assert [x.shape for x in vectors] == [
+        (2, rows, 6, d),
+        (2, rows, 6, d),
+        (3, rows, 3, d),
+        (rows, 2, d),
+    ]
     assert all(x.dtype == jnp.float32 and (np.asarray(x) == 0).all() for x in vectors)
 
 
@@ -92,7 +117,9 @@ def test_what_vectors_depend_on(kind):
     def moved(**changes):
         arguments = dict(time=TIME, guidance=np.zeros(3, np.float32), pooled=pooled) | changes
         shifts = [np.abs(x - y).max() for x, y in zip(run(model, params, **arguments), base)]
-        return shifts[:-1] if kind == "per_block_nerf" else shifts  # nothing reads the last pair: it is zero
+        return (
+            shifts[:-1] if kind == "per_block_nerf" else shifts
+        )  # nothing reads the last pair: it is zero
 
     base = run(model, params, TIME, np.zeros(3, np.float32), pooled)
     if kind == "none":
@@ -101,12 +128,18 @@ def test_what_vectors_depend_on(kind):
     assert min(moved(time=TIME / 2)) > 1e-3
     assert max(moved(guidance=None)) == 0
     read = model.modulation == "approximator" or model.guidance_embed
-    assert min(moved(guidance=np.full(3, 2.0, np.float32))) > 1e-3 if read else max(moved(guidance=np.full(3, 2.0, np.float32))) == 0
+    assert (
+        min(moved(guidance=np.full(3, 2.0, np.float32))) > 1e-3
+        if read
+        else max(moved(guidance=np.full(3, 2.0, np.float32))) == 0
+    )
     if model.pooled_dim:
         assert min(moved(pooled=-pooled)) > 1e-3
         with pytest.raises(ValueError, match="pooled_dim"):
             run(model, params, TIME)
     # every sample has its own vectors
-    second = run(model, params, TIME[1:2], np.zeros(1, np.float32), None if pooled is None else pooled[1:2])
+    second = run(
+        model, params, TIME[1:2], np.zeros(1, np.float32), None if pooled is None else pooled[1:2]
+    )
     for x, y in zip(second, base):
         np.testing.assert_allclose(x, y[..., 1:2, :, :], atol=1e-5)

@@ -5,10 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import FLOAT32, VARIANTS, apply, gradients, rows_of, toy_inputs, toy_model, toy_params
 
 from radiance import config
 from radiance.model import transformer
+from tests.helpers.toy_models import (
+    FLOAT32,
+    VARIANTS,
+    apply,
+    gradients,
+    rows_of,
+    toy_inputs,
+    toy_model,
+    toy_params,
+)
 
 # --- the specification (architecture.md) in float64: one sample at a time, text first, every pair masked ----------------
 
@@ -16,9 +25,11 @@ from radiance.model import transformer
 def sinusoid(x, width):
     """Angles are rounded to float32 on the way, as published; they are large."""
     half = width // 2
-    rounded = np.exp(((np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32)) / np.float32(half)).astype(np.float64)).astype(
-        np.float32
-    )
+    rounded = np.exp(
+        ((np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32)) / np.float32(half)).astype(
+            np.float64
+        )
+    ).astype(np.float32)
     angles = (np.float32(1000) * np.float32(x) * rounded).astype(np.float64)
     return np.concatenate([np.cos(angles), np.sin(angles)])
 
@@ -55,9 +66,14 @@ def at(tree, i):
 def oracle_vectors(model, p, time, guidance, pooled):
     doubles, singles = model.double_blocks, model.single_blocks
     if model.modulation in ("none", "shared"):
-        p = {name: np.zeros((0, n, model.hidden)) for name, n in (("double_image", 6), ("double_text", 6), ("single", 3))} | p
+        p = {
+            name: np.zeros((0, n, model.hidden))
+            for name, n in (("double_image", 6), ("double_text", 6), ("single", 3))
+        } | p
     if model.modulation == "none":
-        return SimpleNamespace(image=p["double_image"], text=p["double_text"], single=p["single"], output=p["output"])
+        return SimpleNamespace(
+            image=p["double_image"], text=p["double_text"], single=p["single"], output=p["output"]
+        )
     if model.modulation == "approximator":
         k = model.approximator_dim
         condition = np.concatenate([sinusoid(time, k // 4), sinusoid(guidance, k // 4)])
@@ -71,7 +87,10 @@ def oracle_vectors(model, p, time, guidance, pooled):
         cuts = np.cumsum([3 * singles, 6 * doubles, 6 * doubles])
         single, image, text, output = np.split(np.stack(rows), cuts)
         return SimpleNamespace(
-            image=image.reshape(doubles, 6, -1), text=text.reshape(doubles, 6, -1), single=single.reshape(singles, 3, -1), output=output
+            image=image.reshape(doubles, 6, -1),
+            text=text.reshape(doubles, 6, -1),
+            single=single.reshape(singles, 3, -1),
+            output=output,
         )
     x = mlp(sinusoid(time, 256), p["condition"]["time"], silu)
     if model.guidance_embed:
@@ -81,10 +100,17 @@ def oracle_vectors(model, p, time, guidance, pooled):
     x = silu(x)
     if model.modulation == "shared":
         image, text, single, output = np.split(dense(x, p["linear"]).reshape(17, -1), [6, 12, 15])
-        return SimpleNamespace(image=image + p["double_image"], text=text + p["double_text"], single=single + p["single"], output=output)
+        return SimpleNamespace(
+            image=image + p["double_image"],
+            text=text + p["double_text"],
+            single=single + p["single"],
+            output=output,
+        )
     stacked = {k: [dense(x, at(p[f], i)).reshape(n, -1) for i in range(blocks)] for k, f, n, blocks in (
         ("image", "double_image", 6, doubles), ("text", "double_text", 6, doubles), ("single", "single", 3, singles))}  # fmt: skip
-    return SimpleNamespace(**stacked, output=dense(x, p["output"]).reshape(2, -1) if "output" in p else None)
+    return SimpleNamespace(
+        **stacked, output=dense(x, p["output"]).reshape(2, -1) if "output" in p else None
+    )
 
 
 def oracle_sample(model, p, image, text, length, time, guidance, pooled):
@@ -93,20 +119,46 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
     grid = [(r, c) for r in range(height // side) for c in range(width // side)]
 
     def patches(image, side):
-        return np.stack([image[r * side : (r + 1) * side, c * side : (c + 1) * side].reshape(-1) for r, c in grid])
+        return np.stack(
+            [
+                image[r * side : (r + 1) * side, c * side : (c + 1) * side].reshape(-1)
+                for r, c in grid
+            ]
+        )
 
-    values = patches(image[::2, ::2], side // 2) if model.patch_embed == "conv_half" else patches(image, side)
-    x = mlp(values, p["patch_embed"], lambda z: z) if model.patch_embed == "bottleneck" else dense(values, p["patch_embed"])
+    values = (
+        patches(image[::2, ::2], side // 2)
+        if model.patch_embed == "conv_half"
+        else patches(image, side)
+    )
+    x = (
+        mlp(values, p["patch_embed"], lambda z: z)
+        if model.patch_embed == "bottleneck"
+        else dense(values, p["patch_embed"])
+    )
     if model.padding == "learned":
-        text = np.concatenate([text[: int(length)], np.tile(p["padding"], (len(text) - int(length), 1))])
+        text = np.concatenate(
+            [text[: int(length)], np.tile(p["padding"], (len(text) - int(length), 1))]
+        )
     y = dense(text, p["text_embed"])
-    kept = {"one_pad": np.arange(len(y)) <= length, "strict": np.arange(len(y)) < length, "off": np.full(len(y), True)}[model.masking]
+    kept = {
+        "one_pad": np.arange(len(y)) <= length,
+        "strict": np.arange(len(y)) < length,
+        "off": np.full(len(y), True),
+    }[model.masking]
     ids = [(j if model.text_ids == "sequential" else 0, 0, 0) for j in range(len(y))]
     if model.registers:
-        y, kept, ids = np.concatenate([p["registers"], y]), np.r_[[True] * model.registers, kept], [(0, 0, 0)] * model.registers + ids
+        y, kept, ids = (
+            np.concatenate([p["registers"], y]),
+            np.r_[[True] * model.registers, kept],
+            [(0, 0, 0)] * model.registers + ids,
+        )
     words = len(y)
     ids, kept = np.array(ids + [(0, r, c) for r, c in grid]), np.r_[kept, [True] * len(x)]
-    angles = [np.outer(ids[:, a], model.rope_theta ** (-np.arange(0, s, 2) / s)) for a, s in enumerate(model.rope_axes)]
+    angles = [
+        np.outer(ids[:, a], model.rope_theta ** (-np.arange(0, s, 2) / s))
+        for a, s in enumerate(model.rope_axes)
+    ]
     turns = np.exp(1j * np.concatenate(angles, axis=1))[:, None]
 
     def turned(x):
@@ -124,26 +176,42 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
         return np.einsum("hqs,shk->qhk", weights, v).reshape(len(q), -1)
 
-    for i in range(model.text_preamble):
-        s = at(p["preamble"], i)
-        y = y + dense(attention(*project(modulated(y, 0, 0), s["attention"])), s["attention"]["proj"])
+    for i in range(model.text_refiner_blocks):
+        s = at(p["refiner"], i)
+        y = y + dense(
+            attention(*project(modulated(y, 0, 0), s["attention"])), s["attention"]["proj"]
+        )
         y = y + mlp(modulated(y, 0, 0), s["mlp"])
     for i in range(model.double_blocks):
-        sides, m = (at(p["double"]["text"], i), at(p["double"]["image"], i)), (v.text[i], v.image[i])
-        qkv = [project(modulated(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, sides)]
+        sides, m = (
+            (at(p["double"]["text"], i), at(p["double"]["image"], i)),
+            (v.text[i], v.image[i]),
+        )
+        qkv = [
+            project(modulated(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, sides)
+        ]
         a = attention(*(np.concatenate(pair) for pair in zip(*qkv)))
-        y, x = (z + w[2] * dense(z_a, s["attention"]["proj"]) for z, z_a, w, s in zip((y, x), (a[:words], a[words:]), m, sides))
-        y, x = (z + w[5] * mlp(modulated(z, w[3], w[4]), s["mlp"]) for z, w, s in zip((y, x), m, sides))
+        y, x = (
+            z + w[2] * dense(z_a, s["attention"]["proj"])
+            for z, z_a, w, s in zip((y, x), (a[:words], a[words:]), m, sides)
+        )
+        y, x = (
+            z + w[5] * mlp(modulated(z, w[3], w[4]), s["mlp"]) for z, w, s in zip((y, x), m, sides)
+        )
     joint = np.concatenate([y, x])
     for i in range(model.single_blocks):
         s, w = at(p["single"], i), v.single[i]
         z = modulated(joint, w[0], w[1])
-        joint = joint + w[2] * (dense(attention(*project(z, s["attention"])), s["attention"]["proj"]) + mlp(z, s["mlp"]))
+        joint = joint + w[2] * (
+            dense(attention(*project(z, s["attention"])), s["attention"]["proj"]) + mlp(z, s["mlp"])
+        )
     tokens, head = joint[words:], p["head"]
 
     out = np.empty_like(image)
     if model.head == "linear":
-        painted = dense(modulated(tokens, *v.output), head["linear"]).reshape(len(grid), side, side, channels)
+        painted = dense(modulated(tokens, *v.output), head["linear"]).reshape(
+            len(grid), side, side, channels
+        )
     else:
         axis, f = np.linspace(0, 1, side), np.arange(model.nerf_freqs)
         waves = np.array([
@@ -151,13 +219,22 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
             for r in range(side) for c in range(side)
         ])  # fmt: skip
         painted = []
-        for token, pixels in zip(tokens, patches(image, side).reshape(len(grid), side * side, channels)):
+        for token, pixels in zip(
+            tokens, patches(image, side).reshape(len(grid), side * side, channels)
+        ):
             n = dense(np.concatenate([pixels, waves], axis=1), head["embedder"])
             for i in range(model.nerf_depth):
                 block, inner = at(head["blocks"], i), model.nerf_hidden * model.nerf_mlp_ratio
                 made = dense(token, block["param_generator"]).reshape(3, -1)
-                gate, value, back = (g.reshape(s) for g, s in zip(made, 2 * [(model.nerf_hidden, inner)] + [(inner, model.nerf_hidden)]))
-                gate, value, back = (g / np.maximum(np.linalg.norm(g, axis=0), 1e-12) for g in (gate, value, back))
+                gate, value, back = (
+                    g.reshape(s)
+                    for g, s in zip(
+                        made, 2 * [(model.nerf_hidden, inner)] + [(inner, model.nerf_hidden)]
+                    )
+                )
+                gate, value, back = (
+                    g / np.maximum(np.linalg.norm(g, axis=0), 1e-12) for g in (gate, value, back)
+                )
                 z = rms(n, block["norm"])
                 n = n + (silu(z @ gate) * (z @ value)) @ back
             painted.append(rms(n, head["norm"]).reshape(side, side, -1))
@@ -168,8 +245,13 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
         out = dense(out, head["linear"])
     if model.head == "nerf_conv":
         padded = np.pad(out, [(1, 1), (1, 1), (0, 0)])
-        windows = ((i, j, padded[i : i + height, j : j + width]) for i in range(3) for j in range(3))
-        out = sum(window @ head["conv"]["kernel"][i, j] for i, j, window in windows) + head["conv"]["bias"]
+        windows = (
+            (i, j, padded[i : i + height, j : j + width]) for i in range(3) for j in range(3)
+        )
+        out = (
+            sum(window @ head["conv"]["kernel"][i, j] for i, j, window in windows)
+            + head["conv"]["bias"]
+        )
     return out if model.prediction == "velocity" else (image - out) / time
 
 
@@ -192,18 +274,30 @@ def test_agrees_with_the_specification(variant):
     model = toy_model(**VARIANTS[variant])
     inputs = toy_inputs(model)
     ours = apply(model, toy_params(model), inputs)
-    assert ours.shape == inputs["image"].shape and ours.dtype == jnp.float32
+    assert ours.shape == inputs["image"].shape
+    assert ours.dtype == jnp.float32
     assert_near(ours, oracle(model, toy_params(model), inputs), 2e-5)
 
 
 # --- text lengths -------------------------------------------------------------------------------------------------------
 
-MASKED = ["one_pad", "strict", "registers", "sequential", "linear", "per_block", "bottleneck", "preamble"]
+MASKED = [
+    "one_pad",
+    "strict",
+    "registers",
+    "sequential",
+    "linear",
+    "per_block",
+    "bottleneck",
+    "refiner",
+]
 
 
 def padding(model, inputs):
     """Where text is hidden, [b, l]."""
-    return np.arange(inputs["text"].shape[1]) >= inputs["lengths"][:, None] + (model.masking == "one_pad")
+    return np.arange(inputs["text"].shape[1]) >= inputs["lengths"][:, None] + (
+        model.masking == "one_pad"
+    )
 
 
 @pytest.mark.parametrize("variant", MASKED)
@@ -239,9 +333,14 @@ def test_without_masking_padding_counts():
     inputs = toy_inputs(model)
     before = apply(model, toy_params(model), inputs)
     text = np.where((np.arange(6) >= inputs["lengths"][:, None] + 1)[..., None], 0, inputs["text"])
-    moved = np.abs(apply(model, toy_params(model), inputs | dict(text=text)) - before).max(axis=(1, 2, 3))
-    assert (moved[:2] > 1e-3).all() and moved[2] == 0  # the third text is full
-    np.testing.assert_array_equal(apply(model, toy_params(model), inputs | dict(lengths=np.full(3, 6, np.int32))), before)
+    moved = np.abs(apply(model, toy_params(model), inputs | dict(text=text)) - before).max(
+        axis=(1, 2, 3)
+    )
+    assert (moved[:2] > 1e-3).all()
+    assert moved[2] == 0
+    np.testing.assert_array_equal(
+        apply(model, toy_params(model), inputs | dict(lengths=np.full(3, 6, np.int32))), before
+    )
 
 
 def test_a_learned_vector_stands_at_padding():
@@ -261,20 +360,23 @@ def test_a_learned_vector_stands_at_padding():
 @pytest.mark.parametrize("registers", [0, 1])
 def test_a_text_of_nothing_leaves_no_trace(registers):
     """Nothing of it is seen, in the blocks of text alone neither, and nothing becomes NaN."""
-    model = toy_model(**VARIANTS["preamble"], registers=registers)
+    model = toy_model(**VARIANTS["refiner"], registers=registers)
     params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 2, 6))
     if not registers:  # where a softmax sees nothing, which has gradients that are not numbers
         loss, (to_params, _, to_text) = gradients(model, params, inputs, weights_of(inputs))
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, to_params, to_text))) and (np.asarray(to_text)[0] == 0).all()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, to_params, to_text)))
+        assert (np.asarray(to_text)[0] == 0).all()
     before = apply(model, params, inputs)
     assert_near(before, oracle(model, params, inputs), 2e-5)
-    np.testing.assert_array_equal(apply(model, params, inputs | dict(text=inputs["text"][::-1]))[0], before[0])
+    np.testing.assert_array_equal(
+        apply(model, params, inputs | dict(text=inputs["text"][::-1]))[0], before[0]
+    )
 
 
 FULL = dict(registers=2, text_ids="sequential")
 SMALL = dict(masking="strict", head="linear", modulation="none")
-ALONE = dict(SMALL, text_preamble=1, patch_embed="bottleneck", bottleneck=7)
-LEARNED = dict(VARIANTS["learned"], text_preamble=1, patch_embed="bottleneck", bottleneck=7)
+ALONE = dict(SMALL, text_refiner_blocks=1, patch_embed="bottleneck", bottleneck=7)
+LEARNED = dict(VARIANTS["learned"], text_refiner_blocks=1, patch_embed="bottleneck", bottleneck=7)
 
 
 @pytest.mark.parametrize("changes", [FULL, SMALL, ALONE])
@@ -301,7 +403,7 @@ def weights_of(inputs):
 
 @pytest.mark.parametrize("changes", [FULL, SMALL, LEARNED])
 def test_gradients_are_the_slopes_of_the_specification(changes):
-    """Central differences of the float64 oracle, along a random direction in each part of the model, the picture and the text."""
+    """Central differences of the float64 oracle, along a random direction in each part of the model, the image and the text."""
     model = toy_model(**changes)
     params, inputs = toy_params(model), toy_inputs(model)
     weights = weights_of(inputs)
@@ -311,7 +413,10 @@ def test_gradients_are_the_slopes_of_the_specification(changes):
     draw, h = np.random.default_rng(6), 1e-4
 
     def loss(tree):
-        return np.vdot(weights, oracle(model, tree["params"], inputs | dict(image=tree["image"], text=tree["text"])))
+        return np.vdot(
+            weights,
+            oracle(model, tree["params"], inputs | dict(image=tree["image"], text=tree["text"])),
+        )
 
     def slope(part):
         def direction(path, x):
@@ -321,7 +426,10 @@ def test_gradients_are_the_slopes_of_the_specification(changes):
             return loss(jax.tree.map(lambda x, d: np.asarray(x, np.float64) + step * d, tree, way))
 
         way = jax.tree_util.tree_map_with_path(direction, tree)
-        ours = sum(np.vdot(np.asarray(g, np.float64), d) for g, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way)))
+        ours = sum(
+            np.vdot(np.asarray(g, np.float64), d)
+            for g, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way))
+        )
         return ours, (moved(h) - moved(-h)) / (2 * h)
 
     for part in [("params", name) for name in params] + [("image",), ("text",)]:
@@ -350,10 +458,12 @@ def instructions(lowered):
 def test_depth_costs_no_instructions(what):
     def count(doubles, singles):
         model = toy_model(double_blocks=doubles, single_blocks=singles)
-        inputs, params = toy_inputs(model), transformer.abstract(model)
+        inputs, params = toy_inputs(model), transformer.make_abstract_params(model)
         if what == "init":
-            return instructions(transformer.init.lower(model, jax.random.key(0)))
-        return instructions(gradients.lower(model, params, inputs, inputs["image"], replace(FLOAT32, remat="full")))
+            return instructions(transformer.init_params.lower(model, jax.random.key(0)))
+        return instructions(
+            gradients.lower(model, params, inputs, inputs["image"], replace(FLOAT32, remat="full"))
+        )
 
     shallow, deep = count(2, 4), count(19, 38)
     assert shallow > 100
@@ -362,13 +472,22 @@ def test_depth_costs_no_instructions(what):
 
 def test_fresh_parameters():
     model = toy_model(head="linear")
-    init = jax.jit(transformer.init.__wrapped__, static_argnames="model")
-    params, again, other = (init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))  # rbg compiles faster
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal((*x.shape, x.dtype), (*y.shape, y.dtype)), params, transformer.abstract(model))
+    init = jax.jit(transformer.init_params.__wrapped__, static_argnames="model")
+    params, again, other = (
+        init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1)
+    )  # rbg compiles faster
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal((*x.shape, x.dtype), (*y.shape, y.dtype)),
+        params,
+        transformer.make_abstract_params(model),
+    )
     jax.tree.map(np.testing.assert_array_equal, params, again)
     kernel = params["single"]["attention"]["qkv"]["kernel"]
-    assert (kernel[0] != kernel[1]).all() and (kernel != other["single"]["attention"]["qkv"]["kernel"]).all()
-    np.testing.assert_allclose(kernel.std() * np.sqrt(model.hidden), 1, rtol=0.05)  # unit variance is kept
+    assert (kernel[0] != kernel[1]).all()
+    assert (kernel != other["single"]["attention"]["qkv"]["kernel"]).all()
+    np.testing.assert_allclose(
+        kernel.std() * np.sqrt(model.hidden), 1, rtol=0.05
+    )  # unit variance is kept
     assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert (np.asarray(apply(model, params, toy_inputs(model))) == 0).all()
 
@@ -377,10 +496,14 @@ def test_fresh_parameters():
 @pytest.mark.parametrize("absent", ["double_blocks", "single_blocks"])
 def test_a_kind_of_block_may_be_absent(modulation, absent):
     model = toy_model(modulation=modulation, **{absent: 0})
-    params, inputs = transformer.abstract(model), toy_inputs(model)
+    params, inputs = transformer.make_abstract_params(model), toy_inputs(model)
     assert absent.split("_")[0] not in params
     assert all(x.size for x in jax.tree.leaves(params))  # checkpoints cannot hold an empty array
-    out = jax.eval_shape(lambda params, inputs: transformer.bind(model, FLOAT32, params)(**inputs), params, inputs)
+    out = jax.eval_shape(
+        lambda params, inputs: transformer.bind_model(model, FLOAT32, params)(**inputs),
+        params,
+        inputs,
+    )
     assert out.shape == inputs["image"].shape
 
 
@@ -391,8 +514,10 @@ def test_vectors_made_beforehand_change_nothing():
 
     @jax.jit
     def given(params, inputs):
-        module = transformer.bind(model, FLOAT32, params)
-        vectors = module.modulation(jnp.asarray(inputs["time"][:1]), jnp.asarray(inputs["guidance"][:1]), None)
+        module = transformer.bind_model(model, FLOAT32, params)
+        vectors = module.modulation(
+            jnp.asarray(inputs["time"][:1]), jnp.asarray(inputs["guidance"][:1]), None
+        )
         return module(**(inputs | dict(time=jnp.full(3, 0.1), guidance=None)), vectors=vectors)
 
     assert_near(given(params, inputs), apply(model, params, inputs))
@@ -401,20 +526,29 @@ def test_vectors_made_beforehand_change_nothing():
 def test_x0_is_divided_by_time_or_by_what_is_given():
     model = toy_model(head="linear", prediction="x0")
     params, inputs = toy_params(model), toy_inputs(model)
-    picture = apply(replace(model, prediction="velocity"), params, inputs)
+    image = apply(replace(model, prediction="velocity"), params, inputs)
     time = inputs["time"][:, None, None, None]
-    assert_near(apply(model, params, inputs), (inputs["image"] - picture) / time)
+    assert_near(apply(model, params, inputs), (inputs["image"] - image) / time)
     divisor = np.array([0.5, 1.5, 1.0], np.float32)
-    ours = jax.jit(lambda inputs: transformer.bind(model, FLOAT32, params)(**inputs, divisor=jnp.asarray(divisor)))(inputs)
-    assert_near(ours, (inputs["image"] - picture) / divisor[:, None, None, None])
+    ours = jax.jit(
+        lambda inputs: transformer.bind_model(model, FLOAT32, params)(
+            **inputs, divisor=jnp.asarray(divisor)
+        )
+    )(inputs)
+    assert_near(ours, (inputs["image"] - image) / divisor[:, None, None, None])
 
 
-@pytest.mark.parametrize("height, width", [(8, 10), (6, 8)])
-def test_a_picture_that_does_not_divide_is_refused(height, width):
+@pytest.mark.parametrize(("height", "width"), [(8, 10), (6, 8)])
+def test_a_image_that_does_not_divide_is_refused(height, width):
     model = toy_model()
     inputs = toy_inputs(model) | dict(image=np.zeros((3, height, width, 3), np.float32))
     with pytest.raises(ValueError, match=f"{width}×{height} .* patches of 4") as error:
-        jax.eval_shape(lambda inputs: transformer.bind(model, FLOAT32, transformer.abstract(model))(**inputs), inputs)
+        jax.eval_shape(
+            lambda inputs: transformer.bind_model(
+                model, FLOAT32, transformer.make_abstract_params(model)
+            )(**inputs),
+            inputs,
+        )
     assert "\n" not in str(error.value)
 
 
@@ -422,7 +556,10 @@ def test_a_picture_that_does_not_divide_is_refused(height, width):
 def test_bfloat16_stays_near(variant):
     model = toy_model(**VARIANTS[variant])
     params, inputs = toy_params(model), toy_inputs(model)
-    exact, ours = apply(model, params, inputs), apply(model, params, inputs, config.Compute(dtype="bfloat16"))
+    exact, ours = (
+        apply(model, params, inputs),
+        apply(model, params, inputs, config.Compute(dtype="bfloat16")),
+    )
     assert ours.dtype == jnp.float32
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     assert 1e-5 < error < 0.06

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radiance.base.errors import TextError
 from radiance.config import ConfigError, Data, Text
-from radiance.data.datasets import Span
-from radiance.data.pipeline import Batches
-from radiance.data.shape_captions import caption, tokens
-from radiance.data.shapes import scene
+from radiance.data.batches import Batches
+from radiance.data.source import Span
+from radiance.shapes.captions import make_caption, split_tokens
+from radiance.shapes.scenes import sample_scene
 from radiance.text import t5
-from radiance.text.encoders import HashEncoder, TextError, make_encoder
-from radiance.text.random_t5 import DECAY, IDS, RandomT5Encoder, weights
+from radiance.text.factory import make_encoder
+from radiance.text.hash_encoder import HashEncoder
+from radiance.text.random_t5 import ATTENTION_DECAY, TOKEN_IDS, RandomT5Encoder, make_random_params
 
 LIMIT = 32
 PROMPTS = ("two: small red circle b3, on white", "one: large blue ring d1")
@@ -28,7 +30,7 @@ class Captions:
     def __len__(self):
         return len(PROMPTS)
 
-    def picture(self, index, cover=None):
+    def image(self, index, cover=None):
         return Image.new("RGB", (4, 4))
 
     def captions(self, index):
@@ -49,7 +51,7 @@ def relative(a, b):
 
 def test_pinned(encoder):
     """Models are trained on these numbers: whoever changes them must know."""
-    drawn, digest = weights(encoder.sizes), hashlib.sha256()
+    drawn, digest = make_random_params(encoder.sizes), hashlib.sha256()
     for part in (
         drawn["embedding"],
         *(drawn["blocks"]["attention"][name]["kernel"] for name in "qkv"),
@@ -70,8 +72,13 @@ def test_pinned(encoder):
 
 
 def test_the_config_names_it():
-    encoder = make_encoder(Text(encoder="random_t5", length=40, dtype="float32"), 24)
-    assert isinstance(encoder, RandomT5Encoder) and (encoder.kind, encoder.dim, encoder.limit) == ("random_t5", 24, 40)
+    encoder = make_encoder(Text(encoder="random_t5", max_length=40, dtype="float32"), 24)
+    assert isinstance(encoder, RandomT5Encoder)
+    assert (
+        encoder.kind,
+        encoder.dim,
+        encoder.max_length,
+    ) == ("random_t5", 24, 40)
     assert encoder.identity == RandomT5Encoder(24, 40).identity
     for wrong in ({"cache": "folder"}, {"file": "t5.safetensors"}):
         with pytest.raises(ConfigError, match=f"text.{next(iter(wrong))}"):
@@ -81,31 +88,47 @@ def test_the_config_names_it():
 def test_batches_without_a_mask_hold_all_padding():
     """What `masking: off` sees is the encoder's own padding."""
     source, encoder = Captions(), RandomT5Encoder(24, 40)
-    batch = Batches(source, Data(side=4, batch=2, caption_dropout=0, threads=1), encoder, 0, 3, "off")[0]
+    batch = Batches(
+        source,
+        Data(resolution=4, batch_size=2, caption_dropout=0, num_threads=1),
+        encoder,
+        0,
+        3,
+        "off",
+    )[0]
     for row, length in zip(batch["text"], batch["lengths"]):
-        assert len(row) == 40 and relative(row[length:-1], row[length + 1 :]).max() > 0.05
+        assert len(row) == 40
+        assert relative(row[length:-1], row[length + 1 :]).max() > 0.05
     assert relative(*(row[20:] for row in batch["text"])).min() > 0.05
 
 
 def test_identity_tells_encoders_apart(encoder):
     others = [RandomT5Encoder(32, LIMIT), RandomT5Encoder(64, LIMIT, "bfloat16")]
     assert len({encoder.identity, *(other.identity for other in others)}) == 3
-    assert RandomT5Encoder(64, 16).identity == encoder.identity  # of the limit, text.length tells
+    assert (
+        RandomT5Encoder(64, 16).identity == encoder.identity
+    )  # of the limit, text.max_length tells
 
 
 def test_weights_are_scaled_by_their_inputs(encoder):
-    drawn = weights(encoder.sizes)
+    drawn = make_random_params(encoder.sizes)
     attention, mlp = drawn["blocks"]["attention"], drawn["blocks"]["mlp"]
     assert drawn["embedding"].std() == pytest.approx(1, rel=0.05)
     expected = {"q": 1 / 32, "k": 1 / 8, "v": 1 / 8, "proj": 1 / 8}  # width 64, four heads of 16
-    assert {name: attention[name]["kernel"].std() for name in expected} == pytest.approx(expected, rel=0.05)
+    assert {name: attention[name]["kernel"].std() for name in expected} == pytest.approx(
+        expected, rel=0.05
+    )
     expected = {"gate": 1 / 8, "linear_in": 1 / 8, "linear_out": 128**-0.5}
-    assert {name: mlp[name]["kernel"].std() for name in expected} == pytest.approx(expected, rel=0.05)
+    assert {name: mlp[name]["kernel"].std() for name in expected} == pytest.approx(
+        expected, rel=0.05
+    )
     assert not np.allclose(attention["k"]["kernel"], attention["v"]["kernel"])
     # One bias per head and distance, the same before and behind.
     bias = np.array(drawn["position_bias"])[t5.position_buckets(8, 32)]
     distance = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
-    np.testing.assert_allclose(np.exp(bias), np.maximum(distance, 1.0)[..., None] ** -np.array(DECAY), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(bias), np.maximum(distance, 1.0)[..., None] ** -np.array(ATTENTION_DECAY), rtol=1e-5
+    )
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -113,30 +136,44 @@ def test_weights_are_scaled_by_their_inputs(encoder):
 
 def test_every_word_of_the_captions_is_known(encoder):
     for index in range(100):
-        text = caption(scene(0, index), "mixed", 64).text
+        text = make_caption(sample_scene(0, index), "mixed", 64).text
         ids = encoder.tokenizer(text)
-        assert len(ids) == len(tokens(text)) + 1 == encoder.count(text) and IDS["<unk>"] not in ids and ids[-1] == IDS["</s>"]
-    assert encoder.tokenizer("A zebra, RED")[:4] == [IDS["a"], IDS["<unk>"], IDS[","], IDS["red"]]
-    assert encoder.tokenizer("") == [IDS["</s>"]]
+        assert len(ids) == len(split_tokens(text)) + 1 == encoder.count(text)
+        assert TOKEN_IDS["<unk>"] not in ids
+        assert ids[-1] == TOKEN_IDS["</s>"]
+    assert encoder.tokenizer("A zebra, RED")[:4] == [
+        TOKEN_IDS["a"],
+        TOKEN_IDS["<unk>"],
+        TOKEN_IDS[","],
+        TOKEN_IDS["red"],
+    ]
+    assert encoder.tokenizer("") == [TOKEN_IDS["</s>"]]
 
 
 def test_a_limit(encoder):
     with pytest.raises(TextError, match="40 tokens"):
         encoder(["red " * 39])
-    assert encoder(["red " * 39], cut=True)[1] == LIMIT
+    assert encoder(["red " * 39], truncate=True)[1] == LIMIT
 
 
 # --- what experiments need --------------------------------------------------------------------------------------------
 
 
 def test_rows_bind(encoder):
-    """Colours swapped between two shapes, with the same words about: the rows of the shapes tell it, as a bag of words cannot."""
-    a, b = encoder(["small red circle b3, small blue ring d1", "small blue circle b3, small red ring d1"])[0]
-    words = HashEncoder.words("small red circle b3, small blue ring d1")
+    """Colors swapped between two shapes, with the same words about: the rows of the shapes tell it, as a bag of words cannot."""
+    a, b = encoder(
+        ["small red circle b3, small blue ring d1", "small blue circle b3, small red ring d1"]
+    )[0]
+    words = HashEncoder.split_words("small red circle b3, small blue ring d1")
     changes = relative(a, b)
     assert min(changes[words.index("circle")], changes[words.index("ring")]) > 0.2
     # The nearer the word that changed, the more.
-    c, d = encoder(["small red circle b3, and there is nothing to add", "small blue circle b3, and there is nothing to add"])[0]
+    c, d = encoder(
+        [
+            "small red circle b3, and there is nothing to add",
+            "small blue circle b3, and there is nothing to add",
+        ]
+    )[0]
     changes = relative(c, d)
     assert changes[2] > 2 * changes[9] > 0
 
@@ -146,22 +183,25 @@ def test_padding_depends_on_the_prompt_and_on_its_position(encoder):
     assert lengths.tolist() == [10, 7]
     first, second = a[10:], b[7:][: LIMIT - 10]
     assert relative(first, second).min() > 0.1
-    assert relative(first[:-1], first[1:]).max() > 0.05 and relative(first[:1], first[12:]).min() > 0.1
+    assert relative(first[:-1], first[1:]).max() > 0.05
+    assert relative(first[:1], first[12:]).min() > 0.1
 
 
 def test_all_padding_that_differs_is_kept():
     """To the limit it is what the whole network gives, although less than that is computed."""
     encoder = RandomT5Encoder(16, 200)
     ids = np.zeros((2, 200), np.int32)
-    lengths = np.array([encoder.count(prompt) for prompt in PROMPTS])
+    lengths = np.array([encoder.count_tokens(prompt) for prompt in PROMPTS])
     for row, prompt in zip(ids, PROMPTS):
-        row[: encoder.count(prompt)] = encoder.tokenizer(prompt)
-    expected = np.asarray(t5.encode(encoder.sizes, "float32", weights(encoder.sizes), ids, lengths))
+        row[: encoder.count_tokens(prompt)] = encoder.tokenizer(prompt)
+    expected = np.asarray(
+        t5.encode_ids(encoder.sizes, "float32", make_random_params(encoder.sizes), ids, lengths)
+    )
     found = encoder.encode(PROMPTS)
     assert [len(rows) for rows, _ in found] == [10 + 91, 7 + 91]
-    np.testing.assert_allclose(encoder.pad(found, 200)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.pad_embeddings(found, 200)[0], expected, atol=1e-5)
     assert relative(expected[0, 99:100], expected[0, 100:101]) > 1e-3  # the last that differ
-    np.testing.assert_allclose(encoder.pad(found, 12)[0], expected[:, :12], atol=1e-5)
+    np.testing.assert_allclose(encoder.pad_embeddings(found, 12)[0], expected[:, :12], atol=1e-5)
 
 
 def test_a_text_is_encoded_alike_in_any_batch(encoder):

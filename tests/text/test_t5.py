@@ -10,17 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from runs import output_of
 from safetensors.numpy import save_file
-from toy_t5 import TOY, torch_tensors
 
-from radiance.sections import ConfigError
+from radiance.base.errors import CheckpointError, ConfigError
 from radiance.text import t5
-from radiance.text.t5 import T5, Weights, position_buckets
-from radiance.weights.files import CheckpointError
+from radiance.text.t5 import T5, T5Weights, position_buckets
+from tests.helpers.toy_runs import output_of
+from tests.helpers.toy_t5 import TOY, torch_tensors
 
 LENGTHS = np.array([1, 4, 17, 40], np.int32)
-GGUF = {row.torch: row.gguf for row in t5.TABLE}
+GGUF = {row.torch_name: row.gguf_name for row in t5.T5_RULES}
 
 
 def token_ids(lengths=LENGTHS, width=40, vocabulary=TOY.vocabulary):
@@ -31,7 +30,7 @@ def token_ids(lengths=LENGTHS, width=40, vocabulary=TOY.vocabulary):
 
 
 def apply(params, ids, lengths, sizes=TOY, dtype="float32"):
-    run = jax.jit(lambda p, i, n: t5.bind(sizes, dtype, p)(i, n))
+    run = jax.jit(lambda p, i, n: t5.bind_t5(sizes, dtype, p)(i, n))
     return np.asarray(run(params, ids, lengths))
 
 
@@ -48,7 +47,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(file):
-    return Weights(file).load("float32")
+    return T5Weights(file).load_params("float32")
 
 
 def relative(found, expected):
@@ -58,7 +57,8 @@ def relative(found, expected):
 def sentence(error):
     """The message, which must be one line that ends."""
     text = str(error.value)
-    assert "\n" not in text and text.endswith((".", "?"))
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
     return text
 
 
@@ -74,15 +74,34 @@ def bucket_by_definition(distance):
     first, n = (16 if distance > 0 else 0), abs(distance)
     if n < 8:
         return first + n
-    return first + min(8 + math.floor(round(math.log2(n / 8) * 2, 9)), 15)  # 8 more buckets up to 128 = 8 · 2⁴
+    return first + min(
+        8 + math.floor(round(math.log2(n / 8) * 2, 9)), 15
+    )  # 8 more buckets up to 128 = 8 · 2⁴
 
 
 def test_position_buckets():
     table = position_buckets(300, 32)
-    expected = [[bucket_by_definition(key - query) for key in range(300)] for query in (0, 150, 299)]
+    expected = [
+        [bucket_by_definition(key - query) for key in range(300)] for query in (0, 150, 299)
+    ]
     np.testing.assert_array_equal(table[[0, 150, 299]], expected)
-    assert table[0, [0, 1, 7, 8, 11, 12, 15, 16, 63, 64, 90, 91, 299]].tolist() == [0, 17, 23, 24, 24, 25, 25, 26, 29, 30, 30, 31, 31]
-    assert table[16, 0] == 10 and (table < 32).all()
+    assert table[0, [0, 1, 7, 8, 11, 12, 15, 16, 63, 64, 90, 91, 299]].tolist() == [
+        0,
+        17,
+        23,
+        24,
+        24,
+        25,
+        25,
+        26,
+        29,
+        30,
+        30,
+        31,
+        31,
+    ]
+    assert table[16, 0] == 10
+    assert (table < 32).all()
 
 
 def oracle(tensors, ids, sizes=TOY):
@@ -98,7 +117,9 @@ def oracle(tensors, ids, sizes=TOY):
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     table = [[bucket_by_definition(k - q) for k in range(len(ids))] for q in range(len(ids))]
-    bias = tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][np.array(table)]
+    bias = tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][
+        np.array(table)
+    ]
     x = tensors["shared.weight"][ids].astype(np.float64)
     for i in range(sizes.layers):
         attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
@@ -106,10 +127,14 @@ def oracle(tensors, ids, sizes=TOY):
         q, k, v = (heads(y, f"{attention}.SelfAttention.{name}.weight") for name in "qkv")
         logits = np.einsum("qhc,khc->qkh", q, k) + bias
         weights = np.exp(logits - logits.max(1, keepdims=True))
-        attended = np.einsum("qkh,khc->qhc", weights / weights.sum(1, keepdims=True), v).reshape(len(ids), -1)
+        attended = np.einsum("qkh,khc->qhc", weights / weights.sum(1, keepdims=True), v).reshape(
+            len(ids), -1
+        )
         x = x + attended @ tensors[f"{attention}.SelfAttention.o.weight"].T
         y = norm(x, f"{mlp}.layer_norm.weight")
-        gate, value = (y @ tensors[f"{mlp}.DenseReluDense.{name}.weight"].T for name in ("wi_0", "wi_1"))
+        gate, value = (
+            y @ tensors[f"{mlp}.DenseReluDense.{name}.weight"].T for name in ("wi_0", "wi_1")
+        )
         x = x + (gelu(gate) * value) @ tensors[f"{mlp}.DenseReluDense.wo.weight"].T
     return norm(x, "encoder.final_layer_norm.weight")
 
@@ -139,9 +164,9 @@ def test_padding(params):
 
 
 def test_bfloat16_is_close(file):
-    weights, ids = Weights(file), token_ids()
-    exact = apply(weights.load("float32"), ids, LENGTHS)
-    found = apply(weights.load("bfloat16"), ids, LENGTHS, dtype="bfloat16")
+    weights, ids = T5Weights(file), token_ids()
+    exact = apply(weights.load_params("float32"), ids, LENGTHS)
+    found = apply(weights.load_params("bfloat16"), ids, LENGTHS, dtype="bfloat16")
     assert found.dtype == np.float32  # until the very end
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     print(f"relative error of bfloat16: {error:.1e}")
@@ -150,21 +175,31 @@ def test_bfloat16_is_close(file):
 
 def test_the_stream_between_blocks_is_not_rounded(file):
     """With embeddings 30 times as large as what the blocks add, what they add is still right to a percent."""
-    weights, ids = Weights(file), token_ids()
-    table = 30 * np.asarray(weights.load("bfloat16")["embedding"]).astype(np.float32)
-    params = {dtype: weights.load(dtype) | {"embedding": table} for dtype in ("float32", "bfloat16")}
+    weights, ids = T5Weights(file), token_ids()
+    table = 30 * np.asarray(weights.load_params("bfloat16")["embedding"]).astype(np.float32)
+    params = {
+        dtype: weights.load_params(dtype) | {"embedding": table}
+        for dtype in ("float32", "bfloat16")
+    }
     exact, found = (apply(params[dtype], ids, LENGTHS, dtype=dtype) for dtype in params)
     x = table[ids]
-    without = x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.asarray(params["float32"]["norm"]["scale"])
+    without = (
+        x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.asarray(params["float32"]["norm"]["scale"])
+    )
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact - without) < 0.02
 
 
 def test_encode_rounds_at_the_end(file):
-    weights, ids = Weights(file), token_ids()
-    params = weights.load("bfloat16")
-    found = np.asarray(t5.encode(TOY, "bfloat16", params, ids, LENGTHS))
+    weights, ids = T5Weights(file), token_ids()
+    params = weights.load_params("bfloat16")
+    found = np.asarray(t5.encode_ids(TOY, "bfloat16", params, ids, LENGTHS))
     assert found.dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(found.astype(np.float32), apply(params, ids, LENGTHS, dtype="bfloat16"), rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(
+        found.astype(np.float32),
+        apply(params, ids, LENGTHS, dtype="bfloat16"),
+        rtol=0.02,
+        atol=0.02,
+    )
 
 
 @pytest.mark.reference
@@ -182,16 +217,19 @@ def test_transformers(tmp_path, seed):
     ).eval()  # fmt: skip
     state = {name: torch.from_numpy(x) for name, x in torch_tensors(seed=seed, spread=1.5).items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected
+    assert set(missing) <= {"encoder.embed_tokens.weight"}
+    assert not unexpected
     theirs.save_pretrained(tmp_path)
     lengths = np.array([1, 7, 130, 150], np.int32)
     ids = token_ids(lengths, 150)
     with torch.no_grad():
         mask = torch.from_numpy(np.arange(150) < lengths[:, None]).long()
-        expected = theirs(input_ids=torch.from_numpy(ids).long(), attention_mask=mask).last_hidden_state.numpy()
-    weights = Weights(tmp_path)
-    assert weights.t5 == TOY
-    error = relative(apply(weights.load("float32"), ids, lengths), expected)
+        expected = theirs(
+            input_ids=torch.from_numpy(ids).long(), attention_mask=mask
+        ).last_hidden_state.numpy()
+    weights = T5Weights(tmp_path)
+    assert weights.sizes == TOY
+    error = relative(apply(weights.load_params("float32"), ids, lengths), expected)
     print(f"largest relative difference from transformers: {error:.1e}")
     assert error < 2e-5
 
@@ -202,20 +240,29 @@ def test_transformers(tmp_path, seed):
 def test_tree(file, params):
     """Kernels are [in, *out], attention split into heads, the blocks on axis 0."""
     tensors, q = torch_tensors(), params["blocks"]["attention"]["q"]["kernel"]
-    assert Weights(file).t5 == TOY
+    assert T5Weights(file).sizes == TOY
     assert q.shape == (3, 32, 4, 6)
     stored = tensors["encoder.block.2.layer.0.SelfAttention.q.weight"]
     assert q[2, 30, 3, 5] == stored[3 * 6 + 5, 30]
     proj = params["blocks"]["attention"]["proj"]["kernel"]
-    assert proj.shape == (3, 4, 6, 32) and proj[1, 2, 4, 9] == tensors["encoder.block.1.layer.0.SelfAttention.o.weight"][9, 2 * 6 + 4]
+    assert proj.shape == (3, 4, 6, 32)
+    assert (
+        proj[1, 2, 4, 9] == tensors["encoder.block.1.layer.0.SelfAttention.o.weight"][9, 2 * 6 + 4]
+    )
     np.testing.assert_array_equal(
-        params["blocks"]["mlp"]["gate"]["kernel"][0], tensors["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].T
+        params["blocks"]["mlp"]["gate"]["kernel"][0],
+        tensors["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].T,
     )
     assert sum(x.size for x in jax.tree.leaves(params)) == sum(x.size for x in tensors.values())
-    half = Weights(file).load("bfloat16")
-    kinds = {x.dtype.name for x in (half["embedding"], *jax.tree.leaves(half["blocks"]["mlp"]["gate"]))}
-    assert kinds == {"bfloat16"} and half["position_bias"].dtype == half["blocks"]["mlp"]["norm"]["scale"].dtype == np.float32
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), half) == jax.tree.map(lambda x: (x.shape, x.dtype), t5.abstract(TOY, "bfloat16"))
+    half = T5Weights(file).load_params("bfloat16")
+    kinds = {
+        x.dtype.name for x in (half["embedding"], *jax.tree.leaves(half["blocks"]["mlp"]["gate"]))
+    }
+    assert kinds == {"bfloat16"}
+    assert half["position_bias"].dtype == half["blocks"]["mlp"]["norm"]["scale"].dtype == np.float32
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), half) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), t5.make_abstract_t5(TOY, "bfloat16")
+    )
 
 
 def as_gguf(path, tensors):
@@ -226,7 +273,10 @@ def as_gguf(path, tensors):
     for name, x in tensors.items():
         digits = [part for part in name.split(".") if part.isdigit()]
         pattern = name if name in GGUF else name.replace(f"block.{digits[0]}.", "block.{i}.")
-        writer.add_tensor(GGUF[pattern].format(i=digits[0] if digits else ""), x.astype(np.float16) if x.size > 1000 else x)
+        writer.add_tensor(
+            GGUF[pattern].format(i=digits[0] if digits else ""),
+            x.astype(np.float16) if x.size > 1000 else x,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -236,10 +286,10 @@ def as_gguf(path, tensors):
 
 def test_gguf_holds_the_same(tmp_path):
     tensors = {name: x.astype(np.float16).astype(np.float32) for name, x in torch_tensors().items()}
-    ours = Weights(saved(tmp_path, tensors))
-    theirs = Weights(as_gguf(tmp_path / "t5.gguf", tensors))
-    assert theirs.t5 == ours.t5 == TOY
-    assert_same(theirs.load("float32"), ours.load("float32"))
+    ours = T5Weights(saved(tmp_path, tensors))
+    theirs = T5Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+    assert theirs.sizes == ours.sizes == TOY
+    assert_same(theirs.load_params("float32"), ours.load_params("float32"))
 
 
 def test_fp8_with_scales(tmp_path):
@@ -249,34 +299,53 @@ def test_fp8_with_scales(tmp_path):
         expected[name] = tensors[name] = x
         if "SelfAttention." in name and "bias" not in name:
             scale = np.float32(np.abs(x).max() / 448)
-            tensors |= {name: (x / scale).astype(ml_dtypes.float8_e4m3fn), name.replace(".weight", ".scale_weight"): scale.reshape(1)}
+            tensors |= {
+                name: (x / scale).astype(ml_dtypes.float8_e4m3fn),
+                name.replace(".weight", ".scale_weight"): scale.reshape(1),
+            }
             expected[name] = tensors[name].astype(np.float32) * scale
-    found = Weights(saved(tmp_path, tensors)).load("float32")
-    assert_same(found, Weights(saved(tmp_path, expected, "plain.safetensors")).load("float32"))
-
-
-@pytest.mark.parametrize("prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder."])
-def test_prefixes(tmp_path, params, prefix):
-    """Files of a whole pipeline: what is not T5's is left alone."""
-    tensors = {prefix + name: x for name, x in torch_tensors().items()}
-    tensors |= {"model.diffusion_model.img_in.weight": np.ones(3, np.float32), "text_encoders.t5xxl.logit_scale": np.ones(1, np.float32)}
-    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+    found = T5Weights(saved(tmp_path, tensors)).load_params("float32")
+    assert_same(
+        found, T5Weights(saved(tmp_path, expected, "plain.safetensors")).load_params("float32")
+    )
 
 
 @pytest.mark.parametrize(
-    "names", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"], ["decoder.embed_tokens.weight"]]
+    "prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder."]
+)
+def test_prefixes(tmp_path, params, prefix):
+    """Files of a whole pipeline: what is not T5's is left alone."""
+    tensors = {prefix + name: x for name, x in torch_tensors().items()}
+    tensors |= {
+        "model.diffusion_model.img_in.weight": np.ones(3, np.float32),
+        "text_encoders.t5xxl.logit_scale": np.ones(1, np.float32),
+    }
+    assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["encoder.embed_tokens.weight"],
+        ["shared.weight", "encoder.embed_tokens.weight"],
+        ["decoder.embed_tokens.weight"],
+    ],
 )
 def test_names_of_the_embedding(tmp_path, params, names):
     tensors = torch_tensors()
     embedding = tensors.pop("shared.weight")
     tensors |= {name: embedding.copy() for name in names}
-    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+    assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
 
 
 def test_decoder_is_left_alone(tmp_path, params):
-    extra = ("decoder.block.0.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight", "lm_head.weight")
+    extra = (
+        "decoder.block.0.layer.0.SelfAttention.q.weight",
+        "decoder.final_layer_norm.weight",
+        "lm_head.weight",
+    )
     tensors = torch_tensors() | {name: np.ones((2, 2), np.float32) for name in extra}
-    assert_same(Weights(saved(tmp_path, tensors)).load("float32"), params)
+    assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
 
 
 def test_several_files(tmp_path, params, file):
@@ -286,9 +355,9 @@ def test_several_files(tmp_path, params, file):
         saved(tmp_path, {key: tensors[key] for key in keys}, name)
     index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = Weights(tmp_path)
-    assert_same(found.load("float32"), params)
-    assert found.fingerprint() == Weights(file).fingerprint()
+    found = T5Weights(tmp_path)
+    assert_same(found.load_params("float32"), params)
+    assert found.fingerprint() == T5Weights(file).fingerprint()
 
 
 def test_leaves_go_where_they_are_told(file, params):
@@ -298,7 +367,7 @@ def test_leaves_go_where_they_are_told(file, params):
         asked.append(tree)
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
 
-    assert_same(Weights(file).load("float32", shardings), params)
+    assert_same(T5Weights(file).load_params("float32", shardings), params)
     assert jax.tree.structure(asked[0]) == jax.tree.structure(params)
 
 
@@ -326,20 +395,32 @@ np.save(sys.stdout.buffer, np.asarray(t5.encode(t5.T5(**{vars(TOY)!r}), "float32
 
 
 def test_fingerprint_knows_every_weight(tmp_path, file):
-    expected, tensors = Weights(file).fingerprint(), torch_tensors()
+    expected, tensors = T5Weights(file).fingerprint(), torch_tensors()
     seen = {expected}
-    for name in ("shared.weight", "encoder.block.2.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight"):
+    for name in (
+        "shared.weight",
+        "encoder.block.2.layer.1.DenseReluDense.wo.weight",
+        "encoder.final_layer_norm.weight",
+    ):
         changed = tensors | {name: tensors[name].copy()}
         changed[name].reshape(-1)[17] += 1e-3
-        seen.add(Weights(saved(tmp_path, changed)).fingerprint())
-    seen.add(Weights(saved(tmp_path, {name: x.astype(np.float16) for name, x in tensors.items()})).fingerprint())
+        seen.add(T5Weights(saved(tmp_path, changed)).fingerprint())
+    seen.add(
+        T5Weights(
+            saved(tmp_path, {name: x.astype(np.float16) for name, x in tensors.items()})
+        ).fingerprint()
+    )
     assert len(seen) == 5
-    prefixed = saved(tmp_path, {f"t5xxl.transformer.{name}": x for name, x in reversed(tensors.items())})
-    assert Weights(prefixed).fingerprint() == expected
+    prefixed = saved(
+        tmp_path, {f"t5xxl.transformer.{name}": x for name, x in reversed(tensors.items())}
+    )
+    assert T5Weights(prefixed).fingerprint() == expected
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux' /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux' /proc"
+)
 def test_loading_holds_no_second_copy(tmp_path):
     """In bfloat16 half of a float32 file is held, and the largest leaf, but never the float32 whole."""
     sizes = T5(vocabulary=1000, hidden=512, layers=12, heads=8, head_dim=64, mlp_hidden=1024)
@@ -374,7 +455,7 @@ def without(tensors, *names):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    ("change", "told"),
     [
         (lambda t: without(renamed(t, "wi_0", "wi"), *(n for n in t if "wi_1" in n)), ["T5 v1.0", "T5 v1.1"]),
         (lambda t: {"img_in.weight": np.ones((2, 2), np.float32)}, ["no T5 encoder", "T5 v1.1"]),
@@ -394,24 +475,25 @@ def without(tensors, *names):
 def test_refused_when_opened(tmp_path, change, told):
     path = saved(tmp_path, change(torch_tensors()))
     with pytest.raises(CheckpointError) as error:
-        Weights(path)
+        T5Weights(path)
     assert all(part in sentence(error) for part in [str(path), *told])
 
 
 def test_gguf_of_the_old_kind(tmp_path):
     tensors = {name: x for name, x in torch_tensors().items() if "wi_0" not in name}
     with pytest.raises(CheckpointError) as error:
-        Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+        T5Weights(as_gguf(tmp_path / "t5.gguf", tensors))
     assert "T5 v1.0" in sentence(error)
 
 
 def test_values_that_are_not_finite(tmp_path):
     tensors = torch_tensors()
     tensors["encoder.block.1.layer.0.SelfAttention.v.weight"][3, 4] = np.nan
-    weights = Weights(saved(tmp_path, tensors))
+    weights = T5Weights(saved(tmp_path, tensors))
     with pytest.raises(CheckpointError) as error:
-        weights.load("bfloat16")
-    assert "encoder.block.1.layer.0.SelfAttention.v.weight" in sentence(error) and "damaged" in str(error.value)
+        weights.load_params("bfloat16")
+    assert "encoder.block.1.layer.0.SelfAttention.v.weight" in sentence(error)
+    assert "damaged" in str(error.value)
 
 
 def test_sizes():

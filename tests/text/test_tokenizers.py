@@ -9,14 +9,45 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Their
 from tokenizers import models, normalizers, pre_tokenizers
-from toy_t5 import CAPTIONS, train_tokenizer
 
-from radiance.text.tokenizers import find, open_tokenizer
-from radiance.weights.files import CheckpointError
+from radiance.base.errors import CheckpointError
+from radiance.text.tokenizers import find_tokenizer, open_tokenizer
+from tests.helpers.toy_t5 import CAPTIONS, train_tokenizer
 
-SPACES = [chr(i) for i in range(0x3001) if chr(i).isspace()] + ["\u200b", "\u200c", "\u2060", "\ufeff", "\u00ad"]
-CONTROL = ["</s>", "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "<extra_id_100>", "<s>", "</S>"]
-LETTERS = [*"abcdefgh .,'!<>/▁_12", *SPACES, *CONTROL, "😀", "👨‍👩‍👧", "é", "红", "ｆ", "ﬁ", "…", "ß", "İ", "קטה", "\x00", "\x1f"]
+SPACES = [chr(i) for i in range(0x3001) if chr(i).isspace()] + [
+    "\u200b",
+    "\u200c",
+    "\u2060",
+    "\ufeff",
+    "\u00ad",
+]
+CONTROL = [
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "<extra_id_0>",
+    "<extra_id_99>",
+    "<extra_id_100>",
+    "<s>",
+    "</S>",
+]
+LETTERS = [
+    *"abcdefgh .,'!<>/▁_12",
+    *SPACES,
+    *CONTROL,
+    "😀",
+    "👨‍👩‍👧",
+    "é",
+    "红",
+    "ｆ",
+    "ﬁ",
+    "…",
+    "ß",
+    "İ",
+    "קטה",
+    "\x00",
+    "\x1f",
+]
 TEXTS = [
     *CAPTIONS, "", " ", "  two   cats ", "two\ncats\tand\r\ndogs", "A CAT", "cafe\u0301", "two\x85cats", "😀 cat 😀😀", "红色方块", "x" * 3000,
     "a </s> b", "a</s>b", "<pad>", "</s></s>", "<extra_id_3> cat<extra_id_0>", "<unk> a", "a<s>b", "a < b > c / d",
@@ -37,7 +68,9 @@ def as_json(spiece, tmp_path_factory):
     tokenizer.normalizer = normalizers.NFKC()
     spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(99, -1, -1))])
+    tokenizer.add_special_tokens(
+        ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(99, -1, -1))]
+    )
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -52,7 +85,8 @@ def random_texts(count, seed=0):
 
 def sentence(error):
     text = str(error.value)
-    assert "\n" not in text and text.endswith((".", "?"))
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
     return text
 
 
@@ -64,17 +98,18 @@ def test_ids_end_in_the_end(spiece, as_json):
         tokenizer = open_tokenizer(path)
         for text in TEXTS:
             ids = tokenizer(text)
-            assert ids[-1] == 1 and all(0 <= i < tokenizer.size for i in ids)
+            assert ids[-1] == 1
+            assert all(0 <= i < tokenizer.vocab_size for i in ids)
             if "</s>" not in text:
                 assert 1 not in ids[:-1]
         assert tokenizer("") == tokenizer("  \n") == [1]
         assert tokenizer("two cats") == tokenizer("  two\n cats ")
-        assert len(tokenizer("x" * 3000)) == 1 + len(tokenizer.pieces("x" * 3000)) > 1000
+        assert len(tokenizer("x" * 3000)) == 1 + len(tokenizer.tokenize("x" * 3000)) > 1000
 
 
 def test_both_files_give_the_same(spiece, as_json):
     a, b = open_tokenizer(spiece), open_tokenizer(as_json)
-    assert a.size == b.size
+    assert a.vocab_size == b.vocab_size
     for text in TEXTS:
         assert a(text) == b(text), text
     assert a.identity != b.identity  # not the same file
@@ -83,14 +118,15 @@ def test_both_files_give_the_same(spiece, as_json):
 
 def test_control_text_becomes_tokens(spiece):
     tokenizer = open_tokenizer(spiece)
-    last = tokenizer.size - 1
+    last = tokenizer.vocab_size - 1
     (cat,) = tokenizer("cat")[:-1]
     for text, expected in {
         "</s>": [1], "<pad>": [0], "<unk>": [2], "<extra_id_0>": [last], "<extra_id_99>": [last - 99],
         "cat</s>cat": [cat, 1, cat], "cat </s>  cat": [cat, 1, cat], "<pad><extra_id_1>cat": [0, last - 1, cat],
     }.items():  # fmt: skip
         assert tokenizer(text) == [*expected, 1], text
-    assert last not in tokenizer("<extra_id_100>") and 1 not in tokenizer("</S>")[:-1]
+    assert last not in tokenizer("<extra_id_100>")
+    assert 1 not in tokenizer("</S>")[:-1]
 
 
 def test_a_text_that_is_no_unicode(spiece, as_json):
@@ -109,8 +145,12 @@ def test_transformers(spiece, tmp_path):
     theirs.save_pretrained(tmp_path)
     sentencepiece, json_file = open_tokenizer(spiece), open_tokenizer(tmp_path)
     assert (sentencepiece.path.name, json_file.path.name) == ("spiece.model", "tokenizer.json")
-    assert sentencepiece.size == json_file.size == len(theirs)
-    for text in [*TEXTS, *random_texts(3000), *(f"a{space}b {space}cat{space}" for space in SPACES)]:
+    assert sentencepiece.vocab_size == json_file.vocab_size == len(theirs)
+    for text in [
+        *TEXTS,
+        *random_texts(3000),
+        *(f"a{space}b {space}cat{space}" for space in SPACES),
+    ]:
         expected = theirs(text).input_ids
         assert sentencepiece(text) == json_file(text) == expected, repr(text)
 
@@ -118,12 +158,15 @@ def test_transformers(spiece, tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["spiece.model", "tokenizer.json", "tokenizer_2/spiece.model", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "place",
+    ["spiece.model", "tokenizer.json", "tokenizer_2/spiece.model", "tokenizer/tokenizer.json"],
+)
 def test_found_in_a_folder(tmp_path, place):
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    assert find(tmp_path) == path
+    assert find_tokenizer(tmp_path) == path
 
 
 def test_found_beside_the_text_encoder(tmp_path):
@@ -131,8 +174,10 @@ def test_found_beside_the_text_encoder(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("tokenizer_2", "tokenizer"):
         (tmp_path / name / "tokenizer.json").touch()
-    assert find(tmp_path / "text_encoder_2") == tmp_path / "tokenizer_2" / "tokenizer.json"
-    assert find(tmp_path / "tokenizer") == tmp_path / "tokenizer" / "tokenizer.json"
+    assert (
+        find_tokenizer(tmp_path / "text_encoder_2") == tmp_path / "tokenizer_2" / "tokenizer.json"
+    )
+    assert find_tokenizer(tmp_path / "tokenizer") == tmp_path / "tokenizer" / "tokenizer.json"
 
 
 def test_kind_is_known_by_content(spiece, as_json, tmp_path):
@@ -163,7 +208,8 @@ def test_what_is_refused(spiece, as_json, tmp_path):
     bad.write_text(json.dumps(model))
     with pytest.raises(CheckpointError) as error:
         open_tokenizer(bad)
-    assert "not a tokenizer of T5" in sentence(error) and "<pad> is 1" in str(error.value)
+    assert "not a tokenizer of T5" in sentence(error)
+    assert "<pad> is 1" in str(error.value)
     model = json.loads(as_json.read_text())
     del model["model"]["unk_id"]
     bad.write_text(json.dumps(model))

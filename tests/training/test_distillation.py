@@ -5,40 +5,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, batch_of, same, toy_run
-from taught import close, distilling, pulled, pulled_to, teacher_of, wide
-from toys import apply, toy_params
 
-from radiance import config, flow
-from radiance.sampling import noise_of
-from radiance.training import distillation, step
-from radiance.training.distillation import on_segments
-from radiance.training.step import validation_losses, with_noise
+from radiance import config
+from radiance.flow import distillation, objective
+from radiance.flow.distillation import make_segment_batch
+from radiance.flow.sampler import sample_noise
+from radiance.training import step
+from radiance.training.step import add_noise_and_times, compute_validation_losses
+from tests.helpers.distilled_runs import close, distilling, pulled, pulled_to, teacher_of, wide
+from tests.helpers.toy_models import apply, toy_params
+from tests.helpers.toy_runs import PLAIN, batch_of, same, toy_run
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["x0", "velocity"])
 def test_guidance_is_learned(prediction):
-    """Of the teacher's predictions; or of the pictures' velocities, away from the student's own, but not where captions were dropped."""
-    changes = ["distill.sample.guidance=3", "flow.velocity_weight=x0"]
+    """Of the teacher's predictions; or of the images' velocities, away from the student's own, but not where captions were dropped."""
+    changes = ["distill.sample.guidance_scale=3", "flow.loss_weighting=x0"]
     runs = {
-        rule: distilling("guidance", *changes, f"distill.rule={rule}", **PLAIN, prediction=prediction) for rule in ("prediction", "picture")
+        rule: distilling(
+            "guidance", *changes, f"distill.guidance_target={rule}", **PLAIN, prediction=prediction
+        )
+        for rule in ("prediction", "image")
     }
     run = runs["prediction"]
-    model, params, teacher, dropped = run.model, toy_params(run.model), teacher_of(run), np.array([True, False, False, True])
-    batch = with_noise(run, batch_of(run) | {"dropped": jnp.asarray(dropped)}, jax.random.key(3))
+    model, params, teacher, dropped = (
+        run.model,
+        toy_params(run.model),
+        teacher_of(run),
+        np.array([True, False, False, True]),
+    )
+    batch = add_noise_and_times(
+        run, batch_of(run) | {"dropped": jnp.asarray(dropped)}, jax.random.key(3)
+    )
     image, noise, time = (np.asarray(batch[name]) for name in ("image", "noise", "time"))
     noisy = (1 - wide(time)) * image + wide(time) * noise
-    inputs = dict(image=noisy, text=batch["text"], lengths=batch["lengths"], time=time, divisor=time + 0.05)
-    nothing = inputs | dict(text=np.repeat(teacher.negative.text, 4, axis=0), lengths=np.repeat(teacher.negative.lengths, 4))
+    inputs = dict(
+        image=noisy, text=batch["text"], lengths=batch["lengths"], time=time, divisor=time + 0.05
+    )
+    nothing = inputs | dict(
+        text=np.repeat(teacher.negative_condition.text, 4, axis=0),
+        lengths=np.repeat(teacher.negative_condition.lengths, 4),
+    )
     plain = (noisy - image) / wide(time + 0.05) if prediction == "x0" else noise - image
 
     of_teacher, without = (np.asarray(apply(model, teacher.params, x)) for x in (inputs, nothing))
     own = np.asarray(apply(model, params, nothing))
     expected = {
         "prediction": np.where(wide(dropped), of_teacher, without + 3 * (of_teacher - without)),
-        "picture": np.where(wide(dropped), plain, own + 3 * (plain - own)),
+        "image": np.where(wide(dropped), plain, own + 3 * (plain - own)),
     }
     scale = np.ones(4, np.float32) if prediction == "x0" else (time / (time + 0.05)) ** 2
     for rule, target in expected.items():
@@ -47,9 +63,15 @@ def test_guidance_is_learned(prediction):
         close(found, pulled_to(model, params, inputs, target, scale))
 
 
-def test_without_dropped_captions_all_pictures_are_led():
-    run = distilling("guidance", "distill.rule=picture", "distill.sample.guidance=3", **PLAIN)
-    plain, own, time = np.full((4, 8, 8, 3), 2.0), np.full((4, 8, 8, 3), 0.5), jnp.linspace(0.1, 1, 4)
+def test_without_dropped_captions_all_images_are_led():
+    run = distilling(
+        "guidance", "distill.guidance_target=image", "distill.sample.guidance_scale=3", **PLAIN
+    )
+    plain, own, time = (
+        np.full((4, 8, 8, 3), 2.0),
+        np.full((4, 8, 8, 3), 0.5),
+        jnp.linspace(0.1, 1, 4),
+    )
     told = []
 
     def student(noisy, text, lengths, time, divisor):
@@ -57,27 +79,41 @@ def test_without_dropped_captions_all_pictures_are_led():
         return own
 
     batch = {"time": time}
-    found = distillation.guidance_target(run, student, batch, plain, plain, teacher_of(run, words=5))
+    found = distillation.compute_guidance_target(
+        run, student, batch, plain, plain, teacher_of(run, words=5)
+    )
     np.testing.assert_allclose(found, 0.5 + 3 * 1.5)
     ((shape, lengths, divisor),) = told
-    assert shape == (4, 5, 16) and lengths.tolist() == [2] * 4
+    assert shape == (4, 5, 16)
+    assert lengths.tolist() == [2] * 4
     np.testing.assert_allclose(divisor, time + 0.05)
-    kept = distillation.guidance_target(run, student, batch | {"dropped": jnp.ones(4, bool)}, plain, plain, teacher_of(run))
+    kept = distillation.compute_guidance_target(
+        run, student, batch | {"dropped": jnp.ones(4, bool)}, plain, plain, teacher_of(run)
+    )
     assert np.array_equal(kept, plain)
 
 
 def test_guidance_of_one_asks_once():
-    run = distilling("guidance", "distill.sample.guidance=1", **PLAIN)
+    run = distilling("guidance", "distill.sample.guidance_scale=1", **PLAIN)
     asked = []
     batch = batch_of(run) | {"time": jnp.ones(4)}
-    model = lambda *arguments, divisor: asked.append(arguments) or arguments[0]  # noqa: E731
-    found = distillation.guided(run, model, batch, batch["image"], jnp.ones(4), teacher_of(run).negative)
-    assert np.array_equal(found, batch["image"]) and len(asked) == 1 and asked[0][1] is batch["text"]
+    model = lambda *arguments, divisor: asked.append(arguments) or arguments[0]
+    found = distillation.predict_guided_velocity(
+        run, model, batch, batch["image"], jnp.ones(4), teacher_of(run).negative_condition
+    )
+    assert np.array_equal(found, batch["image"])
+    assert len(asked) == 1
+    assert asked[0][1] is batch["text"]
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------
 
-SEGMENTS = ["distill.sample.steps=12", "distill.sample.schedule=shifted", "distill.sample.shift=0.8", "flow.noise_scale=1.5"]
+SEGMENTS = [
+    "distill.sample.steps=12",
+    "distill.sample.schedule=shifted",
+    "distill.sample.shift=0.8",
+    "flow.noise_scale=1.5",
+]
 
 
 def points_of(run, count):
@@ -95,8 +131,13 @@ def points_of(run, count):
 
 def whole_way(batch, scale):
     """[b, segments + 1, …]: the noise of each seed, and the points."""
-    noise = [scale * np.asarray(jax.random.normal(jax.random.key(int(seed)), (8, 8, 3))) for seed in batch["seed"]]
-    return np.concatenate([np.stack(noise)[:, None], np.asarray(batch["image"], np.float64)], axis=1)
+    noise = [
+        scale * np.asarray(jax.random.normal(jax.random.key(int(seed)), (8, 8, 3)))
+        for seed in batch["seed"]
+    ]
+    return np.concatenate(
+        [np.stack(noise)[:, None], np.asarray(batch["image"], np.float64)], axis=1
+    )
 
 
 def cuts(segments):
@@ -106,65 +147,105 @@ def cuts(segments):
 
 def test_lines_through_segments():
     run = distilling("trajectories", "distill.segments=3", *SEGMENTS, **PLAIN)
-    batch, segment, place = points_of(run, 6), np.array([0, 1, 2, 2, 1, 0]), np.float32([0, 1, 0, 1, 0.25, 0.7])
-    found = on_segments(run, batch, jnp.asarray(segment), jnp.asarray(place))
+    batch, segment, place = (
+        points_of(run, 6),
+        np.array([0, 1, 2, 2, 1, 0]),
+        np.float32([0, 1, 0, 1, 0.25, 0.7]),
+    )
+    found = make_segment_batch(run, batch, jnp.asarray(segment), jnp.asarray(place))
     way, times = whole_way(batch, 1.5), cuts(3)
     rows = np.arange(6)
-    begin, end, later, sooner = way[rows, segment], way[rows, segment + 1], times[segment], times[segment + 1]
+    begin, end, later, sooner = (
+        way[rows, segment],
+        way[rows, segment + 1],
+        times[segment],
+        times[segment + 1],
+    )
     np.testing.assert_allclose(found["time"], sooner + (later - sooner) * place, rtol=1e-6)
-    np.testing.assert_allclose(flow.mix(found["image"], found["noise"], found["time"]), end + wide(place) * (begin - end), atol=1e-5)
-    np.testing.assert_allclose(found["noise"] - found["image"], (begin - end) / wide(later - sooner), atol=1e-5)
+    np.testing.assert_allclose(
+        objective.mix(found["image"], found["noise"], found["time"]),
+        end + wide(place) * (begin - end),
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        found["noise"] - found["image"], (begin - end) / wide(later - sooner), atol=1e-5
+    )
     assert all(found[name] is batch[name] for name in ("text", "lengths", "weight"))
 
 
 def test_one_segment_is_the_pair_itself():
     run = distilling("trajectories", *SEGMENTS, **PLAIN)
     batch = points_of(run, 4)
-    found = on_segments(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
+    found = make_segment_batch(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
     assert np.array_equal(found["image"], batch["image"][:, 0].astype(jnp.float32))
-    np.testing.assert_allclose(found["noise"], 1.5 * noise_of(batch["seed"], (8, 8, 3)), atol=1e-6)
+    np.testing.assert_allclose(
+        found["noise"], 1.5 * sample_noise(batch["seed"], (8, 8, 3)), atol=1e-6
+    )
     np.testing.assert_allclose(found["time"], np.linspace(0, 1, 4), atol=1e-7)
 
 
 def test_halves_are_near_enough():
-    """What is lost of a point: within the range of pictures and a little beyond, a sixteenth of one of 256 levels."""
+    """What is lost of a point: within the range of images and a little beyond, a sixteenth of one of 256 levels."""
     values = np.linspace(-2, 2, 100_001, dtype=np.float32)
     lost = np.abs(values.astype(np.float16).astype(np.float32) - values).max()
     assert lost <= 2 / 255 / 16 < 1.01 * lost
 
 
 def test_segments_are_drawn_alike_and_times_by_the_law():
-    run = distilling("trajectories", "distill.segments=4", "flow.time_law=uniform", *SEGMENTS, **PLAIN)
+    run = distilling(
+        "trajectories",
+        "distill.segments=4",
+        "flow.timestep_distribution=uniform",
+        *SEGMENTS,
+        **PLAIN,
+    )
     batch, times = points_of(run, 500), cuts(4)
-    drawn = with_noise(run, batch, jax.random.key(1))
+    drawn = add_noise_and_times(run, batch, jax.random.key(1))
     time = np.asarray(drawn["time"], np.float64)
     segment = 4 - np.searchsorted(times[::-1], time)
     counts = np.bincount(segment, minlength=4)
-    assert len(counts) == 4 and np.abs(counts - 125).max() < 5 * np.sqrt(500 * 3 / 16)
+    assert len(counts) == 4
+    assert np.abs(counts - 125).max() < 5 * np.sqrt(500 * 3 / 16)
     place = (time - times[segment + 1]) / (times[segment] - times[segment + 1])
     assert np.abs(np.sort(place) - (np.arange(500) + 0.5) / 500).max() < 0.08
     assert abs(np.corrcoef(place, segment)[0, 1]) < 0.2
     # The line is the one of that segment and of no other.
     way, rows = whole_way(batch, 1.5), np.arange(500)
-    secant = (way[rows, segment] - way[rows, segment + 1]) / wide(times[segment] - times[segment + 1])
+    secant = (way[rows, segment] - way[rows, segment + 1]) / wide(
+        times[segment] - times[segment + 1]
+    )
     np.testing.assert_allclose(drawn["noise"] - drawn["image"], secant, atol=1e-4)
-    again = with_noise(run, batch, jax.random.key(1))
+    again = add_noise_and_times(run, batch, jax.random.key(1))
     assert same(again, drawn)
 
-    begins = with_noise(config.override(run, ["flow.time_law=noise"]), batch, jax.random.key(1))
+    begins = add_noise_and_times(
+        config.override(run, ["flow.timestep_distribution=pure_noise"]), batch, jax.random.key(1)
+    )
     np.testing.assert_allclose(begins["time"], times[segment], rtol=1e-6)
 
 
 def test_validation_goes_through_segments_and_places(monkeypatch):
-    run = distilling("trajectories", "distill.segments=3", "flow.time_law=uniform", *SEGMENTS, **PLAIN)
-    monkeypatch.setattr(step, "picture_losses", lambda run, params, batch, teacher=None: batch["time"])
+    run = distilling(
+        "trajectories",
+        "distill.segments=3",
+        "flow.timestep_distribution=uniform",
+        *SEGMENTS,
+        **PLAIN,
+    )
+    monkeypatch.setattr(
+        step, "image_losses", lambda run, params, batch, teacher=None: batch["time"]
+    )
     batch, times = points_of(run, 7), cuts(3)
     later, sooner = times[np.arange(7) % 3], times[np.arange(7) % 3 + 1]
-    found = np.asarray(validation_losses(run, {}, batch, jnp.int32(0)))
+    found = np.asarray(compute_validation_losses(run, {}, batch, jnp.int32(0)))
     place = (found - sooner[:, None]) / (later - sooner)[:, None]
     assert (np.floor(place * 10) == np.arange(10)).all()
     assert len(np.unique(np.round(place * 10 % 1, 4))) > 60, "each at a place of its own"
-    noise = np.asarray(validation_losses(config.override(run, ["flow.time_law=noise"]), {}, batch, jnp.int32(0)))
+    noise = np.asarray(
+        compute_validation_losses(
+            config.override(run, ["flow.timestep_distribution=pure_noise"]), {}, batch, jnp.int32(0)
+        )
+    )
     np.testing.assert_allclose(noise, np.repeat(later[:, None], 10, axis=1), rtol=1e-6)
 
 
@@ -172,37 +253,82 @@ def test_validation_goes_through_segments_and_places(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, sentence",
+    ("changes", "sentence"),
     [
         ("distill.kind=trajectories distill.segments=0", "segments=0 must be at least 1"),
-        ("distill.kind=trajectories distill.trajectories=0", "trajectories=0 must be at least 1"),
-        ("distill.kind=trajectories distill.segments=3", "steps=10 does not divide into distill.segments=3"),
-        ("distill.kind=guidance distill.segments=2", "are of distill.kind=trajectories, not of guidance"),
-        ("distill.path=somewhere", "are of distill.kind=trajectories, not of none"),
-        ("distill.teacher=somewhere", "teacher=somewhere teaches nothing yet: say what, by distill.kind"),
-        ("flow.time_law=noise", "time_law=noise teaches no time but 1, and distill.kind=none"),
-        ("distill.kind=guidance distill.teacher=x flow.time_law=noise", "time_law=noise teaches no time but 1"),
+        (
+            "distill.kind=trajectories distill.num_trajectories=0",
+            "trajectories=0 must be at least 1",
+        ),
+        (
+            "distill.kind=trajectories distill.segments=3",
+            "steps=10 does not divide into distill.segments=3",
+        ),
+        (
+            "distill.kind=guidance distill.segments=2",
+            "are of distill.kind=trajectories, not of guidance",
+        ),
+        ("distill.trajectory_dir=somewhere", "are of distill.kind=trajectories, not of none"),
+        (
+            "distill.teacher=somewhere",
+            "teacher=somewhere teaches nothing yet: say what, by distill.kind",
+        ),
+        (
+            "flow.timestep_distribution=pure_noise",
+            "time_law=noise teaches no time but 1, and distill.kind=none",
+        ),
+        (
+            "distill.kind=guidance distill.teacher=x flow.timestep_distribution=pure_noise",
+            "time_law=noise teaches no time but 1",
+        ),
         ("distill.kind=guidance", "kind=guidance learns from a teacher: give distill.teacher"),
         ("distill.kind=mean_flow", "kind=mean_flow learns from a teacher"),
-        ("distill.kind=mean_flow init=x distill.sample.unguided_steps=1", "learns one guidance for all times"),
-        ("distill.kind=guidance init=x distill.sample.guidance_interval=0,0.9", "learns one guidance for all times"),
-        ("distill.kind=trajectories", "kind=trajectories learns from a teacher"),
-        ("distill.kind=trajectories init=x flow.coupling=optimal_transport", "pairs and times of its own"),
-        ("distill.kind=mean_flow init=x flow.time_law=uniform flow.time_weight=parabola", "pairs and times of its own"),
-        ("distill.kind=trajectories init=x data.other_sides=16", "squares of data.side alone"),
-        ("distill.kind=trajectories init=x data.bucket_step=8", "squares of data.side alone"),
-        ("distill.kind=guidance init=x distill.sample.unconditional=masked", "distill.sample.unconditional=masked leaves no text token"),
         (
-            "distill.kind=mean_flow init=x distill.difference=0 compute.attention=cudnn",
+            "distill.kind=mean_flow init=x distill.sample.unguided_steps=1",
+            "learns one guidance for all times",
+        ),
+        (
+            "distill.kind=guidance init=x distill.sample.guidance_interval=0,0.9",
+            "learns one guidance for all times",
+        ),
+        ("distill.kind=trajectories", "kind=trajectories learns from a teacher"),
+        (
+            "distill.kind=trajectories init=x flow.coupling=optimal_transport",
+            "pairs and times of its own",
+        ),
+        (
+            "distill.kind=mean_flow init=x flow.timestep_distribution=uniform flow.timestep_weighting=parabola",
+            "pairs and times of its own",
+        ),
+        (
+            "distill.kind=trajectories init=x data.extra_resolutions=16",
+            "squares of data.resolution alone",
+        ),
+        ("distill.kind=trajectories init=x data.bucket_step=8", "squares of data.resolution alone"),
+        (
+            "distill.kind=guidance init=x distill.sample.unconditional=masked",
+            "distill.sample.unconditional=masked leaves no text token",
+        ),
+        (
+            "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=cudnn",
             "differentiates forwards, which compute.attention=cudnn",
         ),
-        ("distill.kind=mean_flow init=x distill.difference=0 compute.attention=auto", "differentiates forwards"),
-        ("distill.kind=mean_flow init=x distill.difference=1", "difference=1.0 must lie between 0 and 1"),
+        (
+            "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=auto",
+            "differentiates forwards",
+        ),
+        (
+            "distill.kind=mean_flow init=x distill.finite_difference=1",
+            "difference=1.0 must lie between 0 and 1",
+        ),
         (
             "distill.kind=mean_flow init=x model.modulation=none compute.attention=xla",
             "in place of the guidance number, which this one does not",
         ),
-        ("distill.kind=mean_flow init=x model.modulation=per_block compute.attention=xla", "in place of the guidance number"),
+        (
+            "distill.kind=mean_flow init=x model.modulation=per_block compute.attention=xla",
+            "in place of the guidance number",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(changes, sentence):
@@ -213,11 +339,11 @@ def test_what_cannot_be_is_said(changes, sentence):
 @pytest.mark.parametrize(
     "changes",
     [
-        "distill.kind=guidance distill.rule=picture",
-        "distill.kind=guidance init=x flow.coupling=optimal_transport flow.time_law=uniform flow.time_weight=parabola",
-        "distill.kind=trajectories init=x flow.time_law=noise distill.segments=5 distill.path=somewhere",
+        "distill.kind=guidance distill.guidance_target=image",
+        "distill.kind=guidance init=x flow.coupling=optimal_transport flow.timestep_distribution=uniform flow.timestep_weighting=parabola",
+        "distill.kind=trajectories init=x flow.timestep_distribution=pure_noise distill.segments=5 distill.trajectory_dir=somewhere",
         "distill.kind=mean_flow init=x compute.attention=auto model.modulation=shared model.guidance_embed=true",
-        "distill.kind=mean_flow init=x distill.difference=0 compute.attention=pieces",
+        "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=chunked",
     ],
 )
 def test_what_can_be(changes):

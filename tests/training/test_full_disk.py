@@ -7,18 +7,18 @@ import re
 import subprocess
 
 import pytest
-from forks import Forks, Moment
-from runs import PLAIN, metrics, painted, same, state_of, toy_run
 
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
+from tests.helpers.processes import Forks, Moment
+from tests.helpers.toy_runs import PLAIN, metrics, painted, same, state_of, toy_run
 
 pytestmark = pytest.mark.slow
 
 MOUNT = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"')
 AGAIN = "make room there and give the same command again"
 STANDS = 32  # the step whose checkpoint is whole by then, and the only one
-# When the disk is filled, and what is said: in the second save, and, once the first is whole, at the next row of metrics and the next picture.
+# When the disk is filled, and what is said: in the second save, and, once the first is whole, at the next row of metrics and the next image.
 MOMENTS = {
     "checkpoint": (
         Moment("checkpoints", 10, once=f"checkpoints/{STANDS}"),
@@ -28,7 +28,7 @@ MOMENTS = {
         Moment("metrics.jsonl", 1, once=f"checkpoints/{STANDS}"),
         rf"\S+/metrics.jsonl could not be written \(No space left on device\): {AGAIN}\.",
     ),
-    "picture": (
+    "image": (
         Moment("samples", 1, once=f"checkpoints/{STANDS}"),
         rf"\S+/000000\d\d.png could not be written \(No space left on device\): {AGAIN}\.",
     ),
@@ -68,18 +68,24 @@ def unbroken(tmp_path_factory, data_directory, forks):
 @pytest.mark.parametrize("what", MOMENTS)
 def test_a_full_disk(what, unbroken, disk, forks):
     run = config.override(unbroken, [f"output={disk}", f"name={what}"])
-    seen = config.override(run, [f"output=/proc/{forks.pid}/root{disk}"])  # the same directory from outside
+    seen = config.override(
+        run, [f"output=/proc/{forks.pid}/root{disk}"]
+    )  # the same directory from outside
     moment, sentence = MOMENTS[what]
     # Once more while it is still full, which is found before anything is done.
-    starts = [(forks.train(run, fill=moment), sentence), (forks.train(run), r".* GB free, and .* GB are needed: make room .*")]
+    starts = [
+        (forks.train(run, fill=moment), sentence),
+        (forks.train(run), r".* GB free, and .* GB are needed: make room .*"),
+    ]
     for ended, sentence in starts:
         told = [line for line in ended.output.splitlines() if "radiance: " in line]
         assert ended.code == 2 and len(told) == 1 and "absl" not in ended.output, ended.output
         assert re.fullmatch(f"radiance: {sentence}", told[0]), told
-        assert Checkpoints(seen.directory / "checkpoints").standing == STANDS
+        assert Checkpoints(seen.directory / "checkpoints").latest_complete_step == STANDS
         assert same(state_of(seen, STANDS), state_of(unbroken, STANDS))
     (seen.directory.parent / "ballast").unlink()
     ended = forks.train(run)
     assert ended.code == 0 and f"going on from step {STANDS}" in ended.output, ended.output
     assert same(state_of(seen, 80), state_of(unbroken, 80))
-    assert metrics(seen) == metrics(unbroken) and painted(seen) == painted(unbroken)
+    assert metrics(seen) == metrics(unbroken)
+    assert painted(seen) == painted(unbroken)

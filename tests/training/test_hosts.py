@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, environment_of, metrics, toy_run, written_experiment
 
 from radiance import config
 from radiance.training.loop import train
+from tests.helpers.toy_runs import PLAIN, environment_of, metrics, toy_run, written_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,9 @@ def outputs(processes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data_directory):
-    run = toy_run(tmp_path_factory.mktemp("alone"), data_directory, "train.profile_steps=2", **PLAIN)
+    run = toy_run(
+        tmp_path_factory.mktemp("alone"), data_directory, "train.profile_steps=2", **PLAIN
+    )
     assert train(run) == 8
     return run
 
@@ -52,12 +54,22 @@ def test_steps_are_traced(alone):
 
 
 def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_directory):
-    run = toy_run(tmp_path, data_directory, "mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.steps=8", **PLAIN)
+    run = toy_run(
+        tmp_path,
+        data_directory,
+        "mesh.fsdp=2",
+        "mesh.data=1",
+        "train.checkpoint_every=2",
+        "train.steps=8",
+        **PLAIN,
+    )
     experiment = written_experiment(run)
     processes = start_hosts("train", str(experiment))
     deadline = time.monotonic() + 200
-    while not (run.directory / "checkpoints" / "2").is_dir():  # which appears when it is whole
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [p.communicate()[0] for p in processes]
+    while not (run.run_dir / "checkpoints" / "2").is_dir():  # which appears when it is whole
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
+            p.communicate()[0] for p in processes
+        ]
         time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGKILL)
@@ -65,7 +77,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
 
     first, second = outputs(start_hosts("train", str(experiment)))
     assert "2 device(s), going on from step" in first
-    assert (run.directory / "report.html").is_file()
+    assert (run.run_dir / "report.html").is_file()
     ours, expected = metrics(run), metrics(alone)
     assert [row["step"] for row in ours] == [row["step"] for row in expected]
     for x, y in zip(ours, expected):
@@ -73,36 +85,58 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a handwritten one\nthe digit 2\nthe digit 3\n")
-    arguments = ["sample", str(run.directory), "--prompts", str(prompts), "--seeds", "4"]
+    arguments = ["sample", str(run.run_dir), "--prompts", str(prompts), "--seeds", "4"]
     outputs(start_hosts(*arguments, "--out", str(tmp_path / "two")))
     one = subprocess.run(
-        [sys.executable, "-m", "radiance", *arguments, "--out", str(tmp_path / "one")], env=os.environ, capture_output=True, text=True
+        [sys.executable, "-m", "radiance", *arguments, "--out", str(tmp_path / "one")],
+        env=os.environ,
+        capture_output=True,
+        text=True,
     )
     assert one.returncode == 0, one.stderr
     names = sorted(path.name for path in (tmp_path / "two").iterdir())
     assert names == [f"{i:05d}_seed4.png" for i in range(3)]
     for name in names:
-        ours, expected = (np.asarray(Image.open(Path(tmp_path) / many / name), int) for many in ("two", "one"))
+        ours, expected = (
+            np.asarray(Image.open(Path(tmp_path) / many / name), int) for many in ("two", "one")
+        )
         assert np.abs(ours - expected).max() <= 1
 
 
 def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
-    changes = ["mesh.fsdp=2", "mesh.data=1", "train.checkpoint_every=2", "train.validate_every=9999", "train.sample_every=9999"]
+    changes = [
+        "mesh.fsdp=2",
+        "mesh.data=1",
+        "train.checkpoint_every=2",
+        "train.validate_every=9999",
+        "train.sample_every=9999",
+    ]
     run = toy_run(tmp_path, data_directory, *changes, "train.steps=9999", **PLAIN)
     first, second = start_hosts("train", str(written_experiment(run)))
     deadline = time.monotonic() + 200
-    while not (run.directory / "checkpoints" / "2").is_dir():
+    while not (run.run_dir / "checkpoints" / "2").is_dir():
         assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
         time.sleep(0.1)
     second.kill()
     told = first.communicate(timeout=200)[0]  # which notices, and ends by itself
     second.communicate()
-    assert first.returncode == 1 and "radiance: another host is gone, or" in told and "Traceback" not in told, told
-    steps = [int(path.name) for path in (run.directory / "checkpoints").iterdir() if path.name.isdecimal()]
-    assert int(re.search(r"goes on from step (\d+)\.", told)[1]) in steps  # and is not one that was on its way to the disk
+    assert (
+        first.returncode == 1
+        and "radiance: another host is gone, or" in told
+        and "Traceback" not in told
+    ), told
+    steps = [
+        int(path.name) for path in (run.run_dir / "checkpoints").iterdir() if path.name.isdecimal()
+    ]
+    assert (
+        int(re.search(r"goes on from step (\d+)\.", told)[1]) in steps
+    )  # and is not one that was on its way to the disk
     step = max(steps)
     run = config.override(run, [f"train.steps={step + 1}"])
-    assert f"going on from step {step}" in outputs(start_hosts("train", str(written_experiment(run))))[0]
+    assert (
+        f"going on from step {step}"
+        in outputs(start_hosts("train", str(written_experiment(run))))[0]
+    )
 
 
 def test_a_host_that_does_not_find_the_others(capsys):
@@ -110,6 +144,7 @@ def test_a_host_that_does_not_find_the_others(capsys):
 
     assert main(["train", "experiments/quickstart.py", "--hosts", "auto"]) == 2
     told = capsys.readouterr().err
-    assert "could not join the others" in told and told.count("\n") == 1
+    assert "could not join the others" in told
+    assert told.count("\n") == 1
     assert main(["train", "experiments/quickstart.py", "--hosts", "many"]) == 2
     assert "neither a number nor auto" in capsys.readouterr().err

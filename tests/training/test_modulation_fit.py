@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_files import published, save, stored
-from toys import FLOAT32, apply, toy_inputs, toy_model
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.cli import main
-from radiance.evaluation import modulation as layers_of
-from radiance.model.modulation import frequencies, join_vectors, vector_names
+from radiance.evaluation import modulation_variance as layers_of
+from radiance.model.modulation import join_vectors, sinusoid_frequencies, vector_names
 from radiance.model.transformer import bind_modulation
 from radiance.training import modulation_fit
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
-from radiance.weights.detect import detect
-from radiance.weights.files import CheckpointError
-from radiance.weights.surgery import approximated, with_approximator, without_pooled
+from radiance.weights.detect import detect_model
+from radiance.weights.surgery import fix_pooled_vector, make_approximator_model, replace_modulation
+from tests.helpers.toy_files import published, save, stored
+from tests.helpers.toy_models import FLOAT32, apply, toy_inputs, toy_model
 
 # Its NeRF head reads no vectors, so that the last two are nobody's.
 FLUX = toy_model(
@@ -36,7 +36,9 @@ def flux(tmp_path_factory):
     """Random layers of embeddings that hear little of high frequencies, as those of a trained model; scales and gates around 1."""
     tensors = published(FLUX, "float32")
     for name in ("time_in", "guidance_in"):
-        tensors[f"{name}.in_layer.weight"] *= np.tile(10 / (1 + 10_000 * frequencies(128)), 2)
+        tensors[f"{name}.in_layer.weight"] *= np.tile(
+            10 / (1 + 10_000 * sinusoid_frequencies(128)), 2
+        )
     return save(tmp_path_factory.mktemp("flux") / "flux.safetensors", tensors, FLUX)
 
 
@@ -45,94 +47,147 @@ def converted(flux):
     """The file that the command writes, and what it prints."""
     out, told = flux.with_name("chroma.safetensors"), StringIO()
     with redirect_stdout(told):
-        assert main(["convert", str(flux), str(out), "--modulation", "approximator", "--modulation-steps", str(STEPS)]) == 0
+        assert (
+            main(
+                [
+                    "convert",
+                    str(flux),
+                    str(out),
+                    "--modulation",
+                    "approximator",
+                    "--modulation-steps",
+                    str(STEPS),
+                ]
+            )
+            == 0
+        )
     return out, told.getvalue()
 
 
 @pytest.fixture(scope="module")
 def held(flux):
-    return without_pooled(open_checkpoint(flux), np.zeros(5), "zero")
+    return fix_pooled_vector(open_checkpoint(flux), np.zeros(5), "zero")
 
 
 @pytest.fixture(scope="module")
 def fit(held):
-    return modulation_fit.fit(held, STEPS)
+    return modulation_fit.fit_modulation(held, STEPS)
 
 
 def relative_errors(flux, approximator) -> dict[tuple[str, int, str], float]:
     """Of each vector, with the layers of `flux` multiplied in NumPy."""
     checkpoint, model = open_checkpoint(flux), open_checkpoint(approximator).model
-    time = ((np.arange(modulation_fit.MEASURED) + 0.5) / modulation_fit.MEASURED).astype(np.float32)
-    grid = layers_of.Grid(time, np.zeros((1, 5), np.float32), np.array(GUIDANCES, np.float32), "zero")
-    x = layers_of.condition(checkpoint, grid)[:, 0]  # [t, g, d]
-    network = bind_modulation(model, FLOAT32, open_checkpoint(approximator).params()["modulation"])
-    made = [join_vectors(network(jnp.asarray(time), jnp.full(len(time), g, jnp.float32), None)) for g in GUIDANCES]
-    made = dict(zip(vector_names(model), np.stack(made, axis=1).astype(np.float64).transpose(2, 0, 1, 3)))
+    time = (
+        (np.arange(modulation_fit.NUM_EVALUATION_TIMES) + 0.5) / modulation_fit.NUM_EVALUATION_TIMES
+    ).astype(np.float32)
+    grid = layers_of.ConditionGrid(
+        time, np.zeros((1, 5), np.float32), np.array(GUIDANCES, np.float32), "zero"
+    )
+    x = layers_of.embed_conditions(checkpoint, grid)[:, 0]  # [t, g, d]
+    network = bind_modulation(
+        model, FLOAT32, open_checkpoint(approximator).load_params()["modulation"]
+    )
+    made = [
+        join_vectors(network(jnp.asarray(time), jnp.full(len(time), g, jnp.float32), None))
+        for g in GUIDANCES
+    ]
+    made = dict(
+        zip(vector_names(model), np.stack(made, axis=1).astype(np.float64).transpose(2, 0, 1, 3))
+    )
     found = {}
-    for layers, block, native, names in layers_of._layers(checkpoint.model):
-        weight, bias = (checkpoint.tensor(f"{native}.{kind}").astype(np.float64) for kind in ("weight", "bias"))
+    for layers, block, native, names in layers_of._iterate_layers(checkpoint.model):
+        weight, bias = (
+            checkpoint.get_tensor(f"{native}.{kind}").astype(np.float64)
+            for kind in ("weight", "bias")
+        )
         for name, aim in zip(names, np.split(x @ weight.T + bias, len(names), axis=-1)):
-            found[layers, block, name] = np.sqrt(np.square(made[layers, block, name] - aim).mean() / np.square(aim).mean())
+            found[layers, block, name] = np.sqrt(
+                np.square(made[layers, block, name] - aim).mean() / np.square(aim).mean()
+            )
     return found
 
 
 def test_errors_are_those_that_numpy_finds(flux, converted, fit):
     out, told = converted
     found = relative_errors(flux, out)
-    assert fit.report.names == vector_names(FLUX)[:-2] and sorted(found) == sorted(fit.report.names)
+    assert fit.report.names == vector_names(FLUX)[:-2]
+    assert sorted(found) == sorted(fit.report.names)
     expected = np.array([found[name] for name in fit.report.names])
     np.testing.assert_allclose(fit.report.relative, expected, rtol=1e-3)
-    assert f"{expected.mean():.2%} in the mean over 18 vectors, {expected.max():.2%} in the worst" in told
+    assert (
+        f"{expected.mean():.2%} in the mean over 18 vectors, {expected.max():.2%} in the worst"
+        in told
+    )
     gates = {block: found["single", block, "gate"] for block in range(2)}
     worst = max(gates, key=gates.get)
     row = next(line.split() for line in told.splitlines() if line.startswith("single  gate"))
-    assert row == ["single", "gate", "2", f"{np.mean([*gates.values()]):.2%}", f"{gates[worst]:.2%}", str(worst)]
-    assert "pooled text vector is zero" in told and "Chroma's tools give 0" in told
+    assert row == [
+        "single",
+        "gate",
+        "2",
+        f"{np.mean([*gates.values()]):.2%}",
+        f"{gates[worst]:.2%}",
+        str(worst),
+    ]
+    assert "pooled text vector is zero" in told
+    assert "Chroma's tools give 0" in told
 
 
 def test_the_fit_is_close(fit):
     """Closer than any constant could be: the rest of a vector is its mean over times."""
     report = fit.report
     assert np.sqrt(report.variance / report.square).mean() > 0.3
-    assert np.sqrt(report.error / report.variance).mean() < 0.4 and np.sqrt(report.error / report.variance).max() < 0.6
+    assert np.sqrt(report.error / report.variance).mean() < 0.4
+    assert np.sqrt(report.error / report.variance).max() < 0.6
 
 
 def test_the_network_paints_almost_the_same(held, converted):
     out = open_checkpoint(converted[0])
     inputs = toy_inputs(held.model)
-    expected, found = (np.asarray(apply(x.model, x.params(), inputs)) for x in (held, out))
+    expected, found = (np.asarray(apply(x.model, x.load_params(), inputs)) for x in (held, out))
     change = np.sqrt(np.square(found - expected).mean() / np.square(expected).mean())
-    other = with_approximator(held, jax.tree.map(lambda x: 0 * x, out.params()["modulation"]))
-    without = np.asarray(apply(out.model, other.params(), inputs))
+    other = replace_modulation(held, jax.tree.map(lambda x: 0 * x, out.load_params()["modulation"]))
+    without = np.asarray(apply(out.model, other.load_params(), inputs))
     assert change < 0.3 * np.sqrt(np.square(without - expected).mean() / np.square(expected).mean())
 
 
 def test_the_rest_is_as_it_was(flux, converted):
     before, after = stored(flux), stored(converted[0])
     gone = {
-        name for name in before if "_mod." in name or ".modulation." in name or name.startswith(("time_in", "guidance_in", "vector_in"))
+        name
+        for name in before
+        if "_mod." in name
+        or ".modulation." in name
+        or name.startswith(("time_in", "guidance_in", "vector_in"))
     }
-    assert {name: after[name] for name in before.keys() - gone} == {name: before[name] for name in before.keys() - gone}
-    assert all(name.startswith("distilled_guidance_layer.") for name in after.keys() - before.keys()) and not gone & after.keys()
+    assert {name: after[name] for name in before.keys() - gone} == {
+        name: before[name] for name in before.keys() - gone
+    }
+    assert all(
+        name.startswith("distilled_guidance_layer.") for name in after.keys() - before.keys()
+    )
+    assert not gone & after.keys()
     shapes = {name: shape for name, (_, shape, _) in after.items()}
     expected = replace(FLUX, modulation="approximator", pooled_dim=0, guidance_embed=False)
     assert open_checkpoint(converted[0]).model == expected
-    assert detect(shapes, rope_axes=FLUX.rope_axes) == expected  # as one of nobody's metadata
+    assert detect_model(shapes, rope_axes=FLUX.rope_axes) == expected  # as one of nobody's metadata
 
 
 def test_a_seed_is_a_fit(held, converted, fit):
-    file = open_checkpoint(converted[0]).params()["modulation"]
-    assert all((x == y).all() for x, y in zip(jax.tree.leaves(file), jax.tree.leaves(fit.modulation)))
-    other = modulation_fit.fit(held, STEPS, seed=1).modulation
+    file = open_checkpoint(converted[0]).load_params()["modulation"]
+    assert all(
+        (x == y).all() for x, y in zip(jax.tree.leaves(file), jax.tree.leaves(fit.modulation))
+    )
+    other = modulation_fit.fit_modulation(held, STEPS, seed=1).modulation
     assert (other["proj_out"]["kernel"] != fit.modulation["proj_out"]["kernel"]).mean() > 0.99
 
 
 def test_pieces_are_a_whole(held, monkeypatch):
     found = []
     for piece in (2, 4):
-        monkeypatch.setattr(modulation_fit, "PIECE", piece)
+        monkeypatch.setattr(modulation_fit, "STEPS_PER_CALL", piece)
         told = []
-        found.append(modulation_fit.fit(held, 4, progress=told.append).modulation)
+        found.append(modulation_fit.fit_modulation(held, 4, on_progress=told.append).modulation)
         assert told == [piece] * (4 // piece)
     for x, y in zip(*map(jax.tree.leaves, found)):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -145,39 +200,61 @@ def test_a_gate_of_zeros_is_left_out_of_the_errors(held, monkeypatch):
             array[2 * FLUX.hidden :] = 0
         return array
 
-    monkeypatch.setattr(modulation_fit, "PIECE", 4)
-    found = modulation_fit.fit(replace(held, tensor=tensor), 4)
+    monkeypatch.setattr(modulation_fit, "STEPS_PER_CALL", 4)
+    found = modulation_fit.fit_modulation(replace(held, get_tensor=tensor), 4)
     at = found.report.names.index(("single", 1, "gate"))
-    assert [i for i, x in enumerate(found.report.relative) if np.isnan(x)] == [at]
+    assert [i for i, x in enumerate(found.report.relative_error) if np.isnan(x)] == [at]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.modulation))
-    row = next(line.split() for line in str(found.report).splitlines() if line.startswith("single  gate"))
-    assert row[2] == "1" and row[3] == row[4] and row[5] == "0"
+    row = next(
+        line.split() for line in str(found.report).splitlines() if line.startswith("single  gate")
+    )
+    assert row[2] == "1"
+    assert row[3] == row[4]
+    assert row[5] == "0"
 
 
 def test_nothing_to_fit(held):
-    zeros = replace(held, tensor=lambda name: 0 * held.tensor(name))
+    zeros = replace(held, get_tensor=lambda name: 0 * held.tensor(name))
     with pytest.raises(CheckpointError, match="gives zeros at every time.*nothing to fit"):
-        modulation_fit.fit(zeros, 4)
+        modulation_fit.fit_modulation(zeros, 4)
 
 
 def test_only_the_layers_are_read(tmp_path):
     """And they stay in bfloat16."""
     model = replace(FLUX, pooled_dim=0)
-    checkpoint, read = open_checkpoint(save(tmp_path / "half.safetensors", published(model), model)), []
-    layers = modulation_fit.read_layers(replace(checkpoint, tensor=lambda name: read.append(name) or checkpoint.tensor(name)))
-    assert {name.partition(".")[0] for name in read} == {"time_in", "guidance_in", "double_blocks", "single_blocks"}
+    checkpoint, read = (
+        open_checkpoint(save(tmp_path / "half.safetensors", published(model), model)),
+        [],
+    )
+    layers = modulation_fit.read_modulation_layers(
+        replace(checkpoint, get_tensor=lambda name: read.append(name) or checkpoint.get_tensor(name))
+    )
+    assert {name.partition(".")[0] for name in read} == {
+        "time_in",
+        "guidance_in",
+        "double_blocks",
+        "single_blocks",
+    }
     assert not [name for name in read if "attn" in name or "mlp" in name or "linear" in name]
     assert {x.dtype.name for x in jax.tree.leaves(layers)} == {"bfloat16"}
-    weight = checkpoint.tensor("single_blocks.1.modulation.lin.weight")
+    weight = checkpoint.get_tensor("single_blocks.1.modulation.lin.weight")
     np.testing.assert_array_equal(np.asarray(layers["single"]["kernel"][1]), weight.T)
 
 
 @pytest.mark.parametrize(
-    "changes, flags, sentence",
+    ("changes", "flags", "sentence"),
     [
         (dict(modulation="approximator"), (), "has an approximator already"),
-        (dict(modulation="shared", pooled_dim=5), (), "has model.modulation=shared, which has no layers in the blocks"),
-        (dict(modulation="none"), (), "has model.modulation=none, which has no layers in the blocks"),
+        (
+            dict(modulation="shared", pooled_dim=5),
+            (),
+            "has model.modulation=shared, which has no layers in the blocks",
+        ),
+        (
+            dict(modulation="none"),
+            (),
+            "has model.modulation=none, which has no layers in the blocks",
+        ),
         (dict(), ("--pooled", "zero"), "reads no pooled text vector"),
         (dict(), ("--dtype", "int9"), "no type 'int9'"),
         (dict(), ("--to", "torch"), "is there already"),
@@ -185,17 +262,28 @@ def test_only_the_layers_are_read(tmp_path):
         (dict(), ("--modulation-steps", "0"), "at least 1"),
     ],
 )
-def test_what_cannot_be_is_said_before_the_fit(changes, flags, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(modulation_fit, "fit", lambda *_: pytest.fail("began to work"))
+def test_what_cannot_be_is_said_before_the_fit(
+    changes, flags, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(modulation_fit, "fit_modulation", lambda *_: pytest.fail("began to work"))
     model = toy_model(**(dict(modulation="per_block") | changes))
-    file, out = save(tmp_path / "in.safetensors", published(model), model), tmp_path / "out.safetensors"
+    file, out = (
+        save(tmp_path / "in.safetensors", published(model), model),
+        tmp_path / "out.safetensors",
+    )
     out.write_text("mine")
     assert main(["convert", str(file), str(out), "--modulation", "approximator", *flags]) == 2
     told = capsys.readouterr().err
-    assert sentence in told and told.count("\n") == 1 and out.read_text() == "mine"
+    assert sentence in told
+    assert told.count("\n") == 1
+    assert out.read_text() == "mine"
 
 
 def test_schnell_becomes_chroma():
     """But for its masking, which is no matter of weights."""
-    schnell = Checkpoint(config.MODELS["flux1-schnell"], {}, lambda name: pytest.fail("read"), {}, "schnell")
-    assert approximated(without_pooled(schnell, np.zeros(768), "zero")) == replace(config.MODELS["chroma1-base"], masking="off")
+    schnell = Checkpoint(
+        config.MODELS["flux1-schnell"], {}, lambda name: pytest.fail("read"), {}, "schnell"
+    )
+    assert make_approximator_model(fix_pooled_vector(schnell, np.zeros(768), "zero")) == replace(
+        config.MODELS["chroma1-base"], masking="off"
+    )

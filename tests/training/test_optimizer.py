@@ -5,22 +5,34 @@ import optax
 import pytest
 
 from radiance import config
-from radiance.training.optimizer import join, learning_rate, make_optimizer, rounded, scale_by_adam, split_frozen, typed
+from radiance.training.adam import scale_by_adam
+from radiance.training.optimizer import make_lr_schedule, make_optimizer
+from radiance.training.parameter_groups import merge_params, split_frozen
+from radiance.training.stochastic_rounding import cast_params, stochastic_round
 
-TREE = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}}}
+TREE = {
+    "a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+    "b": {"c": {"scale": jnp.ones(4)}, "d": {"kernel": jnp.full(2, 5.0)}},
+}
 
 
 def test_learning_rate_rises_then_stays_or_falls():
-    constant = learning_rate(config.Optimizer(learning_rate=1.0, warmup_steps=4), 100)
+    constant = make_lr_schedule(config.Optimizer(learning_rate=1.0, warmup_steps=4), 100)
     assert [float(constant(i)) for i in (0, 1, 3, 4, 99)] == pytest.approx([0.2, 0.4, 0.8, 1, 1])
-    cosine = learning_rate(config.Optimizer(learning_rate=1.0, warmup_steps=4, decay="cosine"), 104)
+    cosine = make_lr_schedule(
+        config.Optimizer(learning_rate=1.0, warmup_steps=4, lr_schedule="cosine"), 104
+    )
     assert [float(cosine(i)) for i in (4, 54, 104)] == pytest.approx([1, 0.5, 0], abs=1e-6)
 
 
 def test_adamw_against_numpy():
-    settings = config.Optimizer(learning_rate=0.1, warmup_steps=0, beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=2.0)
+    settings = config.Optimizer(
+        learning_rate=0.1, warmup_steps=0, beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=2.0
+    )
     optimizer, draw = make_optimizer(settings, 10), np.random.default_rng(0)
-    params = {"x": {"kernel": jnp.asarray(draw.normal(size=5)), "bias": jnp.asarray(draw.normal(size=2))}}
+    params = {
+        "x": {"kernel": jnp.asarray(draw.normal(size=5)), "bias": jnp.asarray(draw.normal(size=2))}
+    }
     ours, state = params, optimizer.init(params)
     theirs = {k: np.asarray(v, np.float64) for k, v in params["x"].items()}
     m, v = ({k: np.zeros_like(x) for k, x in theirs.items()} for _ in range(2))
@@ -40,33 +52,50 @@ def test_adamw_against_numpy():
 
 def test_parts_are_split_and_joined():
     trained, frozen = split_frozen(TREE, ("b/c", "a/bias"))
-    assert set(trained) == {"a", "b"} and set(trained["b"]) == {"d"} and set(trained["a"]) == {"kernel"}
-    assert set(frozen["b"]) == {"c"} and set(frozen["a"]) == {"bias"}
-    assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(TREE)
+    assert set(trained) == {"a", "b"}
+    assert set(trained["b"]) == {"d"}
+    assert set(trained["a"]) == {"kernel"}
+    assert set(frozen["b"]) == {"c"}
+    assert set(frozen["a"]) == {"bias"}
+    assert jax.tree.structure(merge_params(trained, frozen)) == jax.tree.structure(TREE)
     assert split_frozen(TREE, ()) == (TREE, {})
 
 
 def test_a_frozen_name_is_a_whole_part_of_a_path():
-    with pytest.raises(config.ConfigError, match="optimizer.frozen names b/cc, .* not in the model"):
+    with pytest.raises(
+        config.ConfigError, match="optimizer.frozen names b/cc, .* not in the model"
+    ):
         split_frozen(TREE, ("b/c", "b/cc"))
     with pytest.raises(config.ConfigError, match="nothing to train"):
         split_frozen(TREE, ("a", "b"))
 
 
 def test_rates_multiply_the_whole_step_under_the_longest_path():
-    rates = config.Optimizer(rates=("b=0.1", "b/d=4", "a/kernel=2"), learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    rates = config.Optimizer(
+        lr_multipliers=("b=0.1", "b/d=4", "a/kernel=2"),
+        learning_rate=0.1,
+        warmup_steps=0,
+        weight_decay=0.5,
+    )
     gradients = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), TREE)
     steps = []
     for settings in (config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), rates):
         optimizer = make_optimizer(settings, 10)
         steps.append(optimizer.update(gradients, optimizer.init(TREE), TREE)[0])
     factors = {"a": {"kernel": 2, "bias": 1}, "b": {"c": {"scale": 0.1}, "d": {"kernel": 4}}}
-    jax.tree.map(lambda plain, scaled, f: np.testing.assert_allclose(scaled, f * plain, rtol=1e-6), *steps, factors)
+    jax.tree.map(
+        lambda plain, scaled, f: np.testing.assert_allclose(scaled, f * plain, rtol=1e-6),
+        *steps,
+        factors,
+    )
 
 
 def test_rates_that_cannot_be():
-    with pytest.raises(config.ConfigError, match="optimizer.rates names b/cc, which is not among what is trained: that has a, b"):
-        make_optimizer(config.Optimizer(rates=("b/cc=2", "a=3")), 10).init(TREE)
+    with pytest.raises(
+        config.ConfigError,
+        match="optimizer.lr_multipliers names b/cc, which is not among what is trained: that has a, b",
+    ):
+        make_optimizer(config.Optimizer(lr_multipliers=("b/cc=2", "a=3")), 10).init(TREE)
     for rates, told in (
         (("head",), "PATH=FACTOR"),
         (("=2",), "PATH=FACTOR"),
@@ -75,7 +104,7 @@ def test_rates_that_cannot_be():
         (("a=1", "a=2"), "twice"),
     ):
         with pytest.raises(config.ConfigError, match=told):
-            config.Optimizer(rates=rates)
+            config.Optimizer(lr_multipliers=rates)
 
 
 # --- bfloat16, rounded at random -------------------------------------------------------------------------------------------
@@ -84,23 +113,31 @@ def test_rates_that_cannot_be():
 def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average():
     x = jnp.asarray([1.0, 1.001, -1.006, 3e-39, 255.3, 1e30, -0.0])
     like = {"x": x.astype(jnp.bfloat16)}
-    draws = jax.jit(jax.vmap(lambda key: rounded(key, {"x": x}, like)["x"].astype(jnp.float32)))(jax.random.split(jax.random.key(1), 4000))
+    draws = jax.jit(
+        jax.vmap(lambda key: stochastic_round(key, {"x": x}, like)["x"].astype(jnp.float32))
+    )(jax.random.split(jax.random.key(1), 4000))
     draws = np.asarray(draws, np.float64)
     below = np.asarray(x, np.float32).view(np.uint32) & 0xFFFF0000  # towards 0
-    above = below + np.where(np.asarray(x, np.float32).view(np.uint32) == below, 0, 0x10000).astype(np.uint32)
+    above = below + np.where(np.asarray(x, np.float32).view(np.uint32) == below, 0, 0x10000).astype(
+        np.uint32
+    )
     neighbours = np.stack([below.astype(np.uint32).view(np.float32), above.view(np.float32)])
     assert all(set(draws[:, i]) <= set(neighbours[:, i].astype(np.float64)) for i in range(len(x)))
     error = np.abs(draws.mean(axis=0) - np.asarray(x, np.float64))
     spread = np.abs(np.diff(neighbours.astype(np.float64), axis=0))[0]
     assert (error <= 5 * spread / 2 / np.sqrt(4000)).all()
-    bad = rounded(jax.random.key(0), {"x": jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])}, like)["x"]
+    bad = stochastic_round(
+        jax.random.key(0), {"x": jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])}, like
+    )["x"]
     assert np.array_equal(np.asarray(bad, np.float32), [np.inf, -np.inf, np.nan], equal_nan=True)
-    assert rounded(jax.random.key(0), {"x": x}, {"x": x})["x"] is x
+    assert stochastic_round(jax.random.key(0), {"x": x}, {"x": x})["x"] is x
 
 
 def test_small_changes_arrive_in_bfloat16():
     """A second moment that rounding to the nearest would leave where it is."""
-    optimizer = scale_by_adam(config.Optimizer(beta2=0.999, mu_dtype="bfloat16", nu_dtype="bfloat16"))
+    optimizer = scale_by_adam(
+        config.Optimizer(beta2=0.999, mu_dtype="bfloat16", nu_dtype="bfloat16")
+    )
     params = {"kernel": jnp.ones(4000)}
     state = optimizer.init(params)
     assert state.mu["kernel"].dtype == state.nu["kernel"].dtype == jnp.bfloat16
@@ -117,8 +154,14 @@ def test_small_changes_arrive_in_bfloat16():
 
 
 def test_what_is_kept_in_float32_all_the_same():
-    tree = {"head": {"embedder": {"kernel": jnp.ones(2)}, "linear": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}, "registers": jnp.ones(2)}
-    kinds = jax.tree.map(lambda x: x.dtype.name, typed(tree, "bfloat16"))
+    tree = {
+        "head": {
+            "embedder": {"kernel": jnp.ones(2)},
+            "linear": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        },
+        "registers": jnp.ones(2),
+    }
+    kinds = jax.tree.map(lambda x: x.dtype.name, cast_params(tree, "bfloat16"))
     assert kinds == {
         "head": {"embedder": {"kernel": "float32"}, "linear": {"kernel": "bfloat16", "bias": "float32"}}, "registers": "float32"
     }  # fmt: skip

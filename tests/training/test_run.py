@@ -8,17 +8,16 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, command, metrics, same, toy_run, train
 
 from radiance import config
+from radiance.base.errors import CheckpointError, TrainingError
 from radiance.evaluation.report import write_report
 from radiance.training import loop
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.loop import TrainingError
-from radiance.training.start import load_weights
+from radiance.training.initialization import load_pretrained_params
 from radiance.training.step import init_state
 from radiance.weights import checkpoint
-from radiance.weights.files import CheckpointError
+from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.slow
 def final_state(run):
     like = jax.eval_shape(lambda: init_state(run))
     checkpoints = Checkpoints(run.directory / "checkpoints")
-    state = checkpoints.restore(checkpoints.latest, like)
+    state = checkpoints.restore(checkpoints.latest_step, like)
     checkpoints.close()
     return state
 
@@ -47,16 +46,19 @@ def test_the_run_directory(unbroken):
     assert "radiance" in (d / "command.txt").read_text()
     environment = json.loads((d / "environment.json").read_text())
     assert [start["from_step"] for start in environment] == [0]
-    assert environment[0]["packages"]["jax"] == jax.__version__ and environment[0]["devices"]
+    assert environment[0]["packages"]["jax"] == jax.__version__
+    assert environment[0]["devices"]
     assert json.loads((d / "data.json").read_text())["train"]["count"] == 1498
     assert sorted(int(p.name) for p in (d / "checkpoints").iterdir()) == [3, 6, 8]
     assert [p.name for p in (d / "samples").iterdir()] == ["00000008.png"]
     assert (d / "report.html").read_text().startswith("<!doctype html>")
-    assert not (d / "tensorboard").exists() and not (d / "wandb").exists()
+    assert not (d / "tensorboard").exists()
+    assert not (d / "wandb").exists()
     rows = metrics(run)
     assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8]
     assert [r["step"] for r in rows if "validation_bins" in r] == [4, 8]
-    assert "from scratch" in output and "trained for 8 steps" in output
+    assert "from scratch" in output
+    assert "trained for 8 steps" in output
 
 
 def reached(run, step, process):
@@ -71,8 +73,8 @@ def reached(run, step, process):
 
 
 def test_a_run_without_averages_is_saved_and_goes_on(tmp_path):
-    run = toy_run(tmp_path, "unused", "optimizer.ema=", "sample.weights=params")
-    state, checkpoints = init_state(run), Checkpoints(run.directory / "checkpoints")
+    run = toy_run(tmp_path, "unused", "optimizer.ema_decays=", "sample.weights=params")
+    state, checkpoints = init_state(run), Checkpoints(run.run_dir / "checkpoints")
     checkpoints.save(state)
     checkpoints.wait()
     assert same(final_state(run), state)
@@ -85,33 +87,38 @@ def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 143 and "the same command goes on" in output, output
-    stopped = Checkpoints(run.directory / "checkpoints").latest
+    stopped = Checkpoints(run.run_dir / "checkpoints").latest_step
     assert 2 <= stopped < 8
     process = command(run)
     assert f"going on from step {stopped}" in process.output
-    assert same(final_state(run), final_state(unbroken[0])) and metrics(run) == metrics(unbroken[0])
+    assert same(final_state(run), final_state(unbroken[0]))
+    assert metrics(run) == metrics(unbroken[0])
 
 
 def test_batches_of_many_shapes_go_on_in_the_middle_of_an_epoch(tmp_path):
-    """With resolutions drawn anew each epoch, broken pictures, and other processes to read them."""
+    """With resolutions drawn anew each epoch, broken images, and other processes to read them."""
     draw = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i, (width, height) in enumerate(((32, 32), (40, 17), (17, 40), (12, 12)) * 5):
-        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
-        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(
+            tmp_path / "images" / f"{i}.png"
+        )
+        (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
     for i in (2, 5):  # cut short
-        (tmp_path / "pictures" / f"{i}.png").write_bytes((tmp_path / "pictures" / f"{i}.png").read_bytes()[:500])
+        (tmp_path / "images" / f"{i}.png").write_bytes(
+            (tmp_path / "images" / f"{i}.png").read_bytes()[:500]
+        )
     changes = (
-        "data.source=folder data.validation=0.2 data.side=16 data.other_sides=8 data.bucket_step=8 data.bucket_ratio=2.5 data.batch=4 data.mirror=0.5 "
-        f"data.broken_limit=0.5 data.path={tmp_path / 'pictures'} train.steps=9 train.log_every=1 train.checkpoint_every=4 sample.steps=1"
+        "data.source=folder data.validation_fraction=0.2 data.resolution=16 data.extra_resolutions=8 data.bucket_step=8 data.max_aspect_ratio=2.5 data.batch_size=4 data.flip_probability=0.5 "
+        f"data.max_broken_fraction=0.5 data.path={tmp_path / 'images'} train.steps=9 train.log_every=1 train.checkpoint_every=4 sample.steps=1"
     )
     unbroken = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), **PLAIN)
     assert train(unbroken) == 9
     rows = [row for row in metrics(unbroken) if "loss" in row]
-    assert sum(row["pictures_skipped"] for row in rows) > 1
+    assert sum(row["images_skipped"] for row in rows) > 1
     broken_off = config.override(unbroken, ["name=broken_off", "train.steps=4"])
     assert train(broken_off) == 4
-    assert train(config.override(broken_off, ["train.steps=9", "data.workers=2"])) == 9
+    assert train(config.override(broken_off, ["train.steps=9", "data.num_workers=2"])) == 9
     assert same(final_state(broken_off), final_state(unbroken))
     assert [row for row in metrics(broken_off) if "loss" in row] == rows
 
@@ -122,7 +129,10 @@ def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_di
     longer = config.override(run, ["train.steps=8", "mesh.data=2", "mesh.fsdp=2"])
     process = command(longer, devices=4)
     assert process.returncode == 0 and "going on from step 4" in process.output, process.output
-    for x, y in zip(jax.tree.leaves(final_state(longer).params), jax.tree.leaves(final_state(unbroken[0]).params)):
+    for x, y in zip(
+        jax.tree.leaves(final_state(longer).params),
+        jax.tree.leaves(final_state(unbroken[0]).params),
+    ):
         np.testing.assert_allclose(x, y, atol=2e-4)
     for x, y in zip(metrics(longer), metrics(unbroken[0])):
         np.testing.assert_allclose([*x.values()][1], [*y.values()][1], rtol=1e-3)
@@ -130,20 +140,27 @@ def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_di
 
 def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypatch):
     run, _ = unbroken
-    average = load_weights(str(run.directory), run)
+    average = load_pretrained_params(str(run.directory), run)
     assert same(average, final_state(run).ema["0.99"])
     file = tmp_path / "model.safetensors"
-    checkpoint.write(file, run.model, average)
-    assert same(load_weights(str(file), run), average)
-    second = config.override(run, ["name=second", f"output={tmp_path}", f"init={file}", "train.steps=1"])
-    assert train(second) == 1 and f"from the weights of {file}" in capsys.readouterr().out
+    checkpoint.write_checkpoint(file, run.model, average)
+    assert same(load_pretrained_params(str(file), run), average)
+    second = config.override(
+        run, ["name=second", f"output={tmp_path}", f"init={file}", "train.steps=1"]
+    )
+    assert train(second) == 1
+    assert f"from the weights of {file}" in capsys.readouterr().out
     other = config.override(run, ["model.mlp_ratio=3"])
-    with pytest.raises(config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
-        load_weights(str(run.directory), other)
+    with pytest.raises(
+        config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"
+    ):
+        load_pretrained_params(str(run.directory), other)
     with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
-        load_weights(str(file), other)
+        load_pretrained_params(str(file), other)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert same(load_weights("~/model.safetensors", run), average)  # shells leave it so behind a "="
+    assert same(
+        load_pretrained_params("~/model.safetensors", run), average
+    )  # shells leave it so behind a "="
     file.unlink()  # which a run that has begun needs no more
     assert train(config.override(second, ["train.steps=2"])) == 2
 
@@ -151,46 +168,67 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypat
 def test_a_finished_run_stays_finished(unbroken):
     run, _ = unbroken
     before = metrics(run)
-    assert train(run) == 8 and metrics(run) == before
+    assert train(run) == 8
+    assert metrics(run) == before
     assert write_report(run.directory).is_file()
 
 
 def test_a_directory_of_another_config_is_refused(unbroken):
-    with pytest.raises(config.ConfigError, match="optimizer.learning_rate was 0.001, now 0.002.*another name="):
+    with pytest.raises(
+        config.ConfigError, match="optimizer.learning_rate was 0.001, now 0.002.*another name="
+    ):
         train(config.override(unbroken[0], ["optimizer.learning_rate=2e-3"]))
 
 
 def test_other_data_is_refused(unbroken, monkeypatch):
-    monkeypatch.setattr(loop, "describe", lambda source, data, split: {"count": 1})
+    monkeypatch.setattr(loop, "describe_source", lambda source, data, split: {"count": 1})
     with pytest.raises(config.ConfigError, match="holds a run on other data"):
         train(unbroken[0])
 
 
 @pytest.mark.parametrize(
-    "wrong", ["init=nowhere", "optimizer.frozen=nothing", "sample.schedule=beta sample.beta=0.01,0.01 sample.steps=99"]
+    "wrong",
+    [
+        "init=nowhere",
+        "optimizer.frozen=nothing",
+        "sample.schedule=beta sample.beta=0.01,0.01 sample.steps=99",
+    ],
 )
 def test_a_run_that_could_not_start_leaves_nothing(tmp_path, data_directory, wrong):
     run = toy_run(tmp_path, data_directory, *wrong.split())
     with pytest.raises(config.ConfigError):
         train(run)
-    assert not (run.directory / "config.json").exists()
+    assert not (run.run_dir / "config.json").exists()
 
 
 def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, monkeypatch):
-    run = toy_run(tmp_path, data_directory, "train.skip_limit=3", "train.steps=50", "train.checkpoint_every=2", **PLAIN)
-    pure = loop.make_step
+    run = toy_run(
+        tmp_path,
+        data_directory,
+        "train.max_nonfinite_steps=3",
+        "train.steps=50",
+        "train.checkpoint_every=2",
+        **PLAIN,
+    )
+    pure = loop.make_train_step
 
     def broken(settings):
         step = pure(settings)
         return lambda state, batch, *rest: step(
-            state, batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])}, *rest
+            state,
+            batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])},
+            *rest,
         )
 
-    monkeypatch.setattr(loop, "make_step", broken)
-    with pytest.raises(TrainingError, match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good"):
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    with pytest.raises(
+        TrainingError,
+        match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good",
+    ):
         train(run)
     state = final_state(run)
-    assert int(state.step) == 6 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert int(state.step) == 6
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
@@ -198,7 +236,9 @@ def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
     from collections import namedtuple
 
     run = toy_run(tmp_path, data_directory, **PLAIN)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0)
+    )
     with pytest.raises(CheckpointError, match="GB free, and .* GB are needed: make room"):
         train(run)
-    assert not run.directory.exists()  # nothing was done in vain
+    assert not run.run_dir.exists()  # nothing was done in vain

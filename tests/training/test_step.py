@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PLAIN, batch_of, same, step_of, toy_run
-from toys import apply, toy_params
 
-from radiance import config, flow
-from radiance.training.optimizer import split_frozen
-from radiance.training.step import init_state, picture_losses, validation_losses, with_noise
+from radiance import config
+from radiance.flow import objective, timesteps
+from radiance.training.parameter_groups import split_frozen
+from radiance.training.step import (
+    add_noise_and_times,
+    compute_image_losses,
+    compute_validation_losses,
+    init_state,
+)
+from tests.helpers.toy_models import apply, toy_params
+from tests.helpers.toy_runs import PLAIN, batch_of, same, step_of, toy_run
 
 FROZEN = "optimizer.frozen=modulation,head,double/image"
 
@@ -32,27 +38,46 @@ def test_a_step_is_pure_and_moves_everything(run):
     step, batch = step_of(run), batch_of(run)
     a, metrics = step(start(run), batch)
     b, _ = step(start(run), batch)
-    assert same(a, b) and int(a.step) == 1 and np.isfinite(metrics["loss"])
-    moved = jax.tree.map(lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), a.params, start(run).params)
-    still = {"/".join(k.key for k in path) for path, m in jax.tree_util.tree_flatten_with_path(moved)[0] if not m}
+    assert same(a, b)
+    assert int(a.step) == 1
+    assert np.isfinite(metrics["loss"])
+    moved = jax.tree.map(
+        lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), a.params, start(run).params
+    )
+    still = {
+        "/".join(k.key for k in path)
+        for path, m in jax.tree_util.tree_flatten_with_path(moved)[0]
+        if not m
+    }
     # The last rows of the modulation have no reader in pixel models, and a key's bias shifts all logits alike.
-    assert still <= {"double/image/attention/qkv/bias", "double/text/attention/qkv/bias", "single/attention/qkv/bias"}
+    assert still <= {
+        "double/image/attention/qkv/bias",
+        "double/text/attention/qkv/bias",
+        "single/attention/qkv/bias",
+    }
     assert not same(a.ema["0.9"], a.ema["0.99"]) or int(a.step) < 100  # both still on the ramp
 
 
 def test_each_step_has_its_own_noise(run):
     batch = batch_of(run)
-    draws = [with_noise(run, batch, jax.random.fold_in(jax.random.key(0), i)) for i in range(2)]
-    assert not np.array_equal(draws[0]["noise"], draws[1]["noise"]) and not np.array_equal(draws[0]["time"], draws[1]["time"])
+    draws = [
+        add_noise_and_times(run, batch, jax.random.fold_in(jax.random.key(0), i)) for i in range(2)
+    ]
+    assert not np.array_equal(draws[0]["noise"], draws[1]["noise"])
+    assert not np.array_equal(draws[0]["time"], draws[1]["time"])
 
 
 def test_the_loss_is_the_methods(run):
-    batch = with_noise(run, batch_of(run), jax.random.key(5))
+    batch = add_noise_and_times(run, batch_of(run), jax.random.key(5))
     params = toy_params(run.model)
-    ours = jax.jit(partial(picture_losses, run))(params, batch)
+    ours = jax.jit(partial(compute_image_losses, run))(params, batch)
     t = batch["time"][:, None, None, None]
     noisy = (1 - t) * batch["image"] + t * batch["noise"]
-    velocity = apply(run.model, params, dict(image=noisy, text=batch["text"], lengths=batch["lengths"], time=batch["time"]))
+    velocity = apply(
+        run.model,
+        params,
+        dict(image=noisy, text=batch["text"], lengths=batch["lengths"], time=batch["time"]),
+    )
     clean = noisy - t * velocity
     expected = (np.asarray(clean - batch["image"], np.float64) ** 2).mean(axis=(1, 2, 3)) / (
         np.asarray(batch["time"], np.float64) + 0.05
@@ -60,24 +85,34 @@ def test_the_loss_is_the_methods(run):
     np.testing.assert_allclose(ours, expected, rtol=1e-3)
 
 
-def test_a_velocity_can_be_judged_as_a_picture_is():
+def test_a_velocity_can_be_judged_as_a_image_is():
     plain = toy_run("unused", "unused", **PLAIN | dict(prediction="velocity"))
-    runs = plain, config.override(plain, ["flow.velocity_weight=x0"])
-    batch = with_noise(plain, batch_of(plain), jax.random.key(5))
-    found = jax.jit(lambda params, batch: [picture_losses(run, params, batch) for run in runs])(toy_params(plain.model), batch)
-    np.testing.assert_allclose(found[1], found[0] * (batch["time"] / (batch["time"] + 0.05)) ** 2, rtol=1e-5)
+    runs = plain, config.override(plain, ["flow.loss_weighting=x0"])
+    batch = add_noise_and_times(plain, batch_of(plain), jax.random.key(5))
+    found = jax.jit(
+        lambda params, batch: [compute_image_losses(run, params, batch) for run in runs]
+    )(toy_params(plain.model), batch)
+    np.testing.assert_allclose(
+        found[1], found[0] * (batch["time"] / (batch["time"] + 0.05)) ** 2, rtol=1e-5
+    )
 
 
 def test_parts_of_a_batch_add_up(plain):
     batch = batch_of(plain) | {"weight": jnp.linspace(0, 2, plain.data.batch)}
     whole, m = step_of(plain)(start(plain), batch)
-    parts, n = step_of(config.override(plain, ["optimizer.accumulate=4"]))(start(plain), batch)
+    parts, n = step_of(config.override(plain, ["optimizer.gradient_accumulation_steps=4"]))(
+        start(plain), batch
+    )
     np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-5)
     key = jax.random.fold_in(jax.random.key(plain.train.seed), 0)
-    losses = jax.jit(partial(picture_losses, plain))(start(plain).params, with_noise(plain, batch, key))
-    np.testing.assert_allclose(m["loss"], losses[1:].mean(), rtol=1e-5)  # the first has no weight: it is not there
+    losses = jax.jit(partial(compute_image_losses, plain))(
+        start(plain).params, add_noise_and_times(plain, batch, key)
+    )
+    np.testing.assert_allclose(
+        m["loss"], losses[1:].mean(), rtol=1e-5
+    )  # the first has no weight: it is not there
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
-    first = lambda s: s.optimizer[1].mu  # noqa: E731 — moments are the gradient, clipped
+    first = lambda s: s.optimizer[1].mu
     for x, y in zip(jax.tree.leaves(first(whole)), jax.tree.leaves(first(parts))):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -85,19 +120,24 @@ def test_parts_of_a_batch_add_up(plain):
 def test_gradient_norms_by_part_make_up_the_whole(run):
     _, metrics = step_of(run)(start(run), batch_of(run))
     norms = metrics["gradient_norms"]
-    assert norms.keys() == start(run).params.keys() and all(norm > 0 for norm in norms.values())
-    assert metrics["gradient_norm"] == pytest.approx(np.sqrt(sum(float(norm) ** 2 for norm in norms.values())), rel=1e-5)
+    assert norms.keys() == start(run).params.keys()
+    assert all(norm > 0 for norm in norms.values())
+    assert metrics["gradient_norm"] == pytest.approx(
+        np.sqrt(sum(float(norm) ** 2 for norm in norms.values())), rel=1e-5
+    )
     frozen = config.override(run, [FROZEN])
     state, metrics = step_of(frozen)(start(frozen), batch_of(run))
     assert metrics["gradient_norms"].keys() == start(run).params.keys() - {"modulation", "head"}
     # The norms are of the gradient as it came, and the first moment holds it clipped.
     clip = min(1, 1 / float(metrics["gradient_norm"]))
     for part, moment in state.optimizer[1].mu.items():
-        expected = np.sqrt(sum(float((np.asarray(x, np.float32) ** 2).sum()) for x in jax.tree.leaves(moment))) / (0.1 * clip)
+        expected = np.sqrt(
+            sum(float((np.asarray(x, np.float32) ** 2).sum()) for x in jax.tree.leaves(moment))
+        ) / (0.1 * clip)
         assert metrics["gradient_norms"][part] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_weight_of_zero_removes_a_picture(plain):
+def test_a_weight_of_zero_removes_a_image(plain):
     batch = batch_of(plain)
     weight = jnp.ones(plain.data.batch).at[0].set(0)
     changed = batch["image"].at[0].set(0.7)
@@ -112,10 +152,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(plain):
     state, _ = step(start(plain), batch)
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, bad)
-    assert same((after.params, after.ema, after.optimizer), (state.params, state.ema, state.optimizer))
-    assert (int(after.step), int(after.skipped), int(metrics["skipped_in_row"])) == (2, 1, 1)
+    assert same(
+        (after.params, after.ema, after.optimizer), (state.params, state.ema, state.optimizer)
+    )
+    assert (int(after.step), int(after.skipped), int(metrics["consecutive_skipped_steps"])) == (2, 1, 1)
     good, metrics = step(after, batch)
-    assert int(good.skipped) == 1 and int(metrics["skipped_in_row"]) == 0 and not same(good.params, after.params)
+    assert int(good.skipped) == 1
+    assert int(metrics["consecutive_skipped_steps"]) == 0
+    assert not same(good.params, after.params)
 
 
 def test_frozen_parts_stay_and_cost_no_moments(run):
@@ -127,13 +171,17 @@ def test_frozen_parts_stay_and_cost_no_moments(run):
     assert same(state.params["double"]["image"], before["double"]["image"])
     assert not same(state.params["double"]["text"], before["double"]["text"])
     for held in (state.optimizer[1].mu, state.ema["0.9"]):
-        assert jax.tree.structure(held) == jax.tree.structure(split_frozen(before, frozen.optimizer.frozen)[0])
+        assert jax.tree.structure(held) == jax.tree.structure(
+            split_frozen(before, frozen.optimizer.frozen)[0]
+        )
 
 
 def test_remat_and_head_tiles_change_nothing(run):
     batch = batch_of(run)
     plain, _ = step_of(run)(start(run), batch)
-    other, _ = step_of(config.override(run, ["compute.remat=full", "compute.head_tile=3"]))(start(run), batch)
+    other, _ = step_of(config.override(run, ["compute.remat=full", "compute.head_chunk_size=3"]))(
+        start(run), batch
+    )
     for x, y in zip(jax.tree.leaves(plain.optimizer[1].mu), jax.tree.leaves(other.optimizer[1].mu)):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
@@ -141,13 +189,17 @@ def test_remat_and_head_tiles_change_nothing(run):
 def test_bfloat16_keeps_float32_masters(plain):
     half = config.override(plain, ["compute.dtype=bfloat16"])
     state, metrics = step_of(half)(start(half), batch_of(plain))
-    assert {x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer[1].mu))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer[1].mu))} == {
+        jnp.dtype("float32")
+    }
     full = step_of(plain)(start(plain), batch_of(plain))[1]
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.05)
 
 
 def test_bfloat16_states_keep_their_types_and_stay_near(run):
-    kept = config.override(run, [f"optimizer.{name}_dtype=bfloat16" for name in ("weights", "mu", "nu")])
+    kept = config.override(
+        run, [f"optimizer.{name}_dtype=bfloat16" for name in ("weights", "mu", "nu")]
+    )
     state = start(kept)
     new, metrics = step_of(kept)(state, batch_of(run))
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
@@ -156,44 +208,71 @@ def test_bfloat16_states_keep_their_types_and_stay_near(run):
         == new.optimizer[1].nu["patch_embed"]["bias"].dtype
         == jnp.bfloat16
     )
-    assert new.params["head"]["embedder"]["kernel"].dtype == new.params["patch_embed"]["bias"].dtype == jnp.float32
+    assert (
+        new.params["head"]["embedder"]["kernel"].dtype
+        == new.params["patch_embed"]["bias"].dtype
+        == jnp.float32
+    )
     exact, full = step_of(run)(start(run), batch_of(run))
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.02)
     for x, y in zip(jax.tree.leaves(new.params), jax.tree.leaves(exact.params)):
-        np.testing.assert_allclose(x.astype(np.float32), y, rtol=0, atol=2**-6 * max(np.abs(y).max(), 1e-3))
+        np.testing.assert_allclose(
+            x.astype(np.float32), y, rtol=0, atol=2**-6 * max(np.abs(y).max(), 1e-3)
+        )
 
 
 def test_optimal_transport_pairs_the_batch(run):
     batch, key = batch_of(run), jax.random.key(2)
-    free = with_noise(run, batch, key)
-    paired = with_noise(config.override(run, ["flow.coupling=optimal_transport"]), batch, key)
-    cost = lambda noise: float(jnp.trace(flow.coupling_costs(batch["image"], noise, "cosine")))  # noqa: E731
+    free = add_noise_and_times(run, batch, key)
+    paired = add_noise_and_times(
+        config.override(run, ["flow.coupling=optimal_transport"]), batch, key
+    )
+    cost = lambda noise: float(jnp.trace(objective.coupling_costs(batch["image"], noise, "cosine")))
     assert cost(paired["noise"]) < cost(free["noise"])
-    assert np.array_equal(paired["time"], free["time"]) and np.array_equal(paired["image"], free["image"])
+    assert np.array_equal(paired["time"], free["time"])
+    assert np.array_equal(paired["image"], free["image"])
     assert np.array_equal(np.sort(paired["noise"].ravel()), np.sort(free["noise"].ravel()))
-    within = with_noise(config.override(run, ["flow.coupling=within_caption"]), batch, key)
+    within = add_noise_and_times(config.override(run, ["flow.coupling=within_caption"]), batch, key)
     assert np.array_equal(within["noise"], free["noise"])  # for no two captions are the same
 
 
 def test_times_weigh_as_the_law_says(run):
-    weighed = config.override(run, ["flow.time_law=uniform", "flow.time_weight=parabola"])
-    batch = with_noise(weighed, batch_of(run) | {"weight": jnp.full(run.data.batch, 2.0)}, jax.random.key(2))
-    np.testing.assert_allclose(batch["weight"], 2 * flow.time_density(run.flow, batch["time"], 4), rtol=1e-5)
+    weighed = config.override(
+        run, ["flow.timestep_distribution=uniform", "flow.timestep_weighting=parabola"]
+    )
+    batch = add_noise_and_times(
+        weighed, batch_of(run) | {"weight": jnp.full(run.data.batch, 2.0)}, jax.random.key(2)
+    )
+    np.testing.assert_allclose(
+        batch["weight"], 2 * timesteps.timestep_density(run.flow, batch["time"], 4), rtol=1e-5
+    )
 
 
 def test_validation_is_fixed_and_binned(run):
-    validate = jax.jit(partial(validation_losses, run))
+    validate = jax.jit(partial(compute_validation_losses, run))
     params, batch = toy_params(run.model), batch_of(run)
     losses = validate(params, batch, jnp.int32(0))
-    assert losses.shape == (run.data.batch, 10) and np.isfinite(losses).all()
+    assert losses.shape == (run.data.batch, 10)
+    assert np.isfinite(losses).all()
     assert np.array_equal(losses, validate(params, batch, jnp.int32(0)))
     assert not np.array_equal(losses, validate(params, batch, jnp.int32(1)))
     mean = losses.mean(axis=0)
     assert mean[0] > mean[9]  # an x0 model that knows nothing is weighted by 1 / (t + ε)²
 
 
-@pytest.mark.parametrize("modulation, head", [("per_block", "linear"), ("shared", "nerf_linear"), ("none", "linear")])
+@pytest.mark.parametrize(
+    ("modulation", "head"), [("per_block", "linear"), ("shared", "nerf_linear"), ("none", "linear")]
+)
 def test_every_variant_takes_a_step(modulation, head):
-    run = toy_run("unused", "unused", modulation=modulation, head=head, registers=2, masking="off", prediction="velocity")
+    run = toy_run(
+        "unused",
+        "unused",
+        modulation=modulation,
+        head=head,
+        registers=2,
+        masking="off",
+        prediction="velocity",
+    )
     _, metrics = step_of(run)(start(run), batch_of(run))
-    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["gradient_norm"])

@@ -10,32 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import MEAN, PLAIN, metrics, same, state_of, toy_run, train
-from toys import toy_model, toy_params
 
 from radiance import config
+from radiance.base.errors import CheckpointError, TextError
 from radiance.data.datasets import open_source
-from radiance.evaluation import measure
-from radiance.model.transformer import abstract
-from radiance.models import load, opened
-from radiance.plan import _training, plan
-from radiance.sharding import make_mesh
-from radiance.text.encoders import TextError
-from radiance.training import loop, start, trajectories
+from radiance.distributed.sharding import make_mesh
+from radiance.evaluation import evaluate
+from radiance.loading import load, open_model
+from radiance.model.transformer import make_abstract_params
+from radiance.planning.plan import _prepare_training, make_plan
+from radiance.training import initialization, loop, trajectories
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.start import known_loss, load_still
+from radiance.training.initialization import find_reference_loss, load_frozen_params
 from radiance.training.step import init_state
-from radiance.training.trajectories import of_run
+from radiance.training.trajectories import open_trajectories
 from radiance.weights import checkpoint
 from radiance.weights.checkpoint import LOSS_KEY
-from radiance.weights.files import CheckpointError
+from tests.helpers.toy_models import toy_model, toy_params
+from tests.helpers.toy_runs import MEAN, PLAIN, metrics, same, state_of, toy_run, train
 
 pytestmark = pytest.mark.usefixtures("few_trajectories_a_file")
 
 
 def saved(folder, model, seed=0):
     file = folder / f"teacher{seed}.safetensors"
-    checkpoint.write(file, model, toy_params(model, seed))
+    checkpoint.write_checkpoint(file, model, toy_params(model, seed))
     return file
 
 
@@ -43,11 +42,23 @@ def student(output, data_directory, kind, *changes, seed=0, **model):
     """A run that starts from its teacher."""
     run = toy_run(output, data_directory, **model)
     file = saved(output, run.model, seed)
-    return config.override(run, [f"init={file}", f"distill.kind={kind}", "distill.sample.steps=4", "distill.sample.batch=4", *changes])
+    return config.override(
+        run,
+        [
+            f"init={file}",
+            f"distill.kind={kind}",
+            "distill.sample.steps=4",
+            "distill.sample.batch_size=4",
+            *changes,
+        ],
+    )
 
 
 def files(folder):
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
+    return {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.glob("*.safetensors")
+    }
 
 
 def validation(run):
@@ -58,20 +69,30 @@ def validation(run):
 
 
 def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
-    changes = ["distill.sample.schedule=beta", "distill.sample.beta=0.01,0.01", "distill.sample.steps=100"]
+    changes = [
+        "distill.sample.schedule=beta",
+        "distill.sample.beta=0.01,0.01",
+        "distill.sample.steps=100",
+    ]
     run = student(tmp_path, data_directory, "trajectories", *changes, **PLAIN)
     with pytest.raises(config.ConfigError, match="repeats a time"):
         train(run)
-    assert not run.directory.exists()
+    assert not run.run_dir.exists()
 
 
 def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
     """Whose teacher is well: painting takes long."""
-    monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("began to paint"))
+    monkeypatch.setattr(loop, "load_frozen_params", lambda *_, **__: pytest.fail("began to paint"))
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
-    checkpoint.write(tmp_path / "other.safetensors", toy_model(**PLAIN), toy_params(toy_model(**PLAIN)))
+    checkpoint.write_checkpoint(
+        tmp_path / "other.safetensors", toy_model(**PLAIN), toy_params(toy_model(**PLAIN))
+    )
     with pytest.raises(CheckpointError, match="other.safetensors"):
-        train(config.override(run, [f"distill.teacher={run.init}", f"init={tmp_path / 'other.safetensors'}"]))
+        train(
+            config.override(
+                run, [f"distill.teacher={run.init}", f"init={tmp_path / 'other.safetensors'}"]
+            )
+        )
 
 
 def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, data_directory):
@@ -79,10 +100,10 @@ def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, d
     other = saved(tmp_path, toy_model(**PLAIN), 1)
     with pytest.raises(CheckpointError, match="teacher1.safetensors"):
         train(config.override(run, [f"distill.teacher={other}"]))
-    for key in ("sample.negative", "distill.sample.negative"):
+    for key in ("sample.negative_prompt", "distill.sample.negative_prompt"):
         with pytest.raises(TextError, match="over the limit|the limit is 8"):
             train(config.override(run, [f"{key}={'very ' * 20}"]))
-    assert not run.directory.exists()
+    assert not run.run_dir.exists()
 
 
 def test_runs_of_one_name_are_different_teachers(tmp_path):
@@ -90,35 +111,45 @@ def test_runs_of_one_name_are_different_teachers(tmp_path):
     run = toy_run(tmp_path, "unused", **PLAIN)
     told = []
     for loss in (0.25, 0.25, 0.2500001):
-        shutil.rmtree(run.directory, ignore_errors=True)
-        run.directory.mkdir(parents=True)
-        (run.directory / "config.json").write_text(config.to_json(run))
-        (run.directory / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 9}}\n')
-        checkpoints = Checkpoints(run.directory / "checkpoints")
+        shutil.rmtree(run.run_dir, ignore_errors=True)
+        run.run_dir.mkdir(parents=True)
+        (run.run_dir / "config.json").write_text(config.to_json(run))
+        (run.run_dir / "metrics.jsonl").write_text(
+            f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 9}}\n'
+        )
+        checkpoints = Checkpoints(run.run_dir / "checkpoints")
         checkpoints.save(replace(init_state(run), step=jnp.int32(1)))
         checkpoints.close()
-        told.append(start.identity_of(str(run.directory), run))
-    assert told[0] == told[1] != told[2] and told[0] == "toy step 1 loss 0.25 ema"
+        told.append(initialization.identify_weights(str(run.run_dir), run))
+    assert told[0] == told[1] != told[2]
+    assert told[0] == "toy step 1 loss 0.25 ema"
 
 
 def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, monkeypatch):
-    monkeypatch.setattr(trajectories, "paint_missing", lambda *_: pytest.fail("began to paint"))
+    monkeypatch.setattr(trajectories, "generate_missing_trajectories", lambda *_: pytest.fail("began to paint"))
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
     with pytest.raises(CheckpointError, match="GB are needed: make room"):
         train(run)
-    assert not run.directory.exists()
+    assert not run.run_dir.exists()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-ON_WAYS = ["distill.segments=2", "distill.trajectories=10", "train.validate_pictures=3"]
+ON_WAYS = ["distill.segments=2", "distill.num_trajectories=10", "train.validation_images=3"]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, data_directory):
-    run = student(tmp_path_factory.mktemp("student"), data_directory, "trajectories", *ON_WAYS, "data.batch=4", **PLAIN)
+    run = student(
+        tmp_path_factory.mktemp("student"),
+        data_directory,
+        "trajectories",
+        *ON_WAYS,
+        "data.batch_size=4",
+        **PLAIN,
+    )
     assert train(run) == 8
     return run
 
@@ -126,14 +157,19 @@ def unbroken(tmp_path_factory, data_directory):
 @pytest.mark.slow
 def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
     kept = unbroken.directory / "trajectories"
-    assert len(files(kept)) == 4 and len(validation(unbroken)) == 3
+    assert len(files(kept)) == 4
+    assert len(validation(unbroken)) == 3
     told = json.loads((unbroken.directory / "data.json").read_text())["trajectories"]
-    assert told["segments"] == 2 and told["sample"]["steps"] == 4
-    broken = config.override(unbroken, ["name=broken", f"distill.path={kept}", "train.steps=3"])
+    assert told["segments"] == 2
+    assert told["sample"]["steps"] == 4
+    broken = config.override(
+        unbroken, ["name=broken", f"distill.trajectory_dir={kept}", "train.steps=3"]
+    )
     before = files(kept)
     assert train(broken) == 3
     assert train(config.override(broken, ["train.steps=8"])) == 8
-    assert files(kept) == before and not (broken.directory / "trajectories").exists()
+    assert files(kept) == before
+    assert not (broken.directory / "trajectories").exists()
     assert same(state_of(broken, 8), state_of(unbroken, 8))
     expected = [row for row in metrics(unbroken) if row["step"] > 3 and "loss" in row]
     assert [row for row in metrics(broken) if row["step"] > 3 and "loss" in row] == expected
@@ -142,7 +178,9 @@ def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
 @pytest.mark.slow
 def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
     other = saved(tmp_path, unbroken.model, seed=3)
-    with pytest.raises(config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"):
+    with pytest.raises(
+        config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"
+    ):
         train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
 
 
@@ -151,40 +189,60 @@ def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
     before = metrics(unbroken)
     shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
     shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
-    moved = config.override(unbroken, [f"init={tmp_path / 'moved.safetensors'}", f"distill.path={tmp_path / 'ways'}"])
+    moved = config.override(
+        unbroken,
+        [f"init={tmp_path / 'moved.safetensors'}", f"distill.trajectory_dir={tmp_path / 'ways'}"],
+    )
     half_written = unbroken.directory / "trajectories" / ".train-000000.safetensors.1.part"
     half_written.touch()
-    assert train(moved) == 8 and metrics(unbroken) == before
+    assert train(moved) == 8
+    assert metrics(unbroken) == before
     assert half_written.exists()  # another run may be writing it
     os.utime(half_written, (0, 0))
-    assert train(moved) == 8 and not half_written.exists()
+    assert train(moved) == 8
+    assert not half_written.exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["prediction", "picture", "mean_flow"])
+@pytest.mark.parametrize("kind", ["prediction", "image", "mean_flow"])
 def test_students_learn(kind, tmp_path, data_directory):
-    changes = ["distill.sample.guidance=3", "optimizer.learning_rate=1e-2", "train.validate_every=100", "optimizer.ema=0.5"]
+    changes = [
+        "distill.sample.guidance_scale=3",
+        "optimizer.learning_rate=1e-2",
+        "train.validate_every=100",
+        "optimizer.ema_decays=0.5",
+    ]
     if kind == "mean_flow":
         run = student(
             tmp_path,
             data_directory,
             "mean_flow",
             *changes,
-            "distill.difference=0",
+            "distill.finite_difference=0",
             "compute.attention=xla",
             "sample.solver=mean_flow",
             **MEAN,
         )
     else:
-        run = student(tmp_path, data_directory, "guidance", *changes, f"distill.rule={kind}", **PLAIN)
+        run = student(
+            tmp_path,
+            data_directory,
+            "guidance",
+            *changes,
+            f"distill.guidance_target={kind}",
+            **PLAIN,
+        )
     if kind == "prediction":
         run = config.override(run, [f"distill.teacher={saved(tmp_path, run.model, 1)}"])
     assert train(run) == 8
     before, after = validation(run)
     assert 0 < after < before
-    data = json.loads((run.directory / "data.json").read_text())
-    assert ("teacher" in data) == (kind != "picture")
-    assert not any("tflops_per_device" in json.loads(line) for line in run.directory.joinpath("metrics.jsonl").read_text().splitlines())
+    data = json.loads((run.run_dir / "data.json").read_text())
+    assert ("teacher" in data) == (kind != "image")
+    assert not any(
+        "tflops_per_device" in json.loads(line)
+        for line in run.run_dir.joinpath("metrics.jsonl").read_text().splitlines()
+    )
     if kind == "prediction":
         other = saved(tmp_path, run.model, seed=3)
         with pytest.raises(config.ConfigError, match=r"on other data \(teacher in data.json\)"):
@@ -194,24 +252,40 @@ def test_students_learn(kind, tmp_path, data_directory):
 @pytest.mark.slow
 def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
     """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
-    monkeypatch.setattr(loop, "load_still", lambda *_, **__: pytest.fail("the base is there already"))
-    changes = ["distill.sample.guidance=1", "lora.rank=2", "lora.dtype=float32", "train.steps=1", "data.batch=4"]
+    monkeypatch.setattr(
+        loop, "load_frozen_params", lambda *_, **__: pytest.fail("the base is there already")
+    )
+    changes = [
+        "distill.sample.guidance_scale=1",
+        "lora.rank=2",
+        "lora.dtype=float32",
+        "train.steps=1",
+        "data.batch_size=4",
+    ]
     run = student(tmp_path, data_directory, "guidance", *changes, **PLAIN)
     assert train(run) == 1
     assert max(validation(run)) < 1e-10
-    data = json.loads((run.directory / "data.json").read_text())
+    data = json.loads((run.run_dir / "data.json").read_text())
     assert data["teacher"] == data["base"]
 
 
 @pytest.mark.slow
-def test_a_latent_model_needs_no_pictures(tmp_path, data_directory):
-    changes = [*ON_WAYS, "distill.sample.guidance=2", "data.batch=4", "train.steps=4", "optimizer.learning_rate=1e-2", "optimizer.ema=0.5"]
+def test_a_latent_model_needs_no_images(tmp_path, data_directory):
+    changes = [
+        *ON_WAYS,
+        "distill.sample.guidance_scale=2",
+        "data.batch_size=4",
+        "train.steps=4",
+        "optimizer.learning_rate=1e-2",
+        "optimizer.ema_decays=0.5",
+    ]
     run = student(tmp_path, data_directory, "trajectories", *changes, **PLAIN, patch=1, channels=6)
     assert loop.train(run) == 4
     before, *_, after = validation(run)
     assert after < before
-    assert of_run(run)["train"].points(0).shape == (2, 8, 8, 6) and not list(run.directory.glob("samples/*.png"))
-    with pytest.raises(config.ConfigError, match="pictures of 3 channels: train a pixel model"):
+    assert open_trajectories(run)["train"].points(0).shape == (2, 8, 8, 6)
+    assert not list(run.run_dir.glob("samples/*.png"))
+    with pytest.raises(config.ConfigError, match="images of 3 channels: train a pixel model"):
         train(config.override(run, ["distill.kind=guidance", "distill.segments=1", "name=other"]))
 
 
@@ -219,34 +293,51 @@ def test_a_latent_model_needs_no_pictures(tmp_path, data_directory):
 
 
 @pytest.mark.slow
-def test_a_students_loss_is_not_that_of_pictures(unbroken):
-    """So that it tells nothing of weights that are trained on pictures next."""
-    next_run = config.override(unbroken, [f"init={unbroken.directory}", "distill.kind=none", "distill.segments=1"])
-    assert validation(unbroken) and known_loss(next_run) is None and LOSS_KEY not in opened(unbroken.directory).metadata
+def test_a_students_loss_is_not_that_of_images(unbroken):
+    """So that it tells nothing of weights that are trained on images next."""
+    next_run = config.override(
+        unbroken, [f"init={unbroken.directory}", "distill.kind=none", "distill.segments=1"]
+    )
+    assert validation(unbroken)
+    assert find_reference_loss(next_run) is None
+    assert LOSS_KEY not in open_model(unbroken.directory).metadata
 
 
 @pytest.mark.slow
 def test_it_is_evaluated_as_others_are(unbroken):
     """By the plain loss, whatever it was taught."""
-    source, mesh = open_source(unbroken.data, "validation"), make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
+    source, mesh = (
+        open_source(unbroken.data, "validation"),
+        make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1]),
+    )
     found = []
-    for changes in ([], ["flow.time_law=noise"], ["distill.kind=none", "distill.segments=1"]):
+    for changes in (
+        [],
+        ["flow.timestep_distribution=pure_noise"],
+        ["distill.kind=none", "distill.segments=1"],
+    ):
         pipeline = load(unbroken.directory, run=config.override(unbroken, changes))
-        found.append(measure.validation(pipeline, source, 4, mesh))
-    assert found[0] == found[1] == found[2] and found[0]["loss"] > 0
+        found.append(evaluate.evaluate_loss(pipeline, source, 4, mesh))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["loss"] > 0
 
 
 def test_weights_that_stay_are_small_but_where_they_must_be_precise(monkeypatch):
     """A run's, with their places, as those of a file."""
     run = toy_run("unused", "unused")
     params = toy_params(run.model)
-    monkeypatch.setattr(start, "is_run", lambda _: True)
+    monkeypatch.setattr(initialization, "is_run_directory", lambda _: True)
     monkeypatch.setattr(
-        start, "load_weights", lambda path, run, places: params if places == "places" else pytest.fail("a whole tree on one device")
+        initialization,
+        "load_pretrained_params",
+        lambda path, run, places: (
+            params if places == "places" else pytest.fail("a whole tree on one device")
+        ),
     )
-    found = load_still("a run", run, "bfloat16", places="places")
-    expected = checkpoint.of_params(run.model, params, "a run").params("bfloat16")
-    assert same(found, expected) and jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
+    found = load_frozen_params("a run", run, "bfloat16", shardings="places")
+    expected = checkpoint.checkpoint_from_params(run.model, params, "a run").load_params("bfloat16")
+    assert same(found, expected)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
     assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"bfloat16", "float32"}
 
 
@@ -254,31 +345,50 @@ def test_weights_that_stay_are_small_but_where_they_must_be_precise(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "changes, teachers, model",
+    ("changes", "teachers", "model"),
     [
         ("distill.kind=guidance", 1, PLAIN),
-        ("distill.kind=guidance distill.rule=picture", 0, PLAIN),
+        ("distill.kind=guidance distill.guidance_target=image", 0, PLAIN),
         ("distill.kind=trajectories distill.segments=2", 0, PLAIN),
         ("distill.kind=mean_flow compute.attention=xla", 1, MEAN),
     ],
 )
 def test_a_plan_counts_the_teacher(changes, teachers, model):
     run = toy_run(
-        "unused", "unused", "distill.teacher=another", "data.batch=2", "optimizer.ema=0.9", "mesh.data=1", *changes.split(), **model
+        "unused",
+        "unused",
+        "distill.teacher=another",
+        "data.batch_size=2",
+        "optimizer.ema_decays=0.9",
+        "mesh.data=1",
+        *changes.split(),
+        **model,
     )
-    lower, held = _training(run, make_mesh(run.mesh, jax.devices()[:1]))
+    lower, held = _prepare_training(run, make_mesh(run.mesh, jax.devices()[:1]))
     lower()  # the step takes what is planned for
-    parameters = sum(x.size for x in jax.tree.leaves(abstract(run.model)))
+    parameters = sum(x.size for x in jax.tree.leaves(make_abstract_params(run.model)))
     assert sum(x.size for x in jax.tree.leaves(held["parameters"])) == (1 + teachers) * parameters
     if run.distill.kind == "trajectories":
-        assert held["batch"]["image"].shape == (2, 2, 8, 8, 3) and held["batch"]["image"].dtype == np.float16
+        assert held["batch"]["image"].shape == (2, 2, 8, 8, 3)
+        assert held["batch"]["image"].dtype == np.float16
     if changes == "distill.kind=guidance":
-        found = plan(run, "cpu")
-        assert (found.parameters, found.averages) == (2 * 4 * parameters, 4 * parameters)
+        found = make_plan(run, "cpu")
+        assert (found.parameters, found.ema) == (2 * 4 * parameters, 4 * parameters)
 
 
 def test_a_plan_counts_a_loras_base_once():
-    changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch=2"]
-    runs = [toy_run("unused", "unused", *changes, teacher, **PLAIN) for teacher in ("distill.teacher=", "distill.teacher=another")]
-    sizes = [sum(x.size for x in jax.tree.leaves(_training(run, make_mesh(run.mesh))[1]["parameters"])) for run in runs]
-    assert sizes[1] - sizes[0] == sum(x.size for x in jax.tree.leaves(abstract(runs[0].model)))
+    changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch_size=2"]
+    runs = [
+        toy_run("unused", "unused", *changes, teacher, **PLAIN)
+        for teacher in ("distill.teacher=", "distill.teacher=another")
+    ]
+    sizes = [
+        sum(
+            x.size
+            for x in jax.tree.leaves(_prepare_training(run, make_mesh(run.mesh))[1]["parameters"])
+        )
+        for run in runs
+    ]
+    assert sizes[1] - sizes[0] == sum(
+        x.size for x in jax.tree.leaves(make_abstract_params(runs[0].model))
+    )

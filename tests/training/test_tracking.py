@@ -1,4 +1,4 @@
-"""Numbers and pictures also go to TensorBoard and W&B, and neither can end a run."""
+"""Numbers and images also go to TensorBoard and W&B, and neither can end a run."""
 
 import json
 import struct
@@ -8,14 +8,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from runs import PLAIN, toy_run
 from tensorboardX.proto.event_pb2 import Event
 
 from radiance import config
 from radiance.cli import main
-from radiance.training.directory import RunDirectory
 from radiance.training.loop import train
-from radiance.training.tracking import Trackers, flat, require_trackers
+from radiance.training.run_directory import RunDirectory
+from radiance.training.tracking import Loggers, flatten_metrics, require_loggers
+from tests.helpers.toy_runs import PLAIN, toy_run
 
 
 class StandIn(ModuleType):
@@ -64,47 +64,72 @@ def events(folder) -> list[tuple[int, str, object]]:
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, v.tag, v.image if v.HasField("image") else v.simple_value) for v in event.summary.value]
+            found += [
+                (event.step, v.tag, v.image if v.HasField("image") else v.simple_value)
+                for v in event.summary.value
+            ]
             data = data[16 + length :]
     return found
 
 
 @pytest.mark.slow
-def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(tmp_path, data_directory, wandb):
+def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(
+    tmp_path, data_directory, wandb
+):
     module = wandb()
-    run = toy_run(tmp_path, data_directory, "train.steps=4", "train.sample_every=4", "train.track=tensorboard,wandb", **PLAIN)
+    run = toy_run(
+        tmp_path,
+        data_directory,
+        "train.steps=4",
+        "train.sample_every=4",
+        "train.loggers=tensorboard,wandb",
+        **PLAIN,
+    )
     assert train(run) == 4
     longer = config.override(run, ["train.steps=8"])
     assert train(longer) == 8
-    rows = RunDirectory(run.directory).read_metrics()
-    expected = [(row["step"], flat({k: v for k, v in row.items() if k != "step"})) for row in rows]
+    rows = RunDirectory(run.run_dir).read_metrics()
+    expected = [
+        (row["step"], flatten_metrics({k: v for k, v in row.items() if k != "step"}))
+        for row in rows
+    ]
     assert "validation_bins/9" in expected[2][1]
 
     numbers = [(step, row) for step, row in module.rows if "samples" not in row]
-    assert numbers == expected and module.finished == 2
+    assert numbers == expected
+    assert module.finished == 2
     first, second = module.starts
-    assert first["id"] == second["id"] == (run.directory / "wandb" / "id.txt").read_text().strip()
-    assert second["resume"] == "allow" and second["config"]["train"]["steps"] == 8 and first["name"] == "toy"
+    assert first["id"] == second["id"] == (run.run_dir / "wandb" / "id.txt").read_text().strip()
+    assert second["resume"] == "allow"
+    assert second["config"]["train"]["steps"] == 8
+    assert first["name"] == "toy"
     pictures = {step: row["samples"] for step, row in module.rows if "samples" in row}
     for step in (4, 8):
-        saved = Image.open(run.directory / "samples" / f"{step:08d}.png")
+        saved = Image.open(run.run_dir / "samples" / f"{step:08d}.png")
         assert np.array_equal(np.asarray(pictures[step][0]), np.asarray(saved))
-        assert pictures[step][1] == "a handwritten one\nthe digit 2" == "\n".join(json.loads(saved.text["prompts"]))
+        assert (
+            pictures[step][1]
+            == "a handwritten one\nthe digit 2"
+            == "\n".join(json.loads(saved.text["prompts"]))
+        )
 
-    board = events(run.directory / "tensorboard")
+    board = events(run.run_dir / "tensorboard")
     scalars = {(step, tag): value for step, tag, value in board if tag != "samples"}
-    assert scalars == pytest.approx({(step, name): x for step, row in expected for name, x in row.items()}, rel=1e-6)
+    assert scalars == pytest.approx(
+        {(step, name): x for step, row in expected for name, x in row.items()}, rel=1e-6
+    )
     images = {step: image for step, tag, image in board if tag == "samples"}
-    assert set(images) == {4, 8} and (images[4].width, images[4].height) == pictures[4][0].size
+    assert set(images) == {4, 8}
+    assert (images[4].width, images[4].height) == pictures[4][0].size
 
 
-@pytest.mark.parametrize("broken, calls", [("init", 0), ("log", 1), ("finish", 1)])
+@pytest.mark.parametrize(("broken", "calls"), [("init", 0), ("log", 1), ("finish", 1)])
 def test_a_failure_is_told_once_and_ends_nothing(tmp_path, capsys, wandb, broken, calls):
     module = wandb(broken)
-    trackers = Trackers(toy_run(tmp_path, "", "train.track=wandb"), 0)
+    trackers = Loggers(toy_run(tmp_path, "", "train.loggers=wandb"), 0)
     for step in (1, 2):
-        trackers.write(step, {"loss": 1.0})
-        trackers.paint(step, Image.new("RGB", (2, 2)), ["one"])
+        trackers.write_metrics(step, {"loss": 1.0})
+        trackers.write_samples(step, Image.new("RGB", (2, 2)), ["one"])
     trackers.close()
     assert capsys.readouterr().err == (
         f"radiance: wandb failed (ConnectionError: {broken} cannot); the run goes on, and this is told once.\n"
@@ -112,29 +137,42 @@ def test_a_failure_is_told_once_and_ends_nothing(tmp_path, capsys, wandb, broken
     assert len(module.starts) == calls
 
 
-def test_one_that_is_not_installed_is_named_before_any_work(tmp_path, data_directory, monkeypatch, capsys):
+def test_one_that_is_not_installed_is_named_before_any_work(
+    tmp_path, data_directory, monkeypatch, capsys
+):
     for module, name in (("tensorboardX", "tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
-        command = ["train", "experiments/quickstart.py", f"output={tmp_path}", f"data.directory={data_directory}", f"train.track={name}"]
+        command = [
+            "train",
+            "experiments/quickstart.py",
+            f"output={tmp_path}",
+            f"data.cache_dir={data_directory}",
+            f"train.loggers={name}",
+        ]
         assert main(command) == 2
         assert f"{module} is not installed: pip install radiance[{name}]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    require_trackers(())
+    require_loggers(())
 
 
 def test_names(tmp_path):
-    assert toy_run(tmp_path, "").train.track == ()
-    run = toy_run(tmp_path, "", "train.track=wandb,tensorboard")
-    assert run.train.track == ("wandb", "tensorboard") and config.from_json(config.Config, config.to_json(run)) == run
-    assert config.override(run, ["train.track="]).train.track == ()
+    assert toy_run(tmp_path, "").train.loggers == ()
+    run = toy_run(tmp_path, "", "train.loggers=wandb,tensorboard")
+    assert run.train.loggers == ("wandb", "tensorboard")
+    assert config.from_json(config.Config, config.to_json(run)) == run
+    assert config.override(run, ["train.loggers="]).train.loggers == ()
     with pytest.raises(config.ConfigError, match="did you mean 'wandb'"):
-        toy_run(tmp_path, "", "train.track=wandd")
+        toy_run(tmp_path, "", "train.loggers=wandd")
     with pytest.raises(config.ConfigError, match="twice"):
-        toy_run(tmp_path, "", "train.track=wandb,wandb")
+        toy_run(tmp_path, "", "train.loggers=wandb,wandb")
 
 
 def test_numbers_in_lists_and_objects_have_names():
-    numbers = {"loss": 1.0, "validation_bins": [2.0, 3.0], "gradient_norms": {"double": 4.0, "head": 5.0}}
-    assert flat(numbers) == {
+    numbers = {
+        "loss": 1.0,
+        "validation_bins": [2.0, 3.0],
+        "gradient_norms": {"double": 4.0, "head": 5.0},
+    }
+    assert flatten_metrics(numbers) == {
         "loss": 1.0, "validation_bins/0": 2.0, "validation_bins/1": 3.0, "gradient_norms/double": 4.0, "gradient_norms/head": 5.0,
     }  # fmt: skip

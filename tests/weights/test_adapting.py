@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from toy_loras import BF16, MODEL, in_memory, relative, sentence, shapes_of, toy_lora
-from toys import apply, rows_of, toy_inputs, toy_model, toy_params
 
 from radiance import config
-from radiance.model.stored import Adapted, Quantised
+from radiance.base.errors import CheckpointError
+from radiance.model.quantized import LoraKernel, QuantizedKernel
 from radiance.weights import checkpoint, lora
-from radiance.weights.files import CheckpointError
-from radiance.weights.lora import Lora, Pair
+from radiance.weights.lora import LoraPair, LoraWeights
+from tests.helpers.toy_loras import BF16, MODEL, in_memory, relative, sentence, shapes_of, toy_lora
+from tests.helpers.toy_models import apply, rows_of, toy_inputs, toy_model, toy_params
 
 # --- merging ------------------------------------------------------------------------------------------------------------
 
@@ -22,20 +22,29 @@ from radiance.weights.lora import Lora, Pair
 def test_merging_adds_the_product():
     whole, asked = in_memory()
     added = toy_lora(modules=[m for i, m in enumerate(shapes_of(MODEL)) if i % 2])
-    changed = lora.merged(whole, added, -0.7)
+    changed = lora.merge_lora(whole, added, -0.7)
     assert not asked  # nothing is read before it is asked for
-    assert (changed.model, changed.shapes, changed.dtypes) == (whole.model, whole.shapes, whole.dtypes)
+    assert (changed.model, changed.shapes, changed.dtypes) == (
+        whole.model,
+        whole.shapes,
+        whole.dtypes,
+    )
     for name, shape in whole.shapes.items():
-        before, after = whole.tensor(name), changed.tensor(name)
-        down, up, scale = added.pairs.get(name.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1)), 1.0))
+        before, after = whole.get_tensor(name), changed.get_tensor(name)
+        down, up, scale = added.pairs.get(
+            name.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1)), 1.0)
+        )
         delta = np.einsum("or,ri->oi", up.astype(float), down) * -0.7 * scale
-        assert after.dtype == before.dtype and after.shape == shape
-        np.testing.assert_allclose(after, before + (delta.reshape(shape) if delta.size > 1 else 0), rtol=1e-6, atol=1e-6)
+        assert after.dtype == before.dtype
+        assert after.shape == shape
+        np.testing.assert_allclose(
+            after, before + (delta.reshape(shape) if delta.size > 1 else 0), rtol=1e-6, atol=1e-6
+        )
     assert max(asked.values()) == 2
 
 
 @pytest.mark.parametrize(
-    "dtype, stored, result, bound",
+    ("dtype", "stored", "result", "bound"),
     [
         (np.float32, "F32", "F32", 2e-7),
         (np.float16, "F16", "F16", 1e-3),
@@ -46,23 +55,27 @@ def test_merging_adds_the_product():
 )
 def test_the_opposite_strength_takes_it_out(dtype, stored, result, bound):
     whole, added = in_memory(dtype=dtype, stored=stored)[0], toy_lora()
-    changed = lora.merged(whole, added, 1.5)
-    back = lora.merged(changed, added, -1.5)
+    changed = lora.merge_lora(whole, added, 1.5)
+    back = lora.merge_lora(changed, added, -1.5)
     for name in whole.shapes:
         expected = result if name.removesuffix(".weight") in added.pairs else stored
         assert changed.dtypes[name] == expected
-        before, after = whole.tensor(name).astype(np.float32), back.tensor(name)
-        assert after.dtype == (checkpoint.DTYPES["bfloat16"] if expected == "BF16" else np.dtype(dtype))
+        before, after = whole.get_tensor(name).astype(np.float32), back.get_tensor(name)
+        assert after.dtype == (
+            checkpoint.DTYPES["bfloat16"] if expected == "BF16" else np.dtype(dtype)
+        )
         if before.size:
             # Each of the two roundings is relative to the sum.
-            largest = max(np.abs(before).max(), np.abs(changed.tensor(name).astype(np.float32)).max())
+            largest = max(
+                np.abs(before).max(), np.abs(changed.get_tensor(name).astype(np.float32)).max()
+            )
             assert np.abs(after.astype(np.float32) - before).max() <= bound * largest, name
 
 
 def test_a_sum_that_its_type_cannot_hold():
     whole, added = in_memory(dtype=np.float16, stored="F16")[0], toy_lora(size=1000.0)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
-        lora.merged(whole, added).tensor("txt_in.weight")
+        lora.merge_lora(whole, added).get_tensor("txt_in.weight")
 
 
 # --- beside the weights -------------------------------------------------------------------------------------------------
@@ -71,10 +84,27 @@ def test_a_sum_that_its_type_cannot_hold():
 CASES = {
     "pixels": (dict(), None),
     "latent": (dict(head="linear", patch=1, channels=8), None),
-    "flux": (dict(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off"), None),
-    "attention of some single blocks": (dict(), ["single_blocks.0.linear1", "single_blocks.2.linear1"]),
+    "flux": (
+        dict(
+            head="linear",
+            patch=1,
+            channels=8,
+            modulation="per_block",
+            pooled_dim=5,
+            guidance_embed=True,
+            masking="off",
+        ),
+        None,
+    ),
+    "attention of some single blocks": (
+        dict(),
+        ["single_blocks.0.linear1", "single_blocks.2.linear1"],
+    ),
     "one way back": (dict(), ["single_blocks.1.linear2", "double_blocks.1.txt_attn.proj"]),
-    "conv_half": (dict(patch=8, patch_embed="conv_half"), ["img_in_patch", "nerf_blocks.1.param_generator", "nerf_final_layer_conv.conv"]),
+    "conv_half": (
+        dict(patch=8, patch_embed="conv_half"),
+        ["img_in_patch", "nerf_blocks.1.param_generator", "nerf_final_layer_conv.conv"],
+    ),
 }
 
 
@@ -85,68 +115,88 @@ def test_applied_is_merged(case):
     inputs = rows_of(toy_inputs(model), slice(2))
     first, second = toy_lora(model, modules), toy_lora(model, seed=1)
     whole = in_memory(model)[0]
-    params = whole.params()
+    params = whole.load_params()
     plain = apply(model, params, inputs)
     both = [[(first, 0.8), (second, -0.5)]] if case in ("pixels", "latent", "flux") else []
     for loras in ([(first, 0.8)], *both):
         changed = whole
         for one, strength in loras:
-            changed = lora.merged(changed, one, strength)
-        expected = apply(model, changed.params(), inputs)
-        found = apply(model, lora.applied(params, model, loras), inputs)
+            changed = lora.merge_lora(changed, one, strength)
+        expected = apply(model, changed.load_params(), inputs)
+        found = apply(model, lora.apply_loras(params, model, loras), inputs)
         assert relative(found, expected) < 2e-5
         assert relative(plain, expected) > 1e-2
-    back = apply(model, lora.applied(params, model, [(first, 0.0)]), inputs)
+    back = apply(model, lora.apply_loras(params, model, [(first, 0.0)]), inputs)
     np.testing.assert_array_equal(back, plain)
 
 
 def test_what_is_applied_lies_beside_the_weights():
     params = toy_params(MODEL)
-    rank3 = Pair(np.ones((3, 48), np.float32), np.ones((3 * 48 + 192, 3), np.float32), 2.0)
-    rank1 = Pair(np.ones((1, 48), np.float32), np.ones((3 * 48 + 192, 1), np.float32))
-    attention_only = rank1._replace(up=np.concatenate([np.ones((3 * 48, 1), np.float32), np.zeros((192, 1), np.float32)]))
-    added = Lora(MODEL, {"single_blocks.0.linear1": rank1, "single_blocks.2.linear1": rank3})
-    changed = lora.applied(params, MODEL, [(added, 0.5)])
+    rank3 = LoraPair(np.ones((3, 48), np.float32), np.ones((3 * 48 + 192, 3), np.float32), 2.0)
+    rank1 = LoraPair(np.ones((1, 48), np.float32), np.ones((3 * 48 + 192, 1), np.float32))
+    attention_only = rank1._replace(
+        up=np.concatenate([np.ones((3 * 48, 1), np.float32), np.zeros((192, 1), np.float32)])
+    )
+    added = LoraWeights(MODEL, {"single_blocks.0.linear1": rank1, "single_blocks.2.linear1": rank3})
+    changed = lora.apply_loras(params, MODEL, [(added, 0.5)])
     after = changed["single"]["attention"]["qkv"]["kernel"]
-    assert isinstance(after, Adapted) and after.base is params["single"]["attention"]["qkv"]["kernel"]
-    assert after.down.shape == (3, 48, 3) and after.up.shape == (3, 3, 144)
+    assert isinstance(after, LoraKernel)
+    assert after.base is params["single"]["attention"]["qkv"]["kernel"]
+    assert after.down.shape == (3, 48, 3)
+    assert after.up.shape == (3, 3, 144)
     np.testing.assert_array_equal(np.unique(after.up[0], axis=1)[:, 0], [0.5, 0, 0])
     np.testing.assert_array_equal(after.up[1], 0)
     np.testing.assert_array_equal(after.up[2], 1)
-    again = lora.applied(params, MODEL, [(added, 1.5)])["single"]["attention"]["qkv"]["kernel"]
+    again = lora.apply_loras(params, MODEL, [(added, 1.5)])["single"]["attention"]["qkv"]["kernel"]
     assert again.base is after.base
     np.testing.assert_array_equal(again.up, 3 * after.up)
     # All other leaves are the same arrays.
-    same = jax.tree.map(lambda x, y: x is y, params, changed, is_leaf=lambda x: isinstance(x, Adapted))
+    same = jax.tree.map(
+        lambda x, y: x is y, params, changed, is_leaf=lambda x: isinstance(x, LoraKernel)
+    )
     assert sum(not x for x in jax.tree.leaves(same)) == 2
-    half = lora.applied(params, MODEL, [(Lora(MODEL, {"single_blocks.1.linear1": attention_only}), 1.0)])
-    assert half["single"]["mlp"]["linear_in"]["kernel"] is params["single"]["mlp"]["linear_in"]["kernel"]
+    half = lora.apply_loras(
+        params, MODEL, [(LoraWeights(MODEL, {"single_blocks.1.linear1": attention_only}), 1.0)]
+    )
+    assert (
+        half["single"]["mlp"]["linear_in"]["kernel"]
+        is params["single"]["mlp"]["linear_in"]["kernel"]
+    )
     with pytest.raises(ValueError, match="have LoRAs already"):
-        lora.applied(changed, MODEL, [(added, 1.0)])
+        lora.apply_loras(changed, MODEL, [(added, 1.0)])
 
 
 @pytest.mark.parametrize("store", ["int8", "q8_0", "float8_e4m3fn"])
-def test_applied_to_quantised_weights(store):
+def test_applied_to_quantized_weights(store):
     model = toy_model(hidden=64, rope_axes=(8, 12, 12))  # 32 divides the inputs, as q8_0 needs
-    params = in_memory(model)[0].params(store=store)
+    params = in_memory(model)[0].load_params(weight_format=store)
     added, inputs = toy_lora(model), rows_of(toy_inputs(model), slice(2))
-    changed = lora.applied(params, model, [(added, 0.8)])
+    changed = lora.apply_loras(params, model, [(added, 0.8)])
     kernel = changed["single"]["mlp"]["linear_out"]["kernel"]
-    assert isinstance(kernel.base, Quantised) and kernel.base is params["single"]["mlp"]["linear_out"]["kernel"]
-    expanded = jax.tree.map(lambda x: x.expand() if isinstance(x, Quantised) else x, params, is_leaf=lambda x: isinstance(x, Quantised))
-    expected = lora.merged(checkpoint.of_params(model, expanded, "expanded"), added, 0.8).params()
+    assert isinstance(kernel.base, QuantizedKernel)
+    assert kernel.base is params["single"]["mlp"]["linear_out"]["kernel"]
+    expanded = jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, QuantizedKernel) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, QuantizedKernel),
+    )
+    expected = lora.merge_lora(
+        checkpoint.checkpoint_from_params(model, expanded, "expanded"), added, 0.8
+    ).load_params()
     assert relative(apply(model, changed, inputs), apply(model, expected, inputs)) < 2e-5
 
 
 def test_applied_in_bfloat16():
     compute = config.Compute(dtype="bfloat16")
     whole, added, inputs = in_memory()[0], toy_lora(), rows_of(toy_inputs(MODEL), slice(2))
-    params = whole.params("bfloat16")
-    changed = lora.applied(params, MODEL, [(added, 0.8)])
+    params = whole.load_params("bfloat16")
+    changed = lora.apply_loras(params, MODEL, [(added, 0.8)])
     assert changed["double"]["image"]["mlp"]["linear_in"]["kernel"].base.dtype == jnp.bfloat16
     assert changed["text_embed"]["kernel"].dtype == jnp.bfloat16
-    exact = apply(MODEL, lora.merged(whole, added, 0.8).params(), inputs)
-    merged = apply(MODEL, lora.merged(whole, added, 0.8).params("bfloat16"), inputs, compute)
+    exact = apply(MODEL, lora.merge_lora(whole, added, 0.8).load_params(), inputs)
+    merged = apply(
+        MODEL, lora.merge_lora(whole, added, 0.8).load_params("bfloat16"), inputs, compute
+    )
     beside = apply(MODEL, changed, inputs, compute)
     assert relative(beside, exact) < 1.5 * relative(merged, exact)
 
@@ -155,68 +205,103 @@ def test_applied_in_bfloat16():
 
 
 def difference(a, b, module):
-    return (b.tensor(f"{module}.weight").astype(np.float64) - a.tensor(f"{module}.weight")).reshape(len(b.tensor(f"{module}.weight")), -1)
+    return (b.tensor(f"{module}.weight").astype(np.float64) - a.tensor(f"{module}.weight")).reshape(
+        len(b.tensor(f"{module}.weight")), -1
+    )
 
 
 @pytest.mark.parametrize("rank", [1000, 5])
 def test_extraction_is_the_nearest_of_its_rank(rank):
     a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
     seen = []
-    found, kept, in_all, left = lora.extract(a, b, rank, progress=seen.append)
-    assert found.pairs.keys() == shapes_of(MODEL, blocks_only=True).keys() and found.model == MODEL
+    found, kept, in_all, left = lora.extract_lora(a, b, rank, progress=seen.append)
+    assert found.pairs.keys() == shapes_of(MODEL, blocks_only=True).keys()
+    assert found.model == MODEL
     part = whole = 0
     for module, pair in found.pairs.items():
         u, s, v = np.linalg.svd(difference(a, b, module), full_matrices=False)
         nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
-        assert len(pair.down) == min(rank, len(s)) and pair.scale == 1
-        assert np.abs(pair.matrix() - nearest).max() < 1e-6 * s[0]
+        assert len(pair.down) == min(rank, len(s))
+        assert pair.scale == 1
+        assert np.abs(pair.compute_delta() - nearest).max() < 1e-6 * s[0]
         np.testing.assert_allclose(np.linalg.norm(pair.down), np.linalg.norm(pair.up), rtol=1e-5)
-        assert kept[module] == pytest.approx(np.square(s[:rank]).sum() / np.square(s).sum(), abs=1e-7)
+        assert kept[module] == pytest.approx(
+            np.square(s[:rank]).sum() / np.square(s).sum(), abs=1e-7
+        )
         part, whole = part + np.square(s[:rank]).sum(), whole + np.square(s).sum()
     assert in_all == pytest.approx(part / whole, abs=1e-7)
     assert sum(seen) == sum(int(np.prod(shape)) for shape in a.shapes.values())
     # All that differs is in the one or the other.
     assert left.keys() == {n for n in a.shapes if n.removesuffix(".weight") not in found.pairs}
-    bias = a.tensor("txt_in.bias")
-    assert left["txt_in.bias"] == pytest.approx(np.linalg.norm(b.tensor("txt_in.bias") - bias) / np.linalg.norm(bias), rel=1e-5)
+    bias = a.get_tensor("txt_in.bias")
+    assert left["txt_in.bias"] == pytest.approx(
+        np.linalg.norm(b.get_tensor("txt_in.bias") - bias) / np.linalg.norm(bias), rel=1e-5
+    )
     if rank == 1000:
         assert in_all == pytest.approx(1, abs=1e-12)
-        changed = lora.merged(a, found)
+        changed = lora.merge_lora(a, found)
         for module in found.pairs:
-            np.testing.assert_allclose(changed.tensor(f"{module}.weight"), b.tensor(f"{module}.weight"), rtol=0, atol=1e-6)
+            np.testing.assert_allclose(
+                changed.get_tensor(f"{module}.weight"),
+                b.get_tensor(f"{module}.weight"),
+                rtol=0,
+                atol=1e-6,
+            )
 
 
 def test_what_was_merged_is_extracted():
     a, added = in_memory()[0], toy_lora(modules=[*shapes_of(MODEL, blocks_only=True)][::3])
-    found, kept, in_all, left = lora.extract(a, lora.merged(a, added, 0.5), 8)
-    assert found.pairs.keys() == added.pairs.keys() == kept.keys() and not left
+    found, kept, in_all, left = lora.extract_lora(a, lora.merge_lora(a, added, 0.5), 8)
+    assert found.pairs.keys() == added.pairs.keys() == kept.keys()
+    assert not left
     for module, pair in added.pairs.items():
-        np.testing.assert_allclose(found.pairs[module].matrix(), pair.matrix(0.5), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            found.pairs[module].compute_delta(), pair.compute_delta(0.5), rtol=0, atol=1e-6
+        )
     assert in_all == pytest.approx(1, abs=1e-9)
 
 
 def test_modules_of_choice_but_never_the_approximator(tmp_path):
     a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
-    found = lora.extract(a, b, 1000, modules=lambda module: True)
-    expected = {m for m in shapes_of(MODEL) if not m.startswith(("distilled_guidance_layer", "nerf_image_embedder"))}
-    assert found.lora.pairs.keys() == expected and "img_in_patch" in expected
-    assert {"distilled_guidance_layer.in_proj.weight", "nerf_image_embedder.embedder.0.weight"} <= found.left.keys()
-    lora.write(tmp_path / "lora.safetensors", found.lora, dtype="float32")
-    changed = lora.merged(a, lora.read(tmp_path / "lora.safetensors", MODEL))
+    found = lora.extract_lora(a, b, 1000, select_module=lambda module: True)
+    expected = {
+        m
+        for m in shapes_of(MODEL)
+        if not m.startswith(("distilled_guidance_layer", "nerf_image_embedder"))
+    }
+    assert found.lora.pairs.keys() == expected
+    assert "img_in_patch" in expected
+    assert {
+        "distilled_guidance_layer.in_proj.weight",
+        "nerf_image_embedder.embedder.0.weight",
+    } <= found.remaining_changes.keys()
+    lora.write_lora(tmp_path / "lora.safetensors", found.lora, dtype="float32")
+    changed = lora.merge_lora(a, lora.read_lora(tmp_path / "lora.safetensors", MODEL))
     for module in expected:
-        np.testing.assert_allclose(changed.tensor(f"{module}.weight"), b.tensor(f"{module}.weight"), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            changed.get_tensor(f"{module}.weight"),
+            b.get_tensor(f"{module}.weight"),
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 def test_extraction_of_what_cannot_be():
     a = in_memory()[0]
-    broken = replace(a, tensor=lambda name: a.tensor(name) * (np.nan if name == "txt_in.weight" else 1))
+    broken = replace(
+        a, get_tensor=lambda name: a.get_tensor(name) * (np.nan if name == "txt_in.weight" else 1)
+    )
     cases = [
-        (in_memory(toy_model(masking="strict"))[0], 4, "different models .*masking is 'one_pad' and 'strict'"),
+        (
+            in_memory(toy_model(masking="strict"))[0],
+            4,
+            "different models .*masking is 'one_pad' and 'strict'",
+        ),
         (in_memory()[0], 4, "nothing to extract"),
         (in_memory(seed=1)[0], 0, "rank 0"),
         (broken, 4, "txt_in.weight holds values that are not finite"),
     ]
     for b, rank, expected in cases:
         with pytest.raises(CheckpointError, match=expected) as error:
-            lora.extract(a, b, rank)
+            lora.extract_lora(a, b, rank)
         sentence(error)

@@ -7,18 +7,27 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy_files import KNOWN, LATENT, PIXELS, published, save, sentence, stored
-from toys import toy_model, toy_params
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.weights import checkpoint, diffusers, native
-from radiance.weights.detect import METADATA_KEY
-from radiance.weights.files import CheckpointError, open_tensors
+from radiance.weights.detect import MODEL_KEY
+from radiance.weights.opening import open_tensors
 from radiance.weights.rounding import BLOCK_MATRIX
+from tests.helpers.toy_files import KNOWN, LATENT, PIXELS, published, save, sentence, stored
+from tests.helpers.toy_models import toy_model, toy_params
 
 MODEL = toy_model()
 X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half")
-FLUX = toy_model(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off")
+FLUX = toy_model(
+    head="linear",
+    patch=1,
+    channels=8,
+    modulation="per_block",
+    pooled_dim=5,
+    guidance_embed=True,
+    masking="off",
+)
 
 
 def assert_same(params, expected):
@@ -28,7 +37,7 @@ def assert_same(params, expected):
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "model.safetensors"
-    checkpoint.write(path, MODEL, toy_params(MODEL))
+    checkpoint.write_checkpoint(path, MODEL, toy_params(MODEL))
     return path
 
 
@@ -37,9 +46,9 @@ def written(tmp_path):
 def test_a_half_precision_file_comes_back_byte_for_byte(model, dtype, tmp_path):
     """The first file is made without our writer."""
     theirs = save(tmp_path / "theirs.safetensors", published(model, dtype))
-    _, params = checkpoint.read(theirs, model)
+    _, params = checkpoint.read_checkpoint(theirs, model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
-    checkpoint.write(tmp_path / "ours.safetensors", model, params, dtype)
+    checkpoint.write_checkpoint(tmp_path / "ours.safetensors", model, params, dtype)
     assert stored(tmp_path / "ours.safetensors") == stored(theirs)
 
 
@@ -48,8 +57,11 @@ def test_types_and_sizes_of_leaves(tmp_path):
     tensors = published(PIXELS, "float32")
     opened = checkpoint.open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
     assert (opened.model, opened.format, opened.dtypes["txt_in.bias"]) == (PIXELS, "native", "F32")
-    leaves = native.flatten(opened.params("bfloat16"))
-    assert all(x.dtype == ("float32" if path.startswith("head/embedder") else "bfloat16") for path, x in leaves.items())
+    leaves = native.flatten_tree(opened.load_params("bfloat16"))
+    assert all(
+        x.dtype == ("float32" if path.startswith("head/embedder") else "bfloat16")
+        for path, x in leaves.items()
+    )
     same = np.testing.assert_array_equal
     same(leaves["text_embed/kernel"], tensors["txt_in.weight"].T.astype(ml_dtypes.bfloat16))
     same(leaves["head/embedder/kernel"], tensors["nerf_image_embedder.embedder.0.weight"].T)
@@ -59,17 +71,23 @@ def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
     """What is cut off the end of the file is missed by nobody who does not read it."""
     path = save(tmp_path / "x.safetensors", published(PIXELS), PIXELS)
     opened = checkpoint.open_checkpoint(path)
-    last = max(opened.shapes, key=lambda name: open_tensors(path).places[name].offset)
+    last = max(opened.shapes, key=lambda name: open_tensors(path).locations[name].offset)
     path.write_bytes(path.read_bytes()[:-1])
-    assert all(opened.tensor(name).shape == opened.shapes[name] for name in opened.shapes if name != last)
+    assert all(
+        opened.get_tensor(name).shape == opened.shapes[name]
+        for name in opened.shapes
+        if name != last
+    )
     with pytest.raises(CheckpointError, match="became shorter"):
-        opened.tensor(last)
+        opened.get_tensor(last)
 
 
 def test_read_to_shardings(written):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = toy_params(MODEL)
-    _, again = checkpoint.read(written, shardings=jax.tree.map(lambda _: sharding, params))
+    _, again = checkpoint.read_checkpoint(
+        written, shardings=jax.tree.map(lambda _: sharding, params)
+    )
     assert_same(again, params)
     assert all(x.sharding == sharding for x in jax.tree.leaves(again))
 
@@ -86,9 +104,11 @@ def test_prefixes_and_norm_weights(prefix, written, tmp_path):
         renamed[prefix + (name.removesuffix("scale") + "weight" if norm else name)] = tensor
     assert sum(k.endswith(".scale") for k in renamed) == 0
     if prefix:
-        renamed["vae.decoder.weight"] = np.zeros(3, np.float32)  # a checkpoint of everything holds other networks too
+        renamed["vae.decoder.weight"] = np.zeros(
+            3, np.float32
+        )  # a checkpoint of everything holds other networks too
     save_file(renamed, tmp_path / "renamed.safetensors")
-    _, params = checkpoint.read(tmp_path / "renamed.safetensors", MODEL)
+    _, params = checkpoint.read_checkpoint(tmp_path / "renamed.safetensors", MODEL)
     assert_same(params, toy_params(MODEL))
 
 
@@ -102,12 +122,15 @@ def test_one_error_names_every_misfit(written, tmp_path):
     tensors["nerf_blocks.1.norm.scale"] = np.zeros((8, 1), np.float32)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.read(tmp_path / "bad.safetensors", MODEL)
+        checkpoint.read_checkpoint(tmp_path / "bad.safetensors", MODEL)
     text = sentence(error)
-    missing, extra, wrong = (text.index(word) for word in ("missing", "not expected", "of another shape"))
+    missing, extra, wrong = (
+        text.index(word) for word in ("missing", "not expected", "of another shape")
+    )
     assert all(missing < text.index(name) < extra for name in gone)
     assert all(extra < text.index(name) < wrong for name in ("double_blocks.9.extra", "strange"))
-    assert "img_in_patch.bias is [7], not [48]" in text[wrong:] and "nerf_blocks.1.norm.scale is [8, 1], not [8]" in text[wrong:]
+    assert "img_in_patch.bias is [7], not [48]" in text[wrong:]
+    assert "nerf_blocks.1.norm.scale is [8, 1], not [8]" in text[wrong:]
     assert "txt_in.weight" not in text  # what fits is not named
 
 
@@ -117,41 +140,61 @@ def plain(path):
 
 
 def test_markers_contradict_what_is_asked_for(tmp_path):
-    for changes, marker in ((dict(prediction="x0"), "__x0__"), (dict(text_ids="sequential"), "__sequential__")):
+    for changes, marker in (
+        (dict(prediction="x0"), "__x0__"),
+        (dict(text_ids="sequential"), "__sequential__"),
+    ):
         model, path = toy_model(**changes), tmp_path / "marked.safetensors"
-        checkpoint.write(path, model, toy_params(model))
+        checkpoint.write_checkpoint(path, model, toy_params(model))
         plain(path)
         with pytest.raises(CheckpointError, match=marker) as error:
-            checkpoint.read(path, MODEL)
+            checkpoint.read_checkpoint(path, MODEL)
         sentence(error)
-        checkpoint.write(path, MODEL, toy_params(MODEL))
+        checkpoint.write_checkpoint(path, MODEL, toy_params(MODEL))
         plain(path)
-        assert_same(checkpoint.read(path, model)[1], toy_params(MODEL))  # files without markers are about, so a user may say it
+        assert_same(
+            checkpoint.read_checkpoint(path, model)[1], toy_params(MODEL)
+        )  # files without markers are about, so a user may say it
 
 
 def test_a_patch32_file_is_not_read_as_patch16(tmp_path):
     model = toy_model(patch=8, patch_embed="conv_half")
-    checkpoint.write(tmp_path / "x.safetensors", model, toy_params(model))
+    checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
     plain(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="__32x32__"):
-        checkpoint.read(tmp_path / "x.safetensors", MODEL)
+        checkpoint.read_checkpoint(tmp_path / "x.safetensors", MODEL)
 
 
 def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
-    checkpoint.write(path, model, toy_params(model))
-    save_file({k if k.startswith("__") else f"model.diffusion_model.{k}": v for k, v in load_file(path).items()}, path)
+    checkpoint.write_checkpoint(path, model, toy_params(model))
+    save_file(
+        {
+            k if k.startswith("__") else f"model.diffusion_model.{k}": v
+            for k, v in load_file(path).items()
+        },
+        path,
+    )
     with pytest.raises(CheckpointError, match="__x0__"):
-        checkpoint.read(path, MODEL)
+        checkpoint.read_checkpoint(path, MODEL)
 
 
 FOREIGN = {
-    "a name without dots": lambda tensors: ({"weight": np.zeros(3, np.float32)}, None),  # IndexError in canonical_names
-    "flat quantised weights": lambda tensors: ({k: v.reshape(-1) for k, v in tensors.items()}, None),  # ValueError in _detect
-    "float8": lambda tensors: (tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)}, OURS),
-    "settings of another version": lambda tensors: (tensors, {METADATA_KEY: '{"hiden": 3}'}),
+    "a name without dots": lambda tensors: (
+        {"weight": np.zeros(3, np.float32)},
+        None,
+    ),  # IndexError in canonical_names
+    "flat quantized weights": lambda tensors: (
+        {k: v.reshape(-1) for k, v in tensors.items()},
+        None,
+    ),  # ValueError in _detect
+    "float8": lambda tensors: (
+        tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)},
+        OURS,
+    ),
+    "settings of another version": lambda tensors: (tensors, {MODEL_KEY: '{"hiden": 3}'}),
 }
-OURS = {METADATA_KEY: json.dumps(config.to_dict(MODEL))}
+OURS = {MODEL_KEY: json.dumps(config.to_dict(MODEL))}
 
 
 @pytest.mark.parametrize("case", FOREIGN)
@@ -159,7 +202,7 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
     tensors, metadata = FOREIGN[case](load_file(written))
     save_file(tensors, tmp_path / "foreign.safetensors", metadata)
     try:
-        checkpoint.read(tmp_path / "foreign.safetensors")
+        checkpoint.read_checkpoint(tmp_path / "foreign.safetensors")
     except CheckpointError:
         return
     except Exception as error:
@@ -169,9 +212,11 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
 
 def test_a_file_that_says_which_model_it_holds_is_believed(tmp_path):
     model = toy_model(masking="strict", rope_theta=5.0)
-    checkpoint.write(tmp_path / "x.safetensors", model, toy_params(model))
-    with pytest.raises(CheckpointError, match="another model .*rope_theta is 5.0 there, 10000.0 here"):
-        checkpoint.read(tmp_path / "x.safetensors", toy_model(masking="strict"))
+    checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
+    with pytest.raises(
+        CheckpointError, match="another model .*rope_theta is 5.0 there, 10000.0 here"
+    ):
+        checkpoint.read_checkpoint(tmp_path / "x.safetensors", toy_model(masking="strict"))
 
 
 # --- their formats ------------------------------------------------------------------------------------------------------
@@ -181,7 +226,9 @@ def gguf_file(path, tensors, kinds=None):
     """As ComfyUI-GGUF's converter: bare names, vectors in float32, no metadata of ours."""
     writer = gguf.GGUFWriter(path, "flux")
     for name, x in tensors.items():
-        kind = (kinds or {}).get(name) or ("F32" if x.ndim == 1 or x.dtype == np.float32 else "BF16")
+        kind = (kinds or {}).get(name) or (
+            "F32" if x.ndim == 1 or x.dtype == np.float32 else "BF16"
+        )
         kind = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quants.quantize(x.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -194,15 +241,27 @@ def gguf_file(path, tensors, kinds=None):
 def test_gguf_of_other_tools(tmp_path):
     model = replace(PIXELS, prediction="x0", text_ids="sequential", approximator_depth=2)
     tensors = published(model)
-    ones = {name: np.zeros(1, np.float32) for name in ("__x0__", "__sequential__")}  # ggml refuses tensors without values
-    path = gguf_file(tmp_path / "x.gguf", tensors | ones, {"single_blocks.1.linear2.weight": "Q8_0"})
+    ones = {
+        name: np.zeros(1, np.float32) for name in ("__x0__", "__sequential__")
+    }  # ggml refuses tensors without values
+    path = gguf_file(
+        tmp_path / "x.gguf", tensors | ones, {"single_blocks.1.linear2.weight": "Q8_0"}
+    )
     opened = checkpoint.open_checkpoint(path, **KNOWN)
-    assert opened.model == model and opened.format == "GGUF"
-    assert opened.dtypes["single_blocks.1.linear2.weight"] == "Q8_0" and opened.shapes["__x0__"] == (0,) == opened.tensor("__x0__").shape
+    assert opened.model == model
+    assert opened.format == "GGUF"
+    assert opened.dtypes["single_blocks.1.linear2.weight"] == "Q8_0"
+    assert opened.shapes["__x0__"] == (0,) == opened.get_tensor("__x0__").shape
     for name in ("txt_in.weight", "img_in_patch.weight", "single_blocks.0.norm.key_norm.scale"):
-        assert opened.tensor(name).astype(tensors[name].dtype).tobytes() == tensors[name].tobytes()
+        assert (
+            opened.get_tensor(name).astype(tensors[name].dtype).tobytes() == tensors[name].tobytes()
+        )
     exact = tensors["single_blocks.1.linear2.weight"].astype(np.float32)
-    assert 0 < np.abs(opened.tensor("single_blocks.1.linear2.weight") - exact).max() <= np.abs(exact).max() / 127 / 2 * 1.01
+    assert (
+        0
+        < np.abs(opened.get_tensor("single_blocks.1.linear2.weight") - exact).max()
+        <= np.abs(exact).max() / 127 / 2 * 1.01
+    )
 
 
 def test_scaled_fp8_as_comfyui_has_it(tmp_path):
@@ -212,23 +271,35 @@ def test_scaled_fp8_as_comfyui_has_it(tmp_path):
     for name in [name for name in tensors if BLOCK_MATRIX.match(name)]:
         scale = np.float32(np.abs(tensors[name].astype(np.float32)).max() / 448)
         small = (tensors[name].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn)
-        tensors |= {name: small, name.replace(".weight", ".scale_weight"): np.full(1, scale, np.float32)}
+        tensors |= {
+            name: small,
+            name.replace(".weight", ".scale_weight"): np.full(1, scale, np.float32),
+        }
         expected[name] = small.astype(np.float32) * scale
     tensors["scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
-    save(tmp_path / "x.safetensors", {f"model.diffusion_model.{name}": x for name, x in tensors.items()})
+    save(
+        tmp_path / "x.safetensors",
+        {f"model.diffusion_model.{name}": x for name, x in tensors.items()},
+    )
     opened = checkpoint.open_checkpoint(tmp_path / "x.safetensors", **KNOWN)
     assert opened.shapes == {name: x.shape for name, x in expected.items()}
     assert opened.dtypes["single_blocks.0.linear1.weight"] == "F8_E4M3"
-    assert all(opened.tensor(name).tobytes() == x.tobytes() for name, x in expected.items())
+    assert all(opened.get_tensor(name).tobytes() == x.tobytes() for name, x in expected.items())
 
 
 def diffusers_folder(folder, **changes):
     """A small model in diffusers' layout, and its tensors in the native one."""
     tensors = published(LATENT)
-    theirs = {t: tensors[name][rows] for name in tensors for t, (rows, _) in diffusers.parts(name, tensors[name].shape, LATENT).items()}
+    theirs = {
+        t: tensors[name][rows]
+        for name in tensors
+        for t, (rows, _) in diffusers.locate_diffusers_slices(
+            name, tensors[name].shape, LATENT
+        ).items()
+    }
     folder.mkdir(exist_ok=True)
     save(folder / "diffusion_pytorch_model.safetensors", theirs | changes)
-    (folder / "config.json").write_text(json.dumps(diffusers.class_config(LATENT)))
+    (folder / "config.json").write_text(json.dumps(diffusers.make_transformer_config(LATENT)))
     return tensors
 
 
@@ -239,11 +310,11 @@ def test_diffusers_folders_and_pipelines(tmp_path):
         opened = checkpoint.open_checkpoint(path)  # config.json says how heads are rotated
         assert (opened.model.rope_axes, opened.format) == (LATENT.rope_axes, "diffusers")
         assert opened.shapes == {name: x.shape for name, x in tensors.items()}
-        assert all(opened.tensor(name).tobytes() == x.tobytes() for name, x in tensors.items())
+        assert all(opened.get_tensor(name).tobytes() == x.tobytes() for name, x in tensors.items())
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    ("text", "told"),
     {
         "{": "is not JSON",
         "[" * 100_000: "is not JSON",
@@ -261,14 +332,20 @@ def test_a_bad_config_beside_diffusers_weights(text, told, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    ("changes", "told"),
     [
         (
             {"transformer_blocks.0.attn.to_k.weight": np.zeros((64, 63), np.float32)},
             r"do not fit to each other, of shapes \[64, 64\], \[64, 63\]",
         ),
-        ({"transformer_blocks.0.attn.to_k.bias": np.zeros((), np.float32)}, "do not fit to each other"),
-        ({"transformer_blocks.7.attn.to_q.weight": np.zeros(2, np.float32)}, "not Chroma's: transformer_blocks.7.attn.to_q.weight"),
+        (
+            {"transformer_blocks.0.attn.to_k.bias": np.zeros((), np.float32)},
+            "do not fit to each other",
+        ),
+        (
+            {"transformer_blocks.7.attn.to_q.weight": np.zeros(2, np.float32)},
+            "not Chroma's: transformer_blocks.7.attn.to_q.weight",
+        ),
         ({"strange": np.zeros(2, np.float32)}, "not Chroma's: strange"),
     ],
     ids=["width", "no axes", "gap", "extra"],
@@ -285,7 +362,10 @@ def test_diffusers_weights_that_lack_a_part(tmp_path):
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     del tensors["single_transformer_blocks.1.attn.to_k.weight"]
     save(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="has no single_transformer_blocks.1.attn.to_k.weight: it is not whole") as error:
+    with pytest.raises(
+        CheckpointError,
+        match="has no single_transformer_blocks.1.attn.to_k.weight: it is not whole",
+    ) as error:
         checkpoint.open_checkpoint(tmp_path)
     sentence(error)
 
@@ -296,9 +376,11 @@ def test_diffusers_weights_that_lack_a_part(tmp_path):
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_values_too_large_for_float16_are_not_written(tmp_path):
     params = toy_params(MODEL)
-    params = params | dict(text_embed=params["text_embed"] | dict(bias=params["text_embed"]["bias"].at[0].set(1e6)))
+    params = params | dict(
+        text_embed=params["text_embed"] | dict(bias=params["text_embed"]["bias"].at[0].set(1e6))
+    )
     with pytest.raises(CheckpointError):
-        checkpoint.write(tmp_path / "x.safetensors", MODEL, params, "float16")
+        checkpoint.write_checkpoint(tmp_path / "x.safetensors", MODEL, params, "float16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -306,6 +388,8 @@ def test_values_that_are_not_finite(value, written, tmp_path):
     tensors = load_file(written)
     tensors["single_blocks.1.linear2.weight"][3, 60] = value
     save_file(tensors, tmp_path / "bad.safetensors")
-    with pytest.raises(CheckpointError, match=r"single_blocks\.\d\.linear2\.weight.* not finite") as error:
-        checkpoint.read(tmp_path / "bad.safetensors", MODEL)
+    with pytest.raises(
+        CheckpointError, match=r"single_blocks\.\d\.linear2\.weight.* not finite"
+    ) as error:
+        checkpoint.read_checkpoint(tmp_path / "bad.safetensors", MODEL)
     sentence(error)

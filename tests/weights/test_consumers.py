@@ -6,21 +6,23 @@ The rules are those of ComfyUI (`comfy/model_detection.py`), ComfyUI-GGUF (`tool
 
 import gguf
 import pytest
-from toy_files import LATENT, published, save
-from toys import toy_model
 
 from radiance import config
 from radiance.weights import native
 from radiance.weights.checkpoint import open_checkpoint
-from radiance.weights.convert import convert
-from radiance.weights.detect import OTHERS
-from radiance.weights.files import open_tensors
+from radiance.weights.convert import convert_checkpoint
+from radiance.weights.detect import OTHER_FILE_KINDS
+from radiance.weights.opening import open_tensors
+from tests.helpers.toy_files import LATENT, published, save
+from tests.helpers.toy_models import toy_model
 
 PIXELS = toy_model(hidden=64, rope_axes=(4, 14, 14), patch=16, prediction="x0")
 
 
 def count(shapes, prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
+    return len(
+        {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
+    )
 
 
 def comfyui(shapes) -> dict | None:
@@ -36,14 +38,19 @@ def comfyui(shapes) -> dict | None:
         return found
     found["kind"] = "chroma"
     # Fixed: an approximator of 64 → 5120, five layers, 3072 and 344 rows.
-    assert shapes["distilled_guidance_layer.in_proj.weight"] == (5120, 64) and count(shapes, "distilled_guidance_layer.layers.") == 5
-    assert shapes["distilled_guidance_layer.out_proj.weight"] == (3072, 5120) and hidden == 3072
+    assert shapes["distilled_guidance_layer.in_proj.weight"] == (5120, 64)
+    assert count(shapes, "distilled_guidance_layer.layers.") == 5
+    assert shapes["distilled_guidance_layer.out_proj.weight"] == (3072, 5120)
+    assert hidden == 3072
     assert 3 * depths[1] + 12 * depths[0] + 2 == 344
     if "nerf_blocks.0.norm.scale" not in shapes:
         return found
     head = "conv" if "nerf_final_layer_conv.norm.scale" in shapes else "linear"
-    assert shapes["nerf_image_embedder.embedder.0.weight"] == (64, 3 + 8 * 8) and count(shapes, "nerf_blocks.") == 4
-    return found | dict(kind="radiance", head=head, patch=shapes["img_in_patch.weight"][-1], x0="__x0__" in shapes)
+    assert shapes["nerf_image_embedder.embedder.0.weight"] == (64, 3 + 8 * 8)
+    assert count(shapes, "nerf_blocks.") == 4
+    return found | dict(
+        kind="radiance", head=head, patch=shapes["img_in_patch.weight"][-1], x0="__x0__" in shapes
+    )
 
 
 def stable_diffusion_cpp(shapes) -> dict | None:
@@ -55,13 +62,29 @@ def stable_diffusion_cpp(shapes) -> dict | None:
         return dict(kind="flux")
     if not any("model.diffusion_model.nerf_final_layer_conv." in name for name in names):
         return dict(kind="chroma")
-    patch, kernel = (32 if any("__32x32__" in name for name in names) else 16), shapes["img_in_patch.weight"][-1]
+    patch, kernel = (
+        (32 if any("__32x32__" in name for name in names) else 16),
+        shapes["img_in_patch.weight"][-1],
+    )
     assert kernel == patch or patch == 2 * kernel
     return dict(kind="radiance", patch=patch, x0=any("__x0__" in name for name in names))
 
 
 def comfyui_gguf(shapes, architecture: str | None = "flux") -> str | None:
-    if architecture not in ("flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image"):
+    if architecture not in (
+        "flux",
+        "sd1",
+        "sdxl",
+        "sd3",
+        "aura",
+        "hidream",
+        "cosmos",
+        "ltxv",
+        "hyvid",
+        "wan",
+        "lumina2",
+        "qwen_image",
+    ):
         return None
     if any("transformer_blocks.0.attn.norm_added_k.weight" in name for name in shapes):
         return None  # diffusers' layout is banned
@@ -92,7 +115,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_published_sizes(name):
-    shapes = native.layout(config.MODELS[name])[0]
+    shapes = native.native_layout(config.MODELS[name])[0]
     assert comfyui(shapes) == TABLE[name][0]
     assert stable_diffusion_cpp(shapes) == TABLE[name][1]
     assert comfyui_gguf(shapes) == "flux"
@@ -102,17 +125,25 @@ def test_published_sizes(name):
 def test_research_sizes(name):
     """ComfyUI's are fixed: what can be trained here and not run there is why `convert --to torch` exists."""
     with pytest.raises(AssertionError):
-        comfyui(native.layout(config.MODELS[name])[0])
+        comfyui(native.native_layout(config.MODELS[name])[0])
 
 
 @pytest.mark.parametrize("to", ["native", "gguf"])
-@pytest.mark.parametrize("model, kind", [(PIXELS, "radiance"), (LATENT, "chroma")], ids=["pixels", "latent"])
+@pytest.mark.parametrize(
+    ("model", "kind"), [(PIXELS, "radiance"), (LATENT, "chroma")], ids=["pixels", "latent"]
+)
 def test_files(to, model, kind, tmp_path):
     """The same names, bare, in both formats, and an architecture by which ComfyUI-GGUF knows the file."""
     path = tmp_path / f"out.{'gguf' if to == 'gguf' else 'safetensors'}"
-    convert(open_checkpoint(save(tmp_path / "in.safetensors", published(model), model)), path, to, "q8_0" if to == "gguf" else None)
+    convert_checkpoint(
+        open_checkpoint(save(tmp_path / "in.safetensors", published(model), model)),
+        path,
+        to,
+        "q8_0" if to == "gguf" else None,
+    )
     shapes = open_tensors(path).shapes
-    assert stable_diffusion_cpp(shapes)["kind"] == kind and comfyui_gguf(shapes) == "flux"
+    assert stable_diffusion_cpp(shapes)["kind"] == kind
+    assert comfyui_gguf(shapes) == "flux"
     if to == "gguf":
         reader = gguf.GGUFReader(path)
         assert comfyui_gguf(shapes, reader.fields["general.architecture"].contents()) == "flux"
@@ -125,10 +156,11 @@ def test_files(to, model, kind, tmp_path):
 def test_ggml_reads_no_empty_tensors(tmp_path):
     """Its loader ends the program at one; the option gives every marker one value."""
     source = open_checkpoint(save(tmp_path / "in.safetensors", published(PIXELS), PIXELS))
-    convert(source, tmp_path / "out.gguf", "gguf", empty_markers=False)
+    convert_checkpoint(source, tmp_path / "out.gguf", "gguf", empty_markers=False)
     found = gguf.GGUFReader(tmp_path / "out.gguf").tensors
-    assert all(x.n_elements > 0 for x in found) and stable_diffusion_cpp({x.name: tuple(x.shape)[::-1] for x in found})["x0"]
+    assert all(x.n_elements > 0 for x in found)
+    assert stable_diffusion_cpp({x.name: tuple(x.shape)[::-1] for x in found})["x0"]
 
 
 def test_the_successor_is_named():
-    assert any(sign == "dec_net." and "Zeta-Chroma" in told for sign, told in OTHERS)
+    assert any(sign == "dec_net." and "Zeta-Chroma" in told for sign, told in OTHER_FILE_KINDS)

@@ -10,24 +10,48 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy_files import LATENT, PIXELS, published, save, sentence, stored
-from toys import toy_model
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
-from radiance.weights.convert import FORMATS, convert, part_of
+from radiance.weights.convert import EXPORT_FORMATS, convert_checkpoint, find_network_part
 from radiance.weights.detect import MARKERS
-from radiance.weights.files import CheckpointError, open_tensors
+from radiance.weights.opening import open_tensors
 from radiance.weights.rounding import BLOCK_MATRIX
-from radiance.weights.surgery import merge
+from radiance.weights.surgery import merge_checkpoints
+from tests.helpers.toy_files import LATENT, PIXELS, published, save, sentence, stored
+from tests.helpers.toy_models import toy_model
 
 SIZES = dict(hidden=64, rope_axes=(4, 14, 14))
-X0_PATCH32 = toy_model(prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=1, **SIZES)
-FLUX = toy_model(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off", **SIZES)
-TEXT = toy_model(patch_embed="bottleneck", padding="learned", masking="off", text_preamble=2, modulation="none", head="linear", **SIZES)
+X0_PATCH32 = toy_model(
+    prediction="x0", patch_embed="conv_half", text_ids="sequential", registers=1, **SIZES
+)
+FLUX = toy_model(
+    head="linear",
+    patch=1,
+    channels=8,
+    modulation="per_block",
+    pooled_dim=5,
+    guidance_embed=True,
+    masking="off",
+    **SIZES,
+)
+TEXT = toy_model(
+    patch_embed="bottleneck",
+    padding="learned",
+    masking="off",
+    text_refiner_blocks=2,
+    modulation="none",
+    head="linear",
+    **SIZES,
+)
 MODELS = {"pixels": PIXELS, "text": TEXT, "x0_patch32": X0_PATCH32, "flux": FLUX, "latent": LATENT}
-TYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+TYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
 WEIGHTS = {"native": "out.safetensors", "diffusers": "out", "gguf": "out.gguf", "torch": "out"}
 
 
@@ -40,25 +64,34 @@ def written(folder, model=PIXELS, dtype="bfloat16"):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    "model, to", [(name, to) for name in MODELS for to in FORMATS if to != "diffusers" or name == "latent"], ids=lambda x: x
+    ("model", "to"),
+    [
+        (name, to)
+        for name in MODELS
+        for to in EXPORT_FORMATS
+        if to != "diffusers" or name == "latent"
+    ],
+    ids=lambda x: x,
 )
 def test_there_and_back_is_the_same_file(model, to, dtype, tmp_path):
     source = written(tmp_path, MODELS[model], dtype)
     there, back = tmp_path / WEIGHTS[to], tmp_path / "back.safetensors"
-    report = convert(open_checkpoint(source), there, to)
+    report = convert_checkpoint(open_checkpoint(source), there, to)
     found = open_checkpoint(there)
-    assert found.model == MODELS[model] and found.metadata["radiance.origin"] == str(source)
-    convert(found, back)
+    assert found.model == MODELS[model]
+    assert found.metadata["radiance.origin"] == str(source)
+    convert_checkpoint(found, back)
     if to == "gguf":  # where vectors are float32, which changes no value
         types = {name: x.dtype for name, x in load_file(source).items()}
         save(back, {name: x.astype(types[name]) for name, x in load_file(back).items()})
     assert stored(back) == stored(source)
-    assert str(report).count("exact") == len(report.lines) and "e-" not in str(report)
+    assert str(report).count("exact") == len(report.rows)
+    assert "e-" not in str(report)
 
 
 def test_a_file_may_be_converted_onto_itself(tmp_path):
     source = written(tmp_path)
-    convert(open_checkpoint(source), source, dtype="float32")
+    convert_checkpoint(open_checkpoint(source), source, dtype="float32")
     assert {x.dtype.name for x in load_file(source).values()} == {"float32"}
     assert open_checkpoint(source).model == PIXELS
 
@@ -67,7 +100,7 @@ def test_markers(tmp_path):
     source = written(tmp_path, X0_PATCH32)
     for to, empty, size in (("native", True, 0), ("gguf", True, 0), ("gguf", False, 1)):
         path = tmp_path / f"out{size}.{'gguf' if to == 'gguf' else 'safetensors'}"
-        convert(open_checkpoint(source), path, to, empty_markers=empty)
+        convert_checkpoint(open_checkpoint(source), path, to, empty_markers=empty)
         if to == "native":
             found = {name: x.shape for name, x in load_file(path).items()}
         else:
@@ -78,16 +111,25 @@ def test_markers(tmp_path):
 
 def test_gguf_is_read_by_the_package_tensor_for_tensor(tmp_path):
     tensors = published(X0_PATCH32)
-    convert(open_checkpoint(save(tmp_path / "in.safetensors", tensors, X0_PATCH32)), tmp_path / "out.gguf")
+    convert_checkpoint(
+        open_checkpoint(save(tmp_path / "in.safetensors", tensors, X0_PATCH32)),
+        tmp_path / "out.gguf",
+    )
     # its own reader, and its own expansion
-    found = {x.name: gguf.quants.dequantize(x.data, x.tensor_type) for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors if x.n_elements}
+    found = {
+        x.name: gguf.quants.dequantize(x.data, x.tensor_type)
+        for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors
+        if x.n_elements
+    }
     assert set(found) == {name for name, x in tensors.items() if x.size}
     for name, x in found.items():
-        np.testing.assert_array_equal(x.reshape(tensors[name].shape), tensors[name].astype(np.float32))
+        np.testing.assert_array_equal(
+            x.reshape(tensors[name].shape), tensors[name].astype(np.float32)
+        )
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q6_K"])
-def test_quantised_ggufs_stay_as_they_are(kind, tmp_path):
+def test_quantized_ggufs_stay_as_they_are(kind, tmp_path):
     """Blocks that no quantiser would make: what goes through float32 comes out otherwise."""
     dtype = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[dtype]
@@ -99,14 +141,23 @@ def test_quantised_ggufs_stay_as_they_are(kind, tmp_path):
     for name, x in tensors.items():
         if BLOCK_MATRIX.match(name):
             blocks = draw.integers(0, 256, (*x.shape[:-1], x.shape[-1] // block, size), np.uint8)
-            blocks[..., -2 if kind == "Q6_K" else 0 :][..., :2] = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
+            blocks[..., -2 if kind == "Q6_K" else 0 :][..., :2] = np.frombuffer(
+                np.float16(1e-3).tobytes(), np.uint8
+            )
             rows[name] = blocks.reshape(len(x), -1)
             writer.add_tensor(name, rows[name], raw_dtype=dtype)
         else:
             writer.add_tensor(name, x.astype(np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    (
+        writer.write_header_to_file(),
+        writer.write_kv_data_to_file(),
+        writer.write_tensors_to_file(),
+        writer.close(),
+    )
     for more in ({}, {"dtype": kind.lower()}) if kind != "Q6_K" else ({},):
-        report = convert(open_checkpoint(tmp_path / "in.gguf"), tmp_path / "out.gguf", **more)
+        report = convert_checkpoint(
+            open_checkpoint(tmp_path / "in.gguf"), tmp_path / "out.gguf", **more
+        )
         found = {x.name: x for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
         for name, data in rows.items():
             assert found[name].tensor_type == dtype
@@ -115,8 +166,8 @@ def test_quantised_ggufs_stay_as_they_are(kind, tmp_path):
 
 
 def test_ggufs_elsewhere_become_bfloat16(tmp_path):
-    convert(open_checkpoint(written(tmp_path)), tmp_path / "q8.gguf", dtype="q8_0")
-    convert(open_checkpoint(tmp_path / "q8.gguf"), tmp_path / "out.safetensors")
+    convert_checkpoint(open_checkpoint(written(tmp_path)), tmp_path / "q8.gguf", dtype="q8_0")
+    convert_checkpoint(open_checkpoint(tmp_path / "q8.gguf"), tmp_path / "out.safetensors")
     assert set(open_checkpoint(tmp_path / "out.safetensors").dtypes.values()) == {"F32", "BF16"}
 
 
@@ -129,58 +180,88 @@ def test_small_safetensors_stay_as_they_are(dtype, scales, tmp_path):
     for name in filter(BLOCK_MATRIX.match, list(tensors)):
         x = tensors[name].astype(np.float32)
         scale = (
-            np.float32(0.01) * np.arange(1, 1 + (len(x) if scales == "rows" else 1), dtype=np.float32) if scales else np.ones(1, np.float32)
+            np.float32(0.01)
+            * np.arange(1, 1 + (len(x) if scales == "rows" else 1), dtype=np.float32)
+            if scales
+            else np.ones(1, np.float32)
         )
         small = x / scale[:, None]
-        tensors[name] = np.rint(small).clip(-127, 127).astype(np.int8) if dtype == "int8" else small.astype(TYPES[dtype])
+        tensors[name] = (
+            np.rint(small).clip(-127, 127).astype(np.int8)
+            if dtype == "int8"
+            else small.astype(TYPES[dtype])
+        )
         if scales:
-            tensors[name.replace(".weight", ".weight_scale")] = scale if scales == "rows" else scale.reshape(())
+            tensors[name.replace(".weight", ".weight_scale")] = (
+                scale if scales == "rows" else scale.reshape(())
+            )
     source = save(tmp_path / "in.safetensors", tensors, PIXELS)
     for more in {}, {"dtype": dtype}:
-        report = convert(open_checkpoint(source), tmp_path / "out.safetensors", **more)
+        report = convert_checkpoint(open_checkpoint(source), tmp_path / "out.safetensors", **more)
         found, expected = raw(tmp_path / "out.safetensors"), raw(source)
         marks = {name for name in found if name.endswith(".comfy_quant")}
         assert {name: x for name, x in found.items() if name not in marks} == expected
         assert len(marks) == sum(name.endswith("_scale") for name in expected)
-        assert str(report).count("exact") == len(report.lines)
+        assert str(report).count("exact") == len(report.rows)
     # where there is no place for scales, values are bfloat16; and in a format without the type
-    convert(open_checkpoint(source), tmp_path / "out", "torch")
-    convert(open_checkpoint(source), tmp_path / "out.gguf")
+    convert_checkpoint(open_checkpoint(source), tmp_path / "out", "torch")
+    convert_checkpoint(open_checkpoint(source), tmp_path / "out.gguf")
     for name in ("out", "out.gguf"):
         kinds = set(open_checkpoint(tmp_path / name).dtypes.values())
-        assert kinds == {"F32", "BF16"} | ({KINDS[dtype]} if name == "out" and not scales else set())
+        assert kinds == {"F32", "BF16"} | (
+            {KINDS[dtype]} if name == "out" and not scales else set()
+        )
 
 
 def raw(path):
     """Types, shapes and bytes, of types too that NumPy does not have."""
     data = path.read_bytes()
     begin = 8 + int.from_bytes(data[:8], "little")
-    entries = {name: entry for name, entry in json.loads(data[8:begin]).items() if name != "__metadata__"}
-    return {name: (x["dtype"], x["shape"], data[begin:][slice(*x["data_offsets"])]) for name, x in entries.items()}
+    entries = {
+        name: entry for name, entry in json.loads(data[8:begin]).items() if name != "__metadata__"
+    }
+    return {
+        name: (x["dtype"], x["shape"], data[begin:][slice(*x["data_offsets"])])
+        for name, x in entries.items()
+    }
 
 
 KINDS = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 def test_what_was_changed_is_not_copied(tmp_path):
-    convert(open_checkpoint(written(tmp_path)), tmp_path / "fp8.safetensors", dtype="float8_e4m3fn")
+    convert_checkpoint(
+        open_checkpoint(written(tmp_path)), tmp_path / "fp8.safetensors", dtype="float8_e4m3fn"
+    )
     found = open_checkpoint(tmp_path / "fp8.safetensors")
-    changed = merge(found, open_checkpoint(save(tmp_path / "b.safetensors", published(PIXELS, seed=1), PIXELS)), 0.5)
-    convert(changed, tmp_path / "out.safetensors")
-    assert open_checkpoint(tmp_path / "out.safetensors").dtypes["single_blocks.0.linear1.weight"] == "BF16"
+    changed = merge_checkpoints(
+        found,
+        open_checkpoint(save(tmp_path / "b.safetensors", published(PIXELS, seed=1), PIXELS)),
+        0.5,
+    )
+    convert_checkpoint(changed, tmp_path / "out.safetensors")
+    assert (
+        open_checkpoint(tmp_path / "out.safetensors").dtypes["single_blocks.0.linear1.weight"]
+        == "BF16"
+    )
 
 
-@pytest.mark.parametrize("ending, dtype", [("gguf", None), ("gguf", "q8_0"), ("safetensors", None), ("safetensors", "int8")])
+@pytest.mark.parametrize(
+    ("ending", "dtype"),
+    [("gguf", None), ("gguf", "q8_0"), ("safetensors", None), ("safetensors", "int8")],
+)
 def test_damaged_scales_are_not_copied(ending, dtype, tmp_path):
     path, name = tmp_path / f"in.{ending}", "single_blocks.2.linear2.weight"
-    convert(open_checkpoint(written(tmp_path)), path, dtype="q8_0" if ending == "gguf" else "int8")
+    convert_checkpoint(
+        open_checkpoint(written(tmp_path)), path, dtype="q8_0" if ending == "gguf" else "int8"
+    )
     file = open_tensors(path)
-    place = file.places[name] if ending == "gguf" else file._scales[name]
+    place = file.locations[name] if ending == "gguf" else file._scale_locations[name]
     with path.open("r+b") as out:
         out.seek(place.offset)
         out.write(b"\xff" * (2 if ending == "gguf" else 4))
     with pytest.raises(CheckpointError, match=f"{name} holds values that are not finite") as error:
-        convert(open_checkpoint(path), tmp_path / f"out.{ending}", dtype=dtype)
+        convert_checkpoint(open_checkpoint(path), tmp_path / f"out.{ending}", dtype=dtype)
     sentence(error)
     assert not (tmp_path / f"out.{ending}").exists()
 
@@ -188,15 +269,28 @@ def test_damaged_scales_are_not_copied(ending, dtype, tmp_path):
 def test_rounding_needs_little_memory(tmp_path):
     """Of the largest matrix 2 bytes a weight are read, 2 made and 2 written together, and a piece is in float32 besides."""
     model = toy_model(
-        hidden=768, heads=2, rope_axes=(128, 128, 128), double_blocks=1, single_blocks=1, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=1
+        hidden=768,
+        heads=2,
+        rope_axes=(128, 128, 128),
+        double_blocks=1,
+        single_blocks=1,
+        nerf_hidden=64,
+        nerf_mlp_ratio=4,
+        nerf_depth=1,
     )
-    shapes = native.layout(model)[0]
+    shapes = native.native_layout(model)[0]
     noise = np.random.default_rng(0).standard_normal(1 << 16, np.float32).astype(TYPES["bfloat16"])
-    checkpoint = Checkpoint(model, shapes, lambda name: np.resize(noise, shapes[name]), dict.fromkeys(shapes, "BF16"), "noise")
+    checkpoint = Checkpoint(
+        model,
+        shapes,
+        lambda name: np.resize(noise, shapes[name]),
+        dict.fromkeys(shapes, "BF16"),
+        "noise",
+    )
     largest = max(math.prod(shape) for shape in shapes.values())
     assert largest == 768 * 3 * 64 * 256
     tracemalloc.start()
-    convert(checkpoint, tmp_path / "out.safetensors", dtype="float16")
+    convert_checkpoint(checkpoint, tmp_path / "out.safetensors", dtype="float16")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 9 * largest
@@ -211,7 +305,7 @@ def uniform(step, values) -> float:
 
 
 def steps_of_floats(values, mantissa: int, least: int):
-    """Between neighbours, for normal and (below 2**least) subnormal numbers."""
+    """Between neighbors, for normal and (below 2**least) subnormal numbers."""
     return np.exp2(np.maximum(np.floor(np.log2(np.abs(values))), least) - mantissa)
 
 
@@ -230,16 +324,27 @@ def test_errors_are_what_theory_says(dtype, tmp_path):
     tensors = published(LATENT, "float32")
     source = save(tmp_path / "in.safetensors", tensors, LATENT)
     path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
-    report = convert(open_checkpoint(source), path, "gguf" if dtype.startswith("q") else "native", dtype)
+    report = convert_checkpoint(
+        open_checkpoint(source), path, "gguf" if dtype.startswith("q") else "native", dtype
+    )
     names = [name for name in tensors if BLOCK_MATRIX.match(name)]
     blocks = np.concatenate([tensors[name].reshape(-1, 32) for name in names])
     found = open_checkpoint(path)
-    error = np.concatenate([found.tensor(name).astype(np.float32).reshape(-1, 32) for name in names]) - blocks
+    error = (
+        np.concatenate(
+            [found.get_tensor(name).astype(np.float32).reshape(-1, 32) for name in names]
+        )
+        - blocks
+    )
     measured = float(np.linalg.norm(error) / np.linalg.norm(blocks))
     # 4 bits lie on one side of zero once more than on the other: half of the largest values are one step off the last.
     assert measured == pytest.approx(THEORY[dtype](blocks), rel=0.15 if dtype == "q4_0" else 0.03)
-    lines = [line for line in report.lines.values() if line.part in ("double blocks", "single blocks") and line.after == dtype]
-    told = np.sqrt(sum(x.errors for x in lines) / sum(x.squares for x in lines))
+    lines = [
+        line
+        for line in report.rows.values()
+        if line.part in ("double blocks", "single blocks") and line.target_dtype == dtype
+    ]
+    told = np.sqrt(sum(x.sum_squared_errors for x in lines) / sum(x.sum_squares for x in lines))
     assert told == pytest.approx(measured, rel=0.02)  # it counts the blocks' few vectors too
     print(f"{dtype}: relative rms error {measured:.2e}, in theory {THEORY[dtype](blocks):.2e}")
 
@@ -247,23 +352,31 @@ def test_errors_are_what_theory_says(dtype, tmp_path):
 def test_int8_is_as_far_off_as_theory_says(tmp_path):
     tensors = published(LATENT, "float32")
     source, path = save(tmp_path / "in.safetensors", tensors, LATENT), tmp_path / "out.safetensors"
-    report = convert(open_checkpoint(source), path, dtype="int8")
+    report = convert_checkpoint(open_checkpoint(source), path, dtype="int8")
     matrices = {name: x for name, x in tensors.items() if BLOCK_MATRIX.match(name)}
     found, file = open_checkpoint(path), load_file(path)
-    errors = sum(np.square(found.tensor(name) - x).sum(dtype=np.float64) for name, x in matrices.items())
+    errors = sum(
+        np.square(found.get_tensor(name) - x).sum(dtype=np.float64) for name, x in matrices.items()
+    )
     squares = sum(np.square(x).sum(dtype=np.float64) for x in matrices.values())
-    theory = sum(x.shape[1] * np.square(np.abs(x).max(axis=1) / 127).sum() / 12 for x in matrices.values())
+    theory = sum(
+        x.shape[1] * np.square(np.abs(x).max(axis=1) / 127).sum() / 12 for x in matrices.values()
+    )
     assert errors == pytest.approx(theory, rel=0.05)
-    lines = [line for line in report.lines.values() if line.after == "int8"]
-    assert np.sqrt(sum(x.errors for x in lines) / sum(x.squares for x in lines)) == pytest.approx(np.sqrt(errors / squares), rel=1e-4)
-    assert sum(x.bytes for x in lines) == sum(x.size + 4 * len(x) for x in matrices.values())
+    lines = [line for line in report.rows.values() if line.target_dtype == "int8"]
+    assert np.sqrt(
+        sum(x.sum_squared_errors for x in lines) / sum(x.sum_squares for x in lines)
+    ) == pytest.approx(np.sqrt(errors / squares), rel=1e-4)
+    assert sum(x.num_bytes for x in lines) == sum(x.size + 4 * len(x) for x in matrices.values())
     # as other tools have it: numbers, a scale of each row, and ComfyUI's mark
     for name, x in matrices.items():
-        scale, mark = (file[name.replace(".weight", end)] for end in (".weight_scale", ".comfy_quant"))
+        scale, mark = (
+            file[name.replace(".weight", end)] for end in (".weight_scale", ".comfy_quant")
+        )
         assert (file[name].dtype, scale.shape, scale.dtype) == (np.int8, (len(x), 1), np.float32)
         assert json.loads(mark.tobytes()) == {"format": "int8_tensorwise"}
         assert np.abs(file[name]).max(axis=1).tolist() == [127] * len(x)
-        np.testing.assert_array_equal(found.tensor(name), file[name] * scale)
+        np.testing.assert_array_equal(found.get_tensor(name), file[name] * scale)
     assert len(file) == len(tensors) + 2 * len(matrices)
 
 
@@ -285,21 +398,44 @@ PRECISE = {
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "float8_e4m3fn", "int8"])
 def test_what_must_stay_precise(dtype, tmp_path):
     path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
-    convert(open_checkpoint(written(tmp_path, X0_PATCH32)), path, "gguf" if dtype.startswith("q") else "native", dtype)
+    convert_checkpoint(
+        open_checkpoint(written(tmp_path, X0_PATCH32)),
+        path,
+        "gguf" if dtype.startswith("q") else "native",
+        dtype,
+    )
     found = open_checkpoint(path).dtypes
-    names = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "float8_e4m3fn": "F8_E4M3", "int8": "I8"}
-    assert {name: found[name] for name in PRECISE} == {name: names[kind or dtype] for name, kind in PRECISE.items()}
-    vectors = "F32" if dtype.startswith("q") else "BF16"  # of one axis: float32 in GGUF, as its readers expect
-    assert found["double_blocks.0.img_attn.qkv.bias"] == found["single_blocks.0.norm.query_norm.scale"] == vectors
+    names = {
+        "float32": "F32",
+        "bfloat16": "BF16",
+        "q8_0": "Q8_0",
+        "q4_0": "Q4_0",
+        "float8_e4m3fn": "F8_E4M3",
+        "int8": "I8",
+    }
+    assert {name: found[name] for name in PRECISE} == {
+        name: names[kind or dtype] for name, kind in PRECISE.items()
+    }
+    vectors = (
+        "F32" if dtype.startswith("q") else "BF16"
+    )  # of one axis: float32 in GGUF, as its readers expect
+    assert (
+        found["double_blocks.0.img_attn.qkv.bias"]
+        == found["single_blocks.0.norm.query_norm.scale"]
+        == vectors
+    )
     coarse = {name for name, kind in found.items() if kind == names[dtype]}
     assert coarse == {name for name in found if BLOCK_MATRIX.match(name)}
 
 
 def test_a_matrix_that_blocks_do_not_divide_stays_whole(tmp_path):
     model = toy_model(hidden=48)  # and 192 in the MLP
-    convert(open_checkpoint(written(tmp_path, model)), tmp_path / "out.gguf", "gguf", "q8_0")
+    convert_checkpoint(
+        open_checkpoint(written(tmp_path, model)), tmp_path / "out.gguf", "gguf", "q8_0"
+    )
     found = open_checkpoint(tmp_path / "out.gguf").dtypes
-    assert found["double_blocks.0.img_mlp.0.weight"] == "BF16" and found["double_blocks.0.img_mlp.2.weight"] == "Q8_0"
+    assert found["double_blocks.0.img_mlp.0.weight"] == "BF16"
+    assert found["double_blocks.0.img_mlp.2.weight"] == "Q8_0"
 
 
 # --- what is told, and what is refused ------------------------------------------------------------------------------------
@@ -307,23 +443,55 @@ def test_a_matrix_that_blocks_do_not_divide_stays_whole(tmp_path):
 
 def test_the_report_counts_everything(tmp_path):
     done = []
-    report = convert(open_checkpoint(written(tmp_path)), tmp_path / "out.safetensors", dtype="float8_e4m3fn", progress=done.append)
+    report = convert_checkpoint(
+        open_checkpoint(written(tmp_path)),
+        tmp_path / "out.safetensors",
+        dtype="float8_e4m3fn",
+        on_progress=done.append,
+    )
     file = open_tensors(tmp_path / "out.safetensors")
     tensors = {name: file[name] for name in file.shapes}
-    assert sum(done) == sum(x.parameters for x in report.lines.values()) == sum(x.size for x in tensors.values())
-    assert sum(x.tensors for x in report.lines.values()) == len(tensors)
-    assert sum(x.bytes for x in report.lines.values()) == sum(x.nbytes for x in tensors.values())
-    table = str(report).splitlines()
-    assert table[0].split() == ["part", "from", "to", "tensors", "parameters", "size", "rms", "error"] and len(table) == 1 + len(
-        report.lines
+    assert (
+        sum(done)
+        == sum(x.num_params for x in report.rows.values())
+        == sum(x.size for x in tensors.values())
     )
-    assert any(line.startswith("double blocks  BF16  float8_e4m3fn") and line.endswith("e-02") for line in table)
+    assert sum(x.num_tensors for x in report.rows.values()) == len(tensors)
+    assert sum(x.num_bytes for x in report.rows.values()) == sum(x.nbytes for x in tensors.values())
+    table = str(report).splitlines()
+    assert table[0].split() == [
+        "part",
+        "from",
+        "to",
+        "tensors",
+        "parameters",
+        "size",
+        "rms",
+        "error",
+    ]
+    assert len(table) == 1 + len(report.rows)
+    assert any(
+        line.startswith("double blocks  BF16  float8_e4m3fn") and line.endswith("e-02")
+        for line in table
+    )
 
 
 def test_every_tensor_has_a_part():
-    assert part_of("double_blocks.3.img_mod.lin.weight") == part_of("distilled_guidance_layer.norms.0.scale") == "modulation"
-    assert (part_of("txt_in.bias"), part_of("nerf_blocks.0.norm.scale"), part_of("__x0__")) == ("input", "NeRF head", "markers")
-    assert (part_of("text_blocks.0.txt_mlp.0.bias"), part_of("txt_padding"), part_of("img_in_bottleneck.in_layer.weight")) == (
+    assert (
+        find_network_part("double_blocks.3.img_mod.lin.weight")
+        == find_network_part("distilled_guidance_layer.norms.0.scale")
+        == "modulation"
+    )
+    assert (
+        find_network_part("txt_in.bias"),
+        find_network_part("nerf_blocks.0.norm.scale"),
+        find_network_part("__x0__"),
+    ) == ("input", "NeRF head", "markers")
+    assert (
+        find_network_part("text_blocks.0.txt_mlp.0.bias"),
+        find_network_part("txt_padding"),
+        find_network_part("img_in_bottleneck.in_layer.weight"),
+    ) == (
         "text blocks",
         "input",
         "input",
@@ -331,7 +499,7 @@ def test_every_tensor_has_a_part():
 
 
 @pytest.mark.parametrize(
-    "to, dtype, told",
+    ("to", "dtype", "told"),
     [
         ("onnx", None, "'onnx'.*native, diffusers, gguf, torch"),
         ("native", "int3", "'int3'.*q4_0"),
@@ -345,28 +513,34 @@ def test_every_tensor_has_a_part():
 def test_what_cannot_be_written(to, dtype, told, tmp_path):
     source = open_checkpoint(written(tmp_path))
     with pytest.raises(CheckpointError, match=told) as error:
-        convert(source, tmp_path / "out", to, dtype)
+        convert_checkpoint(source, tmp_path / "out", to, dtype)
     sentence(error)
     assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 @pytest.mark.parametrize(
-    "changes, told", [(dict(padding="learned"), "padding=learned .only encoder"), (dict(text_preamble=1), "preamble=1 .only 0")]
+    ("changes", "told"),
+    [
+        (dict(padding="learned"), "padding=learned .only encoder"),
+        (dict(text_refiner_blocks=1), "refiner=1 .only 0"),
+    ],
 )
 def test_diffusers_has_no_place_for_our_text(changes, told, tmp_path):
     model = replace(LATENT, **changes)
     with pytest.raises(CheckpointError, match=told) as error:
-        convert(open_checkpoint(written(tmp_path, model)), tmp_path / "out", "diffusers")
+        convert_checkpoint(open_checkpoint(written(tmp_path, model)), tmp_path / "out", "diffusers")
     sentence(error)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", EXPORT_FORMATS)
 def test_a_damaged_value_leaves_nothing(to, tmp_path):
     tensors = published(LATENT, "float32")
     tensors["single_blocks.2.linear1.weight"][3, 5] = np.nan  # one of the last
     source = open_checkpoint(save(tmp_path / "in.safetensors", tensors, LATENT))
-    with pytest.raises(CheckpointError, match="single_blocks.2.linear1.weight holds values that are not finite") as error:
-        convert(source, tmp_path / WEIGHTS[to], to)
+    with pytest.raises(
+        CheckpointError, match="single_blocks.2.linear1.weight holds values that are not finite"
+    ) as error:
+        convert_checkpoint(source, tmp_path / WEIGHTS[to], to)
     sentence(error)
     assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
 
@@ -377,17 +551,24 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
     (tmp_path / "out" / "thesis.tex").touch()
     for to in ("torch", "diffusers"):
         with pytest.raises(CheckpointError, match="is there already") as error:
-            convert(source, tmp_path / "out", to)
+            convert_checkpoint(source, tmp_path / "out", to)
         sentence(error)
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     (tmp_path / "out" / "thesis.tex").unlink()
-    convert(source, tmp_path / "out", "torch")  # an empty one will do
-    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["config.json", "model.py", "model.safetensors", "sample.py"]
+    convert_checkpoint(source, tmp_path / "out", "torch")  # an empty one will do
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.py",
+        "model.safetensors",
+        "sample.py",
+    ]
     assert config.from_json(config.Model, (tmp_path / "out" / "config.json").read_text()) == LATENT
     assert sorted(x.name for x in tmp_path.iterdir()) == ["in.safetensors", "out"]
 
 
 def test_diffusers_config(tmp_path):
-    convert(open_checkpoint(written(tmp_path, LATENT)), tmp_path / "out", "diffusers")
+    convert_checkpoint(open_checkpoint(written(tmp_path, LATENT)), tmp_path / "out", "diffusers")
     told = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert told["_class_name"] == "ChromaTransformer2DModel" and told["num_layers"] == 2 and told["axes_dims_rope"] == [4, 14, 14]
+    assert told["_class_name"] == "ChromaTransformer2DModel"
+    assert told["num_layers"] == 2
+    assert told["axes_dims_rope"] == [4, 14, 14]

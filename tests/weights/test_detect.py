@@ -2,12 +2,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from toy_files import sentence
-from toys import toy_model
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.weights import detect, native
-from radiance.weights.files import CheckpointError
+from tests.helpers.toy_files import sentence
+from tests.helpers.toy_models import toy_model
 
 MODEL = toy_model()
 WIDE = dict(
@@ -27,10 +27,25 @@ WIDE = dict(
         dict(head="nerf_linear", nerf_mlp_ratio=3, nerf_freqs=8),
         dict(head="linear", patch=8),
         dict(head="linear", patch=1, channels=64, approximator_depth=5, approximator_dim=32),
-        dict(head="linear", patch=1, channels=64, modulation="per_block", masking="off", pooled_dim=768, guidance_embed=True),
-        dict(head="linear", patch=1, channels=64, modulation="per_block", masking="off", pooled_dim=768),
+        dict(
+            head="linear",
+            patch=1,
+            channels=64,
+            modulation="per_block",
+            masking="off",
+            pooled_dim=768,
+            guidance_embed=True,
+        ),
+        dict(
+            head="linear",
+            patch=1,
+            channels=64,
+            modulation="per_block",
+            masking="off",
+            pooled_dim=768,
+        ),
         dict(double_blocks=0, mlp_ratio=3.0),
-        dict(patch_embed="bottleneck", bottleneck=7, patch=8, head="linear", text_preamble=2),
+        dict(patch_embed="bottleneck", bottleneck=7, patch=8, head="linear", text_refiner_blocks=2),
         dict(padding="learned", masking="off", modulation="none", head="linear"),
         dict(single_blocks=0, mlp_ratio=8 / 3, hidden=768, heads=6),
     ],
@@ -38,35 +53,46 @@ WIDE = dict(
 )
 def test_detection_from_shapes(changes):
     model = config.Model(**(WIDE | changes))
-    if model.modulation in ("per_block", "none"):  # fields that no file of that kind speaks of are the defaults
+    if model.modulation in (
+        "per_block",
+        "none",
+    ):  # fields that no file of that kind speaks of are the defaults
         model = replace(model, approximator_hidden=5120, approximator_depth=5)
     if model.head == "linear":
         model = replace(model, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=4, nerf_freqs=8)
-    assert detect.detect(native.layout(model)[0]) == model
+    assert detect.detect_model(native.native_layout(model)[0]) == model
 
 
 def test_detection_needs_what_shapes_cannot_tell():
-    shapes = native.layout(MODEL)[0]
+    shapes = native.native_layout(MODEL)[0]
     with pytest.raises(CheckpointError, match="Heads of 24 channels") as error:
-        detect.detect(shapes)
+        detect.detect_model(shapes)
     sentence(error)
-    assert detect.detect(shapes, rope_axes=MODEL.rope_axes) == replace(MODEL, approximator_depth=5)
-    metadata = {detect.METADATA_KEY: json.dumps(config.to_dict(MODEL))}
-    assert detect.detect(shapes, metadata, rope_theta=5.0) == replace(MODEL, rope_theta=5.0)
+    assert detect.detect_model(shapes, rope_axes=MODEL.rope_axes) == replace(
+        MODEL, approximator_depth=5
+    )
+    metadata = {detect.MODEL_KEY: json.dumps(config.to_dict(MODEL))}
+    assert detect.detect_model(shapes, metadata, rope_theta=5.0) == replace(MODEL, rope_theta=5.0)
 
 
 def test_a_checkpoint_without_blocks_or_parts():
-    shapes = dict(native.layout(config.Model(**WIDE))[0])
+    shapes = dict(native.native_layout(config.Model(**WIDE))[0])
     for gone in ("distilled_guidance_layer.in_proj.bias", "nerf_blocks.0.param_generator.bias"):
-        assert detect.detect({k: v for k, v in shapes.items() if k != gone}) == config.Model(**WIDE)  # that is `check_shapes`' work
-    for gone in ("img_in_patch.weight", "nerf_blocks.0.param_generator.weight", "double_blocks.0.img_mlp.0.weight"):
+        assert detect.detect_model({k: v for k, v in shapes.items() if k != gone}) == config.Model(
+            **WIDE
+        )  # that is `check_shapes`' work
+    for gone in (
+        "img_in_patch.weight",
+        "nerf_blocks.0.param_generator.weight",
+        "double_blocks.0.img_mlp.0.weight",
+    ):
         with pytest.raises(CheckpointError, match=f"has no {gone}: the file is not whole") as error:
-            detect.detect({k: v for k, v in shapes.items() if k != gone})
+            detect.detect_model({k: v for k, v in shapes.items() if k != gone})
         sentence(error)
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    ("name", "told"),
     {
         "dec_net.cond_embed.weight": "Zeta-Chroma",
         "encoder.block.0.layer.0.SelfAttention.q.weight": "--text-encoder",
@@ -82,7 +108,7 @@ def test_a_checkpoint_without_blocks_or_parts():
 )
 def test_what_else_a_file_is(name, told):
     with pytest.raises(CheckpointError, match=told) as error:
-        detect.detect({name: (4, 4)}, origin="x.safetensors")
+        detect.detect_model({name: (4, 4)}, origin="x.safetensors")
     assert sentence(error).startswith("x.safetensors is ")
 
 
@@ -95,28 +121,38 @@ def test_what_else_a_file_is(name, told):
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_metadata_of_another_version(told):
-    with pytest.raises(CheckpointError, match="describes its model in a way this version does not know") as error:
-        detect.detect({"txt_in.weight": (3, 2)}, {detect.METADATA_KEY: told})
+    with pytest.raises(
+        CheckpointError, match="describes its model in a way this version does not know"
+    ) as error:
+        detect.detect_model({"txt_in.weight": (3, 2)}, {detect.MODEL_KEY: told})
     sentence(error)
 
 
-@pytest.mark.parametrize("field", ["double_blocks", "single_blocks", "nerf_depth", "approximator_depth"])
+@pytest.mark.parametrize(
+    "field", ["double_blocks", "single_blocks", "nerf_depth", "approximator_depth"]
+)
 def test_metadata_of_a_model_too_deep_for_the_file(field):
     """Laying that out block by block would never end."""
     told = json.dumps(config.to_dict(replace(MODEL, **{field: 10**12})))
     with pytest.raises(CheckpointError, match="deeper than its") as error:
-        detect.detect(native.layout(MODEL)[0], {detect.METADATA_KEY: told})
+        detect.detect_model(native.native_layout(MODEL)[0], {detect.MODEL_KEY: told})
     sentence(error)
 
 
 def test_empty_axes():
-    shapes = native.layout(config.Model(**WIDE))[0]
-    for name in ("double_blocks.0.img_attn.norm.query_norm.scale", "txt_in.weight", "nerf_image_embedder.embedder.0.weight"):
+    shapes = native.native_layout(config.Model(**WIDE))[0]
+    for name in (
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "txt_in.weight",
+        "nerf_image_embedder.embedder.0.weight",
+    ):
         with pytest.raises(CheckpointError) as error:
-            detect.detect(shapes | {name: (0,) * len(shapes[name])})
+            detect.detect_model(shapes | {name: (0,) * len(shapes[name])})
         sentence(error)
 
 
 def test_two_models_in_one_file():
-    with pytest.raises(CheckpointError, match="are both norm.scale: the file holds more than one model"):
+    with pytest.raises(
+        CheckpointError, match="are both norm.scale: the file holds more than one model"
+    ):
         detect.canonical_names({"norm.scale": (), "norm.weight": ()})

@@ -10,11 +10,11 @@ import types
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy_files import LATENT, published, save, stored
-from toys import apply, toy_inputs
 
 from radiance.weights import checkpoint, diffusers
-from radiance.weights.convert import convert
+from radiance.weights.convert import convert_checkpoint
+from tests.helpers.toy_files import LATENT, published, save, stored
+from tests.helpers.toy_models import apply, toy_inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 theirs = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -30,7 +30,7 @@ def native_file(tmp_path):
 
 
 def written_folder(file, folder):
-    convert(checkpoint.open_checkpoint(file), folder, to="diffusers")
+    convert_checkpoint(checkpoint.open_checkpoint(file), folder, export_format="diffusers")
     return folder
 
 
@@ -40,7 +40,7 @@ def relative_difference(a, b) -> float:
 
 def ours(file):
     """The output of what is read from the file, under a guidance of 0, which is all that theirs know."""
-    model, params = checkpoint.read(file)
+    model, params = checkpoint.read_checkpoint(file)
     return np.asarray(apply(model, params, INPUTS | dict(guidance=None)))
 
 
@@ -67,7 +67,9 @@ def run(transformer) -> np.ndarray:
 
 def test_a_folder_loads_with_from_pretrained(native_file, tmp_path):
     folder = written_folder(native_file, tmp_path / "folder")
-    transformer, report = theirs.ChromaTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    transformer, report = theirs.ChromaTransformer2DModel.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(report.values()), report
     difference = relative_difference(ours(native_file), run(transformer))
     print(f"from_pretrained: {difference:.1e}")
@@ -83,17 +85,25 @@ def test_a_native_file_loads_with_from_single_file(native_file, tmp_path, monkey
     assert code.co_consts.count(3072) == 1
     code = code.replace(co_consts=tuple(LATENT.hidden if c == 3072 else c for c in code.co_consts))
     small = types.FunctionType(code, convert_.__globals__)
-    monkeypatch.setitem(single_file_model.SINGLE_FILE_LOADABLE_CLASSES["ChromaTransformer2DModel"], "checkpoint_mapping_fn", small)
+    monkeypatch.setitem(
+        single_file_model.SINGLE_FILE_LOADABLE_CLASSES["ChromaTransformer2DModel"],
+        "checkpoint_mapping_fn",
+        small,
+    )
 
     folder = written_folder(native_file, tmp_path / "folder")
     converted = small({name: torch.from_numpy(x) for name, x in load_file(native_file).items()})
     written = load_file(folder / "diffusion_pytorch_model.safetensors")
-    assert {name: x.numpy().tobytes() for name, x in converted.items()} == {name: x.tobytes() for name, x in written.items()}
+    assert {name: x.numpy().tobytes() for name, x in converted.items()} == {
+        name: x.tobytes() for name, x in written.items()
+    }
 
     exported = tmp_path / "exported.safetensors"
-    convert(checkpoint.open_checkpoint(folder), exported)
+    convert_checkpoint(checkpoint.open_checkpoint(folder), exported)
     assert single_file_utils.infer_diffusers_model_type(load_file(exported)) == "chroma"
-    transformer = theirs.ChromaTransformer2DModel.from_single_file(str(exported), config=str(folder), local_files_only=True)
+    transformer = theirs.ChromaTransformer2DModel.from_single_file(
+        str(exported), config=str(folder), local_files_only=True
+    )
     difference = relative_difference(ours(exported), run(transformer))
     print(f"from_single_file: {difference:.1e}")
     assert difference < BOUND
@@ -102,7 +112,13 @@ def test_a_native_file_loads_with_from_single_file(native_file, tmp_path, monkey
 @pytest.mark.parametrize("sharded", [False, True])
 def test_what_save_pretrained_writes_is_read(sharded, tmp_path):
     torch.manual_seed(0)
-    transformer = theirs.ChromaTransformer2DModel(**{k: v for k, v in diffusers.class_config(LATENT).items() if not k.startswith("_")})
+    transformer = theirs.ChromaTransformer2DModel(
+        **{
+            k: v
+            for k, v in diffusers.make_transformer_config(LATENT).items()
+            if not k.startswith("_")
+        }
+    )
     for x in transformer.parameters():
         torch.nn.init.normal_(x, 1.0 if x.ndim == 1 else 0.0, 0.1)
     transformer.save_pretrained(tmp_path / "folder", max_shard_size="200KB" if sharded else "1GB")
@@ -114,21 +130,36 @@ def test_what_save_pretrained_writes_is_read(sharded, tmp_path):
 
 def test_the_table_names_all_their_tensors():
     with torch.device("meta"):
-        transformer = theirs.ChromaTransformer2DModel(**{k: v for k, v in diffusers.class_config(LATENT).items() if not k.startswith("_")})
+        transformer = theirs.ChromaTransformer2DModel(
+            **{
+                k: v
+                for k, v in diffusers.make_transformer_config(LATENT).items()
+                if not k.startswith("_")
+            }
+        )
     shapes = {name: tuple(x.shape) for name, x in transformer.state_dict().items()}
     expected = {name: x.shape for name, x in published(LATENT).items()}
-    made = {t: shape for name in expected for t, (_, shape) in diffusers.parts(name, expected[name], LATENT).items()}
+    made = {
+        t: shape
+        for name in expected
+        for t, (_, shape) in diffusers.locate_diffusers_slices(name, expected[name], LATENT).items()
+    }
     assert made == shapes
-    back = {name: diffusers.joined([shapes[t] for t in parts]) for name, parts in diffusers.to_native(shapes).items()}
+    back = {
+        name: diffusers.concatenated_shape([shapes[t] for t in parts])
+        for name, parts in diffusers.map_to_native(shapes).items()
+    }
     assert back == expected
 
 
 def test_bfloat16_folders_hold_the_same_bytes(tmp_path):
     native = save(tmp_path / "x.safetensors", published(LATENT), LATENT)
     folder = written_folder(native, tmp_path / "folder")
-    transformer = theirs.ChromaTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    transformer = theirs.ChromaTransformer2DModel.from_pretrained(
+        folder, torch_dtype=torch.bfloat16
+    )
     transformer.save_pretrained(tmp_path / "again")
     name = "diffusion_pytorch_model.safetensors"
     assert stored(tmp_path / "again" / name) == stored(folder / name)
-    convert(checkpoint.open_checkpoint(tmp_path / "again"), tmp_path / "y.safetensors")
+    convert_checkpoint(checkpoint.open_checkpoint(tmp_path / "again"), tmp_path / "y.safetensors")
     assert stored(tmp_path / "y.safetensors") == stored(native)

@@ -5,14 +5,24 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from toy_files import sentence
 
-from radiance.weights import files
-from radiance.weights.files import CODES, CheckpointError, open_tensors
-from radiance.weights.gguf import PLAIN, decoded, encoded, open_gguf, write_gguf
+from radiance.base.errors import CheckpointError
+from radiance.weights import tensors
+from radiance.weights.gguf import (
+    UNQUANTIZED_TYPES,
+    decode_gguf_values,
+    encode_gguf_values,
+    open_gguf,
+    write_gguf,
+)
+from radiance.weights.opening import open_tensors
+from radiance.weights.tensors import DTYPES_BY_CODE
+from tests.helpers.toy_files import sentence
 
 KINDS = gguf.GGMLQuantizationType
-TRAITS = {kind: kind.name for kind in KINDS if kind.value not in PLAIN}  # quantised types
+TRAITS = {
+    kind: kind.name for kind in KINDS if kind.value not in UNQUANTIZED_TYPES
+}  # quantized types
 EXPANDED = [kind for kind in TRAITS if kind in gguf.quants._type_traits and kind.name != "Q1_0"]
 
 
@@ -53,45 +63,61 @@ def raw(path, infos=(), pairs=(), data=b"", version=3, counts=None, alignment=32
 
 
 @pytest.mark.parametrize("kind", EXPANDED, ids=lambda kind: kind.name)
-def test_every_quantised_type_is_expanded(kind, tmp_path):
+def test_every_quantized_type_is_expanded(kind, tmp_path):
     """Random bytes are blocks of some weights, though not of good ones."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = np.random.default_rng(kind.value).integers(0, 256, (6, 3 * size), np.uint8)
-    tensors = open_gguf(theirs(tmp_path / "x.gguf", {"a": np.ones(3, np.float32), "x.weight": (kind, rows)}))
-    assert tensors.dtypes == {"a": "F32", "x.weight": kind.name} and tensors.shapes["x.weight"] == (6, 3 * block)
+    tensors = open_gguf(
+        theirs(tmp_path / "x.gguf", {"a": np.ones(3, np.float32), "x.weight": (kind, rows)})
+    )
+    assert tensors.dtypes == {"a": "F32", "x.weight": kind.name}
+    assert tensors.shapes["x.weight"] == (
+        6,
+        3 * block,
+    )
     with np.errstate(all="ignore"):
         values = tensors["x.weight"]
-        np.testing.assert_array_equal(values, gguf.quants.dequantize(rows, kind))  # NaN equals NaN here
+        np.testing.assert_array_equal(
+            values, gguf.quants.dequantize(rows, kind)
+        )  # NaN equals NaN here
     assert values.dtype == np.float32
 
 
 def test_all_types_that_the_package_expands_are_there():
-    assert len(EXPANDED) >= 22 and {"Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"} <= {kind.name for kind in EXPANDED}
+    assert len(EXPANDED) >= 22
+    assert {"Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"} <= {kind.name for kind in EXPANDED}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRAITS if kind not in EXPANDED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TRAITS if kind not in EXPANDED], ids=lambda kind: kind.name
+)
 def test_what_the_package_cannot_expand_is_told(kind, tmp_path):
     rows = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     tensors = open_gguf(theirs(tmp_path / "x.gguf", {"x": (kind, rows)}))
-    with pytest.raises(CheckpointError, match=f"of type {kind.name}, which the gguf package cannot expand") as error:
+    with pytest.raises(
+        CheckpointError, match=f"of type {kind.name}, which the gguf package cannot expand"
+    ) as error:
         tensors["x"]
     sentence(error)
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", UNQUANTIZED_TYPES)
 def test_plain_types(kind, tmp_path):
-    dtype = CODES[PLAIN[kind]]
+    dtype = DTYPES_BY_CODE[UNQUANTIZED_TYPES[kind]]
     values = np.arange(-6, 6).reshape(3, 4).astype(dtype)
     path = raw(tmp_path / "x.gguf", [info(shape=(3, 4), kind=kind)], data=values.tobytes())
     tensors = open_tensors(path)
-    assert tensors["x"].dtype == dtype and tensors.dtypes["x"] == KINDS(kind).name
+    assert tensors["x"].dtype == dtype
+    assert tensors.dtypes["x"] == KINDS(kind).name
     np.testing.assert_array_equal(tensors["x"], values)
 
 
 def test_version_2_and_metadata(tmp_path):
     """Of long arrays only the beginning is kept, and what lies behind them is found all the same."""
     pairs = [
-        text("words") + struct.pack("<IIQ", 9, 8, 100) + b"".join(text(f"w{i}") for i in range(100)),
+        text("words")
+        + struct.pack("<IIQ", 9, 8, 100)
+        + b"".join(text(f"w{i}") for i in range(100)),
         text("numbers") + struct.pack("<IIQ", 9, 12, 200) + bytes(1600),
         text("name") + struct.pack("<I", 8) + text("zwölf"),
         text("half") + struct.pack("<If", 6, 0.5),
@@ -101,8 +127,15 @@ def test_version_2_and_metadata(tmp_path):
     infos = [info("far", (2,), offset=64), info("near", (1, 1)), info("empty", (0,), offset=64)]
     data = np.float32(7).tobytes() + bytes(60) + np.array([1, 2], np.float32).tobytes()
     tensors = open_gguf(raw(tmp_path / "x.gguf", infos, pairs, data, version=2, alignment=64))
-    assert tensors.metadata == {"name": "zwölf", "half": "0.5", "yes": "True", "general.alignment": "64"}
-    assert tensors["far"].tolist() == [1, 2] and tensors["near"].tolist() == [[7]] and tensors["empty"].shape == (0,)
+    assert tensors.metadata == {
+        "name": "zwölf",
+        "half": "0.5",
+        "yes": "True",
+        "general.alignment": "64",
+    }
+    assert tensors["far"].tolist() == [1, 2]
+    assert tensors["near"].tolist() == [[7]]
+    assert tensors["empty"].shape == (0,)
 
 
 def test_shapes_that_comfyui_folded(tmp_path):
@@ -155,10 +188,14 @@ def test_files_that_cannot_be_read(case, tmp_path):
 
 
 def test_a_file_cut_off_anywhere(tmp_path):
-    path = theirs(tmp_path / "x.gguf", {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.float16)}, note="yes")
+    path = theirs(
+        tmp_path / "x.gguf",
+        {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.float16)},
+        note="yes",
+    )
     whole = path.read_bytes()
-    end = open_gguf(path).places["b"]
-    for length in range(9, end.offset + end.size):
+    end = open_gguf(path).locations["b"]
+    for length in range(9, end.offset + end.nbytes):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError) as error:
             open_tensors(path)
@@ -167,7 +204,16 @@ def test_a_file_cut_off_anywhere(tmp_path):
 
 # --- writing ------------------------------------------------------------------------------------------------------------
 
-SHAPES = {"__x0__": (0,), "one": (1,), "bias": (7,), "conv": (2, 3, 4, 4), "half": (3, 5), "bf": (4, 6), "q8": (5, 64), "q4": (6, 96)}
+SHAPES = {
+    "__x0__": (0,),
+    "one": (1,),
+    "bias": (7,),
+    "conv": (2, 3, 4, 4),
+    "half": (3, 5),
+    "bf": (4, 6),
+    "q8": (5, 64),
+    "q4": (6, 96),
+}
 TYPES = {
     "__x0__": "float32", "one": "float32", "bias": "float32", "conv": "float32", "half": "float16", "bf": "bfloat16", "q8": "q8_0",
     "q4": "q4_0",
@@ -181,7 +227,13 @@ def values():
 
 
 def write(path, values):
-    write_gguf(path, SHAPES, TYPES, lambda name: encoded(values[name], TYPES[name], name), {"radiance.note": "zwölf"})
+    write_gguf(
+        path,
+        SHAPES,
+        TYPES,
+        lambda name: encode_gguf_values(values[name], TYPES[name], name),
+        {"radiance.note": "zwölf"},
+    )
     return path
 
 
@@ -193,28 +245,44 @@ def test_the_packages_reader_reads_what_was_written(values, tmp_path):
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
     assert [t.name for t in reader.tensors] == list(SHAPES)
     for t in reader.tensors:
-        assert t.tensor_type.name == kinds[TYPES[t.name]] and tuple(int(n) for n in t.shape)[::-1] == SHAPES[t.name]
+        assert t.tensor_type.name == kinds[TYPES[t.name]]
+        assert tuple(int(n) for n in t.shape)[::-1] == SHAPES[t.name]
         assert t.data_offset % 32 == 0
         read = gguf.quants.dequantize(t.data, t.tensor_type).reshape(SHAPES[t.name])
         exact = values[t.name]
         if TYPES[t.name] in ("q8_0", "q4_0"):
-            np.testing.assert_array_equal(read, decoded(encoded(exact, TYPES[t.name], ""), TYPES[t.name]))
+            np.testing.assert_array_equal(
+                read,
+                decode_gguf_values(encode_gguf_values(exact, TYPES[t.name], ""), TYPES[t.name]),
+            )
             assert 0 < np.abs(read - exact).max() < (0.02 if t.name == "q8" else 0.4)
         else:
-            np.testing.assert_array_equal(read, exact.astype(files.DTYPES[TYPES[t.name]]).astype(np.float32))
+            np.testing.assert_array_equal(
+                read, exact.astype(tensors.DTYPES[TYPES[t.name]]).astype(np.float32)
+            )
 
 
 def test_our_reader_reads_what_was_written(values, tmp_path):
     path = write(tmp_path / "x.gguf", values)
     tensors = open_tensors(path)
-    assert tensors.shapes == SHAPES and tensors.metadata["radiance.note"] == "zwölf"
+    assert tensors.shapes == SHAPES
+    assert tensors.metadata["radiance.note"] == "zwölf"
     for t in gguf.GGUFReader(path).tensors:
-        place = tensors.places[t.name]
-        assert (place.offset, place.size, place.dtype) == (t.data_offset, t.n_bytes, t.tensor_type.name)
-    assert tensors["bf"].dtype == ml_dtypes.bfloat16 and tensors["half"].dtype == np.float16
+        place = tensors.locations[t.name]
+        assert (place.offset, place.nbytes, place.dtype) == (
+            t.data_offset,
+            t.n_bytes,
+            t.tensor_type.name,
+        )
+    assert tensors["bf"].dtype == ml_dtypes.bfloat16
+    assert tensors["half"].dtype == np.float16
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyError("leaf"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyError("leaf"), KeyboardInterrupt()],
+    ids=repr,
+)
 @pytest.mark.parametrize("at", ["__x0__", "half", "q4"])
 def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
@@ -234,7 +302,9 @@ def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_seen_before_writing(values, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda directory: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(
+        tensors.shutil, "disk_usage", lambda directory: type("Usage", (), {"free": 100})
+    )
     with pytest.raises(CheckpointError, match="free.*needed") as error:
         write(tmp_path / "x.gguf", dict.fromkeys(values))
     sentence(error)
@@ -244,4 +314,4 @@ def test_a_full_disk_is_seen_before_writing(values, tmp_path, monkeypatch):
 def test_values_that_are_not_finite_are_not_written(values):
     for dtype in ("float32", "bfloat16", "float16", "q8_0", "q4_0"):
         with pytest.raises(CheckpointError, match="not finite"):
-            encoded(np.full((2, 32), np.inf, np.float32), dtype, "x")
+            encode_gguf_values(np.full((2, 32), np.inf, np.float32), dtype, "x")

@@ -6,22 +6,40 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from toy_loras import BF16, LATENT, MODEL, assert_same, in_memory, sentence, shapes_of, toy_lora
-from toys import toy_model, toy_params
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.weights import checkpoint, diffusers, lora, native
-from radiance.weights.files import CheckpointError
-from radiance.weights.lora import Lora, Pair
+from radiance.weights.lora import LoraPair, LoraWeights
+from tests.helpers.toy_loras import (
+    BF16,
+    LATENT,
+    MODEL,
+    assert_same,
+    in_memory,
+    sentence,
+    shapes_of,
+    toy_lora,
+)
+from tests.helpers.toy_models import toy_model, toy_params
 
 # --- names --------------------------------------------------------------------------------------------------------------
 
 # Module → keys of down and up.
 NAMINGS = {
-    "ai-toolkit, diffusion-pipe": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "ai-toolkit, diffusion-pipe": (
+        "diffusion_model.{}.lora_A.weight",
+        "diffusion_model.{}.lora_B.weight",
+    ),
     "bare": ("{}.lora_A.weight", "{}.lora_B.weight"),
-    "peft": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight"),
-    "peft, with prefix": ("base_model.model.diffusion_model.{}.lora_A.weight", "base_model.model.diffusion_model.{}.lora_B.weight"),
+    "peft": (
+        "base_model.model.{}.lora_A.default.weight",
+        "base_model.model.{}.lora_B.default.weight",
+    ),
+    "peft, with prefix": (
+        "base_model.model.diffusion_model.{}.lora_A.weight",
+        "base_model.model.diffusion_model.{}.lora_B.weight",
+    ),
     "kohya": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight"),
     "lycoris": ("lycoris_{_}.lora_down.weight", "lycoris_{_}.lora_up.weight"),
     "lodestone flow": ("{}.lora.lora_A", "{}.lora.lora_B"),
@@ -43,9 +61,11 @@ def test_every_naming_gives_the_same(naming, alpha, tmp_path):
         tensors |= {spelt(key, module): half for key, half in zip(NAMINGS[naming], (down, up))}
         if alpha:
             key = NAMINGS[naming][0].partition(".lora")[0] + ".alpha"
-            tensors[spelt(key, module)] = np.array(scale * len(down), np.float32).reshape([(), (1,)][len(tensors) % 2])
+            tensors[spelt(key, module)] = np.array(scale * len(down), np.float32).reshape(
+                [(), (1,)][len(tensors) % 2]
+            )
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert_same(lora.read(tmp_path / "lora.safetensors", MODEL), expected)
+    assert_same(lora.read_lora(tmp_path / "lora.safetensors", MODEL), expected)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +73,15 @@ def test_every_naming_gives_the_same(naming, alpha, tmp_path):
     [
         dict(),
         dict(head="linear", patch=1, channels=8),
-        dict(head="linear", patch=1, channels=8, modulation="per_block", pooled_dim=5, guidance_embed=True, masking="off"),
+        dict(
+            head="linear",
+            patch=1,
+            channels=8,
+            modulation="per_block",
+            pooled_dim=5,
+            guidance_embed=True,
+            masking="off",
+        ),
         dict(modulation="shared", head="nerf_linear"),
         dict(double_blocks=12, single_blocks=12),
     ],
@@ -64,13 +92,18 @@ def test_underscored_names_are_not_ambiguous(changes):
     theirs = Counter()
     for module in shapes_of(model):
         try:
-            names = diffusers.theirs(f"{module}.weight")
+            names = diffusers.to_diffusers_names(f"{module}.weight")
         except KeyError:
             names = ()
         # `distilled_guidance_layer.in_proj` has the same name in both layouts.
-        theirs.update({module.replace(".", "_"), *(n.removesuffix(".weight").replace(".", "_") for n in names)})
+        theirs.update(
+            {
+                module.replace(".", "_"),
+                *(n.removesuffix(".weight").replace(".", "_") for n in names),
+            }
+        )
     assert max(theirs.values()) == 1
-    assert lora._spellings(native.layout(model)[0]).keys() == theirs.keys()
+    assert lora._list_spellings(native.native_layout(model)[0]).keys() == theirs.keys()
 
 
 D, MLP = LATENT.hidden, LATENT.mlp_hidden
@@ -95,7 +128,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize(
-    "down_key, up_key",
+    ("down_key", "up_key"),
     [
         ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
         ("lora_transformer_{_}.lora_down.weight", "lora_transformer_{_}.lora_up.weight"),
@@ -107,39 +140,49 @@ def test_diffusers_parts_become_one_module(down_key, up_key, tmp_path):
     for i, (theirs, (module, a, b)) in enumerate(THEIRS.items()):
         rank = 1 + i % 3
         ranks[module] += rank
-        down, up = draw.standard_normal((rank, deltas[module].shape[1]), np.float32), draw.standard_normal((b - a, rank), np.float32)
+        down, up = (
+            draw.standard_normal((rank, deltas[module].shape[1]), np.float32),
+            draw.standard_normal((b - a, rank), np.float32),
+        )
         tensors |= {spelt(down_key, theirs): down, spelt(up_key, theirs): up}
         if i % 2:
-            tensors[spelt(down_key.partition(".lora_")[0] + ".alpha", theirs)] = np.float32(0.75 * rank)
+            tensors[spelt(down_key.partition(".lora_")[0] + ".alpha", theirs)] = np.float32(
+                0.75 * rank
+            )
         deltas[module][a:b] = (0.75 if i % 2 else 1) * up.astype(float) @ down
     save_file({k: np.asarray(v) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
-    found = lora.read(tmp_path / "lora.safetensors", LATENT)
+    found = lora.read_lora(tmp_path / "lora.safetensors", LATENT)
     assert {m: len(pair.down) for m, pair in found.pairs.items()} == ranks
     for module, pair in found.pairs.items():
-        np.testing.assert_allclose(pair.matrix(), deltas[module], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pair.compute_delta(), deltas[module], rtol=1e-5, atol=1e-6)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [MODEL, LATENT], ids=["pixels", "latent"])
-@pytest.mark.parametrize("names", lora.NAMINGS)
+@pytest.mark.parametrize("names", lora.NAMING_SCHEMES)
 def test_written_and_read_is_the_same(names, model, tmp_path):
     path, expected = tmp_path / "new" / "lora.safetensors", toy_lora(model)
-    lora.write(path, expected, names, "float32")
-    assert_same(lora.read(path, model), expected)
-    lora.write(path, expected, names)
-    found = lora.read(path, model)
+    lora.write_lora(path, expected, names, "float32")
+    assert_same(lora.read_lora(path, model), expected)
+    lora.write_lora(path, expected, names)
+    found = lora.read_lora(path, model)
     for module, pair in expected.pairs.items():
-        np.testing.assert_array_equal(found.pairs[module].up, pair.up.astype(BF16).astype(np.float32))
+        np.testing.assert_array_equal(
+            found.pairs[module].up, pair.up.astype(BF16).astype(np.float32)
+        )
         assert found.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_the_written_names(tmp_path):
-    path, model = tmp_path / "lora.safetensors", toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"]).model
+    path, model = (
+        tmp_path / "lora.safetensors",
+        toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"]).model,
+    )
     written = toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"])
-    lora.write(path, written)
+    lora.write_lora(path, written)
     stored = load_file(path)
     assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {
         "diffusion_model.double_blocks.1.img_mlp.0.lora_A.weight": ((1, 48), BF16),
@@ -152,12 +195,19 @@ def test_the_written_names(tmp_path):
     assert stored["diffusion_model.img_in_patch.alpha"] == 1.5 * 2
     with safe_open(path, "numpy") as file:
         assert file.metadata()["rank"] == "1, 2"
-        assert config.from_json(config.Model, file.metadata()[lora.BASE_KEY]) == model
-    lora.write(path, written, "kohya", "float16")
-    assert {k.partition(".")[0] for k in load_file(path)} == {"lora_unet_double_blocks_1_img_mlp_0", "lora_unet_img_in_patch"}
-    assert {k.partition(".")[2] for k in load_file(path)} == {"lora_down.weight", "lora_up.weight", "alpha"}
+        assert config.from_json(config.Model, file.metadata()[lora.BASE_MODEL_KEY]) == model
+    lora.write_lora(path, written, "kohya", "float16")
+    assert {k.partition(".")[0] for k in load_file(path)} == {
+        "lora_unet_double_blocks_1_img_mlp_0",
+        "lora_unet_img_in_patch",
+    }
+    assert {k.partition(".")[2] for k in load_file(path)} == {
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+    }
     with pytest.raises(CheckpointError, match="namings are peft, kohya") as error:
-        lora.write(path, written, "onnx")
+        lora.write_lora(path, written, "onnx")
     sentence(error)
     with pytest.raises(CheckpointError, match="is a LoRA: give it as --lora"):
         checkpoint.open_checkpoint(path)
@@ -171,18 +221,45 @@ X = "double_blocks.0.img_attn.proj"
 REFUSED = {
     "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this a DoRA"),
     "DoRA of peft": (GOOD | {f"{X}.lora_magnitude_vector": np.ones(48)}, "DoRA"),
-    "LoHa": ({f"lora_unet_{X.replace('.', '_')}.hada_w1_a": np.ones((2, 2))}, "hada_w1_a is of another kind.*extract the difference"),
+    "LoHa": (
+        {f"lora_unet_{X.replace('.', '_')}.hada_w1_a": np.ones((2, 2))},
+        "hada_w1_a is of another kind.*extract the difference",
+    ),
     "LoKr": ({f"diffusion_model.{X}.lokr_w1": np.ones((2, 2))}, "lokr_w1 is of another kind"),
-    "LoCon's middle": (GOOD | {f"{X}.lora_mid.weight": np.ones((2, 2, 3, 3))}, "lora_mid.weight is of another kind"),
-    "text encoder of kohya": (GOOD | {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))}, "lora_te1_encoder_q.*not applied"),
-    "text encoder of diffusers": (GOOD | {"text_encoder.q.lora_A.weight": np.ones((2, 4))}, "text_encoder.q.*not applied"),
-    "a trained norm": (GOOD | {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(24)}, "query_norm.scale is no part of a LoRA"),
-    "fused parts": (GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))}, "lora_As is no part of a LoRA"),
+    "LoCon's middle": (
+        GOOD | {f"{X}.lora_mid.weight": np.ones((2, 2, 3, 3))},
+        "lora_mid.weight is of another kind",
+    ),
+    "text encoder of kohya": (
+        GOOD | {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))},
+        "lora_te1_encoder_q.*not applied",
+    ),
+    "text encoder of diffusers": (
+        GOOD | {"text_encoder.q.lora_A.weight": np.ones((2, 4))},
+        "text_encoder.q.*not applied",
+    ),
+    "a trained norm": (
+        GOOD | {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(24)},
+        "query_norm.scale is no part of a LoRA",
+    ),
+    "fused parts": (
+        GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))},
+        "lora_As is no part of a LoRA",
+    ),
     "a whole difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is no part"),
-    "another model": (GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))}, r"blocks\.7.*has not"),
-    "FLUX": (GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))}, "img_mod_lin.*has not: give the model"),
+    "another model": (
+        GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))},
+        r"blocks\.7.*has not",
+    ),
+    "FLUX": (
+        GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))},
+        "img_mod_lin.*has not: give the model",
+    ),
     "half a pair": ({A: GOOD[A]}, rf"{A} without the pair's up"),
-    "the other half": ({B: GOOD[B], f"{X}.alpha": np.ones(())}, rf"{X}\.\w+.* and {X}\.\w+.* without the pair's down"),
+    "the other half": (
+        {B: GOOD[B], f"{X}.alpha": np.ones(())},
+        rf"{X}\.\w+.* and {X}\.\w+.* without the pair's down",
+    ),
     "alpha alone": (GOOD | {"txt_in.alpha": np.ones(())}, "txt_in.alpha without"),
     "two ranks": (GOOD | {B: np.ones((48, 3))}, r"lora_B.weight is \[48, 3\].*rank 2.*\[48, 2\]"),
     "another width": (GOOD | {A: np.ones((2, 64))}, r"lora_A.weight is \[2, 64\].*\[2, 48\]"),
@@ -196,7 +273,10 @@ REFUSED = {
     "infinite": (GOOD | {f"{X}.alpha": np.array(np.inf)}, "alpha holds values that are not finite"),
     "two adapters": (GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]}, "same half of a pair"),
     "whole and in parts": (
-        {"double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)), "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48))},
+        {
+            "double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)),
+            "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48)),
+        },
         "as a whole and in parts",
     ),
     "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "txt_in.weight is no part of a LoRA"),
@@ -207,29 +287,36 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, tmp_path):
     tensors, expected = REFUSED[case]
-    save_file({k: np.asarray(v, np.float32) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
+    save_file(
+        {k: np.asarray(v, np.float32) for k, v in tensors.items()}, tmp_path / "lora.safetensors"
+    )
     with pytest.raises(CheckpointError, match=expected) as error:
-        lora.read(tmp_path / "lora.safetensors", MODEL)
+        lora.read_lora(tmp_path / "lora.safetensors", MODEL)
     assert str(tmp_path / "lora.safetensors") in sentence(error)
 
 
 def test_one_by_one_convolutions_are_linear(tmp_path):
     tensors = {A: GOOD[A].reshape(2, 48, 1, 1), B: GOOD[B].reshape(48, 2, 1, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert_same(lora.read(tmp_path / "lora.safetensors", MODEL), Lora(MODEL, {X: Pair(GOOD[A], GOOD[B])}))
+    assert_same(
+        lora.read_lora(tmp_path / "lora.safetensors", MODEL),
+        LoraWeights(MODEL, {X: LoraPair(GOOD[A], GOOD[B])}),
+    )
 
 
 def test_a_lora_of_another_model_is_not_used():
     wide = toy_lora(toy_model(hidden=96, heads=4), ["double_blocks.0.img_attn.proj"])
     more = toy_lora(toy_model(double_blocks=5), ["double_blocks.4.img_attn.proj"])
     for other in (wide, more):
-        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model has not") as error:
-            lora.merged(in_memory()[0], other)
+        with pytest.raises(
+            CheckpointError, match="img_attn.proj of .* which this model has not"
+        ) as error:
+            lora.merge_lora(in_memory()[0], other)
         sentence(error)
         with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model has not"):
-            lora.applied(toy_params(MODEL), MODEL, [(other, 1.0)])
+            lora.apply_loras(toy_params(MODEL), MODEL, [(other, 1.0)])
     # One of a model that differs in no module fits.
-    lora.merged(in_memory(toy_model(prediction="x0"))[0], toy_lora())
+    lora.merge_lora(in_memory(toy_model(prediction="x0"))[0], toy_lora())
 
 
 # --- with PyTorch -------------------------------------------------------------------------------------------------------
@@ -241,8 +328,11 @@ def test_peft_reads_what_is_written(tmp_path):
     peft = pytest.importorskip("peft", reason="compares with PEFT")
     module = "single_blocks.2.linear1"
     written = toy_lora(modules=[module])
-    lora.write(tmp_path / "lora.safetensors", written, dtype="float32")
-    tensors = {k.removeprefix("diffusion_model."): torch.from_numpy(v) for k, v in load_file(tmp_path / "lora.safetensors").items()}
+    lora.write_lora(tmp_path / "lora.safetensors", written, dtype="float32")
+    tensors = {
+        k.removeprefix("diffusion_model."): torch.from_numpy(v)
+        for k, v in load_file(tmp_path / "lora.safetensors").items()
+    }
     alpha = tensors.pop(f"{module}.alpha")
     net = torch.nn.Module()
     net.single_blocks = torch.nn.ModuleList([torch.nn.Module() for _ in range(3)])
@@ -250,7 +340,11 @@ def test_peft_reads_what_is_written(tmp_path):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 48), np.float32))
     plain = layer(x).detach().numpy()
     rank = len(written.pairs[module].down)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha.item(), target_modules=[module]), net)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=alpha.item(), target_modules=[module]), net
+    )
     assert not peft.set_peft_model_state_dict(net, tensors).unexpected_keys
     found = net.single_blocks[2].linear1(x).detach().numpy()
-    np.testing.assert_allclose(found, plain + x.numpy() @ written.pairs[module].matrix().T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found, plain + x.numpy() @ written.pairs[module].compute_delta().T, rtol=1e-4, atol=1e-5
+    )

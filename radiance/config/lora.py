@@ -1,0 +1,47 @@
+"""Settings of LoRA fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from radiance.base.settings import Section, require
+
+
+@dataclass(frozen=True)
+class Lora(Section):
+    """Low-rank additions to the blocks' matrices (arXiv 2106.09685), trained in place of the weights that `init` names."""
+
+    rank: int = 0  # 0: the weights themselves are trained
+    alpha: float | None = None  # additions are scaled by alpha / rank; none: by 1
+    target_modules: tuple[str, ...] = (
+        "refiner",
+        "double",
+        "single",
+    )  # the matrices whose paths start so, such as "single/attention"
+    weight_format: Literal["none", "q8_0", "int8", "float8_e4m3fn"] = (
+        "none"  # what the matrices that stay are kept in
+    )
+    dtype: Literal["bfloat16", "float32"] = (
+        "bfloat16"  # of the weights that stay, but for what is stored smaller
+    )
+
+    def check(self):
+        require(
+            self.rank >= 0,
+            f"lora.rank={self.rank} cannot be negative (0 trains the weights themselves).",
+        )
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha} must be positive.")
+        for module in self.target_modules:
+            require(
+                module.split("/")[0] in ("refiner", "double", "single"),
+                f"lora.target_modules={module!r}: only matrices of the blocks are adapted, as in double or single/mlp.",
+            )
+        require(
+            bool(self.target_modules),
+            "lora.target_modules is empty: name what is adapted, such as double,single.",
+        )
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / max(self.rank, 1)

@@ -1,0 +1,583 @@
+"""What a user sees: results, and one clear sentence for each thing that is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from radiance import config
+from radiance.cli import hosts, load_experiment, main, sample
+from radiance.cli.inspect import load_data_config
+from radiance.data.datasets import open_source
+from tests.helpers.toy_files import PIXELS, published, save
+from tests.helpers.toy_runs import PLAIN, toy_run, train
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_directory):
+    run = toy_run(tmp_path_factory.mktemp("cli"), data_directory, "train.steps=2", **PLAIN)
+    assert train(run) == 2
+    return run.run_dir
+
+
+def told(capsys, *arguments) -> str:
+    """The one line on stderr of a command that fails."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("radiance: "), lines
+    return lines[0]
+
+
+def test_help_comes_without_jax():
+    """JAX takes seconds, and reads the environment that `prepare` sets."""
+    script = "import sys\nfrom radiance.cli import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules, 'numpy' in sys.modules)"
+    assert (
+        subprocess.check_output([sys.executable, "-c", script], text=True).splitlines()[-1]
+        == "False False"
+    )
+
+
+def test_verify():
+    """As users run it: with the compiler's optimisations, which tests do without."""
+    user = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [
+        sys.executable,
+        "-m",
+        "radiance",
+        "verify",
+        str(GOLDEN / "radiance_linear_head.safetensors"),
+    ]
+    done = subprocess.run(command, env=user, capture_output=True, text=True)
+    assert done.returncode == 0 and "velocity" in done.stdout, done.stderr
+
+
+def test_verify_fails_on_another_result(capsys, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from radiance.weights.opening import open_tensors
+
+    tensors = load_file(GOLDEN / "chroma_latent.safetensors")
+    tensors["velocity"] = tensors["velocity"] * 1.001
+    save_file(
+        tensors,
+        tmp_path / "off.safetensors",
+        open_tensors(GOLDEN / "chroma_latent.safetensors").metadata,
+    )
+    assert main(["verify", str(tmp_path / "off.safetensors")]) == 1
+    assert "TOO FAR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("out", "number"),
+    [("out.safetensors", signal.SIGTERM), ("out.gguf", signal.SIGINT), ("out", signal.SIGTERM)],
+)
+def test_a_stopped_conversion_leaves_nothing(tmp_path, out, number):
+    slow = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background are born without
+from radiance.cli import main
+from radiance.weights import convert
+whole = convert.part_of
+convert.part_of = lambda name: time.sleep(0.2) or whole(name)
+sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+    save(tmp_path / "in.safetensors", published(PIXELS), PIXELS)
+    arguments = [
+        tmp_path / "in.safetensors",
+        tmp_path / out,
+        "--to",
+        {".gguf": "gguf", "": "torch"}.get(Path(out).suffix, "native"),
+    ]
+    command = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out*.part")):
+        assert command.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    command.send_signal(number)
+    errors = command.communicate(timeout=60)[1]
+    expected = {signal.SIGTERM: (143, ""), signal.SIGINT: (130, "radiance: stopped by Ctrl-C.")}[
+        number
+    ]
+    assert (command.returncode, errors.strip()) == expected, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_sample(trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a handwritten one\n\nthe digit 2\n")
+    out = tmp_path / "out"
+    assert (
+        main(
+            [
+                "sample",
+                str(trained),
+                "guidance=1",
+                "--prompts",
+                str(prompts),
+                "--seeds",
+                "0-1,7",
+                "--size",
+                "12x8",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    files = sorted(p.name for p in out.iterdir())
+    assert files == [
+        *(f"{i:05d}_seed{s}.png" for i, s in enumerate([0, 1, 7, 0, 1, 7])),
+        "sheet.png",
+    ]
+    image = Image.open(out / "00005_seed7.png")
+    assert image.size == (12, 8)
+    assert image.text["prompt"] == "the digit 2"
+    assert "params" not in image.text["model"]
+    assert np.asarray(image).std() > 0
+
+
+def test_of_many_images_no_sheet_is_kept_in_memory(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_SHEET_IMAGES", 1)
+    assert (
+        main(
+            [
+                "sample",
+                str(trained),
+                "guidance=1",
+                "--prompt",
+                "the digit 2",
+                "--seeds",
+                "0-1",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000_seed0.png",
+        "00001_seed1.png",
+    ]
+    assert "2 images of 2 are in" in capsys.readouterr().out
+
+
+def test_sample_from_a_image(capsys, trained, tmp_path):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 12, 3)).astype(np.uint8))
+    mask = Image.new("L", (12, 9))
+    mask.paste(255, (4, 0, 12, 9))
+    image.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    command = [
+        "sample",
+        trained,
+        "guidance=1",
+        "--prompt",
+        "a one",
+        "--image",
+        tmp_path / "image.png",
+        "--mask",
+        tmp_path / "mask.png",
+    ]
+    assert main([str(part) for part in [*command, "--out", tmp_path / "out"]]) == 0
+    picture = Image.open(tmp_path / "out" / "00000_seed0.png")
+    changed = np.asarray(picture, int) - np.asarray(image)
+    assert not changed[:, :4].any()
+    assert changed[:, 4:].any()
+    assert json.loads(picture.text["start"])["strength"] == 1
+    assert "give --image FILE too" in told(
+        capsys, *command[:5], "--strength", "0.5", "--out", tmp_path / "other"
+    )
+    assert "strength=2.0 must be" in told(
+        capsys, *command, "--strength", "2", "--out", tmp_path / "other"
+    )
+    assert (
+        "mask is of 12×8 pixels"
+        in (
+            mask.resize((12, 8)).save(tmp_path / "mask.png"),
+            told(capsys, *command, "--out", tmp_path / "other"),
+        )[1]
+    )
+    (tmp_path / "mask.png").write_text("no image")
+    assert "mask.png cannot be used: not an image." in told(
+        capsys, *command, "--out", tmp_path / "other"
+    )
+
+
+def test_sample_with_changes_behind_the_flags(trained, tmp_path):
+    """As the README writes it; and the weights that are asked for are those that paint."""
+    pixels = {}
+    for weights in ("ema=0.9", "params"):
+        out = tmp_path / weights
+        command = [
+            "sample",
+            str(trained),
+            "--prompt",
+            "a handwritten seven",
+            "--size",
+            "8x8",
+            "--out",
+            str(out),
+            f"weights={weights}",
+            "guidance=3",
+        ]
+        assert main(command) == 0
+        image = Image.open(out / "00000_seed0.png")
+        assert image.text["model"].endswith(weights)
+        assert '"guidance": 3.0' in image.text["settings"]
+        pixels[weights] = np.asarray(image, int)
+    assert np.abs(pixels["params"] - pixels["ema=0.9"]).max() > 0
+
+
+def test_images_are_not_overwritten(capsys, trained, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "00000_seed0.png")
+    assert "holds images already" in told(
+        capsys, "sample", trained, "--prompt", "one", "--out", tmp_path
+    )
+
+
+def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, data_directory):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "painted"
+    prompts.write_text(
+        "\ufeffa handwritten one\nthe digit 2\n", "utf-8"
+    )  # as editors on Windows begin a file
+    command = [
+        "sample",
+        str(trained),
+        "guidance=1",
+        "--prompts",
+        str(prompts),
+        "--seeds",
+        "3-4",
+        "--folder",
+        str(folder),
+    ]
+    assert main(command) == 0
+    names = [f"{i:05d}_seed{s}" for i, s in enumerate([3, 4, 3, 4])]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{name}{end}" for name in names for end in (".png", ".txt")
+    )
+    source = open_source(
+        config.Data(
+            source="folder",
+            path=str(folder),
+            cache_dir=data_directory,
+            resolution=8,
+            validation_fraction=1e-9,
+        ),
+        "train",
+    )
+    assert [source.captions(i) for i in range(4)] == [("a handwritten one",)] * 2 + [
+        ("the digit 2",)
+    ] * 2
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    lost = folder / f"{names[1]}.png"
+    lost.unlink()
+    assert main(command) == 0
+    assert lost.read_bytes() == before.pop(lost)[0]
+    lost.with_suffix(".txt").write_bytes(before.pop(lost.with_suffix(".txt"))[0])
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+    assert main(command) == 0
+    assert "Nothing is left" in capsys.readouterr().out
+    lost.unlink()
+    assert "was painted with another settings" in told(
+        capsys, *(part.replace("guidance=1", "guidance=2") for part in command)
+    )
+    lost.write_bytes((folder / f"{names[0]}.png").read_bytes())
+    assert "begun with other prompts" in told(
+        capsys, *command[:-4], "--seeds", "4-5", "--folder", folder
+    )
+    assert "(it holds 00002_seed3.txt)" in told(
+        capsys, *command[:3], "--prompt", "a handwritten one", "--prompt", "3", *command[5:]
+    )
+
+
+def test_a_dotted_experiment(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.py").write_text(
+        "from radiance import config as c\n\n\ndef config():\n    return c.Config(name='mine')\n"
+    )
+    (tmp_path / "mine" / "larger.py").write_text(
+        "import small\n\nARMS = {'b': ['data.batch_size=8']}\nconfig = small.config\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert load_experiment("mine.small").name == "mine"
+    assert (
+        load_experiment("mine.larger:b").data.batch_size
+        == load_experiment("mine/larger.py:b").data.batch_size
+        == 8
+    )  # it imports what lies beside it
+
+
+def test_experiments(tmp_path):
+    run = load_experiment("experiments/quickstart.py")
+    assert run.name == "quickstart"
+    file = tmp_path / "arms.py"
+    file.write_text(
+        "from radiance import config as c\nARMS = {'none': ['model.modulation=none'], 'shared': ['model.modulation=shared', 'data.batch_size=8']}\n"
+        "\n\ndef config():\n    return c.Config()\n"
+    )
+    arm = load_experiment(f"{file}:none")
+    assert arm.model.modulation == "none"
+    assert arm.name == "run-none"
+    both = load_experiment(f"{file}:shared:none")  # the later one counts
+    assert (both.model.modulation, both.data.batch_size, both.name) == (
+        "none",
+        8,
+        "run-shared-none",
+    )
+    for name in ("nine", "none:nine"):
+        with pytest.raises(config.ConfigError, match="has no arm 'nine': it has none, shared"):
+            load_experiment(f"{file}:{name}")
+    with pytest.raises(config.ConfigError, match="There is no experiment file"):
+        load_experiment("experiments/quickstrat.py")
+    with pytest.raises(config.ConfigError, match="There is no experiment nothing.here"):
+        load_experiment("nothing.here")
+
+
+def test_inspect_data(capsys, tmp_path):
+    """Of a folder: what is used, how it is cut, which images are alike; and a list of the others."""
+    china = Image.fromarray(load_sample_image("china.jpg"))
+    images = {
+        "a.jpg": china,
+        "b.png": china.resize((320, 213)),
+        "c.jpg": china.crop((0, 0, 300, 300)),
+        "d.png": china.resize((20, 20)),
+    }
+    images["plain.png"] = Image.new("RGB", (256, 256), "red")
+    for name, image in images.items():
+        image.save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a temple " * 9)
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:9000])
+    (tmp_path / "broken.txt").write_text("a temple")
+    (tmp_path / "none.png").write_bytes((tmp_path / "b.png").read_bytes())
+    changes = [
+        "data.resolution=128",
+        "data.batch_size=2",
+        "data.validation_fraction=1e-9",
+        f"data.cache_dir={tmp_path}/.kept",
+        "text.max_length=16",
+    ]
+    assert (
+        main(
+            [
+                "inspect",
+                str(tmp_path),
+                "--duplicates",
+                "--write",
+                str(tmp_path / "kept.jsonl"),
+                *changes,
+            ]
+        )
+        == 0
+    )
+    told, errors = capsys.readouterr()
+    assert not errors
+    assert all(len(line) <= 100 for line in told.splitlines() if str(tmp_path) not in line)
+    for line in (
+        r"images +5",
+        r"left out: no caption +1\n  'none.png'",
+        r"left out: too small +1\n  'd.png'",
+        r"The validation split of folder .* is empty",
+        r"  256 – 383  3  60.0%  █{50}\n  384 – 511  0   0.0%\n  512 – 767  2  40.0%  █{33}▍\n",
+        r"  3:2  3  60.0%  █{50}",
+        r"128 × 128 +5 +2 +1\n",
+        r"over 16  4  80.0%  █{50}",
+        r"cut: 4 captions \(80.0%\)",
+        r"Programs to compile, at most: 1 = 1 shape × 1 text width \(16 tokens\)",
+        r"1 image like a larger one, of 1 group\n  'a.jpg' 640×427, 'b.png' 320×213",
+        r"Too plain to be compared: 1 image",
+        r"Cannot be decoded: 1 image\n  'broken.jpg'",
+        r"kept.jsonl lists 3 of the 5 images",
+    ):
+        assert re.search(line, told), (line, told)
+    lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [(line["filename"], line["width"]) for line in lines] == [
+        ("a.jpg", 640),
+        ("c.jpg", 300),
+        ("plain.png", 256),
+    ]
+
+
+def test_what_is_inspected(capsys, tmp_path, trained):
+    def source(what):
+        run = load_data_config(str(what))
+        return run and (run.data.source, run.data.path)
+
+    for name in ("images", "tars", "parquets", "mixed"):
+        (tmp_path / name).mkdir()
+    for name in ("tars/0.tar", "parquets/0.parquet", "mixed/0.tar", "mixed/a.PNG"):
+        (tmp_path / name).touch()
+    expected = {"images": "folder", "mixed": "folder", "tars": "tar", "parquets": "parquet"}
+    expected |= {
+        "a.jsonl": "jsonl",
+        "tars/0.tar": "tar",
+        "tars/*.tar": "tar",
+        "parquets/0.parquet": "parquet",
+    }
+    for name, kind in expected.items():
+        assert source(tmp_path / name) == (kind, str(tmp_path / name))
+    for model in (
+        trained,
+        GOLDEN / "radiance_v.safetensors",
+        "chroma1-base",
+        "missing",
+        tmp_path / "missing.safetensors",
+    ):
+        assert source(model) is None
+    assert source("experiments/quickstart.py") == source("experiments.quickstart") == ("digits", "")
+
+    assert main(["inspect", str(trained)]) == 0
+    assert "together" in capsys.readouterr().out
+    assert "--write is for data" in told(capsys, "inspect", trained, "--write", "kept.jsonl")
+    assert "data.resolution=8 is for data" in told(
+        capsys, "inspect", "chroma1-base", "data.resolution=8"
+    )
+    assert "There is no run directory and no checkpoint missing" in told(
+        capsys, "inspect", "missing"
+    )
+    assert "--distance 12 must lie between 0 and 11" in told(
+        capsys, "inspect", tmp_path / "images", "--duplicates", "--distance", 12
+    )
+    assert "give that too" in told(capsys, "inspect", tmp_path / "images", "--distance", 3)
+
+
+def test_unknown_keys_and_names(capsys):
+    assert "did you mean 'learning_rate'?" in told(
+        capsys, "train", "experiments/quickstart.py", "optimizer.learning_rte=1"
+    )
+    assert "did you mean 'chroma1-radiance'" in told(
+        capsys, "train", "experiments/quickstart.py", "model=chroma1-radianse"
+    )
+    assert "did you mean 'parabola'?" in told(
+        capsys, "train", "experiments/quickstart.py", "flow.timestep_distribution=parabol"
+    )
+    assert "a whole number is expected" in told(
+        capsys, "train", "experiments/quickstart.py", "train.steps=many"
+    )
+    assert "not of the form key=value" in told(
+        capsys, "train", "experiments/quickstart.py", "faster"
+    )
+    assert "name one of them" in told(
+        capsys, "train", "experiments/quickstart.py", "sample.weights=ema=0.5"
+    )
+
+
+def test_sizes_that_do_not_divide(capsys):
+    assert "does not divide into model.heads=5" in told(
+        capsys, "train", "experiments/quickstart.py", "model.heads=5"
+    )
+    assert "whole patches" in told(
+        capsys, "train", "experiments/quickstart.py", "data.resolution=18"
+    )
+    assert "does not divide into 3 parts" in told(
+        capsys, "train", "experiments/quickstart.py", "optimizer.gradient_accumulation_steps=3"
+    ).replace("optimizer.gradient_accumulation_steps=3 parts", "3 parts")
+    assert "there are 1" in told(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"), [(None, 1), (OSError, 1), (config.ConfigError, 1), (KeyboardInterrupt, 0)]
+)
+def test_hosts_wait_for_each_other(error, waits, monkeypatch):
+    """Also one that has failed, but not one that is stopped; a host alone waits for nobody."""
+    from orbax.checkpoint import multihost
+
+    waited = []
+    monkeypatch.setattr(
+        multihost,
+        "get_barrier_sync_fn",
+        lambda: lambda key, timeout_ms: waited.append((key, timeout_ms)),
+    )
+    for count in (2, 1):
+        monkeypatch.setattr(hosts, "join_hosts_from_options", lambda options, count=count: (0, count))
+        with (
+            pytest.raises(error) if error else nullcontext(),
+            hosts.join_hosts_and_wait(None) as found,
+        ):
+            assert found == (0, count)
+            if error:
+                raise error
+    assert waited == [("done", hosts.BARRIER_TIMEOUT_MS)] * waits
+
+
+def test_prompts(capsys, trained, tmp_path):
+    assert "nothing to paint" in told(capsys, "sample", trained)
+    assert "has 21 tokens, and the limit is 8" in told(
+        capsys, "sample", trained, "--prompt", "one " * 20
+    )
+    assert "is not a run directory" in told(capsys, "sample", tmp_path, "--prompt", "one")
+    assert "give --hosts N too" in told(capsys, "sample", trained, "--prompt", "one", "--host", "1")
+    assert "none of --hosts 2" in told(
+        capsys, "encode", "experiments/quickstart.py", "text.cache=x", "--host", "2", "--hosts", "2"
+    )
+    for option in ("--prompts", "--image"):
+        missing = told(capsys, "sample", trained, "--prompt", "one", option, tmp_path / "missing")
+        assert (
+            "missing cannot be read (No such file or directory): give a file that is there."
+            in missing
+        )
+    suite = told(capsys, "sample", trained, "--suite", "geneval", "--prompts", tmp_path / "missing")
+    assert (
+        "missing cannot be read (No such file or directory): give the prompts of suite geneval."
+        in suite
+    )
+    (tmp_path / "file").touch()
+    for command in (
+        ("sample", trained, "--prompt", "one", "--out", tmp_path / "file" / "images"),
+        ("train", "experiments/quickstart.py", f"output={tmp_path / 'file'}"),
+        ("evaluate", trained, "--out", tmp_path / "file" / "evaluation.json"),
+    ):
+        assert f"{tmp_path / 'file'} is a file, and nothing can be written below it" in told(
+            capsys, *command
+        )
+    assert "is a folder: give the name of a file" in told(
+        capsys, "evaluate", trained, "--out", tmp_path
+    )
+    assert "did you mean 'guidance'" in told(
+        capsys, "sample", trained, "guidence=2", "--prompt", "one"
+    )
+
+
+def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
+    whole = (GOLDEN / "radiance_v.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in told(capsys, "verify", tmp_path / "short.safetensors")
+    (tmp_path / "foreign.safetensors").write_bytes(b"hello world, this is no checkpoint at all")
+    assert "not a whole safetensors file" in told(
+        capsys, "verify", tmp_path / "foreign.safetensors"
+    )
+    assert "There is no file" in told(capsys, "verify", tmp_path / "missing.safetensors")
+    init = f"init={GOLDEN / 'radiance_v.safetensors'}"
+    message = told(
+        capsys,
+        "train",
+        "experiments/quickstart.py",
+        f"output={tmp_path}",
+        f"data.cache_dir={data_directory}",
+        init,
+    )
+    assert "does not hold this model" in message
+    assert "no checkpoint nowhere" in told(
+        capsys,
+        "train",
+        "experiments/quickstart.py",
+        f"output={tmp_path / 'b'}",
+        f"data.cache_dir={data_directory}",
+        "init=nowhere",
+    )

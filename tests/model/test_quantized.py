@@ -1,0 +1,213 @@
+"""Small storage: what is expanded, when, and how far from what was stored."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from radiance import config
+from radiance.base.errors import CheckpointError
+from radiance.model.quantized import (
+    WEIGHT_FORMATS,
+    LoraKernel,
+    QuantizedKernel,
+    expand_weights,
+    quantize,
+)
+from radiance.model.transformer import bind_model
+from radiance.training.lora import attach_adapters, init_adapters
+from radiance.weights.checkpoint import checkpoint_from_params, is_block_matrix
+from radiance.weights.native import flatten_tree
+from tests.helpers.toy_models import apply, toy_inputs, toy_model, toy_params
+
+SIZES = dict(hidden=64, rope_axes=(4, 14, 14), text_refiner_blocks=1)
+MODEL = toy_model(**SIZES)
+# rms error of a Gaussian matrix of 64 inputs
+ERRORS = {"q8_0": 5.3e-3, "int8": 5.9e-3, "float8_e4m3fn": 2.7e-2}
+
+
+def small(x):
+    return isinstance(x, QuantizedKernel)
+
+
+def whole(params):
+    """Every stored leaf as an array."""
+    return jax.tree.map(lambda x: x.expand() if small(x) else x, params, is_leaf=small)
+
+
+def blurred(params, error):
+    """White noise of the relative size ``error`` on every matrix of a block."""
+    rng = np.random.default_rng(1)
+    leaves = [
+        x + error * np.sqrt(np.mean(np.square(x))) * rng.standard_normal(x.shape, np.float32)
+        if is_block_matrix(path)
+        else x
+        for path, x in flatten_tree(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def matrix(shape=(64, 96)):
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def relative(a, b):
+    return float(np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+def test_errors(store):
+    values, scales = quantize(matrix(), store)
+    found = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
+    assert found.shape == (64, 2, 48)
+    assert relative(found.reshape(64, 96), matrix()) == pytest.approx(ERRORS[store], rel=0.1)
+
+
+def test_q8_0_is_ggmls():
+    """Bit for bit, zeros and a whole block of them too."""
+    x = matrix()
+    x[32:, 5] = 0
+    x[3] = 0
+    values, scales = quantize(x, "q8_0")
+    theirs = gguf.quants.quantize(
+        np.ascontiguousarray(x.T), gguf.GGMLQuantizationType.Q8_0
+    ).reshape(96, 2, 34)
+    np.testing.assert_array_equal(theirs[..., :2].copy().view(np.float16)[..., 0], scales.T)
+    np.testing.assert_array_equal(theirs[..., 2:].view(np.int8).reshape(96, 64), values.T)
+
+
+def test_what_was_fp8_stays_as_it_is():
+    x = matrix().astype(jnp.float8_e4m3fn)
+    values, scales = quantize(x.astype(np.float32), "float8_e4m3fn")
+    np.testing.assert_array_equal(
+        QuantizedKernel(values, jnp.asarray(scales), x.shape).dequantize(), x.astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+def test_no_inputs_no_harm(store):
+    values, scales = quantize(np.zeros((32, 3)), store)
+    np.testing.assert_array_equal(
+        QuantizedKernel(values, jnp.asarray(scales), (32, 3)).dequantize(), np.zeros((32, 3))
+    )
+
+
+@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+def test_the_network_computes_with_what_is_expanded(store):
+    exact = toy_params(MODEL)
+    params = checkpoint_from_params(MODEL, exact, "toy").load_params(weight_format=store)
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=small)[0]
+    assert {"/".join(key.key for key in path) for path, x in leaves if small(x)} == set(
+        filter(is_block_matrix, flatten_tree(exact))
+    )
+    inputs = toy_inputs(MODEL)
+    stored, expected = apply(MODEL, params, inputs), apply(MODEL, whole(params), inputs)
+    np.testing.assert_allclose(stored, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    # no farther from the exact network than white noise of the same size in the same matrices takes it
+    noisy = apply(MODEL, blurred(exact, ERRORS[store]), inputs)
+    reference = np.asarray(apply(MODEL, exact, inputs))
+    assert relative(stored, reference) < 1.5 * relative(noisy, reference)
+
+
+def test_sizes():
+    """q8_0 takes 34 bytes for 32 weights; int8 and fp8 a byte each and four for an output."""
+    params = checkpoint_from_params(MODEL, toy_params(MODEL), "toy")
+    count = sum(
+        x.size for path, x in flatten_tree(toy_params(MODEL)).items() if is_block_matrix(path)
+    )
+    for store, per_weight in (("q8_0", 34 / 32), ("int8", 1.04), ("float8_e4m3fn", 1.04)):
+        leaves = [
+            x
+            for x in jax.tree.leaves(params.load_params(weight_format=store), is_leaf=small)
+            if small(x)
+        ]
+        found = sum(x.values.nbytes + x.scales.nbytes for x in leaves)
+        assert found == pytest.approx(per_weight * count, rel=0.02)
+
+
+def test_one_block_is_expanded_at_a_time():
+    """Twelve more blocks need as much room for what is computed: their matrices never stand there together."""
+
+    def room(depth):
+        model = toy_model(
+            double_blocks=1,
+            single_blocks=depth,
+            head="linear",
+            **(SIZES | dict(hidden=256, rope_axes=(16, 56, 56))),
+        )
+        params = checkpoint_from_params(model, toy_params(model), "toy").load_params(
+            weight_format="q8_0"
+        )
+        program = jax.jit(
+            lambda p, x: bind_model(model, config.Compute(dtype="float32"), p)(**x)
+        ).lower(params, toy_inputs(model))
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
+    assert room(16) - room(4) < 2 * block
+
+
+def test_nor_are_they_kept_for_the_gradient():
+    """That of what is added to them: twelve more blocks keep their activations alone."""
+
+    def room(depth):
+        model = toy_model(
+            double_blocks=0,
+            single_blocks=depth,
+            head="linear",
+            modulation="none",
+            **(SIZES | dict(hidden=256, rope_axes=(16, 56, 56))),
+        )
+        params = checkpoint_from_params(model, toy_params(model), "toy").load_params(
+            weight_format="q8_0"
+        )
+        lora = config.Lora(rank=2)
+        adapters = init_adapters(model, lora, jax.random.key(0))
+
+        def loss(adapters, params, x):
+            return jnp.square(
+                bind_model(
+                    model, config.Compute(dtype="float32"), attach_adapters(params, adapters, lora)
+                )(**x)
+            ).sum()
+
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(adapters, params, toy_inputs(model))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
+
+    block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
+    assert room(16) - room(4) < 12 * block / 2
+
+
+def test_blocks_that_do_not_divide():
+    with pytest.raises(ValueError, match="48 inputs do not divide into blocks of 32"):
+        quantize(np.zeros((48, 3)), "q8_0")
+    model = toy_model()
+    with pytest.raises(CheckpointError, match="48 inputs.*use int8"):
+        checkpoint_from_params(model, toy_params(model), "toy").load_params(weight_format="q8_0")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapted(quantized):
+    x, down, up = matrix(), matrix((64, 3)), matrix((3, 96))
+    base = (
+        QuantizedKernel(*map(jnp.asarray, quantize(x, "int8")), (64, 96))
+        if quantized
+        else jnp.asarray(x)
+    )
+    part = nnx.Dict(
+        changed=nnx.Linear(64, 96, rngs=nnx.Rngs(0)), same=nnx.Linear(64, 2, rngs=nnx.Rngs(1))
+    )
+    part.changed.kernel.set_value(LoraKernel(base, jnp.asarray(down), jnp.asarray(up)))
+    given = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 64), np.float32))
+    found = expand_weights(part)
+    expected = given @ ((np.asarray(base.dequantize()) if quantized else x) + down @ up)
+    np.testing.assert_allclose(found.changed(given), expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_array_equal(found.same(given), part.same(given))
+    assert isinstance(part.changed.kernel.get_value(), LoraKernel)  # which is as it was

@@ -1,0 +1,588 @@
+"""Files in, images out: what `radiance.load` and the command line make of checkpoints, encoders and autoencoders."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+import radiance
+from radiance import config
+from radiance.base.errors import CheckpointError
+from radiance.base.images import to_image
+from radiance.cli import main
+from radiance.data.datasets import open_source
+from radiance.flow.sampler import generate_images
+from radiance.loading import make_prompts_writer
+from radiance.model import autoencoder
+from radiance.pipeline import encode_prompts
+from radiance.text.factory import make_encoder
+from radiance.training import validation
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.run_directory import RunDirectory
+from radiance.training.step import init_state
+from radiance.weights import autoencoder as autoencoder_files
+from radiance.weights import checkpoint, lora
+from radiance.weights.convert import convert_checkpoint
+from tests.helpers.toy_models import toy_model, toy_params
+from tests.helpers.toy_runs import PLAIN, toy_run, train
+from tests.helpers.toy_t5 import TOY, toy_folder
+
+pytestmark = pytest.mark.slow
+
+SIZES = dict(hidden=64, heads=2, rope_axes=(4, 14, 14), text_dim=TOY.hidden)
+MODEL = toy_model(prediction="x0", **SIZES)
+LATENT = toy_model(patch=1, head="linear", channels=16, **SIZES)
+SMALL = autoencoder.Autoencoder(latent_channels=4, width=8, multipliers=(1, 2), blocks=1, groups=4)
+QUICK = ["steps=2", "guidance=2"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A pixel model, a latent model with its autoencoder, and T5 with its tokenizer, as files from elsewhere."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, model in (("pixels", MODEL), ("latents", LATENT)):
+        checkpoint.write_checkpoint(
+            folder / f"{name}.safetensors", model, toy_params(model), "bfloat16"
+        )
+    params = autoencoder.init_autoencoder_params(SMALL, jax.random.key(0))
+    autoencoder_files.write_autoencoder(folder / "ae.safetensors", SMALL, params)
+    toy_folder(folder / "t5")
+    return folder
+
+
+def sample(files, name, out, *more):
+    code = main(
+        [
+            "sample",
+            str(files / name),
+            *QUICK,
+            "--prompt",
+            "a red cat",
+            "--text-encoder",
+            str(files / "t5"),
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
+    assert code == 0
+    return Image.open(next(out.glob("00000*.png")))
+
+
+def pixels(image):
+    return np.asarray(image, int)
+
+
+def test_a_radiance_t5_and_tokenizer_from_files_to_a_png_in_one_command(files, tmp_path):
+    image = sample(
+        files, "pixels.safetensors", tmp_path / "out", "--size", "24x16", "--preset", "radiance-x0"
+    )
+    assert image.size == (24, 16)
+    assert image.text["prompt"] == "a red cat"
+    settings = json.loads(image.text["settings"])
+    assert settings["steps"] == 2
+    assert settings["schedule"] == "beta"
+    other = sample(
+        files,
+        "pixels.safetensors",
+        tmp_path / "other",
+        "--size",
+        "24x16",
+        "--preset",
+        "radiance-x0",
+        "--seeds",
+        "1",
+    )
+    assert np.abs(pixels(image) - pixels(other)).max() > 5
+
+
+def test_a_latent_model_through_the_autoencoder(files, tmp_path):
+    image = sample(
+        files,
+        "latents.safetensors",
+        tmp_path / "out",
+        "--size",
+        "24x16",
+        "--autoencoder",
+        str(files / "ae.safetensors"),
+    )
+    assert image.size == (24, 16)
+    cropped = sample(
+        files,
+        "latents.safetensors",
+        tmp_path / "crop",
+        "--size",
+        "22x15",
+        "--autoencoder",
+        str(files / "ae.safetensors"),
+    )
+    assert np.array_equal(pixels(cropped), pixels(image)[:15, :22])
+
+
+def test_the_painted_latents_are_decoded(files):
+    """The pipeline against its parts, put together by hand."""
+    named = dict(
+        text_encoder=str(files / "t5"),
+        autoencoder=str(files / "ae.safetensors"),
+        changes=["steps=2", "guidance=1"],
+        dtype="float32",
+    )
+    pipeline = radiance.load(files / "latents.safetensors", **named)
+    image = pipeline(["a red cat"], seeds=[3], width=24, height=16)[0]
+    condition, _ = encode_prompts(pipeline.encoder, ["a red cat"], pipeline.run.sample, "one_pad")
+    latents = generate_images(
+        pipeline.params, np.array([3], np.uint32), condition, None, model=LATENT, compute=pipeline.run.compute,
+        settings=pipeline.run.sample, noise_scale=1.0, height=4, width=6,
+    )  # fmt: skip
+    decoded = autoencoder.decode_latents(
+        SMALL,
+        autoencoder_files.read_autoencoder(files / "ae.safetensors")[1],
+        latents,
+        dtype="float32",
+    )
+    assert np.abs(pixels(to_image(np.asarray(decoded[0]))) - pixels(image.image)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "q8.gguf", "expanded.gguf", "int8", "float8_e4m3fn"]
+)
+def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, name):
+    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    exact = radiance.load(files / "pixels.safetensors", **named)
+    reference = pixels(exact(["a red cat"], seeds=[0], width=16, height=16)[0].image)
+    path = files / "pixels.safetensors"
+    if name.endswith(".gguf"):
+        path = tmp_path / name
+        convert_checkpoint(
+            checkpoint.open_checkpoint(files / "pixels.safetensors"),
+            path,
+            "gguf",
+            None if name == "model.gguf" else "q8_0",
+        )
+        named |= {"store": "none"} if name == "expanded.gguf" else {}
+    else:
+        named["store"] = name
+    pipeline = radiance.load(path, **named)
+    kinds = {
+        type(leaf).__name__
+        for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "expand"))
+    }
+    assert ("Quantized" in kinds) == (name not in ("model.gguf", "expanded.gguf"))
+    image = pixels(pipeline(["a red cat"], seeds=[0], width=16, height=16)[0].image)
+    assert np.abs(image - reference).mean() < (1e-9 if name == "model.gguf" else 25)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"), [("int8", "int8"), ("fp8", "float8_e4m3fn"), ("q8_0", "int8")]
+)
+def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, values):
+    """In memory too, and with the same values; where blocks of Q8_0 do not divide a matrix, it is whole."""
+    model = toy_model(mlp_ratio=80 / 64, **SIZES)
+    checkpoint.write_checkpoint(tmp_path / "in.safetensors", model, toy_params(model), "bfloat16")
+    path = tmp_path / ("out.gguf" if dtype == "q8_0" else "out.safetensors")
+    assert main(["convert", str(tmp_path / "in.safetensors"), str(path), "--dtype", dtype]) == 0
+    told = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "double blocks" in line and (dtype in line or values in line)
+    ]
+    assert len(told) == 1
+    assert told[0].endswith(("e-02", "e-03"))
+    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    small, whole = radiance.load(path, **named), radiance.load(path, store="none", **named)
+    kept = [
+        leaf
+        for leaf in jax.tree.leaves(small.params, is_leaf=lambda x: hasattr(x, "expand"))
+        if hasattr(leaf, "expand")
+    ]
+    assert len(kept) == (12 - 4 if dtype == "q8_0" else 12)
+    assert {str(leaf.values.dtype) for leaf in kept} == {values}
+    a, b = (
+        pixels(x(["a red cat"], seeds=[0], width=16, height=16)[0].image) for x in (small, whole)
+    )
+    assert np.abs(a - b).max() <= 1
+
+
+def test_a_lora_at_a_strength(files, tmp_path):
+    """Beside the weights or in them: the same image, in float32."""
+    assert (
+        main(
+            [
+                "convert",
+                str(files / "pixels.safetensors"),
+                str(tmp_path / "base.safetensors"),
+                "--dtype",
+                "fp32",
+            ]
+        )
+        == 0
+    )
+    noise = np.random.default_rng(0)
+    pair = lora.LoraPair(
+        noise.standard_normal((4, 64), np.float32),
+        0.1 * noise.standard_normal((192, 4), np.float32),
+        0.5,
+    )
+    lora.write_lora(
+        tmp_path / "lora.safetensors",
+        lora.LoraWeights(MODEL, {"double_blocks.0.img_attn.qkv": pair}),
+        "peft",
+        "float32",
+    )
+    merge = [
+        "convert",
+        str(tmp_path / "base.safetensors"),
+        str(tmp_path / "merged.safetensors"),
+        "--lora",
+        f"{tmp_path / 'lora.safetensors'}:0.5",
+    ]
+    assert main(merge) == 0
+
+    def painted(name, *more):
+        size = ["--size", "16x16", "--dtype", "float32", "--text-encoder", str(files / "t5")]
+        return pixels(
+            sample(
+                tmp_path,
+                f"{name}.safetensors",
+                tmp_path / f"{name}{len(more)}{''.join(more)[-3:]}",
+                *size,
+                *more,
+            )
+        )
+
+    plain, half = painted("base"), painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.5")
+    assert (
+        np.abs(plain - painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.0")).max() <= 1
+    )
+    assert np.abs(plain - half).max() > 1
+    assert np.abs(half - painted("merged")).max() <= 1
+    facts = [Image.open(path).text["model"] for path in sorted(tmp_path.glob("base*/*_seed*.png"))]
+    assert sum("lora.safetensors" in model for model in facts) == 2
+    assert any("+ 0.5 × " in model for model in facts)
+
+
+def test_a_preset_of_a_run_that_was_trained_at_several_sides(tmp_path):
+    run = toy_run(
+        tmp_path,
+        str(tmp_path),
+        "data.resolution=32",
+        "data.extra_resolutions=512,64",
+        "data.bucket_step=16",
+        **PLAIN,
+    )
+    checkpoints = Checkpoints(run.run_dir / "checkpoints")
+    checkpoints.save(init_state(run))
+    checkpoints.close()
+    RunDirectory(run.run_dir).write_metadata(run, {}, 0)
+    assert radiance.load(run.run_dir, preset="radiance").run.data.resolution == 512
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("pixels", {}, "needs its text encoder"),
+        ("latents", dict(text_encoder="t5"), "give --autoencoder"),
+        ("pixels", dict(text_encoder="t5", autoencoder="ae.safetensors"), "needs no autoencoder"),
+        ("pixels", dict(text_encoder="t5", preset="radiance-x1"), "did you mean 'radiance-x0'"),
+        ("pixels", dict(text_encoder="t5", loras=[("t5/model.safetensors", 1.0)]), "LoRA|module"),
+        ("pixels", dict(text_encoder="ae.safetensors"), "T5"),
+        ("ae", dict(text_encoder="t5"), "is an autoencoder: give it as --autoencoder"),
+        ("t5/model", {}, "T5 text encoder: give it as --text-encoder"),
+        ("nothing", {}, "no run directory and no checkpoint"),
+    ],
+)
+def test_what_is_missing_or_unfit_is_told_in_a_sentence(files, name, arguments, expected):
+    for key in ("text_encoder", "autoencoder"):
+        if key in arguments:
+            arguments = arguments | {key: str(files / arguments[key])}
+    if "loras" in arguments:
+        arguments = arguments | {
+            "loras": [(str(files / path), strength) for path, strength in arguments["loras"]]
+        }
+    with pytest.raises((config.ConfigError, CheckpointError), match=expected) as error:
+        radiance.load(files / f"{name}.safetensors", **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_told_what_it_does_not_say(files, tmp_path):
+    """A checkpoint of the days before the marker."""
+    named = dict(text_encoder=str(files / "t5"), changes=QUICK)
+    told = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
+    assert told.run.model.text_ids == "sequential"
+    assert told.run.model.prediction == "x0"
+    assert (
+        main(
+            [
+                "convert",
+                str(files / "pixels.safetensors"),
+                str(tmp_path / "m.safetensors"),
+                "--text-ids",
+                "sequential",
+            ]
+        )
+        == 0
+    )
+    assert "__sequential__" in checkpoint.open_checkpoint(tmp_path / "m.safetensors").shapes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_directory):
+    run = toy_run(
+        tmp_path_factory.mktemp("run"),
+        data_directory,
+        "train.steps=2",
+        "train.checkpoint_every=2",
+        **PLAIN,
+    )
+    assert train(run) == 2
+    return run
+
+
+def test_a_run_exports_what_it_takes_to_sample_it(run, tmp_path, capsys):
+    out = tmp_path / "export.safetensors"
+    assert main(["convert", str(run.directory), str(out), "--weights", "ema=0.9"]) == 0
+    assert "single blocks" in capsys.readouterr().out
+    theirs = radiance.load(run.directory, "ema=0.9")(["the digit 2"], seeds=[1])[0]
+    ours = radiance.load(out, dtype="float32")(["the digit 2"], seeds=[1])[
+        0
+    ]  # the hash encoder and settings come with it
+    assert np.array_equal(pixels(theirs.image), pixels(ours.image))
+
+
+def told(capsys, *arguments) -> str:
+    """The one line that a command says when it refuses."""
+    assert main([str(x) for x in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_run_stays_one_when_it_is_exported_into_itself(run, tmp_path):
+    inside = run.directory / "export.safetensors"
+    assert (
+        main(
+            ["convert", str(run.directory), str(inside), "--weights", "ema=0.9", "--dtype", "bf16"]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "convert",
+                str(run.directory),
+                str(tmp_path / "out.safetensors"),
+                "--weights",
+                "params",
+            ]
+        )
+        == 0
+    )
+    inside.unlink()
+    assert checkpoint.open_checkpoint(tmp_path / "out.safetensors").dtypes["txt_in.weight"] == "F32"
+    assert (
+        checkpoint.open_checkpoint(tmp_path / "out.safetensors")
+        .metadata["radiance.origin"]
+        .endswith("params")
+    )
+
+
+def test_a_loss_goes_with_the_weights_that_had_it(run, tmp_path):
+    def noted(*arguments):
+        assert (
+            main(
+                [
+                    "convert",
+                    str(arguments[0]),
+                    str(tmp_path / "out.safetensors"),
+                    *map(str, arguments[1:]),
+                ]
+            )
+            == 0
+        )
+        return (
+            "radiance.validation_loss"
+            in checkpoint.open_checkpoint(tmp_path / "out.safetensors").metadata
+        )
+
+    assert noted(run.directory)
+    assert not noted(run.directory, "--weights", "params")
+    assert main(["convert", str(run.directory), str(tmp_path / "a.safetensors")]) == 0
+    assert noted(tmp_path / "a.safetensors", "--dtype", "bf16")
+    assert not noted(tmp_path / "a.safetensors", "--merge", f"{tmp_path / 'a.safetensors'}:0.5")
+
+
+def test_no_request_is_ignored(run, files, tmp_path, capsys):
+    file, out = files / "pixels.safetensors", tmp_path / "out.safetensors"
+    assert "--weights is for run directories" in told(
+        capsys, "convert", file, out, "--weights", "params"
+    )
+    assert "knows its prediction" in told(
+        capsys, "convert", run.directory, out, "--prediction", "velocity"
+    )
+    assert "knows its text_ids" in told(
+        capsys,
+        "sample",
+        run.directory,
+        "--prompt",
+        "x",
+        "--text-ids",
+        "zero",
+        "--out",
+        tmp_path / "p",
+    )
+    assert "needs a ratio" in told(capsys, "convert", file, out, "--merge", file)
+    assert "--extract writes a LoRA" in told(
+        capsys, "convert", file, out, "--extract", file, "--to", "native"
+    )
+    assert "a LoRA is written as fp32, bf16 or fp16" in told(
+        capsys, "convert", file, out, "--extract", file, "--dtype", "q8_0"
+    )
+    assert "give --text-encoder FILE too" in told(
+        capsys,
+        "sample",
+        run.directory,
+        "--prompt",
+        "x",
+        "--tokenizer",
+        "t",
+        "--out",
+        tmp_path / "p",
+    )
+    for more in (
+        ["--extract", file, "--lora", "x"],
+        ["--lora", "x", "--to", "peft", "--dilate", "conv"],
+    ):
+        assert "writes a LoRA, and --lora, --head, --dilate and --graft make another model" in told(
+            capsys, "convert", file, out, *more
+        )
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        main(["convert", str(file), str(out), "--lora", "x:nan"])
+    assert "not a finite number" in capsys.readouterr().err
+
+
+def test_what_is_extracted_is_a_lora(files, tmp_path, capsys):
+    file, out = files / "pixels.safetensors", tmp_path / "lora.safetensors"
+    other = jax.tree.map(lambda x: x * 1.01, toy_params(MODEL))
+    checkpoint.write_checkpoint(tmp_path / "other.safetensors", MODEL, other)
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "other.safetensors"),
+                str(out),
+                "--extract",
+                str(file),
+                "--rank",
+                "2",
+                "--dtype",
+                "fp32",
+            ]
+        )
+        == 0
+    )
+    tensors = load_file(out)
+    assert all(".lora_" in key or key.endswith(".alpha") for key in tensors)
+    assert {x.dtype for x in tensors.values()} == {np.dtype("float32")}
+    again = ["convert", file, tmp_path / "kohya.safetensors", "--to", "kohya", "--lora"]
+    assert "renamed as it is" in told(capsys, *again, f"{out}:0.5")
+    assert main([str(x) for x in [*again, out]]) == 0
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "garbage",
+        "{}",
+        '{"text": {}}',
+        '{"text": {"encoder": "x"}, "sample": {}, "side": 8, "noise_scale": 1}',
+        "[" * 9999,
+    ],
+)
+def test_damaged_settings_of_an_export(files, tmp_path, metadata, capsys):
+    checkpoint.write_checkpoint(
+        tmp_path / "x.safetensors", MODEL, toy_params(MODEL), metadata={"radiance.run": metadata}
+    )
+    assert "does not say in its metadata how it is sampled" in told(
+        capsys, "sample", tmp_path / "x.safetensors", "--prompt", "x", "--out", tmp_path / "p"
+    )
+
+
+@pytest.mark.parametrize("loss", ["abc", "0", "nan", "-1"])
+def test_a_damaged_loss_stops_a_run_before_it_begins(run, tmp_path, data_directory, loss):
+    checkpoint.write_checkpoint(
+        tmp_path / "x.safetensors",
+        run.model,
+        toy_params(run.model),
+        metadata={"radiance.validation_loss": loss},
+    )
+    with pytest.raises(CheckpointError, match="which is no loss"):
+        train(toy_run(tmp_path, data_directory, f"init={tmp_path / 'x.safetensors'}"))
+    assert not (tmp_path / "toy").exists()
+
+
+def test_a_torch_folder_is_whole_or_not_there(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "radiance.loading.make_encoder",
+        lambda *_: (_ for _ in ()).throw(config.ConfigError("the cache is gone.")),
+    )
+    assert "the cache is gone" in told(
+        capsys, "convert", run.directory, tmp_path / "torch", "--to", "torch"
+    )
+    assert not (tmp_path / "torch").exists()
+
+
+def test_prompts_that_are_no_text(files, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("ein Häuschen".encode("latin-1"))
+    line = told(
+        capsys,
+        "sample",
+        files / "pixels.safetensors",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "p",
+    )
+    assert "is not UTF-8 text (byte 5)" in line
+
+
+def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
+    """Of which the shortest, "oh the digit 7" and its end, are five: as the run's captions begin."""
+    for length, count in ((5, validation.NUM_DEFAULT_PROMPTS), (4, 1)):
+        run = toy_run(
+            tmp_path, data_directory, "data.caption_prefix=oh ", f"text.max_length={length}"
+        )
+        encoder = make_encoder(run.text, run.model.text_dim)
+        prompts = validation.choose_prompts(run, open_source(run.data, "validation"), encoder)
+        encoder(prompts)
+        assert len(prompts) == count
+        assert (prompts == ("",)) == (length == 4)
+        assert length == 4 or all(prompt.startswith("oh ") for prompt in prompts)
+
+
+def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):
+    """What the PyTorch script reads is what our pipeline would: all padding where the model sees it, and no text where that was asked for."""
+    learned = toy_run(
+        tmp_path,
+        "unused",
+        "text.max_length=40",
+        "sample.unconditional=masked",
+        padding="learned",
+        masking="off",
+    )
+    for run, width, negative in (
+        (learned, 40, 0),
+        (toy_run(tmp_path, "unused", "text.max_length=40"), 16, 1),
+    ):
+        make_prompts_writer(run)(tmp_path)
+        found = load_file(tmp_path / "prompts.safetensors")
+        assert found["text"].shape == (2, width, 16)
+        assert found["negative_text"].shape == (
+            1,
+            width,
+            16,
+        )
+        assert found["lengths"].tolist() == [4, 4]
+        assert found["negative_lengths"].tolist() == [negative]

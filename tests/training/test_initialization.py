@@ -1,0 +1,110 @@
+"""Whether weights arrived well: what is said of the published ones, which cannot be had here, by their loss alone."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from radiance import config
+from radiance.base import errors
+from radiance.data.datasets import DataError
+from radiance.training import coordination, loop
+from radiance.training.initialization import diagnose_loss, find_reference_loss, list_alternatives
+
+PUBLISHED = config.MODELS["chroma1-radiance-x0"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    return str(tmp_path / "x.safetensors")
+
+
+def said(file, model, loss, truth=None):
+    """The verdict when every bin has `loss`, and 0.06 under the settings `truth`."""
+    run = config.Config(model=model, init=file)
+    bins = np.full(10, loss)
+    return diagnose_loss(
+        run,
+        find_reference_loss(run),
+        bins,
+        lambda other: np.full(10, 0.06) if other.model == truth else bins,
+    )
+
+
+@pytest.mark.parametrize("text_ids", ["zero", "sequential"])
+def test_the_published_weights_arrive_well(file, text_ids):
+    assert "0.058 to 0.063: the weights arrived well" in said(
+        file, replace(PUBLISHED, text_ids=text_ids), 0.07
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(masking="off"),
+        dict(masking="strict"),
+        dict(prediction="velocity"),
+        dict(text_ids="sequential"),
+    ],
+)
+@pytest.mark.parametrize("loss", [0.2, 0.02])
+def test_each_mistake_is_named(file, changes, loss):
+    ((name, _),) = changes.items()
+    line = said(file, replace(PUBLISHED, **changes), loss, truth=PUBLISHED)
+    assert f"model.{name}={getattr(PUBLISHED, name)} is probably what is wrong" in line
+
+
+def test_a_loss_that_nothing_mends(file):
+    assert "no one change mends it" in said(file, PUBLISHED, 0.5)
+    assert len(list(list_alternatives(config.Config(model=PUBLISHED)))) == 5
+    learned = config.Config(model=replace(PUBLISHED, padding="learned"))
+    assert all(config.override(learned, [change]) for change in list_alternatives(learned))
+
+
+def test_hosts_that_see_other_data_do_not_train(monkeypatch):
+    ours = {"train": {"count": 3}, "text": {"identity": "x"}}
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
+    coordination.check_hosts_agree(ours)
+    monkeypatch.setattr(
+        loop.multihost_utils,
+        "process_allgather",
+        lambda x: np.stack([x, np.stack([x[0] + 1, x[1]])]),
+    )
+    with pytest.raises(config.ConfigError, match=r"do not see the same data \(train\)"):
+        coordination.check_hosts_agree(ours)
+
+
+def test_what_one_host_meets_ends_it_at_once(monkeypatch, capsys):
+    """An ordinary end would wait for the others, who wait for it. What all meet ends all alike."""
+    exits = []
+    monkeypatch.setattr(loop.os, "_exit", exits.append)
+    for hosts, error, raised in (
+        (1, DataError, True),
+        (2, errors.TrainingError, True),
+        (2, DataError, False),
+    ):
+        monkeypatch.setattr(loop.jax, "process_count", lambda hosts=hosts: hosts)
+        with (
+            pytest.raises(error) if raised else nullcontext(),
+            coordination.exit_if_host_fails(SimpleNamespace(standing=7)),
+        ):
+            raise error("an image is gone")
+    told = capsys.readouterr().err
+    assert exits == [1]
+    assert told.count("start all hosts again") == 1
+    assert "(an image is gone)" in told
+    assert "from step 7." in told
+
+
+def test_nothing_is_known_of_other_models(file):
+    assert (
+        find_reference_loss(
+            config.Config(model=replace(PUBLISHED, hidden=1536, heads=12), init=file)
+        )
+        is None
+    )
