@@ -45,8 +45,8 @@ notebooks: $(VENV)/installed
 		xargs -P 2 -n 1 $(BIN)/jupyter execute --startup_timeout=600
 
 # Everything that continuous integration runs.
-check: lint types test
-	.ci/optional
+check:
+	.ci/run
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache
