@@ -169,7 +169,7 @@ def pairs(run: c.Config) -> dict[str, float]:
     order = BatchSampler(source, run.data, run.train.seed)
     sheet, scores = [], {}
     for index in range(len(source)):
-        size = order.assignment.sizes[order.assignment.at[0, index]]
+        size = order.assignment.bucket_sizes[order.assignment.bucket_indices[0, index]]
         try:
             real = resize_and_crop(source.load_image(index, size), *size)
         except UnusableError:

@@ -49,7 +49,7 @@ class BatchSampler:
         self.assignment = assign_buckets(*source.sizes.T, data)
         self._first_steps = [0]  # steps at which epochs begin, as far as is known
         self._leftovers = [
-            tuple(np.empty(0, np.int64) for _ in self.assignment.sizes)
+            tuple(np.empty(0, np.int64) for _ in self.assignment.bucket_sizes)
         ]  # into each of them
         self._epoch_cache: OrderedDict[int, Epoch] = OrderedDict()
         self._lock = threading.Lock()
@@ -64,7 +64,7 @@ class BatchSampler:
 
     def _expected_counts(self) -> Float64[np.ndarray, " shapes"]:
         """Images of each shape in an epoch, on average."""
-        bucket_indices = self.assignment.at
+        bucket_indices = self.assignment.bucket_indices
         total = sum(span.num_images for span in self.spans)
         expected_uses = np.concatenate(
             [
@@ -76,7 +76,7 @@ class BatchSampler:
         return np.array(
             [
                 ((bucket_indices == bucket_index) * uses_per_bucket).sum()
-                for bucket_index in range(len(self.assignment.sizes))
+                for bucket_index in range(len(self.assignment.bucket_sizes))
             ]
         )
 
@@ -108,7 +108,7 @@ class BatchSampler:
         image_indices, image_buckets = self.sample_epoch(epoch_index)
         batch_size, batches, leftovers = self.data.batch_size, [], []
         for bucket_index, (previous, (width, height)) in enumerate(
-            zip(self._leftovers[epoch_index], self.assignment.sizes)
+            zip(self._leftovers[epoch_index], self.assignment.bucket_sizes)
         ):
             queue = np.concatenate([previous, image_indices[image_buckets == bucket_index]])
             num_used = len(queue) // batch_size * batch_size
@@ -175,7 +175,7 @@ class BatchSampler:
         self, epoch_index: int, image_indices: Int64[np.ndarray, " some"]
     ) -> Int64[np.ndarray, " some"]:
         """Of each image, at one of the base resolutions that it has one for."""
-        bucket_indices = self.assignment.at[:, image_indices]
+        bucket_indices = self.assignment.bucket_indices[:, image_indices]
         if len(bucket_indices) == 1:
             return bucket_indices[0].astype(np.int64)
         has_bucket = bucket_indices >= 0

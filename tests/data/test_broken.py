@@ -15,7 +15,7 @@ from radiance.data.batches import Batches, make_validation_batches
 from radiance.data.datasets import DataError, open_source
 from radiance.data.decode import UnusableError
 from radiance.text.hash_encoder import HashEncoder
-from tests.helpers.toy_folders import fill, opened, pixels_of, save, settings
+from tests.helpers.toy_folders import fill, first_pixels, open_folder, save, settings
 from tests.helpers.toy_runs import PLAIN, toy_run, train
 
 
@@ -38,7 +38,7 @@ def numbers_of(source):
 
     def number_of(i):
         try:
-            return source.picture(i).getpixel((0, 0))[0]
+            return source.load_image(i).getpixel((0, 0))[0]
         except UnusableError as broken:
             return broken.kind
 
@@ -47,11 +47,11 @@ def numbers_of(source):
 
 
 def test_a_broken_image_is_told_once_and_passed_over(tmp_path, capsys):
-    source = opened(broken_folder(tmp_path))
+    source = open_folder(broken_folder(tmp_path))
     assert len(source) == 5
     assert source.skip_counts == {}
     assert numbers_of(source) == [0, "broken image", 2, "broken image", "broken image"] * 40
-    batches = Batches(source, settings(tmp_path, batch=5), HashEncoder(8, 6), 0, 20, "one_pad")
+    batches = Batches(source, settings(tmp_path, batch_size=5), HashEncoder(8, 6), 0, 20, "one_pad")
     assert [batch["skipped"] for batch in batches.start(0)] == [3] * 20
     told = sorted(capsys.readouterr().err.splitlines())
     assert len(told) == 3
@@ -62,10 +62,13 @@ def test_a_broken_image_is_told_once_and_passed_over(tmp_path, capsys):
 
 
 def test_broken_images_have_no_weight_and_keep_their_captions_to_themselves(tmp_path):
-    data, encoder = settings(broken_folder(tmp_path), side=64, batch=5), HashEncoder(8, 6)
+    data, encoder = (
+        settings(broken_folder(tmp_path), resolution=64, batch_size=5),
+        HashEncoder(8, 6),
+    )
     source = open_source(data, "train")
     batch = Batches(source, data, encoder, 0, 1, "one_pad")[0]
-    numbers = pixels_of(batch)
+    numbers = first_pixels(batch)
     assert sorted(zip(batch["weight"], numbers)) == [(0, 128), (0, 128), (0, 128), (1, 0), (1, 2)]
     for row in np.flatnonzero(batch["weight"]):
         assert np.array_equal(
@@ -76,7 +79,7 @@ def test_broken_images_have_no_weight_and_keep_their_captions_to_themselves(tmp_
 
 
 def test_too_many_broken_images_end_the_run(tmp_path):
-    data = settings(broken_folder(tmp_path), side=64, batch=5, broken_limit=0.4)
+    data = settings(broken_folder(tmp_path), resolution=64, batch_size=5, max_broken_fraction=0.4)
     with pytest.raises(
         DataError, match=r"3 of the 5 images .* data.max_broken_fraction=0.4: put whole ones there"
     ):
@@ -87,7 +90,7 @@ def test_too_many_broken_images_end_the_run(tmp_path):
 
 def test_a_batch_without_any_image_ends_the_run(tmp_path):
     """As where a disk is gone: the limit is a share of all, which takes long to reach."""
-    data = settings(fill(tmp_path, 40), batch=8, broken_limit=1.0)
+    data = settings(fill(tmp_path, 40), batch_size=8, max_broken_fraction=1.0)
     source = open_source(data, "train")
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"no image")
@@ -97,7 +100,7 @@ def test_a_batch_without_any_image_ends_the_run(tmp_path):
 
 def test_an_orientation_that_cannot_be_read(tmp_path):
     save(tmp_path / "a.png", "a caption", exif=b"Exif\0\0no TIFF", size=(12, 8))
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert to_array(source.load_image(0), 12, 8).shape == (8, 12, 3)
 
 
@@ -117,7 +120,7 @@ def test_no_broken_file_ends_a_run(suffix, tmp_path):
             content[place : place + 1] = draw.bytes(1)
         (tmp_path / f"{i}{suffix}").write_bytes(content)
         (tmp_path / f"{i}.txt").write_text("a caption")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     whole = 0
     for i in range(len(source)):
         with suppress(UnusableError):
@@ -129,22 +132,22 @@ def test_no_broken_file_ends_a_run(suffix, tmp_path):
 
 
 def test_a_file_that_goes_while_it_is_needed(tmp_path):
-    source = opened(fill(tmp_path, 2))
+    source = open_folder(fill(tmp_path, 2))
     (tmp_path / "01.png").unlink()
     with pytest.raises(DataError, match="01.png was there at the start and cannot be read now"):
         source.load_image(1)
 
 
 def test_batches(tmp_path):
-    data = settings(fill(tmp_path, 20), batch=5)
+    data = settings(fill(tmp_path, 20), batch_size=5)
     batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
     ahead = list(batches.start(0))
-    assert sorted(np.concatenate([pixels_of(batch) for batch in ahead[:4]])) == list(range(20))
+    assert sorted(np.concatenate([first_pixels(batch) for batch in ahead[:4]])) == list(range(20))
     assert all(np.array_equal(b["image"], batches[i]["image"]) for i, b in enumerate(ahead))
 
 
 def test_a_file_that_goes_ends_the_run_with_its_sentence(tmp_path):
-    data = settings(fill(tmp_path, 8), batch=8)
+    data = settings(fill(tmp_path, 8), batch_size=8)
     batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
     (tmp_path / "03.png").unlink()
     with pytest.raises(DataError, match="03.png was there at the start"):

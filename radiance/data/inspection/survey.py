@@ -112,7 +112,7 @@ def survey_dataset(
     image_indices, bucket_indices = sampler.sample_epoch(0)
     sizes = source.sizes.astype(np.float64)
     scales = upscale_factor(
-        *sizes[image_indices].T, *np.array(sampler.assignment.sizes)[bucket_indices].T
+        *sizes[image_indices].T, *np.array(sampler.assignment.bucket_sizes)[bucket_indices].T
     )
     captions, lengths = _caption_statistics(source, run, count_tokens, progress)
     return DatasetSurvey(
@@ -148,11 +148,11 @@ def _bucket_usage(
     sampler: BatchSampler, bucket_indices: Int64[np.ndarray, " seen"], batch_size: int
 ) -> list[BucketUsage]:
     """drawn: the shapes of an epoch's images."""
-    reachable_buckets = np.unique(sampler.assignment.at[sampler.assignment.at >= 0])
-    counts = np.bincount(bucket_indices, minlength=len(sampler.assignment.sizes))
+    reachable_buckets = np.unique(sampler.assignment.bucket_indices[sampler.assignment.bucket_indices >= 0])
+    counts = np.bincount(bucket_indices, minlength=len(sampler.assignment.bucket_sizes))
     return [
         BucketUsage(
-            *sampler.assignment.sizes[i],
+            *sampler.assignment.bucket_sizes[i],
             int(counts[i]),
             *(int(x) for x in divmod(counts[i], batch_size)),
         )

@@ -16,7 +16,7 @@ from radiance.data.batches import Batches
 from radiance.data.datasets import DataError, describe_source, open_source
 from radiance.data.listing import EDGE_BYTES, compute_split_hash
 from radiance.text.hash_encoder import HashEncoder
-from tests.helpers.toy_folders import captions, fill, listing, names, opened, save, settings
+from tests.helpers.toy_folders import captions, fill, names, open_folder, save, settings, write_metadata
 
 # --- what is read -------------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def test_every_format_in_order_of_names(tmp_path):
         save(tmp_path / name, f"caption {i}")
     (tmp_path / "really_a_jpeg.png").write_bytes((tmp_path / "B.JPEG").read_bytes())
     (tmp_path / "really_a_jpeg.txt").write_text("a caption")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert names(source) == sorted(names(source))
     assert set(names(source)) == {
         "b/x.jpg",
@@ -60,7 +60,7 @@ def test_captions_beside_the_image(tmp_path):
     for name, (content, _) in told.items():
         save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(content)
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert captions(source) == {f"{name}.png": expected for name, (_, expected) in told.items()}
 
 
@@ -70,7 +70,7 @@ def test_captions_of_metadata(tmp_path):
     save(tmp_path / "no_suffix.png")
     (tmp_path / "no_suffix.png").rename(tmp_path / "no_suffix")
     (tmp_path / "both.txt").write_text("beside")
-    listing(
+    write_metadata(
         tmp_path,
         {"file_name": "a.png", "text": "of a", "id": 3},
         {"file_name": "b.png", "text": None, "caption": "of b"},
@@ -78,7 +78,7 @@ def test_captions_of_metadata(tmp_path):
         {"file_name": "both.png", "text": "listed"},
         {"file_name": "no_suffix", "text": "named by the list alone"},
     )
-    listing(
+    write_metadata(
         tmp_path / "sub",
         {"file_name": "./c.png", "text": "of c\u2028in two lines"},
         {"file_name": "deep/d.png", "text": "of d"},
@@ -87,7 +87,7 @@ def test_captions_of_metadata(tmp_path):
         content = file.read().replace(b"\n", b"\r\n")
         file.seek(0)
         file.write(b"\xef\xbb\xbf" + content + b"\r\n")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert captions(source) == {
         "a.png": ("of a",),
         "b.png": ("of b", "again b", "and again"),
@@ -107,11 +107,11 @@ def test_tags_of_metadata(tmp_path):
         {"file_name": f"{i:02d}.png", "text": "a,b, c"} | ({"is_tag_based": i == 1} if i else {})
         for i in range(3)
     ]
-    listing(tmp_path, *rows)
-    source = opened(tmp_path)
+    write_metadata(tmp_path, *rows)
+    source = open_folder(tmp_path)
     assert [source.has_tags(i) for i in range(3)] == [False, True, False]
     data = settings(
-        tmp_path, batch=3, shuffle_tags=True, tag_dropout=0.5, lowercase_probability=0.5, caption_prefix="X ", caption_suffix="."
+        tmp_path, batch_size=3, shuffle_tags=True, tag_dropout=0.5, lowercase_probability=0.5, caption_prefix="X ", caption_suffix="."
     )
     batches = Batches(source, data, HashEncoder(8, 6), 0, 50, "one_pad")
     told = {"text": set(), "tags": set()}
@@ -131,14 +131,14 @@ def test_odd_names(tmp_path):
         save(tmp_path / name, f"caption of {name!r}")
     decomposed = "cafe\u0301.png"  # as macOS spells it
     save(tmp_path / decomposed)
-    listing(tmp_path, {"file_name": "café.png", "text": "a café"})
+    write_metadata(tmp_path, {"file_name": "café.png", "text": "a café"})
     undecodable = os.fsencode(tmp_path) + b"/\xff\xfe.png"
     try:
         shutil.copy(tmp_path / "猫.png", undecodable)
         shutil.copy(tmp_path / "猫.txt", undecodable[:-4] + b".txt")
     except OSError:
         pytest.skip("this file system takes only names in Unicode")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert set(names(source)) == {*odd, "café.png", os.fsdecode(b"\xff\xfe.png")}
     assert len(source.fingerprint()) == 64
     assert all(source.load_image(i).size == (12, 10) for i in range(len(source)))
@@ -152,11 +152,11 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     save(tmp_path / "elsewhere" / "b.png", "another caption")
     (tmp_path / "real" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "real" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    source = opened(tmp_path / "real")
+    source = open_folder(tmp_path / "real")
     assert names(source) == ["again/b.png", "sub/a.png"]
     assert source.skip_counts == {"no caption": 1}
     (tmp_path / "real" / "circle.txt").write_text("a caption")
-    assert opened(tmp_path / "real").skip_counts == {"unreadable file": 1}
+    assert open_folder(tmp_path / "real").skip_counts == {"unreadable file": 1}
 
 
 def test_hidden_files_are_passed_over(tmp_path):
@@ -165,7 +165,7 @@ def test_hidden_files_are_passed_over(tmp_path):
         save(tmp_path / name, "hidden")
     (tmp_path / "README.md").write_text("about these images")
     (tmp_path / "notes.txt").write_text("nothing's caption")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert names(source) == ["a.png"]
     assert source.skip_counts == {}
 
@@ -180,10 +180,10 @@ def test_pixels_come_upright_transparent_and_not_clipped(tmp_path):
     (tmp_path / "clear.txt").write_text("nothing")
     Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "grey.png")
     (tmp_path / "grey.txt").write_text("sixteen bits of grey")
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     clear, grey, turned = (source.load_image(i) for i in range(3))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
-    assert opened(tmp_path, background=(0, 0, 255)).load_image(0).getpixel((0, 0)) == (0, 0, 255)
+    assert open_folder(tmp_path, background=(0, 0, 255)).load_image(0).getpixel((0, 0)) == (0, 0, 255)
     assert grey.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
     assert turned.size == (10, 20)
     assert source.sizes[2].tolist() == [10, 20]
@@ -240,7 +240,7 @@ def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
         path.write_bytes(content)
         if caption is not None:
             path.with_suffix(".txt").write_bytes(caption)
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert names(source) == ["00.png", "01.png", "02.png"]
     assert source.skip_counts == {kind: 5}
     assert (
@@ -256,7 +256,7 @@ def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
 def test_a_photograph_with_a_preview_is_not_animated(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(gif(format="MPO"))
     (tmp_path / "photo.txt").write_text("a photograph")
-    assert opened(tmp_path).load_image(0).getpixel((0, 0))[0] > 200
+    assert open_folder(tmp_path).load_image(0).getpixel((0, 0))[0] > 200
 
 
 def test_lines_of_metadata_that_say_nothing(tmp_path):
@@ -270,7 +270,7 @@ def test_lines_of_metadata_that_say_nothing(tmp_path):
         '{"file_name": "surrogate.png", "text": "\\ud800"}', "",
     ]  # fmt: skip
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert source.captions(0) == ("image 0",)
     assert len(source) == 2
     assert source.skip_counts == {
@@ -292,31 +292,31 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", denied)  # root may list everything
-    source = opened(tmp_path)
+    source = open_folder(tmp_path)
     assert len(source) == 2
     assert source.skip_counts == {"closed folder": 1}
 
 
 def test_nothing_to_learn_from(tmp_path):
     with pytest.raises(config.ConfigError, match="data.path=nowhere is not a folder"):
-        opened("nowhere")
+        open_folder("nowhere")
     with pytest.raises(
         DataError,
         match=r"train split .* is empty \(left out: none; in the other split: 0\): put images",
     ):
-        opened(tmp_path)
+        open_folder(tmp_path)
     save(tmp_path / "a.png")
     with pytest.raises(
         DataError, match=r"left out: 1 × no caption \('a.png'\); in the other split: 0"
     ) as error:
-        opened(tmp_path)
+        open_folder(tmp_path)
     assert "\n" not in str(error.value)
     fill(tmp_path, 3)
     with pytest.raises(
         DataError,
         match=r"validation split .* is empty \(left out: none; in the other split: 3\).* data.validation_fraction=1e-09",
     ):
-        opened(tmp_path, "validation")
+        open_folder(tmp_path, "validation")
 
 
 def test_settings_that_contradict():
@@ -336,7 +336,7 @@ def test_settings_that_contradict():
 
 def test_no_image_ever_changes_its_split(tmp_path):
     fill(tmp_path)
-    before = {split: set(names(opened(tmp_path, split, 0.3))) for split in ("train", "validation")}
+    before = {split: set(names(open_folder(tmp_path, split, 0.3))) for split in ("train", "validation")}
     assert before["train"] | before["validation"] == {f"{i:02d}.png" for i in range(40)}
     assert not before["train"] & before["validation"]
     assert 4 <= len(before["validation"]) <= 20
@@ -346,7 +346,7 @@ def test_no_image_ever_changes_its_split(tmp_path):
         (tmp_path / f"{i:02d}.png").unlink()
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     for split, old in before.items():
-        now = set(names(opened(moved, split, 0.3)))
+        now = set(names(open_folder(moved, split, 0.3)))
         assert {name for name in now if "/" not in name} == {
             name for name in old if int(name[:2]) % 2
         }
@@ -374,14 +374,14 @@ def test_fingerprint(tmp_path):
     large = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
     Image.fromarray(large).save(first / "large.bmp")
     (first / "large.txt").write_text("noise")
-    before = opened(first).fingerprint()
+    before = open_folder(first).fingerprint()
     again = shutil.copytree(first, tmp_path / "elsewhere" / "second", copy_function=shutil.copy)
-    assert opened(again).fingerprint() == before
+    assert open_folder(again).fingerprint() == before
 
     def changed(change):
         folder = shutil.copytree(first, tmp_path / "changed", dirs_exist_ok=False)
         change(folder)
-        now = opened(folder).fingerprint()
+        now = open_folder(folder).fingerprint()
         shutil.rmtree(folder)
         return now != before
 
