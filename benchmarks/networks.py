@@ -15,11 +15,11 @@ import numpy as np
 from benchmarks.measure import Contender, race, synchronize, torch_device
 from radiance import config
 from radiance.model.flops import forward_flops
+from radiance.model.paths import is_always_float32, is_block_matrix
 from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel
 from radiance.model.transformer import Params, bind_model, make_abstract_params, visible_lengths
 from radiance.text.encoder import LENGTH_STEP, round_up_length
 from radiance.weights import diffusers, native
-from radiance.weights.checkpoint import FLOAT32_PREFIX, is_block_matrix
 
 PERIOD = 1_000_003  # a prime, so that no matrix has two equal rows
 TOLERANCE = 1e-4  # between the two engines in float32, of the largest velocity
@@ -180,7 +180,7 @@ def random_params(model: config.Model, dtype: str) -> Params:
         values = jnp.tile(noise + name.endswith("scale"), -(-x.size // PERIOD))[: x.size].reshape(
             x.shape
         )
-        return values.astype(jnp.float32 if name.startswith(FLOAT32_PREFIX) else dtype)
+        return values.astype(jnp.float32 if is_always_float32(name) else dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, make_abstract_params(model))
 

@@ -18,9 +18,9 @@ import jax
 from benchmarks import measure, networks
 from benchmarks.measure import Contender, Limits, Report
 from benchmarks.networks import Task
+from radiance import config
 from radiance.flow.sampler import TextCondition, compute_modulations, generate_images
 from radiance.flow.schedules import make_time_schedule
-from radiance.model.quantized import WEIGHT_FORMATS
 from radiance.model.rope import position_ids
 from radiance.model.transformer import Params
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         "--stores",
         nargs="*",
         default=[],
-        choices=WEIGHT_FORMATS,
+        choices=config.WEIGHT_FORMATS,
         help="ways to keep the weights small, to compare",
     )
     options = parser.parse_intermixed_args(arguments)

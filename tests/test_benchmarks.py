@@ -11,7 +11,6 @@ from benchmarks import attention, compile_time, host_memory, measure, networks, 
 from benchmarks.measure import Contender, Limits, Report, Result
 from radiance import config
 from radiance.model.flops import forward_flops
-from radiance.model.quantized import WEIGHT_FORMATS
 from radiance.weights import checkpoint
 from tests.helpers.toy_models import toy_model, toy_params
 
@@ -168,7 +167,7 @@ def test_cut_text_is_the_beginning_of_the_whole():
     np.testing.assert_array_equal(whole[:, :32], cut)
 
 
-@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
 def test_stored_small_as_a_checkpoint_is(store):
     model = toy_model(hidden=64, rope_axes=(4, 14, 14))
     params = toy_params(model)
@@ -293,7 +292,9 @@ def test_compile_time(monkeypatch):
 def test_host_memory(monkeypatch):
     whole = host_memory.run_of
     quick = ["model.head=linear", "model.modulation=none"]
-    monkeypatch.setattr(host_memory, "make_sampling_config", lambda *given: config.override(whole(*given), quick))
+    monkeypatch.setattr(
+        host_memory, "make_sampling_config", lambda *given: config.override(whole(*given), quick)
+    )
     report = host_memory.main(["--steps", "6", "--images", "20", "--side", "16"])
     rows = rows_of(report)
     assert "6" in rows

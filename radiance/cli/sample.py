@@ -17,7 +17,6 @@ from radiance.cli.arguments import (
 )
 from radiance.cli.hosts import add_host_arguments, join_hosts_and_wait, retain_freed_memory_on_cpu
 
-WEIGHT_FORMATS = ("q8_0", "int8", "float8_e4m3fn")
 MAX_SHEET_IMAGES = 400  # images that sheet.png shows at most: of more there is none
 SUITE_NAMES = ("geneval", "dpg", "coco30k")  # see evaluation/prompt_suites.py
 
@@ -87,7 +86,7 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--store",
-        choices=["none", *WEIGHT_FORMATS],
+        choices=["none", *config.WEIGHT_FORMATS],
         help="how the blocks' matrices are kept in memory; by default as in the file",
     )
     parser.add_argument(

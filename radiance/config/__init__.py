@@ -20,7 +20,7 @@ from radiance.config.compute import Compute
 from radiance.config.data import Data, MixtureSource, Shapes
 from radiance.config.distill import Distill
 from radiance.config.flow import Flow
-from radiance.config.lora import Lora
+from radiance.config.lora import WEIGHT_FORMATS, Lora
 from radiance.config.mesh import Mesh
 from radiance.config.model import MODELS, Model
 from radiance.config.optimizer import Optimizer
@@ -32,6 +32,7 @@ from radiance.config.train import Train
 __all__ = [
     "MODELS",
     "PRESETS",
+    "WEIGHT_FORMATS",
     "Compute",
     "Config",
     "ConfigError",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from radiance.base.settings import Section, require
+
+WeightFormat = Literal["none", "q8_0", "int8", "float8_e4m3fn"]
+WEIGHT_FORMATS = tuple(name for name in get_args(WeightFormat) if name != "none")
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,7 @@ class Lora(Section):
         "double",
         "single",
     )  # the matrices whose paths start so, such as "single/attention"
-    weight_format: Literal["none", "q8_0", "int8", "float8_e4m3fn"] = (
-        "none"  # what the matrices that stay are kept in
-    )
+    weight_format: WeightFormat = "none"  # what the matrices that stay are kept in
     dtype: Literal["bfloat16", "float32"] = (
         "bfloat16"  # of the weights that stay, but for what is stored smaller
     )

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 Q8_0_BLOCK = 32  # inputs that share a scale in Q8_0
-WEIGHT_FORMATS = ("q8_0", "int8", "float8_e4m3fn")
 
 M = TypeVar("M")
 
@@ -78,7 +77,7 @@ def has_quantized_weights(module: nnx.Module) -> bool:
 def expand_weights(module: M) -> M:
     """`module` with arrays in place of what is stored small, and layers that add in place of those with an addition."""
     module = jax.tree.map(
-        lambda x: x.expand() if _is_quantized(x) else x, module, is_leaf=_is_quantized
+        lambda x: x.dequantize() if _is_quantized(x) else x, module, is_leaf=_is_quantized
     )
     for submodule in [submodule for _, submodule in nnx.iter_modules(module)]:
         for name, layer in [*vars(submodule).items()]:

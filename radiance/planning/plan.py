@@ -23,18 +23,14 @@ from radiance.flow.distillation import Teacher
 from radiance.flow.guidance import count_evaluations
 from radiance.flow.sampler import TextCondition, compute_modulations, generate_images
 from radiance.model.flops import forward_flops, training_flops
+from radiance.model.paths import count_inputs, is_always_float32, is_block_matrix
 from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.planning import hlo_cost
 from radiance.planning.topologies import make_target
 from radiance.training.step import init_state, make_train_step
 from radiance.training.trajectories import POINTS_DTYPE
-from radiance.weights.checkpoint import (
-    FLOAT32_PREFIX,
-    count_inputs,
-    is_block_matrix,
-    output_sharding,
-)
+from radiance.weights.checkpoint import output_sharding
 
 
 @dataclass(frozen=True)
@@ -302,7 +298,7 @@ def _abstract_params(
         path = "/".join(key.key for key in keys)
         if weight_format == "none" or not is_block_matrix(path):
             return jax.ShapeDtypeStruct(
-                x.shape, "float32" if path.startswith(FLOAT32_PREFIX) else dtype, sharding=sharding
+                x.shape, "float32" if is_always_float32(path) else dtype, sharding=sharding
             )
         inputs = count_inputs(path, x.shape)
         outputs, groups = (

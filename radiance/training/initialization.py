@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from radiance import config
+from radiance.base.trees import flatten_tree
 from radiance.distributed.sharding import host_shardings
 from radiance.flow.timesteps import timestep_quantile
+from radiance.model.paths import is_always_float32
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import RunDirectory, is_run_directory
 from radiance.training.step import VALIDATION_BINS, TrainState, init_state
-from radiance.weights import checkpoint, native
+from radiance.weights import checkpoint
 from radiance.weights.opening import open_tensors
 
 MAX_LOSS_RATIO = 1.5  # times more or less than is known
@@ -86,8 +88,8 @@ def load_frozen_params(
         ).load_params(dtype, weight_format, shardings)
     params = load_pretrained_params(path, run, shardings)  # in parts, where there are places
     leaves = [
-        x if path.startswith(checkpoint.FLOAT32_PREFIX) else x.astype(dtype)
-        for path, x in native.flatten_tree(params).items()
+        x if is_always_float32(path) else x.astype(dtype)
+        for path, x in flatten_tree(params).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

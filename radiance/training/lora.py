@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from radiance import config
+from radiance.base.trees import flatten_tree
+from radiance.model.paths import count_inputs, is_block_matrix
 from radiance.model.quantized import LoraKernel
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.parameter_groups import is_under
-from radiance.weights.checkpoint import count_inputs, is_block_matrix
 from radiance.weights.lora import LoraWeights, adapters_to_lora
-from radiance.weights.native import flatten_tree
 
 
 def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> Params:

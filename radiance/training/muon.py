@@ -9,6 +9,7 @@ from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from radiance import config
 from radiance.base.trees import leaf_path
+from radiance.model.paths import is_in_blocks
 from radiance.model.transformer import Params
 from radiance.training.adam import scale_by_adam
 from radiance.training.stochastic_rounding import stochastic_round
@@ -18,7 +19,7 @@ def muon_axes(path: str) -> MuonDimensionNumbers | None:
     """Which axes of a stacked leaf are a matrix's inputs and outputs, if it is one of the blocks' matrices. The others, the block among them,
     count matrices, each orthogonalised by itself: so are queries, keys and values, which share a leaf.
     """
-    if not path.startswith(("refiner/", "double/", "single/")):
+    if not is_in_blocks(path):
         return None
     if path.endswith("attention/qkv/kernel"):
         return MuonDimensionNumbers(1, (3, 4))

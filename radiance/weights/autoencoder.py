@@ -15,10 +15,10 @@ import numpy as np
 
 from radiance.base.errors import CheckpointError, ConfigError
 from radiance.base.files import replace_atomically
+from radiance.base.trees import flatten_tree
 from radiance.model.autoencoder import Autoencoder, make_abstract_autoencoder
 from radiance.model.transformer import Params
 from radiance.weights.detect import check_shapes
-from radiance.weights.native import flatten_tree
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
 from radiance.weights.tensors import DTYPES, Tensors, TensorShapes, is_finite

@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.base.trees import flatten_tree
+from radiance.model.paths import count_inputs, is_always_float32, is_block_matrix
 from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel, quantize
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.weights import diffusers, native
@@ -88,7 +90,7 @@ class Checkpoint:
         loop over the blocks; "file" keeps those that the file has in such a type. What the file has in the type that is asked for is
         taken as it is. shardings: a tree like the parameters, to which they are placed; one device when None.
         """
-        shardings_by_path = native.flatten_tree(shardings) if shardings is not None else {}
+        shardings_by_path = flatten_tree(shardings) if shardings is not None else {}
         formats, sources = self._leaf_formats(weight_format), native.native_layout(self.model)[1]
 
         def get_tensor(name: str) -> np.ndarray | QuantizedTensor:
@@ -97,7 +99,7 @@ class Checkpoint:
                 formats.get(tensor_slice.path) == quantized
                 for tensor_slice in sources[name].rule.slices
             ):
-                return self.get_tensor.packed(name)
+                return self.get_tensor.read_quantized(name)
             return self.get_tensor(name)
 
         def put_array(x: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -126,7 +128,7 @@ class Checkpoint:
                 )
             return put_array(
                 native.stack_blocks(
-                    shape, blocks, DTYPES["float32" if path.startswith(FLOAT32_PREFIX) else dtype]
+                    shape, blocks, DTYPES["float32" if is_always_float32(path) else dtype]
                 ),
                 shardings_by_path.get(path),
             )
@@ -145,7 +147,7 @@ class Checkpoint:
 
     def _leaf_formats(self, weight_format: str | None) -> dict[str, str]:
         """The leaves that are kept small, and as what. Raises CheckpointError when one was asked for that cannot be."""
-        leaves = native.flatten_tree(make_abstract_params(self.model))
+        leaves = flatten_tree(make_abstract_params(self.model))
         if weight_format != "file":
             formats = {
                 path: weight_format for path in leaves if weight_format and is_block_matrix(path)
@@ -191,13 +193,7 @@ def output_sharding(sharding: NamedSharding, x: np.ndarray) -> NamedSharding:
     )
 
 
-FLOAT32_PREFIX = "head/embedder"  # float32 in the published files too
 LOSS_KEY = "radiance.validation_loss"  # in the metadata of our exports
-
-
-def is_block_matrix(path: str) -> bool:
-    """Whether a leaf is one of the matrices of the blocks: nine tenths of the weights, and what may be quantized."""
-    return path.startswith(("refiner/", "double/", "single/")) and path.endswith("/kernel")
 
 
 def read_validation_loss(file: Tensors) -> float | None:
@@ -219,11 +215,6 @@ def read_validation_loss(file: Tensors) -> float | None:
 def drop_validation_loss(metadata: Mapping[str, str]) -> dict[str, str]:
     """What still holds of metadata when the weights are no longer those that were validated."""
     return {key: value for key, value in metadata.items() if key != LOSS_KEY}
-
-
-def count_inputs(path: str, shape: tuple[int, ...]) -> int:
-    """Inputs of one block's kernel of a stacked leaf: an attention's way back reads heads × channels."""
-    return int(np.prod(shape[1:3])) if path.endswith("attention/proj/kernel") else shape[1]
 
 
 def _quantize_blocks(

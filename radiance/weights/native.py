@@ -14,6 +14,7 @@ import numpy as np
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.base.trees import flatten_tree
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.weights.detect import check_shapes, model_markers
 from radiance.weights.tensors import QuantizedTensor, TensorShapes, is_finite
@@ -223,14 +224,6 @@ def _join_leaves(
 
 def _patch_kernel_size(model: config.Model) -> int:
     return model.patch // 2 if model.patch_embed == "conv_half" else model.patch
-
-
-def flatten_tree(tree: Params) -> dict[str, jax.Array]:
-    """Leaves by slash-separated path."""
-    return {
-        "/".join(str(k.key) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------

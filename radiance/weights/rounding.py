@@ -105,18 +105,21 @@ def copy_tensor(checkpoint: Checkpoint, name: str, export_format: str) -> Writte
     """A `copyable` tensor. Raises CheckpointError when values are not finite."""
     tensors = checkpoint.get_tensor
     if export_format == "gguf":
-        result = WrittenTensor(tensors.file.rows(tensors.keys[name][0]))
+        result = WrittenTensor(tensors.file.read_quantized_rows(tensors.keys[name][0]))
         is_valid = all(
-            is_finite(tensors.file.expanded(chunk, checkpoint.dtypes[name]))
+            is_finite(tensors.file.dequantize_rows(chunk, checkpoint.dtypes[name]))
             for chunk in _split_chunks(result.values)
         )
     else:
-        quantized, shape = tensors.packed(name), export_scale_shape(checkpoint, name, is_copy=True)
+        quantized, shape = (
+            tensors.read_quantized(name),
+            export_scale_shape(checkpoint, name, is_copy=True),
+        )
         result = WrittenTensor(
             quantized.values,
             None if shape is None else quantized.scales[: math.prod(shape)].reshape(shape),
         )
-        is_valid = quantized.finite()
+        is_valid = quantized.is_finite()
     if not is_valid:
         raise CheckpointError(
             f"{name} holds values that are not finite: the file it comes from is damaged."

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from radiance import config
+from radiance.base.trees import flatten_tree
 from radiance.distributed.sharding import MESH_AXES, check_divisible, partition_spec
 from radiance.model.transformer import make_abstract_params
-from radiance.weights.native import flatten_tree
 
 
 def mesh(*sizes):

@@ -9,8 +9,9 @@ from flax import nnx
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.base.trees import flatten_tree
+from radiance.model.paths import is_block_matrix
 from radiance.model.quantized import (
-    WEIGHT_FORMATS,
     LoraKernel,
     QuantizedKernel,
     expand_weights,
@@ -18,8 +19,7 @@ from radiance.model.quantized import (
 )
 from radiance.model.transformer import bind_model
 from radiance.training.lora import attach_adapters, init_adapters
-from radiance.weights.checkpoint import checkpoint_from_params, is_block_matrix
-from radiance.weights.native import flatten_tree
+from radiance.weights.checkpoint import checkpoint_from_params
 from tests.helpers.toy_models import apply, toy_inputs, toy_model, toy_params
 
 SIZES = dict(hidden=64, rope_axes=(4, 14, 14), text_refiner_blocks=1)
@@ -34,7 +34,7 @@ def small(x):
 
 def whole(params):
     """Every stored leaf as an array."""
-    return jax.tree.map(lambda x: x.expand() if small(x) else x, params, is_leaf=small)
+    return jax.tree.map(lambda x: x.dequantize() if small(x) else x, params, is_leaf=small)
 
 
 def blurred(params, error):
@@ -57,7 +57,7 @@ def relative(a, b):
     return float(np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
 def test_errors(store):
     values, scales = quantize(matrix(), store)
     found = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
@@ -86,7 +86,7 @@ def test_what_was_fp8_stays_as_it_is():
     )
 
 
-@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
 def test_no_inputs_no_harm(store):
     values, scales = quantize(np.zeros((32, 3)), store)
     np.testing.assert_array_equal(
@@ -94,7 +94,7 @@ def test_no_inputs_no_harm(store):
     )
 
 
-@pytest.mark.parametrize("store", WEIGHT_FORMATS)
+@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
 def test_the_network_computes_with_what_is_expanded(store):
     exact = toy_params(MODEL)
     params = checkpoint_from_params(MODEL, exact, "toy").load_params(weight_format=store)

@@ -9,12 +9,13 @@ import pytest
 
 import radiance
 from radiance import config
+from radiance.base.trees import flatten_tree
 from radiance.cli import main
+from radiance.model.paths import is_block_matrix
 from radiance.model.quantized import LoraKernel
 from radiance.training.lora import attach_adapters, init_adapters, to_lora_weights
 from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora
-from radiance.weights.native import flatten_tree
 from tests.helpers.toy_models import apply, gradients, toy_inputs, toy_model, toy_params
 from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
 
@@ -35,7 +36,7 @@ def noisy_adapters(model=MODEL, settings=LORA):
 def test_fresh_ones_change_nothing_and_have_the_sizes():
     adapters = init_adapters(MODEL, LORA, jax.random.key(0))
     params, inputs = toy_params(MODEL), toy_inputs(MODEL)
-    matrices = {path for path in flatten_tree(params) if checkpoint.is_block_matrix(path)}
+    matrices = {path for path in flatten_tree(params) if is_block_matrix(path)}
     assert {path.rpartition("/")[0] for path in flatten_tree(adapters)} == matrices
     assert adapters["single"]["attention"]["proj"]["kernel"]["down"].shape == (3, 64, 3)
     assert adapters["double"]["text"]["attention"]["qkv"]["kernel"]["up"].shape == (2, 3, 3 * 64)

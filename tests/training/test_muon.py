@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from radiance import config
+from radiance.base.trees import flatten_tree
 from radiance.distributed.sharding import MESH_AXES, make_shardings
 from radiance.training.adam import scale_by_adam
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.lora import init_adapters
 from radiance.training.muon import scale_by_muon_and_adam
 from radiance.training.step import init_state
-from radiance.weights.native import flatten_tree
 from tests.helpers.toy_models import toy_model, toy_params
 from tests.helpers.toy_runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run, train
 

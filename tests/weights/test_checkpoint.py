@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from radiance import config
 from radiance.base.errors import CheckpointError
-from radiance.weights import checkpoint, diffusers, native
+from radiance.base.trees import flatten_tree
+from radiance.weights import checkpoint, diffusers
 from radiance.weights.detect import MODEL_KEY
 from radiance.weights.opening import open_tensors
 from radiance.weights.rounding import BLOCK_MATRIX
@@ -57,7 +58,7 @@ def test_types_and_sizes_of_leaves(tmp_path):
     tensors = published(PIXELS, "float32")
     opened = checkpoint.open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
     assert (opened.model, opened.format, opened.dtypes["txt_in.bias"]) == (PIXELS, "native", "F32")
-    leaves = native.flatten_tree(opened.load_params("bfloat16"))
+    leaves = flatten_tree(opened.load_params("bfloat16"))
     assert all(
         x.dtype == ("float32" if path.startswith("head/embedder") else "bfloat16")
         for path, x in leaves.items()

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from radiance.base.errors import CheckpointError
+from radiance.base.trees import flatten_tree
+from radiance.model.paths import count_inputs, is_block_matrix
 from radiance.model.quantized import QuantizedKernel, quantize
-from radiance.weights import diffusers, native
-from radiance.weights.checkpoint import count_inputs, is_block_matrix, open_checkpoint
+from radiance.weights import diffusers
+from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
 from radiance.weights.gguf import open_gguf
 from radiance.weights.rounding import BLOCK_MATRIX
@@ -45,15 +47,15 @@ def scaled(tensors, store, rows, suffix=".weight_scale"):
 
 
 def assert_is_the_file(found, store, leaves=None):
-    params = _leaves(found.params("float32", "file"))
-    whole = native.flatten_tree(found.params("float32"))
+    params = _leaves(found.load_params("float32", "file"))
+    whole = flatten_tree(found.load_params("float32"))
     kept = {path for path, x in params.items() if small(x)}
     assert kept == {
         path for path in params if is_block_matrix(path) and (leaves is None or leaves(path))
     }
     for path, x in params.items():
         np.testing.assert_array_equal(
-            np.asarray(x.expand() if small(x) else x), np.asarray(whole[path]), err_msg=path
+            np.asarray(x.dequantize() if small(x) else x), np.asarray(whole[path]), err_msg=path
         )
     assert {str(params[path].values.dtype) for path in kept} == {
         "int8" if store == "q8_0" else store
@@ -96,7 +98,7 @@ def test_q8_0(tmp_path):
     # and bit for bit what the values of the file are rounded to
     leaves, whole = (
         _leaves(found.load_params("float32", "file")),
-        native.flatten_tree(found.load_params("float32")),
+        flatten_tree(found.load_params("float32")),
     )
     for path in filter(is_block_matrix, leaves):
         blocks = np.asarray(whole[path]).reshape(
@@ -140,7 +142,7 @@ def test_some_blocks_in_other_types(tmp_path):
         _leaves(found.load_params("float32", store))["single/attention/qkv/kernel"]
         for store in ("file", None)
     )
-    leaf = np.asarray(leaf.expand())
+    leaf = np.asarray(leaf.dequantize())
     np.testing.assert_array_equal(leaf[[0, 2]], whole[np.array([0, 2])])
     error = np.abs(leaf[1] - whole[1])
     assert 0 < error.max() <= np.abs(whole[1]).max() / 127 / 2 * 1.01
@@ -152,7 +154,7 @@ def test_another_store_than_the_files(tmp_path):
     )
     leaves, whole = (
         _leaves(found.load_params("float32", "q8_0")),
-        native.flatten_tree(found.load_params("float32")),
+        flatten_tree(found.load_params("float32")),
     )
     path = "double/image/mlp/linear_in/kernel"
     np.testing.assert_array_equal(
@@ -190,7 +192,7 @@ def test_a_matrix_whose_blocks_lie_across_its_parts(tmp_path):
     assert found.dtypes["single_blocks.0.linear2.weight"] == "Q8_0"
     leaves, whole = (
         _leaves(found.load_params("float32", "file")),
-        native.flatten_tree(found.load_params("float32")),
+        flatten_tree(found.load_params("float32")),
     )
     assert not any(map(small, leaves.values()))
     np.testing.assert_array_equal(
