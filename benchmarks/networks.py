@@ -235,7 +235,7 @@ def torch_module(model: config.Model, params: Params, dtype: str) -> Any:
     """Our PyTorch module with `params`, in the types that its own `load` gives."""
     import torch
 
-    from radiance.weights import torch_model
+    from radiance.weights.torch_export import model as torch_model
 
     with torch.device("meta"):
         module = torch_model.Transformer(config.to_dict(model))

@@ -62,7 +62,7 @@ the teacher evaluates the network twice a step, for its guidance, and students o
 - **As a LoRA** of rank 64 seed 0 of one_step paints at 1.349, 0.103 in one step, where the weights themselves do at 1.350,
   0.102, and the model without it at 4.21: all of the gain. At rank 16 it is 1.346, 0.110, of segments at rank 64 1.431, 0.077 in four. Biases, which it
   cannot carry, changed by up to 72 %, and are not missed. The file of rank 64, added to the quickstart's model in PyTorch
-  (`add_lora`), painted from the same noise what JAX did, to 2e-6; of toys tests/weights/test_torch_model.py shows it.
+  (`add_lora`), painted from the same noise what JAX did, to 2e-6; of toys tests/weights/test_torch_export.py shows it.
 
 The classifier of the quickstart reads at least 99 % of them as asked at any number of steps, and of one_step and the teacher without guidance 93 %: digits are
 too easy to tell models apart so. The same on `shapes`, whose reader is exact, from experiments/one_shape.py (the same commands with `few_steps.py:shapes`

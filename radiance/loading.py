@@ -29,6 +29,7 @@ from radiance.weights.checkpoint import (
     checkpoint_from_params,
     open_checkpoint,
 )
+from radiance.weights.lora_adapters import apply_loras
 from radiance.weights.safetensors import write_safetensors
 
 # What our own exports carry, so that they are sampled as the run was: settings that the weights do not tell.
@@ -141,7 +142,7 @@ def load(
             checkpoint.origin,
         )
     if adapters:
-        params = lora_files.apply_loras(params, run.model, adapters)
+        params = apply_loras(params, run.model, adapters)
     origin += "".join(f" + {strength:g} × {path}" for path, strength in loras)
     return Pipeline(run, params, origin, encoder, decoder, device_mesh)
 

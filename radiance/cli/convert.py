@@ -262,6 +262,7 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", naming: s
     from radiance.training.run_directory import RunDirectory, is_run_directory
     from radiance.weights import lora
     from radiance.weights.convert import DTYPE_ALIASES
+    from radiance.weights.lora_extraction import extract_lora
 
     dtype = DTYPE_ALIASES.get(options.dtype, options.dtype) or "bfloat16"
     run = (
@@ -278,7 +279,7 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", naming: s
         base = _open_other(options.extract, options)
         num_params = sum(math.prod(shape) for shape in checkpoint.shapes.values())
         with tqdm(total=num_params, unit="parameter", unit_scale=True, disable=None) as bar:
-            result = lora.extract_lora(base, checkpoint, options.rank, progress=bar.update)
+            result = extract_lora(base, checkpoint, options.rank, on_progress=bar.update)
         lora.write_lora(options.out, result.lora, naming, dtype)
         print(
             f"{options.out} keeps {result.total_explained_fraction:.1%} of the squared difference of {len(result.lora.pairs)} matrices at rank {options.rank}."

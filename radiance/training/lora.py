@@ -18,7 +18,8 @@ from radiance.model.paths import count_inputs, is_block_matrix
 from radiance.model.quantized import LoraKernel
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.parameter_groups import is_under
-from radiance.weights.lora import LoraWeights, adapters_to_lora
+from radiance.weights.lora import LoraWeights
+from radiance.weights.lora_adapters import adapters_to_lora
 
 
 def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> Params:

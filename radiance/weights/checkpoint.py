@@ -34,7 +34,14 @@ from radiance.weights.detect import (
 from radiance.weights.gguf import GgufTensors
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
-from radiance.weights.tensors import DTYPES, QuantizedTensor, Tensors, TensorShapes
+from radiance.weights.tensors import (
+    DTYPES,
+    QuantizedTensor,
+    Tensors,
+    TensorShapes,
+    concatenate_arrays,
+    concatenated_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class FileTensors:
 
     def __call__(self, name: str) -> np.ndarray:
         return (
-            diffusers.concatenate_arrays([self.file[key] for key in self.keys[name]])
+            concatenate_arrays([self.file[key] for key in self.keys[name]])
             if name not in MARKERS
             else np.zeros(0, np.float32)
         )
@@ -60,7 +67,7 @@ class FileTensors:
     def read_quantized(self, name: str) -> QuantizedTensor:
         return QuantizedTensor(
             *(
-                diffusers.concatenate_arrays([*arrays])
+                concatenate_arrays([*arrays])
                 for arrays in zip(*(self.file.read_quantized(key) for key in self.keys[name]))
             )
         )
@@ -261,7 +268,7 @@ def open_checkpoint(
         file_format = "GGUF" if isinstance(file, GgufTensors) else "native"
         keys = {name: (key,) for name, key in canonical_names(file.shapes).items()}
     shapes = {
-        name: diffusers.concatenated_shape([file.shapes[key] for key in file_keys])
+        name: concatenated_shape([file.shapes[key] for key in file_keys])
         for name, file_keys in keys.items()
     }
     if model is None:

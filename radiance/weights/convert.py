@@ -347,6 +347,5 @@ def _write_torch(folder: Path, model: config.Model, shapes, dtypes, get_tensor, 
     """The native file, the model's settings, and the two programs that read them without us."""
     _write_tensors(folder / "model.safetensors", shapes, dtypes, get_tensor, metadata)
     (folder / "config.json").write_text(json.dumps(config.to_dict(model), indent=2) + "\n")
-    package_dir = Path(__file__).parent
-    shutil.copy(package_dir / "torch_model.py", folder / "model.py")
-    shutil.copy(package_dir / "torch_sample.py", folder / "sample.py")
+    for name in ("model.py", "sample.py"):
+        shutil.copy(Path(__file__).parent / "torch_export" / name, folder / name)

@@ -147,22 +147,6 @@ def _block_indices(native: str) -> Iterator[int]:
         i += 1
 
 
-def concatenated_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of tensors one below the other. Raises CheckpointError when they do not fit."""
-    if len(shapes) == 1:
-        return shapes[0]
-    if any(shape[1:] != shapes[0][1:] or not shape for shape in shapes):
-        shapes_text = ", ".join(str(list(shape)) for shape in shapes)
-        raise CheckpointError(
-            f"The diffusers checkpoint has parts of one matrix that do not fit to each other, of shapes {shapes_text}."
-        )
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def concatenate_arrays(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
 def check_diffusers_support(model: config.Model):
     """Raises CheckpointError for a model that diffusers has no class for."""
     required = dict(

@@ -6,7 +6,7 @@ Reading is plain reading. A memory map would be shorter, but its pages count as 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,3 +229,31 @@ def is_finite(array: np.ndarray) -> bool:
     if array.dtype == DTYPES["bfloat16"]:
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
+
+
+def concatenated_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of tensors concatenated along axis 0.
+
+    Args:
+        shapes: At least one shape.
+
+    Returns:
+        The shape of the result.
+
+    Raises:
+        CheckpointError: The shapes differ in another axis.
+    """
+    if len(shapes) == 1:
+        return shapes[0]
+    if any(shape[1:] != shapes[0][1:] or not shape for shape in shapes):
+        shapes_text = ", ".join(str(list(shape)) for shape in shapes)
+        raise CheckpointError(
+            f"The checkpoint has parts of one matrix whose shapes do not fit: {shapes_text}. "
+            "Copy or download it again."
+        )
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def concatenate_arrays(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return arrays concatenated along axis 0; a single array is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -13,6 +13,8 @@ from radiance.base.errors import CheckpointError
 from radiance.model.quantized import LoraKernel, QuantizedKernel
 from radiance.weights import checkpoint, lora
 from radiance.weights.lora import LoraPair, LoraWeights
+from radiance.weights.lora_adapters import apply_loras
+from radiance.weights.lora_extraction import extract_lora
 from tests.helpers.toy_loras import BF16, MODEL, in_memory, relative, sentence, shapes_of, toy_lora
 from tests.helpers.toy_models import apply, rows_of, toy_inputs, toy_model, toy_params
 
@@ -123,10 +125,10 @@ def test_applied_is_merged(case):
         for one, strength in loras:
             changed = lora.merge_lora(changed, one, strength)
         expected = apply(model, changed.load_params(), inputs)
-        found = apply(model, lora.apply_loras(params, model, loras), inputs)
+        found = apply(model, apply_loras(params, model, loras), inputs)
         assert relative(found, expected) < 2e-5
         assert relative(plain, expected) > 1e-2
-    back = apply(model, lora.apply_loras(params, model, [(first, 0.0)]), inputs)
+    back = apply(model, apply_loras(params, model, [(first, 0.0)]), inputs)
     np.testing.assert_array_equal(back, plain)
 
 
@@ -138,7 +140,7 @@ def test_what_is_applied_lies_beside_the_weights():
         up=np.concatenate([np.ones((3 * 48, 1), np.float32), np.zeros((192, 1), np.float32)])
     )
     added = LoraWeights(MODEL, {"single_blocks.0.linear1": rank1, "single_blocks.2.linear1": rank3})
-    changed = lora.apply_loras(params, MODEL, [(added, 0.5)])
+    changed = apply_loras(params, MODEL, [(added, 0.5)])
     after = changed["single"]["attention"]["qkv"]["kernel"]
     assert isinstance(after, LoraKernel)
     assert after.base is params["single"]["attention"]["qkv"]["kernel"]
@@ -147,7 +149,7 @@ def test_what_is_applied_lies_beside_the_weights():
     np.testing.assert_array_equal(np.unique(after.up[0], axis=1)[:, 0], [0.5, 0, 0])
     np.testing.assert_array_equal(after.up[1], 0)
     np.testing.assert_array_equal(after.up[2], 1)
-    again = lora.apply_loras(params, MODEL, [(added, 1.5)])["single"]["attention"]["qkv"]["kernel"]
+    again = apply_loras(params, MODEL, [(added, 1.5)])["single"]["attention"]["qkv"]["kernel"]
     assert again.base is after.base
     np.testing.assert_array_equal(again.up, 3 * after.up)
     # All other leaves are the same arrays.
@@ -155,7 +157,7 @@ def test_what_is_applied_lies_beside_the_weights():
         lambda x, y: x is y, params, changed, is_leaf=lambda x: isinstance(x, LoraKernel)
     )
     assert sum(not x for x in jax.tree.leaves(same)) == 2
-    half = lora.apply_loras(
+    half = apply_loras(
         params, MODEL, [(LoraWeights(MODEL, {"single_blocks.1.linear1": attention_only}), 1.0)]
     )
     assert (
@@ -163,7 +165,7 @@ def test_what_is_applied_lies_beside_the_weights():
         is params["single"]["mlp"]["linear_in"]["kernel"]
     )
     with pytest.raises(ValueError, match="have LoRAs already"):
-        lora.apply_loras(changed, MODEL, [(added, 1.0)])
+        apply_loras(changed, MODEL, [(added, 1.0)])
 
 
 @pytest.mark.parametrize("store", ["int8", "q8_0", "float8_e4m3fn"])
@@ -171,7 +173,7 @@ def test_applied_to_quantized_weights(store):
     model = toy_model(hidden=64, rope_axes=(8, 12, 12))  # 32 divides the inputs, as q8_0 needs
     params = in_memory(model)[0].load_params(weight_format=store)
     added, inputs = toy_lora(model), rows_of(toy_inputs(model), slice(2))
-    changed = lora.apply_loras(params, model, [(added, 0.8)])
+    changed = apply_loras(params, model, [(added, 0.8)])
     kernel = changed["single"]["mlp"]["linear_out"]["kernel"]
     assert isinstance(kernel.base, QuantizedKernel)
     assert kernel.base is params["single"]["mlp"]["linear_out"]["kernel"]
@@ -190,7 +192,7 @@ def test_applied_in_bfloat16():
     compute = config.Compute(dtype="bfloat16")
     whole, added, inputs = in_memory()[0], toy_lora(), rows_of(toy_inputs(MODEL), slice(2))
     params = whole.load_params("bfloat16")
-    changed = lora.apply_loras(params, MODEL, [(added, 0.8)])
+    changed = apply_loras(params, MODEL, [(added, 0.8)])
     assert changed["double"]["image"]["mlp"]["linear_in"]["kernel"].base.dtype == jnp.bfloat16
     assert changed["text_embed"]["kernel"].dtype == jnp.bfloat16
     exact = apply(MODEL, lora.merge_lora(whole, added, 0.8).load_params(), inputs)
@@ -205,8 +207,8 @@ def test_applied_in_bfloat16():
 
 
 def difference(a, b, module):
-    return (b.tensor(f"{module}.weight").astype(np.float64) - a.tensor(f"{module}.weight")).reshape(
-        len(b.tensor(f"{module}.weight")), -1
+    return (b.get_tensor(f"{module}.weight").astype(np.float64) - a.get_tensor(f"{module}.weight")).reshape(
+        len(b.get_tensor(f"{module}.weight")), -1
     )
 
 
@@ -214,7 +216,7 @@ def difference(a, b, module):
 def test_extraction_is_the_nearest_of_its_rank(rank):
     a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
     seen = []
-    found, kept, in_all, left = lora.extract_lora(a, b, rank, progress=seen.append)
+    found, kept, in_all, left = extract_lora(a, b, rank, on_progress=seen.append)
     assert found.pairs.keys() == shapes_of(MODEL, blocks_only=True).keys()
     assert found.model == MODEL
     part = whole = 0
@@ -251,7 +253,7 @@ def test_extraction_is_the_nearest_of_its_rank(rank):
 
 def test_what_was_merged_is_extracted():
     a, added = in_memory()[0], toy_lora(modules=[*shapes_of(MODEL, blocks_only=True)][::3])
-    found, kept, in_all, left = lora.extract_lora(a, lora.merge_lora(a, added, 0.5), 8)
+    found, kept, in_all, left = extract_lora(a, lora.merge_lora(a, added, 0.5), 8)
     assert found.pairs.keys() == added.pairs.keys() == kept.keys()
     assert not left
     for module, pair in added.pairs.items():
@@ -263,7 +265,7 @@ def test_what_was_merged_is_extracted():
 
 def test_modules_of_choice_but_never_the_approximator(tmp_path):
     a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
-    found = lora.extract_lora(a, b, 1000, select_module=lambda module: True)
+    found = extract_lora(a, b, 1000, select_module=lambda module: True)
     expected = {
         m
         for m in shapes_of(MODEL)
@@ -303,5 +305,5 @@ def test_extraction_of_what_cannot_be():
     ]
     for b, rank, expected in cases:
         with pytest.raises(CheckpointError, match=expected) as error:
-            lora.extract_lora(a, b, rank)
+            extract_lora(a, b, rank)
         sentence(error)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from radiance.weights import checkpoint, diffusers
 from radiance.weights.convert import convert_checkpoint
+from radiance.weights.tensors import concatenated_shape
 from tests.helpers.toy_files import LATENT, published, save, stored
 from tests.helpers.toy_models import apply, toy_inputs
 
@@ -146,7 +147,7 @@ def test_the_table_names_all_their_tensors():
     }
     assert made == shapes
     back = {
-        name: diffusers.concatenated_shape([shapes[t] for t in parts])
+        name: concatenated_shape([shapes[t] for t in parts])
         for name, parts in diffusers.map_to_native(shapes).items()
     }
     assert back == expected

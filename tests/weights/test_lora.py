@@ -11,6 +11,7 @@ from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.weights import checkpoint, diffusers, lora, native
 from radiance.weights.lora import LoraPair, LoraWeights
+from radiance.weights.lora_adapters import apply_loras
 from tests.helpers.toy_loras import (
     BF16,
     LATENT,
@@ -206,7 +207,7 @@ def test_the_written_names(tmp_path):
         "lora_up.weight",
         "alpha",
     }
-    with pytest.raises(CheckpointError, match="namings are peft, kohya") as error:
+    with pytest.raises(CheckpointError, match="choose one of peft, kohya") as error:
         lora.write_lora(path, written, "onnx")
     sentence(error)
     with pytest.raises(CheckpointError, match="is a LoRA: give it as --lora"):
@@ -219,16 +220,16 @@ GOOD = {"double_blocks.0.img_attn.proj.lora_A.weight": np.ones((2, 48), np.float
 A, B = GOOD
 X = "double_blocks.0.img_attn.proj"
 REFUSED = {
-    "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this a DoRA"),
+    "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this file a DoRA"),
     "DoRA of peft": (GOOD | {f"{X}.lora_magnitude_vector": np.ones(48)}, "DoRA"),
     "LoHa": (
         {f"lora_unet_{X.replace('.', '_')}.hada_w1_a": np.ones((2, 2))},
-        "hada_w1_a is of another kind.*extract the difference",
+        "hada_w1_a belongs to another kind.*extract the difference",
     ),
-    "LoKr": ({f"diffusion_model.{X}.lokr_w1": np.ones((2, 2))}, "lokr_w1 is of another kind"),
+    "LoKr": ({f"diffusion_model.{X}.lokr_w1": np.ones((2, 2))}, "lokr_w1 belongs to another kind"),
     "LoCon's middle": (
         GOOD | {f"{X}.lora_mid.weight": np.ones((2, 2, 3, 3))},
-        "lora_mid.weight is of another kind",
+        "lora_mid.weight belongs to another kind",
     ),
     "text encoder of kohya": (
         GOOD | {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))},
@@ -240,46 +241,46 @@ REFUSED = {
     ),
     "a trained norm": (
         GOOD | {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(24)},
-        "query_norm.scale is no part of a LoRA",
+        "query_norm.scale is not part of a LoRA",
     ),
     "fused parts": (
         GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))},
-        "lora_As is no part of a LoRA",
+        "lora_As is not part of a LoRA",
     ),
-    "a whole difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is no part"),
+    "a whole difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is not part"),
     "another model": (
         GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))},
-        r"blocks\.7.*has not",
+        r"blocks\.7.*does not have",
     ),
     "FLUX": (
         GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))},
-        "img_mod_lin.*has not: give the model",
+        "img_mod_lin.*does not have: choose the model",
     ),
-    "half a pair": ({A: GOOD[A]}, rf"{A} without the pair's up"),
+    "half a pair": ({A: GOOD[A]}, rf"{A} without the up matrix"),
     "the other half": (
         {B: GOOD[B], f"{X}.alpha": np.ones(())},
-        rf"{X}\.\w+.* and {X}\.\w+.* without the pair's down",
+        rf"{X}\.\w+.* and {X}\.\w+.* without the down matrix",
     ),
     "alpha alone": (GOOD | {"txt_in.alpha": np.ones(())}, "txt_in.alpha without"),
-    "two ranks": (GOOD | {B: np.ones((48, 3))}, r"lora_B.weight is \[48, 3\].*rank 2.*\[48, 2\]"),
-    "another width": (GOOD | {A: np.ones((2, 64))}, r"lora_A.weight is \[2, 64\].*\[2, 48\]"),
-    "a convolution": (GOOD | {A: np.ones((2, 48, 3, 3))}, r"lora_A.weight is \[2, 48, 3, 3\]"),
-    "a convolution up": (GOOD | {B: np.ones((48, 2, 3, 3))}, r"lora_B.weight is \[48, 2, 3, 3\]"),
+    "two ranks": (GOOD | {B: np.ones((48, 3))}, r"lora_B.weight has shape \[48, 3\].*rank 2.*\[48, 2\]"),
+    "another width": (GOOD | {A: np.ones((2, 64))}, r"lora_A.weight has shape \[2, 64\].*\[2, 48\]"),
+    "a convolution": (GOOD | {A: np.ones((2, 48, 3, 3))}, r"lora_A.weight has shape \[2, 48, 3, 3\]"),
+    "a convolution up": (GOOD | {B: np.ones((48, 2, 3, 3))}, r"lora_B.weight has shape \[48, 2, 3, 3\]"),
     "no rank": ({A: np.ones((0, 48)), B: np.ones((48, 0))}, "rank 0"),
-    "a number": (GOOD | {A: np.ones(())}, r"lora_A.weight is \[\]"),
-    "a vector": (GOOD | {A: np.ones(2)}, r"lora_A.weight is \[2\]"),
-    "alpha of many": (GOOD | {f"{X}.alpha": np.ones(2)}, r"alpha is \[2\]"),
+    "a number": (GOOD | {A: np.ones(())}, r"lora_A.weight has shape \[\]"),
+    "a vector": (GOOD | {A: np.ones(2)}, r"lora_A.weight has shape \[2\]"),
+    "alpha of many": (GOOD | {f"{X}.alpha": np.ones(2)}, r"alpha has shape \[2\]"),
     "not a number": (GOOD | {A: np.full((2, 48), np.nan)}, f"{A} holds values that are not finite"),
     "infinite": (GOOD | {f"{X}.alpha": np.array(np.inf)}, "alpha holds values that are not finite"),
-    "two adapters": (GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]}, "same half of a pair"),
+    "two adapters": (GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]}, "same matrix of one pair"),
     "whole and in parts": (
         {
             "double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)),
             "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48)),
         },
-        "as a whole and in parts",
+        "both as a whole and in parts",
     ),
-    "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "txt_in.weight is no part of a LoRA"),
+    "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "txt_in.weight is not part of a LoRA"),
     "nothing": ({}, "no tensors"),
 }
 
@@ -309,12 +310,12 @@ def test_a_lora_of_another_model_is_not_used():
     more = toy_lora(toy_model(double_blocks=5), ["double_blocks.4.img_attn.proj"])
     for other in (wide, more):
         with pytest.raises(
-            CheckpointError, match="img_attn.proj of .* which this model has not"
+            CheckpointError, match="img_attn.proj of .* which this model does not have"
         ) as error:
             lora.merge_lora(in_memory()[0], other)
         sentence(error)
-        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model has not"):
-            lora.apply_loras(toy_params(MODEL), MODEL, [(other, 1.0)])
+        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model does not have"):
+            apply_loras(toy_params(MODEL), MODEL, [(other, 1.0)])
     # One of a model that differs in no module fits.
     lora.merge_lora(in_memory(toy_model(prediction="x0"))[0], toy_lora())
 

@@ -40,19 +40,20 @@ from radiance.flow.sampler import TextCondition, sample_from_noise
 from radiance.flow.schedules import make_time_schedule
 from radiance.model.modulation import index_embeddings, sinusoid_frequencies
 from radiance.model.transformer import bind_model
-from radiance.weights import checkpoint, lora, torch_model
+from radiance.weights import checkpoint, lora
 from radiance.weights.detect import canonical_names, detect_model
 from radiance.weights.opening import open_tensors
+from radiance.weights.torch_export import model as torch_model
 
 sys.modules["model"] = torch_model  # the name that it has beside the script
-from radiance.weights import torch_sample
+from radiance.weights.torch_export import sample as torch_sample
 
 pytestmark = pytest.mark.reference
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 FILES = {
     "model.py": Path(torch_model.__file__),
-    "sample.py": Path(torch_model.__file__).with_name("torch_sample.py"),
+    "sample.py": Path(torch_model.__file__).with_name("sample.py"),
 }
 MORE = VARIANTS | {"latent": dict(head="linear", patch=1, channels=8, rope_theta=100.0)}
 FULL = dict(registers=2, text_ids="sequential")

@@ -1,0 +1,1 @@
+"""Files that `radiance convert --to torch` copies beside the weights; they never import radiance."""
