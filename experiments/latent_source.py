@@ -1,15 +1,17 @@
-"""The source of latent_to_pixel.py's toy: an autoencoder of `shapes`, and a model that paints its latents.
+"""Train the latent model and the autoencoder that the toy of latent_to_pixel.py starts from.
 
     python experiments/latent_source.py [train.seed=SEED name=latent-SEED …]
 
-trains both, in minutes on a CPU, into runs/latent_source: a run directory, of which `radiance sample` and `radiance convert` read the model, and in it
-autoencoder.safetensors, and captions.txt to paint for. It says how many real images are still read as told through the autoencoder. The same
-command goes on where it was stopped, but an autoencoder that was not finished begins anew.
+This trains both in minutes on a CPU into runs/latent_source: a run directory that `radiance
+sample` and `convert` open, with autoencoder.safetensors and captions.txt in it. It prints how
+many real images an exact reader still reads correctly after the autoencoder. The same command
+resumes, but an unfinished autoencoder starts anew.
 
-`radiance train` trains pixel models alone, so the loop is here. The autoencoder is FLUX's architecture made small. It learns with noise of a fixed
-variance on its latents and a price for large ones, which is a variational one whose variance is given; they are shifted and scaled to a
-mean of 0 and a variance of 1. Most of an image is black, so it learns from quarters with the object first: from whole images alone it paints
-blobs for longer than all of this takes.
+`radiance train` trains pixel models only, so the loop is here. The autoencoder is a small version
+of FLUX's. It is trained with noise of fixed variance on its latents and a penalty on their
+squares, which is a variational one of given variance; latents are shifted and scaled to mean 0
+and variance 1. Most of an image is black, so training starts with quarters that hold the object;
+from full images alone it reconstructs blobs for longer than all of this.
 """
 
 import sys
@@ -44,9 +46,9 @@ from radiance.weights import autoencoder as files
 SIZES = Autoencoder(
     latent_channels=8, width=8, multipliers=(1, 2, 4), blocks=1, groups=4, shift=0.0, scale=1.0
 )
-CROPPED, WHOLE, RATE = 2500, 1500, 4e-3  # steps of the autoencoder
-NOISE, PRICE = 0.05, 1e-5  # on a latent; of its square, beside the square of an error of a pixel
-CAPTIONS = 2048  # to paint for
+CROP_STEPS, FULL_STEPS, LEARNING_RATE = 2500, 1500, 4e-3  # of the autoencoder
+LATENT_NOISE, LATENT_PENALTY = 0.05, 1e-5  # standard deviation; weight of the mean square
+NUM_CAPTIONS = 2048  # of images to sample for latent_to_pixel.py
 Images = Float32[np.ndarray, "b height width 3"]
 encode, decode = (
     partial(autoencoder.encode_images, dtype="float32"),
@@ -58,119 +60,123 @@ def config() -> c.Config:
     return c.override(
         one_shape.config(),
         [
-            "name=latent_source", f"model.channels={4 * SIZES.latent_channels}", "model.patch=1", "model.prediction=velocity", "flow.timestep_distribution=logistic",
-            "data.batch_size=32", "optimizer.lr_schedule=constant", "train.steps=1500", "train.checkpoint_every=500",
+            "name=latent_source", f"model.channels={4 * SIZES.latent_channels}", "model.patch=1",
+            "model.prediction=velocity", "flow.timestep_distribution=logistic",
+            "data.batch_size=32", "optimizer.lr_schedule=constant", "train.steps=1500",
+            "train.checkpoint_every=500",
         ],
     )  # fmt: skip
 
 
-def trained_autoencoder(run: c.Config, source: Source) -> tuple[Autoencoder, Params]:
-    """Of squares of errors; the rate rises for a while and falls along a cosine."""
-    steps = CROPPED + WHOLE
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, RATE, steps // 36, steps))
+def load_batch(run: c.Config, source: Source, index: int, crop: bool) -> Images:
+    """Load the images of a step, or their quarters that hold the object."""
+    size = run.data.batch_size
+    indices = [i % len(source) for i in range(index * size, (index + 1) * size)]
+    images = np.stack([to_signed(np.asarray(source.load_image(i))) for i in indices])
+    if not crop:
+        return images
+    rng, half = np.random.default_rng((run.train.seed, index)), run.data.resolution // 2
+    corners = []
+    for scene_object in (source.attributes(i)["scene"].objects[0] for i in indices):
+        cells = (scene_object.row, scene_object.column)
+        corners.append([min(max(cell - rng.integers(2), 0), 2) * half // 2 for cell in cells])
+    return np.stack([image[y : y + half, x : x + half] for image, (y, x) in zip(images, corners)])
 
-    def loss_of(params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
+
+def train_autoencoder(run: c.Config, source: Source) -> tuple[Autoencoder, Params]:
+    """Train the autoencoder on squared errors, with warm-up and cosine decay."""
+    steps = CROP_STEPS + FULL_STEPS
+    schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 36, steps)
+    optimizer = optax.adam(schedule)
+
+    def compute_loss(params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
         latents = encode(SIZES, params, images)
-        painted = decode(SIZES, params, latents + NOISE * jax.random.normal(key, latents.shape))
-        return jnp.square(painted - images).mean() + PRICE * jnp.square(latents).mean()
+        noise = LATENT_NOISE * jax.random.normal(key, latents.shape)
+        error = jnp.square(decode(SIZES, params, latents + noise) - images).mean()
+        return error + LATENT_PENALTY * jnp.square(latents).mean()
 
     @jax.jit
-    def step(
-        params: Params, held: optax.OptState, images: jax.Array, key: jax.Array
+    def train_step(
+        params: Params, state: optax.OptState, images: jax.Array, key: jax.Array
     ) -> tuple[Params, optax.OptState, jax.Array]:
-        loss, gradients = jax.value_and_grad(loss_of)(params, images, key)
-        updates, held = optimizer.update(gradients, held, params)
-        return optax.apply_updates(params, updates), held, loss
-
-    def images(number: int, cropped: bool) -> Images:
-        chosen = [
-            i % len(source)
-            for i in range(number * run.data.batch_size, (number + 1) * run.data.batch_size)
-        ]
-        whole = np.stack([to_signed(np.asarray(source.load_image(i))) for i in chosen])
-        if not cropped:
-            return whole
-        draw, half = np.random.default_rng((run.train.seed, number)), run.data.resolution // 2
-        things = [source.attributes(i)["shown"].objects[0] for i in chosen]
-        corners = [
-            [min(max(at - draw.integers(2), 0), 2) * half // 2 for at in (thing.row, thing.column)]
-            for thing in things
-        ]
-        return np.stack(
-            [
-                image[top : top + half, left : left + half]
-                for image, (top, left) in zip(whole, corners)
-            ]
-        )
+        loss, gradients = jax.value_and_grad(compute_loss)(params, images, key)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
 
     key = jax.random.key(run.train.seed)
     params = autoencoder.init_autoencoder_params(SIZES, key)
-    held = optimizer.init(params)
+    state = optimizer.init(params)
     with closing(Progress(0, steps, run.data.batch_size)) as progress:
-        for number in range(steps):
-            params, held, loss = step(
-                params, held, images(number, number < CROPPED), jax.random.fold_in(key, number)
-            )
-            progress.update(number + 1, {"autoencoder": float(loss)})
-    latents = np.concatenate([encode(SIZES, params, images(i, False)) for i in range(8)])
+        for index in range(steps):
+            images = load_batch(run, source, index, crop=index < CROP_STEPS)
+            params, state, loss = train_step(params, state, images, jax.random.fold_in(key, index))
+            progress.update(index + 1, {"autoencoder": float(loss)})
+    latents = np.concatenate(
+        [encode(SIZES, params, load_batch(run, source, i, crop=False)) for i in range(8)]
+    )
     return replace(SIZES, shift=float(latents.mean()), scale=float(1 / latents.std())), params
 
 
-def share_read(sizes: Autoencoder, params: Params, source: Source, count: int = 128) -> float:
-    """Share of the first images whose objects and background are all read as they are, after the way through the autoencoder."""
-    images = np.stack([to_signed(np.asarray(source.load_image(i))) for i in range(count)])
-    through = np.asarray(decode(sizes, params, encode(sizes, params, images)))
-    return scoring.score_readings(
-        scoring.read_pixels(through), [source.attributes(i)["shown"] for i in range(count)]
-    ).exact
+def fraction_read(
+    sizes: Autoencoder, params: Params, source: Source, num_images: int = 128
+) -> float:
+    """Return the fraction of images that are read correctly after encoding and decoding."""
+    images = np.stack([to_signed(np.asarray(source.load_image(i))) for i in range(num_images)])
+    decoded = np.asarray(decode(sizes, params, encode(sizes, params, images)))
+    scenes = [source.attributes(i)["scene"] for i in range(num_images)]
+    return scoring.score_readings(scoring.read_pixels(decoded), scenes).exact
+
+
+def train_latent_model(run: c.Config, sizes: Autoencoder, params: Params, batches: Batches) -> None:
+    """Train the latent model in its run directory, or resume its training."""
+    run_dir = RunDirectory(run.run_dir)
+    checkpoints = Checkpoints(run_dir.checkpoint_dir)
+    first_step = checkpoints.latest_step or 0
+    make_state = partial(init_state, run)
+    if first_step:
+        state = checkpoints.restore(first_step, jax.eval_shape(make_state))
+    else:
+        state = jax.jit(make_state)()
+    train_step = jax.jit(make_train_step(run), donate_argnums=0)
+    with (
+        closing(batches.start(first_step)) as feed,
+        closing(checkpoints),
+        closing(MetricWriter(run_dir, first_step, Loggers(run, first_step))) as writer,
+        closing(Progress(first_step, run.train.steps, run.data.batch_size)) as progress,
+    ):
+        for step in range(first_step + 1, run.train.steps + 1):
+            batch = {name: x for name, x in next(feed).items() if name not in ("cut", "skipped")}
+            latents = encode(sizes, params, to_signed(batch["image"]))
+            state, metrics = train_step(state, batch | {"image": latents})
+            loss = {"loss": float(metrics["loss"])}
+            progress.update(step, loss)
+            if step % run.train.log_every == 0:
+                writer.write_metrics(step, loss)
+            if step % run.train.checkpoint_every == 0 or step == run.train.steps:
+                checkpoints.save(state)
 
 
 def main(changes: list[str]) -> int:
+    """Train the autoencoder and the latent model; return the exit code."""
     run = c.override(config(), changes)
-    directory, source = RunDirectory(run.run_dir), open_source(run.data, "train")
+    run_dir, source = RunDirectory(run.run_dir), open_source(run.data, "train")
     data = {"train": describe_source(source, run.data, "train")}
-    directory.check_resumable(run, data)
+    run_dir.check_resumable(run, data)
     encoder = make_encoder(run.text, run.model.text_dim)
     batches = Batches(source, run.data, encoder, run.train.seed, run.train.steps, run.model.masking)
+    run_dir.write_metadata(run, data, Checkpoints(run_dir.checkpoint_dir).latest_step or 0)
 
-    checkpoints, like = (
-        Checkpoints(directory.checkpoint_dir),
-        jax.eval_shape(partial(init_state, run)),
-    )
-    first = checkpoints.latest_step or 0
-    directory.write_metadata(run, data, first)
+    path = run.run_dir / "autoencoder.safetensors"
+    if not path.is_file():
+        captions = "".join(f"{source.captions(i)[0]}\n" for i in range(NUM_CAPTIONS))
+        (run.run_dir / "captions.txt").write_text(captions)
+        files.write_autoencoder(path, *train_autoencoder(run, source))
+    sizes, params = files.read_autoencoder(path)
+    fraction = fraction_read(sizes, params, open_source(run.data, "validation"))
+    print(f"{fraction:.0%} of held-out images are read correctly after {path}.", flush=True)
 
-    file = run.run_dir / "autoencoder.safetensors"
-    if not file.is_file():
-        (run.run_dir / "captions.txt").write_text(
-            "".join(f"{source.captions(i)[0]}\n" for i in range(CAPTIONS))
-        )
-        files.write_autoencoder(file, *trained_autoencoder(run, source))
-    sizes, params = files.read_autoencoder(file)
-    print(
-        f"{share_read(sizes, params, open_source(run.data, 'validation')):.0%} of held-out images are read as told through {file}.",
-        flush=True,
-    )
-
-    state = checkpoints.restore(first, like) if first else jax.jit(partial(init_state, run))()
-    step = jax.jit(make_train_step(run), donate_argnums=0)
-    with (
-        closing(batches.start(first)) as feed,
-        closing(checkpoints),
-        closing(MetricWriter(directory, first, Loggers(run, first))) as journal,
-        closing(Progress(first, run.train.steps, run.data.batch_size)) as progress,
-    ):
-        for number in range(first + 1, run.train.steps + 1):
-            batch = {name: x for name, x in next(feed).items() if name not in ("cut", "skipped")}
-            state, metrics = step(
-                state, batch | {"image": encode(sizes, params, to_signed(batch["image"]))}
-            )
-            progress.update(number, {"loss": float(metrics["loss"])})
-            if number % run.train.log_every == 0:
-                journal.write_metrics(number, {"loss": float(metrics["loss"])})
-            if number % run.train.checkpoint_every == 0 or number == run.train.steps:
-                checkpoints.save(state)
-    print(f"{run.run_dir} paints latents, and {file} makes images of them.")
+    train_latent_model(run, sizes, params, batches)
+    print(f"{run.run_dir} generates latents, and {path} decodes them.")
     return 0
 
 

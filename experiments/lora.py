@@ -1,21 +1,20 @@
-"""A LoRA for Chroma1-Radiance from a folder of captioned images, on one GPU.
+"""Train a LoRA for Chroma1-Radiance on a folder of captioned images, on one GPU.
 
     radiance encode experiments/lora.py data.path=FOLDER text.file=T5 text.cache=CACHE
     radiance train experiments/lora.py init=FILE data.path=FOLDER text.cache=CACHE
     radiance convert runs/lora style.safetensors --to peft
     radiance sample FILE --text-encoder T5 --lora style.safetensors:0.8 --prompt "…"
+    radiance train experiments/lora.py:rehearsal init=runs/finetune-rehearsal data.path=FOLDER \\
+          (on a CPU)
 
-FILE: the published weights, such as chroma-radiance-x0.safetensors. FOLDER: images and captions (see radiance/data/sources/folder.py). T5: the
-encoder of T5 v1.1 XXL. With the captions in a cache T5 takes no memory while the LoRA is trained.
+FILE: published weights, such as chroma-radiance-x0.safetensors. FOLDER: images and captions. T5:
+the encoder of T5 v1.1 XXL; with cached captions it takes no memory during training.
 
-Rank 32 on all matrices of the blocks: 0.12 B numbers are trained beside 9.5 B that stay, here as int8 with a scale an output (10 GB; `lora.weight_format=none` keeps
-them in bfloat16, 19 GB). A learning rate of 1e-4 is the usual one of LoRA trainers for FLUX; we have not tuned it. The approximator,
-the head and the text projection are never adapted. What memory it takes, by the compiler's count, stands in experiments/plans.md; it
-has not been run at full size.
-
-A rehearsal on a CPU, for which FILE is what `radiance train experiments/finetune.py:rehearsal` makes (or that run's directory):
-
-    radiance train experiments/lora.py:rehearsal init=runs/finetune-rehearsal data.path=FOLDER
+Rank 32 on all matrices of the blocks: 0.12 B parameters are trained beside 9.5 B frozen ones,
+here stored as int8 with one scale per output (10 GB; `lora.weight_format=none` keeps them in
+bfloat16, 19 GB). The learning rate 1e-4 is usual for LoRAs of FLUX; we have not tuned it. The
+approximator, the head and the text projection are not adapted. experiments/plans.md has the
+compiler's memory count. Not run at full size.
 """
 
 from dataclasses import replace
@@ -23,10 +22,14 @@ from dataclasses import replace
 from radiance import config as c
 
 SMALL = [
-    "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=1", "model.single_blocks=2", "model.text_dim=64",
-    "model.approximator_hidden=64", "model.approximator_depth=2", "model.nerf_hidden=16", "model.nerf_mlp_ratio=2", "model.nerf_depth=2",
-    "compute.dtype=float32", "text.encoder=hash", "text.max_length=64", "data.resolution=64", "data.batch_size=8", "lora.rank=8", "lora.dtype=float32",
-    "optimizer.learning_rate=1e-3", "train.steps=100", "train.validate_every=100", "train.sample_every=100", "train.checkpoint_every=100",
+    "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=1",
+    "model.single_blocks=2", "model.text_dim=64",
+    "model.approximator_hidden=64", "model.approximator_depth=2", "model.nerf_hidden=16",
+    "model.nerf_mlp_ratio=2", "model.nerf_depth=2",
+    "compute.dtype=float32", "text.encoder=hash", "text.max_length=64", "data.resolution=64",
+    "data.batch_size=8", "lora.rank=8", "lora.dtype=float32",
+    "optimizer.learning_rate=1e-3", "train.steps=100", "train.validate_every=100",
+    "train.sample_every=100", "train.checkpoint_every=100",
 ]  # fmt: skip
 VARIANTS = {"rehearsal": SMALL}
 

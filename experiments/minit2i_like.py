@@ -1,35 +1,27 @@
-"""The recipe of MiniT2I (PeppaKing8/minit2i-jax): images from captions without a time input, without adaLN, and without a mask.
+"""The recipe of MiniT2I (PeppaKing8/minit2i-jax): no time input, no adaLN, no text mask.
 
     radiance train experiments/minit2i_like.py data.path=FOLDER text.file=FLAN_T5
-    radiance train experiments/minit2i_like.py:toy                  digits on a CPU, 20 seconds: does it run?
+    radiance train experiments/minit2i_like.py:toy                  digits on a CPU, 20 seconds
 
-FOLDER: images and captions (see radiance/data/sources/folder.py). FLAN_T5: the encoder of FLAN-T5 Large (1024 wide).
-
-From its code and configs, for the size B/16 at 512 pixels: 17 double blocks of 768 after two blocks of text alone, a bottleneck of 128, a
-linear head that predicts the image; 256 tokens of text, all of them attended, with one learned vector where there is no word; noise scaled by 2,
-the loss of the velocity with the divisor clamped at 0.01 in training and at 0.05 in sampling; Adam with beta2 0.95 and a learning rate of 4e-4
-after 5000 steps; batch 1024, 250,000 steps, an average of 0.99995; a tenth of the captions dropped; 100 steps of Euler at guidance 6.
-Its time runs the other way, with the image at 1: its logit-normal(-0.8, 0.8) is one of mean 0.8 here.
-
-What differs: blocks have learned shifts, scales and gates that start at 0, and theirs have none; layer norms and GELU at four times the
-width for RMS norms and SwiGLU at 8/3, which is as many weights; our text embedding has a bias, and our norms of queries and keys a
-scale; positions are rotary alone, and theirs are added to the image's tokens too; the gradient is clipped to 1. Their second stage,
-40,000 steps on a small set of chosen images, is left out.
-
-A dropped caption leaves no token at all, only learned vectors (data.dropped_caption=masked), and guidance leads away from that, as theirs does.
-
-Only the toy has been run. There are no images and no numbers of the recipe itself.
+FOLDER: images and captions. FLAN_T5: the encoder of FLAN-T5 Large (width 1024).
+experiments/results/minit2i_like.md lists what is MiniT2I's and what differs. Only the toy has
+been run.
 """
 
 from radiance import config as c
 
 VARIANTS = {
     "toy": [
-        "model.patch=4", "model.bottleneck=16", "model.hidden=64", "model.heads=4", "model.rope_axes=4,6,6", "model.double_blocks=2",
-        "model.text_dim=32", "compute.dtype=float32", "compute.remat=none", "text.encoder=hash", "text.max_length=10", "data.source=digits",
-        "data.resolution=16", "data.batch_size=16", "data.num_threads=1", "flow.noise_scale=1", "optimizer.learning_rate=2e-3",
-        "optimizer.warmup_steps=10", "optimizer.ema_decays=0.9", "train.steps=40", "train.validate_every=40", "train.validation_images=16",
-        "train.sample_every=40", "train.checkpoint_every=40", "sample.steps=10", "sample.guidance_scale=2", "mesh.data=-1", "mesh.fsdp=1",
+        "model.patch=4", "model.bottleneck=16", "model.hidden=64", "model.heads=4",
+        "model.rope_axes=4,6,6", "model.double_blocks=2",
+        "model.text_dim=32", "compute.dtype=float32", "compute.remat=none", "text.encoder=hash",
+        "text.max_length=10", "data.source=digits",
+        "data.resolution=16", "data.batch_size=16", "data.num_threads=1", "flow.noise_scale=1",
+        "optimizer.learning_rate=2e-3",
+        "optimizer.warmup_steps=10", "optimizer.ema_decays=0.9", "train.steps=40",
+        "train.validate_every=40", "train.validation_images=16",
+        "train.sample_every=40", "train.checkpoint_every=40", "sample.steps=10",
+        "sample.guidance_scale=2", "mesh.data=-1", "mesh.fsdp=1",
     ],
 }  # fmt: skip
 
@@ -38,16 +30,47 @@ def config() -> c.Config:
     return c.Config(
         name="minit2i_like",
         model=c.Model(
-            patch=16, patch_embed="bottleneck", bottleneck=128, hidden=768, heads=12, double_blocks=17, single_blocks=0,
-            rope_axes=(16, 24, 24), text_dim=1024, text_ids="sequential", masking="off", padding="learned", text_refiner_blocks=2,
-            modulation="none", head="linear", prediction="x0",
+            patch=16,
+            patch_embed="bottleneck",
+            bottleneck=128,
+            hidden=768,
+            heads=12,
+            double_blocks=17,
+            single_blocks=0,
+            rope_axes=(16, 24, 24),
+            text_dim=1024,
+            text_ids="sequential",
+            masking="off",
+            padding="learned",
+            text_refiner_blocks=2,
+            modulation="none",
+            head="linear",
+            prediction="x0",
         ),
         compute=c.Compute(dtype="bfloat16", remat="full"),
         text=c.Text(encoder="t5", max_length=256),
-        data=c.Data(source="folder", resolution=512, batch_size=1024, caption_dropout=0.1, dropped_caption="masked", num_threads=16),
-        flow=c.Flow(timestep_distribution="logit_normal", logit_mean=0.8, logit_std=0.8, noise_scale=2.0, min_divisor=0.01, min_divisor_mode="clamp"),
-        optimizer=c.Optimizer(learning_rate=4e-4, warmup_steps=5000, beta2=0.95, ema_decays=(0.99995,)),
+        data=c.Data(
+            source="folder",
+            resolution=512,
+            batch_size=1024,
+            caption_dropout=0.1,
+            dropped_caption="masked",
+            num_threads=16,
+        ),
+        flow=c.Flow(
+            timestep_distribution="logit_normal",
+            logit_mean=0.8,
+            logit_std=0.8,
+            noise_scale=2.0,
+            min_divisor=0.01,
+            min_divisor_mode="clamp",
+        ),
+        optimizer=c.Optimizer(
+            learning_rate=4e-4, warmup_steps=5000, beta2=0.95, ema_decays=(0.99995,)
+        ),
         train=c.Train(steps=250_000, validate_every=5000, sample_every=5000, checkpoint_every=5000),
-        sample=c.Sample(solver="euler", steps=100, guidance_scale=6.0, min_divisor=0.05, unconditional="masked"),
+        sample=c.Sample(
+            solver="euler", steps=100, guidance_scale=6.0, min_divisor=0.05, unconditional="masked"
+        ),
         mesh=c.Mesh(data=1, fsdp=-1),
-    )  # fmt: skip
+    )

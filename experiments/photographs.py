@@ -1,17 +1,14 @@
-"""Photographs learned by heart: sixteen real ones in many formats and proportions, and files that are broken on purpose.
+"""Memorize sixteen photographs in many formats, beside files that are broken on purpose.
 
     python experiments/photographs.py          (needs pip install 'radiance[photographs]')
 
-A test of everything between a folder and an image: formats, profiles, turns, aspect buckets, captions, broken files, training and sampling. It
-writes the photographs that ship with scikit-image, scikit-learn and matplotlib into runs/photographs/images, trains until each
-is known by its caption, paints every caption at the shape its image was trained at, and lays the pairs side by side in
+This tests everything between a folder and an image: formats, profiles, orientation, aspect-ratio
+buckets, captions, broken files, training and sampling. It writes photographs that ship with
+scikit-image, scikit-learn and matplotlib into runs/photographs/images, trains on them, samples
+every caption at the size its image was trained at, and writes pairs side by side into
 runs/photographs/pairs.png with their PSNR.
 
-Run for 1,620 steps, with stops (seed 0, 2 CPU cores shared with other work, 2026-11-26, so that its time says nothing): 17
-images are trained on, one of which turns out cut short and is told and passed over; 5 files are left out of them and 1 of the held-out ones,
-with their reasons. Painted from their captions the sixteen have a median PSNR of 20.9 dB, from 15.0 (gravel) to 31.0 (moon):
-experiments/photographs.jpg. All but the textures are known again at sight; grass and gravel are as rough as they should be and no more, and
-the bricks are rows without their bonds. After 1,000 steps it was 15.7 dB. The trainer waited for images in 0.1 % of its time.
+1,620 steps on 2 CPU cores: median PSNR 20.9 dB: experiments/results/photographs.md.
 """
 
 import io
@@ -63,137 +60,169 @@ def config() -> c.Config:
     return c.Config(
         name="photographs",
         model=c.Model(
-            patch=16, hidden=192, heads=6, rope_axes=(8, 12, 12), double_blocks=2, single_blocks=4, mlp_ratio=3, text_dim=64,
-            approximator_hidden=64, approximator_depth=2, nerf_hidden=16, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=4, prediction="x0",
+            patch=16,
+            hidden=192,
+            heads=6,
+            rope_axes=(8, 12, 12),
+            double_blocks=2,
+            single_blocks=4,
+            mlp_ratio=3,
+            text_dim=64,
+            approximator_hidden=64,
+            approximator_depth=2,
+            nerf_hidden=16,
+            nerf_mlp_ratio=2,
+            nerf_depth=2,
+            nerf_freqs=4,
+            prediction="x0",
         ),
         compute=c.Compute(dtype="float32", head_chunk_size=0),
         text=c.Text(encoder="hash", max_length=16),
         data=c.Data(
-            source="folder", path="runs/photographs/images", validation_fraction=0.03, resolution=128, bucket_step=32, batch_size=8, caption_dropout=0.0,
-            max_broken_fraction=0.5, num_threads=2,
+            source="folder",
+            path="runs/photographs/images",
+            validation_fraction=0.03,
+            resolution=128,
+            bucket_step=32,
+            batch_size=8,
+            caption_dropout=0.0,
+            max_broken_fraction=0.5,
+            num_threads=2,
         ),
         flow=c.Flow(timestep_distribution="parabola"),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=50, ema_decays=(0.99,)),
         train=c.Train(
-            steps=1620, log_every=25, validate_every=1620, sample_every=500, checkpoint_every=250, sample_prompts=tuple(CAPTIONS.values()),
+            steps=1620,
+            log_every=25,
+            validate_every=1620,
+            sample_every=500,
+            checkpoint_every=250,
+            sample_prompts=tuple(CAPTIONS.values()),
         ),
         sample=c.Sample(solver="euler", steps=30, guidance_scale=1.0, batch_size=16),
-    )  # fmt: skip
+    )
 
 
-def write(folder: Path):
-    """The photographs, each kept in another way, with their captions, and what a folder of millions has besides; once, for a run that goes
-    on needs the same files, and a profile holds the time it was made.
+def write_photographs(folder: Path) -> None:
+    """Write the photographs in different formats, with captions and broken files.
+
+    An existing folder stays as it is: a resumed run needs the same files, and a profile contains
+    the time of its creation.
     """
     if folder.is_dir():
         return
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    _fill(part)
-    part.rename(folder)
+    temporary = folder.with_name(f".{folder.name}.part")
+    temporary.mkdir(parents=True, exist_ok=True)
+    _write_images(temporary)
+    _write_unusable_files(temporary)
+    temporary.rename(folder)
 
 
-def _fill(folder: Path):
-    turned = Image.Exif()
-    turned[0x0112] = 6  # shown turned by a quarter
-    adobe = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+def _write_images(folder: Path) -> None:
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # displayed after a quarter turn
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name, caption in CAPTIONS.items():
-        image = original(name)
+        image = load_photograph(name)
+        path = folder / f"{name}.png"
         match name:
             case "chelsea":
-                image.transpose(Image.Transpose.ROTATE_90).save(
-                    folder / f"{name}.jpg", quality=95, exif=turned
-                )
+                turned = image.transpose(Image.Transpose.ROTATE_90)
+                turned.save(path.with_suffix(".jpg"), quality=95, exif=rotated)
             case "coffee":
-                image.convert("CMYK").save(folder / f"{name}.jpg", quality=95)
+                image.convert("CMYK").save(path.with_suffix(".jpg"), quality=95)
             case "moon":
-                Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(
-                    folder / f"{name}.tif"
-                )  # 16 bits
+                sixteen_bit = np.asarray(image.convert("L")).astype(np.uint16) * 257
+                Image.fromarray(sixteen_bit).save(path.with_suffix(".tif"))
             case "astronaut":
-                image.save(folder / f"{name}.webp", quality=95, icc_profile=adobe)
+                image.save(path.with_suffix(".webp"), quality=95, icc_profile=profile)
             case "rocket":
-                image.quantize(256).save(folder / f"{name}.png")
+                image.quantize(256).save(path)
             case "coins":
-                image.save(folder / f"{name}.bmp")
+                image.save(path.with_suffix(".bmp"))
             case "flower":
-                image.convert("RGBA").save(folder / f"{name}.png")
+                image.convert("RGBA").save(path)
             case _:
-                image.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(caption + "\n")
+                image.save(path)
+        path.with_suffix(".txt").write_text(caption + "\n")
 
-    original("chelsea").resize((300, 200)).save(
-        folder / "chelsea_again.webp", quality=60
-    )  # whose name holds it out, alone
+    # The hash of this name puts it into the validation split, as the only image there.
+    copy = load_photograph("chelsea").resize((300, 200))
+    copy.save(folder / "chelsea_again.webp", quality=60)
     (folder / "chelsea_again.txt").write_text(CAPTIONS["chelsea"] + "\n")
 
+
+def _write_unusable_files(folder: Path) -> None:
     file = io.BytesIO()
-    original("china").save(file, "JPEG")
-    broken = {
-        "cut_short.jpg": file.getvalue()[: len(file.getvalue()) // 2], "not_found.jpg": b"<!DOCTYPE html><title>404</title>", "empty.png": b"",
+    load_photograph("china").save(file, "JPEG")
+    contents = {
+        "cut_short.jpg": file.getvalue()[: len(file.getvalue()) // 2],
+        "not_found.jpg": b"<!DOCTYPE html><title>404</title>",
+        "empty.png": b"",
         "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 640 480\n",
-    }  # fmt: skip
-    for name, content in broken.items():
+    }
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
         (folder / name).with_suffix(".txt").write_text("an image that is not there\n")
-    original("rocket").resize((64, 42)).save(folder / "too_small.png")
+    rocket = load_photograph("rocket")
+    rocket.resize((64, 42)).save(folder / "too_small.png")
     (folder / "too_small.txt").write_text("a small rocket\n")
-    original("rocket").resize((900, 150)).save(folder / "too_long.png")
+    rocket.resize((900, 150)).save(folder / "too_long.png")
     (folder / "too_long.txt").write_text("a long rocket\n")
-    original("rocket").save(folder / "no_caption.png")
+    rocket.save(folder / "no_caption.png")
 
 
-def original(name: str) -> Image.Image:
-    """A photograph as it ships."""
+def load_photograph(name: str) -> Image.Image:
+    """Load a photograph from the package that ships it."""
     try:
         import matplotlib
         import skimage
         import sklearn
     except ImportError as error:
         raise SystemExit(
-            f"The photographs ship with other packages ({error}): pip install 'radiance[photographs]'."
+            f"The photographs ship with other packages ({error}): "
+            "pip install 'radiance[photographs]'."
         ) from None
-    places = (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images", Path(matplotlib.__file__).parent / "mpl-data/sample_data")  # fmt: skip
-    found = next(
-        path
-        for place in places
-        for path in sorted(place.glob(f"{name}.*"))
-        if path.suffix in (".png", ".jpg")
+    folders = (
+        Path(skimage.__file__).parent / "data",
+        Path(sklearn.__file__).parent / "datasets/images",
+        Path(matplotlib.__file__).parent / "mpl-data/sample_data",
     )
-    return Image.open(found).convert("RGB")
+    paths = (path for folder in folders for path in sorted(folder.glob(f"{name}.*")))
+    return Image.open(next(p for p in paths if p.suffix in (".png", ".jpg"))).convert("RGB")
 
 
-def pairs(run: c.Config) -> dict[str, float]:
-    """PSNR in dB of every learned photograph's caption, painted; both side by side in pairs.png."""
-    source, painter = open_source(run.data, "train"), load(run.run_dir)
-    order = BatchSampler(source, run.data, run.train.seed)
-    sheet, scores = [], {}
+def measure_psnr(run: c.Config) -> dict[str, float]:
+    """Sample every caption, write pairs.png, and return the PSNR in dB of each photograph."""
+    source, pipeline = open_source(run.data, "train"), load(run.run_dir)
+    assignment = BatchSampler(source, run.data, run.train.seed).assignment
+    sheet, psnr = [], {}
     for index in range(len(source)):
-        size = order.assignment.bucket_sizes[order.assignment.bucket_indices[0, index]]
+        width, height = assignment.bucket_sizes[assignment.bucket_indices[0, index]]
         try:
-            real = resize_and_crop(source.load_image(index, size), *size)
+            real = resize_and_crop(source.load_image(index, (width, height)), width, height)
         except UnusableError:
             continue
-        painted = painter([source.captions(index)[0]], seeds=[0], width=size[0], height=size[1])[
-            0
-        ].image
-        error = np.mean((np.asarray(painted, np.float64) - real) ** 2)
-        scores[Path(source.name(index)).stem] = float(10 * np.log10(255**2 / error))
-        sheet += [Image.fromarray(real), painted]
-    save_png(run.run_dir / "pairs.png", make_contact_sheet(sheet, columns=8), {"psnr": scores})
-    return scores
+        caption = source.captions(index)[0]
+        generated = pipeline([caption], seeds=[0], width=width, height=height)[0].image
+        error = np.mean((np.asarray(generated, np.float64) - real) ** 2)
+        psnr[Path(source.name(index)).stem] = float(10 * np.log10(255**2 / error))
+        sheet += [Image.fromarray(real), generated]
+    save_png(run.run_dir / "pairs.png", make_contact_sheet(sheet, columns=8), {"psnr": psnr})
+    return psnr
 
 
 def main(changes: list[str]) -> int:
+    """Write the photographs, train on them and measure; return the exit code."""
     run = c.override(config(), changes)
-    write(Path(run.data.path))
+    write_photographs(Path(run.data.path))
     code = radiance(["train", __file__, *changes])
     if code == 0:
-        scores = pairs(run)
-        print("PSNR in dB: " + ", ".join(f"{name} {score:.1f}" for name, score in scores.items()))
-        print(
-            f"Median {np.median(list(scores.values())):.1f} dB, least {min(scores.values()):.1f} dB. Look at {run.run_dir / 'pairs.png'}."
-        )
+        psnr = measure_psnr(run)
+        print("PSNR in dB: " + ", ".join(f"{name} {value:.1f}" for name, value in psnr.items()))
+        values = list(psnr.values())
+        print(f"Median {np.median(values):.1f} dB, minimum {min(values):.1f} dB.")
+        print(f"The pairs are in {run.run_dir / 'pairs.png'}.")
     return code
 
 

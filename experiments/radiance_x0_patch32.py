@@ -1,22 +1,17 @@
-"""Radiance with patches of 32 pixels, a quarter of the tokens: the published x0 model dilated, then fine-tuned (January 2026).
+"""Radiance with patches of 32 pixels: the published x0 model dilated and fine-tuned.
 
     radiance convert chroma-radiance-x0.safetensors x0-dilated.safetensors --dilate conv
     radiance train experiments/radiance_x0_patch32.py data.path=FOLDER text.file=T5
 
-FOLDER, T5 and the hardware are those of experiments/radiance_512.py, whose settings of 2026 these are, with text ids of zero.
+FOLDER, T5 and hardware are those of radiance_512.py, whose settings of 2026 these are, with text
+ids of zero. Variants: `half` starts from x0-halved.safetensors (`--dilate conv_half`), the first
+kind of January 2026, which reads every second pixel; `1024` continues at 1024 pixels, with as
+many tokens as patches of 16 have at 512 (ours); `toy`.
 
-| arm | starts from | what it is |
-|---|---|---|
-| (none) | x0-dilated.safetensors | a convolution of 32×32: each weight on 2×2 pixels, divided by 4 |
-| half | x0-halved.safetensors (`--dilate conv_half`) | the first kind: every second pixel is read, and the convolution stays |
-| 1024 | runs/radiance_x0_patch32 | at 1024 pixels as many tokens as a patch of 16 has at 512; ours |
-| toy | | digits on a CPU |
-
-From the authors' trainer (lodestone-rock/flow, experimental branch): the dilation, which gives the same tokens on an image without detail,
-and that all but the approximator is trained. The head's weights know no patch size and stay as they are; at the start it paints four times
-the pixels from each token that it was trained for.
-
-Only the toy has been run. There are no images and no numbers of the recipe itself.
+From the authors' trainer (lodestone-rock/flow, experimental branch): the dilation, which gives
+the same tokens for an image without detail, and that all but the approximator is trained. The
+head's weights do not depend on the patch size; at the start it predicts four times the pixels per
+token that it was trained for. Only the toy has been run.
 """
 
 import radiance_512 as published

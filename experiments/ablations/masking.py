@@ -1,22 +1,18 @@
-"""Which padding tokens should the network see? One (Chroma), none, all (FLUX, MiniT2I), or registers in their place.
+"""Which padding tokens should the network see: one (Chroma), none, all (FLUX), or registers?
 
-    radiance ablate experiments/ablations/masking.py                    the cpu scale: too small to decide anything
-    radiance ablate experiments/ablations/masking.py --scale gpu        one GPU; the same command goes on until all is done
-    radiance plan experiments/ablations/masking.py:strict --device h200 a run of the pod scale
+    radiance ablate masking   the cpu scale: too small to decide anything
+    radiance ablate masking --scale gpu   one GPU; the same command resumes
+    radiance plan experiments/ablations/masking.py:strict --device h200   a run of the pod scale
 
-Captions are of 10 to 20 tokens whatever their image shows, so that the number of padding tokens says nothing of it. The encoder is a T5 of
-random weights, whose padding depends on the prompt and on its position, as a trained T5's does.
+Captions have 10 to 20 tokens whatever the image shows, so that the number of padding tokens
+carries no information. The encoder is a T5 with random weights: its padding depends on the prompt
+and on the position, as that of a trained T5 does.
 
-Expected, before the run: strict within 1 % of one_pad; off at its own length a little better, and 16 registers most of the way there; all that are
-trained with a mask unchanged at other lengths, and off worse by 10 to 100 %, which is the practical reason to mask; constant (padding that
-says nothing: `off` is then `one_pad` with the logarithm of a count on one key) within 1 % of constant_one_pad.
-
-Run: the cpu scale, seeds 0 to 2, on 2 CPU cores shared with other work (its seconds say nothing): results/masking/cpu/. Nothing is decided: the
-intervals are 10 to 36 % wide. The control is told from the base (+26.7 %, from +6.3 to +47.1 %). At 64 tokens instead of 24 the networks with
-a mask give the same loss, and off, in the mean of three seeds, 7 % more. The other scales have not been run.
-
-Missing, because the code cannot say it yet: the mask of the longest of a group (`union`), T5 run without its own mask (`flux`, and its sampling
-with a mask), and padding exchanged after training.
+Expected before the run: strict within 1 % of one_pad; off slightly better at its own length, and
+16 registers nearly as good; networks trained with a mask unchanged at other lengths, and off
+worse by 10 to 100 %, which is the practical reason to mask; constant within 1 % of
+constant_one_pad. Result of the cpu scale: undecided (README.md). Not implemented: the mask of the
+longest caption of a group, T5 run without its own mask, and padding exchanged after training.
 """
 
 from radiance import config as c
@@ -36,7 +32,7 @@ CHANGES = {
 
 
 def config() -> c.Config:
-    """The pod's."""
+    """Return the base of the pod scale."""
     return c.Config(
         name="masking",
         model=c.MODELS["small"],
@@ -50,7 +46,7 @@ def config() -> c.Config:
 
 
 def gpu() -> c.Config:
-    """About 10 M parameters, and 64 + 64 tokens."""
+    """Return the base of the gpu scale: about 10 M parameters, and 64 + 64 tokens."""
     model = c.override(
         c.Config(model=c.MODELS["nano"]),
         ["model.patch=8", "model.text_dim=64", "data.resolution=64"],
@@ -58,9 +54,7 @@ def gpu() -> c.Config:
     return c.Config(
         name="masking-gpu",
         model=model,
-        compute=c.Compute(
-            attention="xla"
-        ),  # seeds are one more axis, for which the fused kernels are not made
+        compute=c.Compute(attention="xla"),  # fused kernels have no axis for seeds
         text=c.Text(encoder="random_t5", max_length=64),
         data=c.Data(resolution=64, batch_size=128),
         optimizer=c.Optimizer(
@@ -72,48 +66,69 @@ def gpu() -> c.Config:
 
 
 def cpu() -> c.Config:
+    """Return the base of the cpu scale."""
     return c.Config(
         name="masking-cpu",
         model=c.Model(
-            patch=8, hidden=64, heads=4, double_blocks=1, single_blocks=1, rope_axes=(4, 6, 6), text_dim=64, approximator_hidden=64,
-            approximator_depth=2, head="linear", prediction="x0",
+            patch=8,
+            hidden=64,
+            heads=4,
+            double_blocks=1,
+            single_blocks=1,
+            rope_axes=(4, 6, 6),
+            text_dim=64,
+            approximator_hidden=64,
+            approximator_depth=2,
+            head="linear",
+            prediction="x0",
         ),
         compute=c.Compute(dtype="float32"),
         text=c.Text(encoder="random_t5", max_length=24, dtype="float32"),
         data=c.Data(resolution=32, batch_size=16),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=20, ema_decays=(0.95,)),
         train=c.Train(steps=200, validate_every=50, validation_images=128, checkpoint_every=100),
-    )  # fmt: skip
+    )
 
 
-def sized(name: str, scale: str, *changes: str) -> c.Config:
-    """The base at a scale, for another suite of that name."""
+def make_base(name: str, scale: str, *changes: str) -> c.Config:
+    """Return the base at a scale for the suite `name`, with changes."""
     run = {"cpu": cpu, "gpu": gpu, "pod": config}[scale]()
     return c.override(run, [f"name={run.name.replace('masking', name)}", *changes])
 
 
-def scales(
-    name: str, *changes: str, seeds: int = 3, **arms: dict[str, tuple[str, ...]]
+def make_scales(
+    name: str, *changes: str, num_seeds: int = 3, **arms: dict[str, tuple[str, ...]]
 ) -> dict[str, Scale]:
-    """What most suites are run at. seeds: of the cpu scale; arms: by scale, further ones."""
-    further = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
+    """Return the scales that most suites use.
+
+    Args:
+        name: Name of the suite.
+        changes: Changes to the base at every scale.
+        num_seeds: Number of seeds at the cpu scale.
+        arms: Additional arms by scale.
+    """
+    extra_arms = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
     return {
         "cpu": Scale(
-            sized(name, "cpu", *changes), num_images=2048, num_seeds=seeds, arms=further["cpu"]
+            make_base(name, "cpu", *changes),
+            num_images=2048,
+            num_seeds=num_seeds,
+            arms=extra_arms["cpu"],
         ),
         "gpu": Scale(
-            sized(name, "gpu", *changes),
+            make_base(name, "gpu", *changes),
             num_images=65536,
             num_seeds=8,
             learning_rate_factors=(0.5, 1.0, 2.0),
             num_samples=1024,
-            arms=further["gpu"],
+            arms=extra_arms["gpu"],
         ),
-        "pod": Scale(sized(name, "pod", *changes), num_seeds=3, arms=further["pod"]),
+        "pod": Scale(make_base(name, "pod", *changes), num_seeds=3, arms=extra_arms["pod"]),
     }
 
 
-def views(*lengths: int) -> dict[str, tuple[str, ...]]:
+def mask_conditions(*lengths: int) -> dict[str, tuple[str, ...]]:
+    """Return evaluation conditions: every mask at every text length."""
     masks = ("one_pad", "strict", "off")
     return {
         f"{mask} {length}": (f"model.masking={mask}", f"text.max_length={length}")
@@ -131,7 +146,7 @@ SUITE = Suite(
     margin=0.01,
     arms=CHANGES,
     scales={
-        "cpu": Scale(cpu(), num_images=2048, num_seeds=3, conditions=views(24, 64)),
+        "cpu": Scale(cpu(), num_images=2048, num_seeds=3, conditions=mask_conditions(24, 64)),
         "gpu": Scale(
             gpu(),
             num_images=65536,
@@ -139,7 +154,7 @@ SUITE = Suite(
             learning_rate_factors=(0.5, 1.0, 2.0),
             num_samples=1024,
             arms={"off_256": ("model.masking=off", "text.max_length=256")},
-            conditions=views(24, 64, 256),
+            conditions=mask_conditions(24, 64, 256),
         ),
         "pod": Scale(config(), num_seeds=3),
     },

@@ -1,7 +1,8 @@
 """Time in bfloat16: 1000·t is rounded to multiples of 4 near 1000, and the embedding's fast waves read the rounding.
 
-lodestone-rock/flow, src/trainer/train_chroma_lora.py (read at 4325b18), casts the times of training to bfloat16 while the noisy image was
-made with those in float32. Shown of the 16 numbers by which Chroma's approximator knows the time.
+lodestone-rock/flow, src/trainer/train_chroma_lora.py (read at 4325b18), casts the times of
+training to bfloat16 while the noisy image was made with those in float32. Shown of the 16 numbers
+by which Chroma's approximator knows the time.
 """
 
 import ml_dtypes

@@ -1,7 +1,8 @@
 """Under gradient checkpointing the single blocks are called without the mask. Needs torch and diffusers.
 
-huggingface/diffusers, src/diffusers/models/transformers/transformer_chroma.py, `forward` (the installed version is run): the call for
-the backward pass hands the mask to the double blocks and not to the single ones. So a model is trained without what it is sampled with.
+huggingface/diffusers, src/diffusers/models/transformers/transformer_chroma.py, `forward` (the
+installed version is run): the call for the backward pass hands the mask to the double blocks and
+not to the single ones. So a model is trained without what it is sampled with.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """A batch is kept only when the next sample comes: of every bucket that divides evenly, a whole batch is lost.
 
-lodestone-rock/flow, src/dataloaders/dataloader.py (read at 4571c4d), `_load_batches`: meant is to drop what does not fill a batch.
+lodestone-rock/flow, src/dataloaders/dataloader.py (read at 4571c4d), `_load_batches`: meant is to
+drop what does not fill a batch.
 """
 
 BATCH = 256

@@ -1,7 +1,8 @@
 """A mask of 0 and 1 as floats is added to the logits: padding is not hidden, kept tokens get a bonus of 1. Needs torch and diffusers.
 
-huggingface/diffusers, src/diffusers/pipelines/chroma/pipeline_chroma.py, `_get_t5_prompt_embeds` (the installed version is run): the
-mask is cast to the type of the weights, and `scaled_dot_product_attention` adds masks that are not boolean. Reported there as #12116, #13619.
+huggingface/diffusers, src/diffusers/pipelines/chroma/pipeline_chroma.py, `_get_t5_prompt_embeds`
+(the installed version is run): the mask is cast to the type of the weights, and
+`scaled_dot_product_attention` adds masks that are not boolean. Reported there as #12116, #13619.
 """
 
 from types import SimpleNamespace

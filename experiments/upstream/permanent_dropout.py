@@ -1,7 +1,8 @@
 """A caption that was dropped stays dropped: the empty string is written into the list of samples.
 
-lodestone-rock/flow, src/dataloaders/dataloader.py (read at 4571c4d), `__getitem__`. It is forgotten with the worker processes of a
-DataLoader, which are started anew each epoch; without workers (num_workers=0) it adds up.
+lodestone-rock/flow, src/dataloaders/dataloader.py (read at 4571c4d), `__getitem__`. It is
+forgotten with the worker processes of a DataLoader, which are started anew each epoch; without
+workers (num_workers=0) it adds up.
 """
 
 import random

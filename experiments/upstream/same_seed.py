@@ -1,7 +1,8 @@
 """Every process seeds its generator alike: all devices draw the same times and the same noise, for different images.
 
-lodestone-rock/flow, src/trainer/train_chroma_dct.py (read at 1845f16) seeds by master_seed, without the rank. Shown on the gradient of the
-smallest denoiser, velocity ≈ a·x_t, on 8 devices of 32 images.
+lodestone-rock/flow, src/trainer/train_chroma_dct.py (read at 1845f16) seeds by master_seed,
+without the rank. Shown on the gradient of the smallest denoiser, velocity ≈ a·x_t, on 8 devices
+of 32 images.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """T5's additive mask counts samples: what two or more of the batch share is not 0 but a bias of 2, 3, 4, …
 
-lodestone-rock/flow, src/models/chroma/module/t5.py (read at 4325b18): the same product over the batch gives the number of samples that keep
-both tokens; 0 becomes the lowest number, 1 becomes 0, and every other count stays and is added to the logits. Right for a batch of 1.
+lodestone-rock/flow, src/models/chroma/module/t5.py (read at 4325b18): the same product over the
+batch gives the number of samples that keep both tokens; 0 becomes the lowest number, 1 becomes 0,
+and every other count stays and is added to the logits. Right for a batch of 1.
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """One mask for the whole batch: the outer product of the padding masks is taken over the batch axis.
 
-lodestone-rock/flow, src/models/chroma/model_dct.py (read at 940f9e3) and model.py, as `mask.T @ mask`: a pair of tokens attends as soon
-as both are kept in any one sample. Right for a batch of 1; the published Radiance configs have 4.
+lodestone-rock/flow, src/models/chroma/model_dct.py (read at 940f9e3) and model.py, as `mask.T @
+mask`: a pair of tokens attends as soon as both are kept in any one sample. Right for a batch of
+1; the published Radiance configs have 4.
 """
 
 import numpy as np
