@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from radiance import config
@@ -23,6 +22,7 @@ from radiance.ablation.runner import (
 )
 from radiance.ablation.suite import TUNING_SEEDS, Scale, Suite
 from radiance.base.files import replace_atomically
+from radiance.base.trees import count_params
 from radiance.model.flops import training_flops
 from radiance.model.transformer import make_abstract_params
 from radiance.training.run_directory import describe_environment
@@ -224,7 +224,7 @@ def _measure_arm(
         metrics |= sample_metrics | {"exact": sample_metrics["exact@1"]}
     resolution = run.data.resolution
     cost = {
-        "parameters": sum(x.size for x in jax.tree.leaves(make_abstract_params(run.model))),
+        "parameters": count_params(make_abstract_params(run.model)),
         "flops": training_flops(run.model, resolution, resolution, run.text.max_length),
         "seconds": outcome.seconds,
         "skipped": int(np.sum(outcome.state.skipped_steps)),

@@ -1,4 +1,4 @@
-"""Write files and folders atomically, and check paths and disk space before any work."""
+"""Atomic writing of files and folders, and checks of paths and disk space before any work."""
 
 import errno
 import os
@@ -8,12 +8,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import OutputError
+
+_temp_paths: set[Path] = set()  # files and folders that `replace_atomically` is writing
 
 
 @contextmanager
-def replace_atomically(path: Path):
-    """A temporary file beside `path` that takes its name when the block ends well, and is gone when it does not."""
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
+
+    If the block raises an error, the temporary file is removed and `path` is unchanged.
+
+    Args:
+        path: The final path. Missing parent folders are created.
+
+    Yields:
+        The temporary path, where the block must create a file or a folder.
+
+    Raises:
+        OutputError: When the file cannot be written.
+    """
     temp_path = path.with_name(f".{path.name}.{os.getpid()}.part")
     _temp_paths.add(temp_path)
     try:
@@ -21,9 +35,8 @@ def replace_atomically(path: Path):
         yield temp_path
         if temp_path.is_file():
             with temp_path.open("rb") as temp_file:
-                os.fsync(
-                    temp_file.fileno()
-                )  # or a name could outlive a power cut without what it names
+                # Without this, the new name could survive a power failure and its content not.
+                os.fsync(temp_file.fileno())
         os.replace(temp_path, path)
     except OSError as error:
         raise write_error(path, error) from error
@@ -33,11 +46,8 @@ def replace_atomically(path: Path):
         _temp_paths.discard(temp_path)
 
 
-_temp_paths: set[Path] = set()  # files and folders inside `replacing`
-
-
 def remove_temp_paths():
-    """Removes what `replacing` would, for a process that is about to end."""
+    """Remove all unfinished files and folders, for a process that is about to end."""
     for temp_path in list(_temp_paths):
         if temp_path.is_dir():
             shutil.rmtree(temp_path, ignore_errors=True)
@@ -45,18 +55,20 @@ def remove_temp_paths():
             temp_path.unlink(missing_ok=True)
 
 
-def write_error(path: Path, error: OSError) -> CheckpointError:
-    """What to say of a file that could not be written whole."""
-    remedy = (
-        "make room there and give the same command again"
-        if is_disk_full(error)
-        else "nothing was changed"
-    )
-    return CheckpointError(f"{path} could not be written ({error.strerror or error}): {remedy}.")
+def write_error(path: Path, error: OSError) -> OutputError:
+    """Return the error that reports that `path` could not be written completely."""
+    if is_disk_full(error):
+        remedy = "make room there and run the same command again"
+    else:
+        remedy = "nothing was changed"
+    return OutputError(f"{path} could not be written ({error.strerror or error}): {remedy}.")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk, a quota, or what a file may grow to is used up; what libraries make of it keeps at least the system's words."""
+    """Return whether a disk, a quota or the maximum file size is exhausted.
+
+    Libraries wrap the system's error in their own, but keep at least its text.
+    """
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(
         os.strerror(code) in str(error) for code in codes
@@ -64,40 +76,46 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def require_folder(folder: Path):
-    """Raises CheckpointError when files could not be put into `folder`, which need not be there yet."""
+    """Raise OutputError if files cannot be put into `folder`, which need not exist yet."""
     nearest_path = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest_path.is_dir():
-        raise CheckpointError(
-            f"{nearest_path} is a file, and nothing can be written below it: give a folder."
+        raise OutputError(
+            f"{nearest_path} is a file, so nothing can be written below it: give a folder."
         )
 
 
 def require_file(path: Path):
-    """Raises CheckpointError when `path` could not be written as a file."""
+    """Raise OutputError if `path` cannot be written as a file."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give the name of a file.")
+        raise OutputError(f"{path} is a folder: give the name of a file.")
     require_folder(path.absolute().parent)
 
 
-def require_space(directory: Path, required_bytes: int):
-    """Raises CheckpointError when `directory` has not `needed` bytes free."""
-    while not directory.exists():
-        directory = directory.parent
-    free_bytes = shutil.disk_usage(directory).free
-    if free_bytes < required_bytes:
-        raise CheckpointError(
-            f"{directory} has {free_bytes / 1e9:.2f} GB free, and {required_bytes / 1e9:.2f} GB are needed: make room or choose another directory."
+def require_new_folder(path: Path):
+    """Raise OutputError if `path` exists and is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists already: give the name of a new folder.")
+
+
+def require_space(folder: Path, num_bytes: int):
+    """Raise OutputError if the disk of `folder` has less than `num_bytes` free."""
+    while not folder.exists():
+        folder = folder.parent
+    num_free_bytes = shutil.disk_usage(folder).free
+    if num_free_bytes < num_bytes:
+        raise OutputError(
+            f"{folder} has {num_free_bytes / 1e9:.2f} GB free, and {num_bytes / 1e9:.2f} GB are "
+            "needed: make room or choose another folder."
         )
 
 
-def require_new_folder(path: Path):
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already: give the name of a new folder.")
-
-
 @contextmanager
-def create_folder_atomically(path: Path):
-    """A temporary folder beside `path` that takes its name when the block ends well, and is gone when it does not."""
+def create_folder_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and rename it to `path` when the block succeeds.
+
+    Raises:
+        OutputError: When `path` is in use already, or cannot be written.
+    """
     require_new_folder(path)
     with replace_atomically(path) as temp_path:
         temp_path.mkdir()
@@ -112,7 +130,11 @@ def create_folder_atomically(path: Path):
 
 @contextmanager
 def open_for_append(path: Path) -> Iterator[TextIO]:
-    """A file to write more into. Raises CheckpointError when it cannot be written, and then a part of it may be."""
+    """Open a text file to append to.
+
+    Raises:
+        OutputError: When it cannot be written; a part of the text may have been appended.
+    """
     try:
         with path.open("a") as file:
             yield file

@@ -1,15 +1,40 @@
-"""Format rows of text as aligned columns."""
+"""Format rows of text as tables: plain text, GitHub Markdown or HTML."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
+
+from tabulate import tabulate
 
 
-def format_table(rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
-    """Rows in columns, the first `left` of which are words."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:{'<' if i < num_text_columns else '>'}{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
+def format_table(
+    rows: Sequence[Sequence[Any]],
+    num_text_columns: int = 1,
+    style: Literal["plain", "github", "html"] = "plain",
+) -> str:
+    """Format rows as a table with aligned columns.
+
+    Args:
+        rows: Cells, which are converted to text. The first row is the header.
+        num_text_columns: Number of columns, from the left, that are aligned left; the others are
+            aligned right.
+        style: "plain" for terminals, "github" for Markdown, or "html", which escapes the cells.
+
+    Returns:
+        The table, without a line break at its end.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    alignment = ["left" if i < num_text_columns else "right" for i in range(len(rows[0]))]
+    if style == "plain":  # tabulate pads the header of right-aligned columns
+        headers, body = (), cells
+    else:
+        headers, body = cells[0], cells[1:]
+    table = tabulate(
+        body,
+        headers=headers,
+        tablefmt=style,
+        colalign=alignment if body else None,
+        headersalign=alignment,
+        disable_numparse=True,
+        preserve_whitespace=style == "plain",
     )
+    return "\n".join(line.rstrip() for line in table.split("\n"))

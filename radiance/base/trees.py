@@ -17,3 +17,8 @@ def leaf_path(keys: tuple) -> str:
 def flatten_tree(tree: Any) -> dict[str, jax.Array]:
     """Return the leaves of a tree by path, in the order of `jax.tree.leaves`."""
     return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def count_params(params: Any) -> int:
+    """Return the number of scalars in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

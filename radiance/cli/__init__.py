@@ -116,5 +116,5 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="radiance", description=__doc__.partition("\n")[0])
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     for command in COMMANDS:
-        command.add(subparsers)
+        command.add_parser(subparsers)
     return parser

@@ -31,7 +31,6 @@ class Flow(Section):
     )
     # Which noise meets which image of the batch; within_caption: by optimal transport, but only between images of the same caption.
     coupling: Literal["independent", "optimal_transport", "within_caption"] = "independent"
-    coupling_cost: Literal["cosine", "euclidean"] = "cosine"
     coupling_caption_weight: float = (
         0.0  # what a unit of distance between captions adds to the cost (C²OT, arXiv 2503.10636)
     )

@@ -22,7 +22,6 @@ class Train(Section):
     checkpoint_every: int = 1000
     snapshot_every: int = 5000  # steps between snapshots of the averages of optimizer.ema_widths, which are never removed
     max_to_keep: int = 3  # newest checkpoints to keep
-    keep_every: int = 0  # also keep every checkpoint at a multiple of this; 0 for none
     max_nonfinite_steps: int = 20  # non-finite steps in a row that end the run
     loggers: tuple[
         Literal["tensorboard", "wandb"], ...
@@ -39,7 +38,6 @@ class Train(Section):
                 getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1."
             )
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
-        require(self.keep_every >= 0, "train.keep_every cannot be negative.")
         require(
             len(set(self.loggers)) == len(self.loggers),
             f"train.loggers={self.loggers} names a tracker twice.",

@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from radiance.base.errors import CheckpointError
+from radiance.base.hashing import hash_parts
 from radiance.base.images import to_image
 from radiance.data.datasets import DataError
-from radiance.evaluation.features import Images, hash_parts
+from radiance.evaluation.features import Images
 from radiance.weights.opening import open_tensors
 
 

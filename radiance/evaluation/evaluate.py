@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from radiance import config
+from radiance.base.hashing import hash_parts
 from radiance.base.images import to_image, to_signed
 from radiance.data.batches import first_image_indices, make_validation_batches
 from radiance.data.captions import first_caption
@@ -21,7 +22,6 @@ from radiance.evaluation.features import (
     Extractor,
     Features,
     Images,
-    hash_parts,
     load_or_extract_features,
 )
 from radiance.evaluation.image_statistics import (

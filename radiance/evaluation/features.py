@@ -4,7 +4,6 @@ An extractor goes by its name in every result, `FD(pixels16)`, for a distance wi
 file; `evaluation/inception.py` has the one of the literature.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from functools import partial
@@ -18,6 +17,7 @@ import scipy.special
 from jaxtyping import Array, Float, Float32
 
 from radiance.base.errors import CheckpointError
+from radiance.base.hashing import hash_parts
 from radiance.data.datasets import DataError
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
@@ -34,14 +34,6 @@ class Extractor(Protocol):
     identity: str  # a hash of all that the features depend on, weights included
 
     def __call__(self, images: Images) -> Features: ...
-
-
-def hash_parts(*parts: object) -> str:
-    """A hash of arrays (their bytes) and of anything else (as it is written)."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        hasher.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
-    return hasher.hexdigest()
 
 
 class PixelExtractor:

@@ -22,7 +22,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from radiance.base.errors import CheckpointError
-from radiance.evaluation.features import Features, Images, hash_parts
+from radiance.base.hashing import hash_parts
+from radiance.evaluation.features import Features, Images
 from radiance.weights.detect import check_shapes
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import Tensors, TensorShapes

@@ -9,11 +9,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from PIL import Image
 
 from radiance import config
 from radiance.base.files import replace_atomically
+from radiance.base.trees import count_params
 from radiance.evaluation import charts
 from radiance.evaluation.charts import COLORS, Line, render_line_chart
 from radiance.model.transformer import make_abstract_params
@@ -105,7 +105,7 @@ def _format_overview(runs: Sequence[ReportRun]) -> str:
     for run in runs:
         starts = _read_json(run.directory.path / "environment.json") or [{}]
         data = _read_json(run.directory.path / "data.json") or {}
-        count = sum(x.size for x in jax.tree.leaves(make_abstract_params(run.settings.model)))
+        count = count_params(make_abstract_params(run.settings.model))
         commit = f"{(starts[-1].get('commit') or 'unknown')[:12]}{' (dirty)' if starts[-1].get('dirty') else ''}"
         devices = starts[-1].get("devices", [])
         device_names = (

@@ -11,15 +11,12 @@ from radiance.config import Flow
 
 
 def coupling_costs(
-    image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"], cost: str
+    image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"]
 ) -> Float32[Array, "b b"]:
-    """Cost of every (image, noise) pair: minus the cosine, or the squared Euclidean distance."""
+    """Return the cost of every (image, noise) pair: minus the cosine."""
     x, y = image.reshape(len(image), -1), noise.reshape(len(noise), -1)
-    if cost == "cosine":
-        x, y = (z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12) for z in (x, y))
-        return -jnp.matmul(x, y.T, precision="highest")
-    squares = jnp.square(x).sum(axis=1)[:, None] + jnp.square(y).sum(axis=1)
-    return squares - 2 * jnp.matmul(x, y.T, precision="highest")
+    x, y = (z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12) for z in (x, y))
+    return -jnp.matmul(x, y.T, precision="highest")
 
 
 def caption_distances(
@@ -68,7 +65,7 @@ def couple_noise(
     """
 
     def couple_group(image, noise, text, lengths):
-        costs = coupling_costs(image, noise, flow.coupling_cost)
+        costs = coupling_costs(image, noise)
         if flow.coupling == "within_caption":
             costs = forbid_pairs(costs, caption_distances(text, lengths) > 0)
         elif flow.coupling_caption_weight:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from radiance import config
+from radiance.base.trees import leaf_path
 from radiance.distributed import hardware
 from radiance.distributed.sharding import BATCH_SPEC, check_divisible, make_mesh, make_shardings
 from radiance.flow.distillation import Teacher
@@ -295,7 +296,7 @@ def _abstract_params(
     """The parameters as a checkpoint file gives them (weights/checkpoint.py)."""
 
     def leaf(keys, x, sharding):
-        path = "/".join(key.key for key in keys)
+        path = leaf_path(keys)
         if weight_format == "none" or not is_block_matrix(path):
             return jax.ShapeDtypeStruct(
                 x.shape, "float32" if is_always_float32(path) else dtype, sharding=sharding

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from radiance.base.hashing import hash_parts
+from radiance.base.trees import leaf_path
 from radiance.shapes.captions import VOCABULARY
 from radiance.text import t5
 from radiance.text.encoder import LENGTH_STEP
@@ -79,7 +80,7 @@ def make_random_params(sizes: t5.T5) -> t5.Params:
     """
 
     def make_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name, shape = "/".join(key.key for key in path), leaf.shape
+        name, shape = leaf_path(path), leaf.shape
         if name == "embedding":
             return np.stack([gaussian_vector(word, sizes.hidden) for word in TOKEN_WORDS])
         if name == "position_bias":

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from radiance.base.errors import CheckpointError
 from radiance.base.settings import Section, require
+from radiance.base.trees import leaf_path
 from radiance.model.precision import exact_in_float32
 from radiance.weights.detect import check_shapes
 from radiance.weights.opening import open_tensors
@@ -306,7 +307,7 @@ class T5Weights:
         leaf_shardings = shardings(tree) if shardings else jax.tree.map(lambda _: device, tree)
 
         def read_leaf(path, leaf, sharding):
-            rule = RULES_BY_PATH["/".join(k.key for k in path)]
+            rule = RULES_BY_PATH[leaf_path(path)]
             out = np.empty(leaf.shape, leaf.dtype)
             for i, block in enumerate(out if "{i}" in rule.torch_name else out[None]):
                 key = self.file_keys[rule.torch_name.format(i=i)]

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from radiance import config
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, OutputError, RadianceError
 from radiance.base.files import is_disk_full, require_space
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.ema import solve_posthoc_coefficients
@@ -36,14 +36,11 @@ MAX_RELATIVE_ERROR = (
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, max_to_keep: int = 1, keep_every: int = 0):
-        policies = ocp.training.preservation_policies
-        preservation = [policies.LatestN(max_to_keep)] + (
-            [policies.EveryNSteps(keep_every)] if keep_every else []
-        )
+    def __init__(self, directory: Path, max_to_keep: int = 1):
         self.directory = Path(directory).absolute()
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policies.AnyPreservationPolicy(preservation)
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(max_to_keep),
         )
         self._last_save_failed = False  # the save before
 
@@ -58,7 +55,7 @@ class Checkpoints:
         return find_latest_complete_step(self.directory)
 
     def save(self, state: TrainState, report: Callable[[str], None] = print):
-        """Starts writing `state`; it may be donated at once. Raises CheckpointError when there is no room, or when two in a row fail."""
+        """Starts writing `state`; it may be donated at once. Raises OutputError when there is no room, and CheckpointError when two in a row fail."""
         checkpointables = _split_state(state)
         self.wait_and_report(report)
         require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves(checkpointables)))
@@ -255,7 +252,7 @@ class Snapshots:
                 self.directory,
             ):
                 yield
-        except CheckpointError as error:
+        except (CheckpointError, OutputError) as error:
             self.report(f"No snapshot of the averages, and the run goes on. {error}")
 
 
@@ -320,7 +317,7 @@ class _ErrorTranslator:
         return self
 
     def __exit__(self, error_type, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+        if isinstance(error, Exception) and not isinstance(error, RadianceError):
             reason = (
                 str(error).strip().splitlines()[0][:300]
                 if str(error).strip()
@@ -328,6 +325,6 @@ class _ErrorTranslator:
             )
             if self.verb == "written" and is_disk_full(error):
                 reason = (
-                    f"its disk is full: make room there and give the same command again ({reason})"
+                    f"its disk is full: make room there and run the same command again ({reason})"
                 )
             raise CheckpointError(f"{self.message}: {reason}") from error

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from radiance import config
 from radiance.base.files import require_space
+from radiance.base.trees import count_params
 from radiance.data.batches import Batches, make_validation_batches
 from radiance.data.datasets import describe_source, open_source
 from radiance.data.source import Source
@@ -66,7 +67,7 @@ from radiance.training.validation import (
 def train(run: config.Config) -> int:
     """Trains `run` in its directory and returns the step it reached: fewer than `train.steps` when SIGTERM or Ctrl-C came.
 
-    Raises ConfigError, DataError, TextError or CheckpointError before any work when something does not fit, and TrainingError
+    Raises ConfigError, DataError, TextError, CheckpointError or OutputError before any work when something does not fit, and TrainingError
     when the loss stays non-finite.
     """
     # 1. What is asked, and with what. Everything that can be wrong is found here, and nothing is written but a teacher's trajectories, last.
@@ -117,7 +118,7 @@ def train(run: config.Config) -> int:
     first_host = jax.process_index() == 0
     if first_host:
         directory.remove_partial_files()
-    checkpoints = Checkpoints(directory.checkpoint_dir, run.train.max_to_keep, run.train.keep_every)
+    checkpoints = Checkpoints(directory.checkpoint_dir, run.train.max_to_keep)
     first, state, origin = initialize_state(run, checkpoints, like, places)
     base = (
         load_base_params(run, make_shardings(make_abstract_params(run.model), mesh))
@@ -127,7 +128,7 @@ def train(run: config.Config) -> int:
     teacher = _make_teacher(run, encoder, mesh, base)
     if first_host:
         directory.write_metadata(run, data, first)
-    count = sum(x.size for x in jax.tree.leaves(like.params))
+    count = count_params(like.params)
     print(
         f"{directory.path}: {count / 1e6:.1f} M parameters, {len(sources['train'])} images, {mesh.size} device(s), {origin}.",
         flush=True,

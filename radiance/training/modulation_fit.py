@@ -21,6 +21,7 @@ from jaxtyping import Array, Float32, Float64, PRNGKeyArray
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.tables import format_table
+from radiance.base.trees import count_params
 from radiance.model.modulation import join_vectors, make_modulation, vector_names
 from radiance.model.transformer import Params, bind_modulation
 from radiance.weights import native
@@ -153,9 +154,7 @@ def fit_modulation(
         jax.block_until_ready(state)
         on_progress(count)
     mean_squared_error = _vector_errors(source, layers, model, state[0])
-    parameters_before, parameters_after = (
-        sum(x.size for x in jax.tree.leaves(tree)) for tree in (layers, state[0])
-    )
+    parameters_before, parameters_after = (count_params(tree) for tree in (layers, state[0]))
     return ModulationFit(
         state[0],
         FitReport(

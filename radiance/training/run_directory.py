@@ -49,7 +49,7 @@ class RunDirectory:
         return config.from_json(config.Config, file.read_text())
 
     def check_resumable(self, run: config.Config, data: Mapping[str, Any]):
-        """Raises ConfigError when the directory holds a run of another config or of other data, and CheckpointError when it cannot be one; changes
+        """Raises ConfigError when the directory holds a run of another config or of other data, and OutputError when it cannot be one; changes
         nothing.
         """
         require_folder(self.path)

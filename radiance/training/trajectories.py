@@ -113,7 +113,13 @@ def describe_trajectories(
     }
     rules = {
         setting: getattr(run.data, setting)
-        for setting in ("shuffle_tags", "tag_dropout", "lowercase_probability", "caption_prefix", "caption_suffix")
+        for setting in (
+            "shuffle_tags",
+            "tag_dropout",
+            "lowercase_probability",
+            "caption_prefix",
+            "caption_suffix",
+        )
     }
     captions = {split: source.fingerprint() for split, source in sources.items()}
     model, flow, segments = config.to_dict(run.model), run.flow, run.distill.segments
@@ -181,7 +187,7 @@ def generate_missing_trajectories(
 ) -> TrajectoryMetadata:
     """Paints what is missing of the trajectories of a run, file by file, and gives what they are made from, in the segments that are there now.
 
-    teacher: gives its pipeline, with the encoder of the run. Raises CheckpointError when there is no room for them, and ConfigError when no caption fits the
+    teacher: gives its pipeline, with the encoder of the run. Raises OutputError when there is no room for them, and ConfigError when no caption fits the
     encoder and when several hosts would have to paint them.
     """
     trajectories_by_split = open_trajectories(run)

@@ -21,7 +21,7 @@ def write_safetensors(
 ):
     """Writes `tensor(key)` for every key of `shapes`, in order, holding one at a time.
 
-    The file appears under its name only when it is whole. Raises CheckpointError when the disk has no room for it, and for
+    The file appears under its name only when it is whole. Raises OutputError when the disk has no room for it, and CheckpointError for
     values that are not finite or that the type cannot hold.
     """
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}

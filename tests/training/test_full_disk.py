@@ -16,7 +16,7 @@ from tests.helpers.toy_runs import PLAIN, metrics, painted, same, state_of, toy_
 pytestmark = pytest.mark.slow
 
 MOUNT = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"')
-AGAIN = "make room there and give the same command again"
+AGAIN = "make room there and run the same command again"
 STANDS = 32  # the step whose checkpoint is whole by then, and the only one
 # When the disk is filled, and what is said: in the second save, and, once the first is whole, at the next row of metrics and the next image.
 MOMENTS = {

@@ -227,7 +227,9 @@ def test_only_the_layers_are_read(tmp_path):
         [],
     )
     layers = modulation_fit.read_modulation_layers(
-        replace(checkpoint, get_tensor=lambda name: read.append(name) or checkpoint.get_tensor(name))
+        replace(
+            checkpoint, get_tensor=lambda name: read.append(name) or checkpoint.get_tensor(name)
+        )
     )
     assert {name.partition(".")[0] for name in read} == {
         "time_in",
@@ -257,7 +259,7 @@ def test_only_the_layers_are_read(tmp_path):
         ),
         (dict(), ("--pooled", "zero"), "reads no pooled text vector"),
         (dict(), ("--dtype", "int9"), "no type 'int9'"),
-        (dict(), ("--to", "torch"), "is there already"),
+        (dict(), ("--to", "torch"), "exists already"),
         (dict(), ("--to", "peft"), "writes a LoRA"),
         (dict(), ("--modulation-steps", "0"), "at least 1"),
     ],

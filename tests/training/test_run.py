@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from radiance import config
-from radiance.base.errors import CheckpointError, TrainingError
+from radiance.base.errors import CheckpointError, OutputError, TrainingError
 from radiance.evaluation.report import write_report
 from radiance.training import loop
 from radiance.training.checkpoints import Checkpoints
@@ -239,6 +239,6 @@ def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0)
     )
-    with pytest.raises(CheckpointError, match="GB free, and .* GB are needed: make room"):
+    with pytest.raises(OutputError, match="GB free, and .* GB are needed: make room"):
         train(run)
     assert not run.run_dir.exists()  # nothing was done in vain

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from radiance import config
-from radiance.flow import objective, timesteps
+from radiance.flow import timesteps
+from radiance.flow.coupling import coupling_costs
 from radiance.training.parameter_groups import split_frozen
 from radiance.training.step import (
     add_noise_and_times,
@@ -155,7 +156,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(plain):
     assert same(
         (after.params, after.ema, after.optimizer), (state.params, state.ema, state.optimizer)
     )
-    assert (int(after.step), int(after.skipped), int(metrics["consecutive_skipped_steps"])) == (2, 1, 1)
+    assert (int(after.step), int(after.skipped), int(metrics["consecutive_skipped_steps"])) == (
+        2,
+        1,
+        1,
+    )
     good, metrics = step(after, batch)
     assert int(good.skipped) == 1
     assert int(metrics["consecutive_skipped_steps"]) == 0
@@ -227,7 +232,7 @@ def test_optimal_transport_pairs_the_batch(run):
     paired = add_noise_and_times(
         config.override(run, ["flow.coupling=optimal_transport"]), batch, key
     )
-    cost = lambda noise: float(jnp.trace(objective.coupling_costs(batch["image"], noise, "cosine")))
+    cost = lambda noise: float(jnp.trace(coupling_costs(batch["image"], noise)))
     assert cost(paired["noise"]) < cost(free["noise"])
     assert np.array_equal(paired["time"], free["time"])
     assert np.array_equal(paired["image"], free["image"])

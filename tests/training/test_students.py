@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from radiance import config
-from radiance.base.errors import CheckpointError, TextError
+from radiance.base.errors import CheckpointError, OutputError, TextError
 from radiance.data.datasets import open_source
 from radiance.distributed.sharding import make_mesh
 from radiance.evaluation import evaluate
@@ -126,10 +126,12 @@ def test_runs_of_one_name_are_different_teachers(tmp_path):
 
 
 def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, monkeypatch):
-    monkeypatch.setattr(trajectories, "generate_missing_trajectories", lambda *_: pytest.fail("began to paint"))
+    monkeypatch.setattr(
+        trajectories, "generate_missing_trajectories", lambda *_: pytest.fail("began to paint")
+    )
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
-    with pytest.raises(CheckpointError, match="GB are needed: make room"):
+    with pytest.raises(OutputError, match="GB are needed: make room"):
         train(run)
     assert not run.run_dir.exists()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from radiance import config
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, OutputError
 from radiance.data.batches import padded_text_length
 from radiance.flow.distillation import make_segment_batch
 from radiance.pipeline import Pipeline
@@ -462,7 +462,7 @@ def test_no_room_on_the_disk(encoder, tmp_path, monkeypatch):
     )  # four files of four, in four segments of 8×8 pixels, in float16
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed, 1, needed - 1))
-    with pytest.raises(CheckpointError, match="GB are needed: make room"):
+    with pytest.raises(OutputError, match="GB are needed: make room"):
         generate_missing_trajectories(
             run, made_of(run, encoder), SOURCES, partial(pytest.fail, "began to paint")
         )

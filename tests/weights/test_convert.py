@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from radiance import config
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
 from radiance.weights.convert import EXPORT_FORMATS, convert_checkpoint, find_network_part
@@ -550,7 +550,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     for to in ("torch", "diffusers"):
-        with pytest.raises(CheckpointError, match="is there already") as error:
+        with pytest.raises(OutputError, match="exists already") as error:
             convert_checkpoint(source, tmp_path / "out", to)
         sentence(error)
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["thesis.tex"]

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import tensors
 from radiance.weights.gguf import (
     UNQUANTIZED_TYPES,
@@ -294,7 +294,7 @@ def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatc
                 raise failure
             return super().__getitem__(name)
 
-    with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as error:
+    with pytest.raises(OutputError if isinstance(failure, OSError) else type(failure)) as error:
         write(path, Failing(values))
     if isinstance(failure, OSError):
         assert "No space left on device" in sentence(error)
@@ -303,9 +303,9 @@ def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatc
 
 def test_a_full_disk_is_seen_before_writing(values, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        tensors.shutil, "disk_usage", lambda directory: type("Usage", (), {"free": 100})
+        "radiance.base.files.shutil.disk_usage", lambda directory: type("Usage", (), {"free": 100})
     )
-    with pytest.raises(CheckpointError, match="free.*needed") as error:
+    with pytest.raises(OutputError, match="free.*needed") as error:
         write(tmp_path / "x.gguf", dict.fromkeys(values))
     sentence(error)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import tensors
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
@@ -365,7 +365,7 @@ def test_a_failed_write_leaves_nothing(failure, old, tmp_path):
             raise failure
         return np.ones(1000)
 
-    with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as error:
+    with pytest.raises(OutputError if isinstance(failure, OSError) else type(failure)) as error:
         write_safetensors(path, {"a": (1000,), "b": (1000,)}, {"a": F32, "b": F32}, tensor, {})
     if isinstance(failure, OSError):
         assert "No space left on device" in sentence(error)
@@ -380,12 +380,12 @@ def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     write(path)
     before = path.read_bytes()
-    monkeypatch.setattr(tensors.shutil, "disk_usage", disk_with(len(before) - 1))
-    with pytest.raises(CheckpointError, match="free.*needed") as error:
+    monkeypatch.setattr("radiance.base.files.shutil.disk_usage", disk_with(len(before) - 1))
+    with pytest.raises(OutputError, match="free.*needed") as error:
         write(path, 2.0)
     sentence(error)
     assert path.read_bytes() == before
-    monkeypatch.setattr(tensors.shutil, "disk_usage", disk_with(len(before)))
+    monkeypatch.setattr("radiance.base.files.shutil.disk_usage", disk_with(len(before)))
     write(path, 2.0)
     assert load_file(path)["b"] == 2
     assert list(tmp_path.iterdir()) == [path]
@@ -399,7 +399,7 @@ def test_the_last_bytes_that_find_no_room_are_missed(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 100, hard))
     try:
-        with pytest.raises(CheckpointError):
+        with pytest.raises(OutputError):
             write(path, 2.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -415,21 +415,21 @@ def test_a_replaced_file_that_cannot_take_its_name(tmp_path, monkeypatch):
     def fail(source, target):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(tensors.os, "replace", fail)
-    with pytest.raises(CheckpointError, match="Permission denied"):
+    monkeypatch.setattr("radiance.base.files.os.replace", fail)
+    with pytest.raises(OutputError, match="Permission denied"):
         write(path, 2.0)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_no_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors.shutil, "disk_usage", disk_with(1))
-    with pytest.raises(CheckpointError):
+    monkeypatch.setattr("radiance.base.files.shutil.disk_usage", disk_with(1))
+    with pytest.raises(OutputError):
         write(tmp_path / "a" / "b.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(OutputError):
         write(tmp_path / "file" / "b.safetensors")

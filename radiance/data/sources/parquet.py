@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from radiance import config
-from radiance.base.errors import CheckpointError, DataError
+from radiance.base.errors import DataError, OutputError
 from radiance.base.files import require_space
 from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
@@ -60,7 +60,7 @@ class ParquetListing:
         ]  # before an hour is spent on the first files
         try:
             require_space(self.cache_dir, sum(shard.size for shard in self.shards))
-        except CheckpointError as error:
+        except OutputError as error:
             raise DataError(
                 f"data.source=parquet keeps its images in data.cache_dir, and {error}"
             ) from None
