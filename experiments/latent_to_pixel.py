@@ -10,7 +10,7 @@ After arXiv 2605.12013 (abstract and two reimplementations): generated images on
 all blocks frozen but the first and last three, AdamW at 5e-5, 100,000 steps of 64 images on 8
 GPUs. Ours: Chroma1-HD as the source, Radiance's NeRF head, x0 prediction, timesteps, dropout and
 EMA of radiance_512.py and finetune.py, no optimal transport, frozen text projection and
-approximator. The variants `shapes`, `real` and `scratch` are the toy (three seeds: by loss no, by F1
+approximator. The variants `shapes`, `real` and `scratch` are the toy (3 seeds: by loss no, by F1
 of generated objects yes); experiments/results/latent_to_pixel.md has its commands and results.
 """
 

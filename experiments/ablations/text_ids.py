@@ -2,7 +2,7 @@
 
     radiance ablate text_ids   the cpu scale: too small to decide anything
     radiance ablate text_ids --scale gpu   one GPU; the same command resumes
-    radiance plan experiments/ablations/text_ids.py:sequential --device h200   a run of the pod scale
+    radiance plan experiments/ablations/text_ids.py:sequential --device h200  a run of the pod scale
 
 The encoder is a T5 with random weights, never the hash encoder. With ids of zero the network
 cannot see the order of the text, and with a bag of words nothing else reveals it: sequential ids

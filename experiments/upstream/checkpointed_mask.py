@@ -1,29 +1,27 @@
-"""Under gradient checkpointing the single blocks are called without the mask. Needs torch and diffusers.
+"""Under gradient checkpointing, single blocks run without the mask. Needs torch and diffusers.
 
 huggingface/diffusers, src/diffusers/models/transformers/transformer_chroma.py, `forward` (the
-installed version is run): the call for the backward pass hands the mask to the double blocks and
-not to the single ones. So a model is trained without what it is sampled with.
+installed version is run): with gradient checkpointing the mask is passed to the double blocks and
+not to the single ones. A model is then trained without the mask that it is sampled with.
 """
 
 import torch
 from diffusers import __version__
-from toy_chroma import IMAGE, LENGTHS, WORDS, moved, output, toy
+from toy_chroma import LENGTHS, NUM_IMAGE, NUM_TEXT, change_from_padding, make_toy, predict
 
 
 def main():
-    model = toy()
-    mask = torch.arange(WORDS) <= torch.tensor(LENGTHS)[:, None]
-    mask = torch.cat(
-        [mask, torch.ones(len(LENGTHS), IMAGE, dtype=torch.bool)], dim=1
-    )  # booleans, which are right
-    plain, before = output(model, mask), moved(model, mask)
+    model = make_toy()
+    text_mask = torch.arange(NUM_TEXT) <= torch.tensor(LENGTHS)[:, None]
+    image_mask = torch.ones(len(LENGTHS), NUM_IMAGE, dtype=torch.bool)
+    mask = torch.cat([text_mask, image_mask], dim=1)  # booleans, which are correct
+    plain, plain_change = predict(model, mask), change_from_padding(model, mask)
     model.enable_gradient_checkpointing()
-    change = float((output(model, mask) - plain).norm() / plain.norm())
-    print(
-        f"diffusers {__version__}: checkpointing, which should change nothing, moves the output by {change:.4f} (relative);"
-    )
-    print(f"other padding moves it by {before:.1e} without checkpointing, and with it by")
-    print(f"effect = {moved(model, mask):.4f}")
+    change = float((predict(model, mask) - plain).norm() / plain.norm())
+    print(f"diffusers {__version__}: relative change of the output by checkpointing: {change:.4f}")
+    print("relative change of the output when the padding changes:")
+    print(f"{plain_change:.1e} without checkpointing, and with it")
+    print(f"effect = {change_from_padding(model, mask):.4f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The faults of public code are shown: each script runs, what it shows is of the size that its table says, and the right way shows nothing."""
+"""Each script on faults of public code runs and prints the effect that the table states."""
 
 import re
 import runpy
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "upstream"
-EFFECTS = {  # the script's last number, as the table in README.md has it
+EFFECTS = {  # the last number of each script, as in the table of README.md
     "union_mask": 0.733,
     "summed_t5_mask": 0.583,
     "float_mask": 0.023,
@@ -20,34 +20,37 @@ EFFECTS = {  # the script's last number, as the table in README.md has it
 TORCH = ("float_mask", "checkpointed_mask")
 
 
-def shown(name: str, capsys) -> str:
+def run_script(name: str, capsys) -> str:
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
 
 
-def effect(out: str) -> float:
-    return float(re.fullmatch(r"effect = (\S+)", out.splitlines()[-1])[1])
+def parse_effect(output: str) -> float:
+    return float(re.fullmatch(r"effect = (\S+)", output.splitlines()[-1])[1])
 
 
 @pytest.mark.parametrize("name", [name for name in EFFECTS if name not in TORCH])
-def test_a_fault_is_shown(name, capsys):
-    assert effect(shown(name, capsys)) == pytest.approx(EFFECTS[name], rel=0.3)
+def test_a_fault_is_run_script(name, capsys):
+    assert parse_effect(run_script(name, capsys)) == pytest.approx(EFFECTS[name], rel=0.3)
 
 
 @pytest.mark.reference
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH)
-def test_a_fault_of_the_installed_package_is_shown(name, capsys, monkeypatch):
-    """Its sizes are those of random weights. Where this fails with an effect of 0, the package was mended: say so in the table."""
+def test_a_fault_of_the_installed_package_is_run_script(name, capsys, monkeypatch):
+    """The size depends on random weights. An effect of 0 means that the package was fixed: note it in the table."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     monkeypatch.syspath_prepend(str(FOLDER))
-    out = shown(name, capsys)
-    assert EFFECTS[name] / 3 < effect(out) < EFFECTS[name] * 3
-    assert "0.0e+00 with the same mask as booleans" in out or "0.0e+00 without checkpointing" in out
+    output = run_script(name, capsys)
+    assert EFFECTS[name] / 3 < parse_effect(output) < EFFECTS[name] * 3
+    assert (
+        "0.0e+00 with the same mask as booleans" in output
+        or "0.0e+00 without checkpointing" in output
+    )
 
 
-def test_the_table_has_every_script_and_its_number():
+def test_table_lists_every_script_with_its_effect():
     scripts = {path.stem for path in FOLDER.glob("*.py")} - {"toy_chroma"}
     assert scripts == EFFECTS.keys()
     rows = dict(
