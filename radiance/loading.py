@@ -290,7 +290,7 @@ def make_prompts_writer(run: config.Config) -> Callable[[Path], None]:
     }
     times = make_time_schedule(run.sample, (run.data.resolution // run.model.patch) ** 2)
     settings = config.to_dict(run.sample) | {
-        "side": run.data.resolution,
+        "resolution": run.data.resolution,
         "noise_scale": run.flow.noise_scale,
         "times": times.tolist(),
     }

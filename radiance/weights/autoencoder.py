@@ -1,7 +1,8 @@
-"""Files of FLUX's autoencoder: the published one (`ae.safetensors`, in the names of latent diffusion) and diffusers' `AutoencoderKL`.
+"""Read and write autoencoder files: FLUX's `ae.safetensors` and diffusers' `AutoencoderKL`.
 
-One table runs both ways. In it `{i}` is a level, 0 at the image's resolution, `{k}` the same counted from the other end, as
-diffusers numbers the decoder's, and `{j}` a block of the level.
+One table maps names in both directions. In its patterns `{i}` is a level, 0 at the image's
+resolution, `{j}` is a block of the level, and `{k}` is the level counted from the other end, as
+diffusers numbers the levels of the decoder.
 """
 
 import json
@@ -27,24 +28,41 @@ AutoencoderLayout = Literal["flux", "diffusers"]
 
 AUTOENCODER_METADATA_KEY = "radiance.autoencoder"
 AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
-# By this block a layout is known, and levels and blocks are counted.
+# The names of these blocks identify a layout, and count its levels and blocks.
 BLOCK_NAMES = {
     "flux": "encoder.down.{i}.block.{j}",
     "diffusers": "encoder.down_blocks.{i}.resnets.{j}",
 }
-# What shapes do not tell: its key in diffusers' config.json, which our metadata repeats, and our field.
+# Settings that shapes do not give: key in config.json of diffusers and in our metadata → our field.
 CONFIG_FIELDS = {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}
 
 
 class AutoencoderRule(NamedTuple):
-    path: str  # in our tree
+    """A layer's path in our tree and its names in the two layouts."""
+
+    path: str
     flux: str
     diffusers: str
     layer_type: Literal["conv", "norm", "linear"] = "conv"
 
 
+class AutoencoderTensor(NamedTuple):
+    """The leaf that a tensor of a file holds."""
+
+    path: str
+    transform: str  # key of LEAF_TO_TENSOR and TENSOR_TO_LEAF
+
+
 def residual_block_rules(path: str, flux: str, diffusers: str) -> list[AutoencoderRule]:
-    """A residual block; only one that changes the width has a shortcut."""
+    """Return the rules of a residual block.
+
+    The shortcut exists only in blocks that change the number of channels.
+
+    Args:
+        path: Path of the block in our tree.
+        flux: Name of the block in FLUX's file.
+        diffusers: Name of the block in diffusers' file.
+    """
     return [
         AutoencoderRule(f"{path}/norm1", f"{flux}.norm1", f"{diffusers}.norm1", "norm"),
         AutoencoderRule(f"{path}/conv1", f"{flux}.conv1", f"{diffusers}.conv1"),
@@ -54,26 +72,27 @@ def residual_block_rules(path: str, flux: str, diffusers: str) -> list[Autoencod
     ]
 
 
-def coder_rules(name: str) -> list[AutoencoderRule]:
-    """What encoder and decoder both have."""
-    path, flux, diffusers = (
-        f"{name}/middle/attention",
+def coder_rules(name: Literal["encoder", "decoder"]) -> list[AutoencoderRule]:
+    """Return the rules of the layers that encoder and decoder share.
+
+    Args:
+        name: The coder, which has this name in both layouts and in our tree.
+    """
+    path, middle = f"{name}/middle", f"{name}.mid_block"
+    attention, flux, diffusers = (
+        f"{path}/attention",
         f"{name}.mid.attn_1",
-        f"{name}.mid_block.attentions.0",
+        f"{middle}.attentions.0",
     )
     return [
         AutoencoderRule(f"{name}/conv_in", f"{name}.conv_in", f"{name}.conv_in"),
-        *residual_block_rules(
-            f"{name}/middle/block1", f"{name}.mid.block_1", f"{name}.mid_block.resnets.0"
-        ),
-        AutoencoderRule(f"{path}/norm", f"{flux}.norm", f"{diffusers}.group_norm", "norm"),
-        AutoencoderRule(f"{path}/query", f"{flux}.q", f"{diffusers}.to_q", "linear"),
-        AutoencoderRule(f"{path}/key", f"{flux}.k", f"{diffusers}.to_k", "linear"),
-        AutoencoderRule(f"{path}/value", f"{flux}.v", f"{diffusers}.to_v", "linear"),
-        AutoencoderRule(f"{path}/proj", f"{flux}.proj_out", f"{diffusers}.to_out.0", "linear"),
-        *residual_block_rules(
-            f"{name}/middle/block2", f"{name}.mid.block_2", f"{name}.mid_block.resnets.1"
-        ),
+        *residual_block_rules(f"{path}/block1", f"{name}.mid.block_1", f"{middle}.resnets.0"),
+        AutoencoderRule(f"{attention}/norm", f"{flux}.norm", f"{diffusers}.group_norm", "norm"),
+        AutoencoderRule(f"{attention}/query", f"{flux}.q", f"{diffusers}.to_q", "linear"),
+        AutoencoderRule(f"{attention}/key", f"{flux}.k", f"{diffusers}.to_k", "linear"),
+        AutoencoderRule(f"{attention}/value", f"{flux}.v", f"{diffusers}.to_v", "linear"),
+        AutoencoderRule(f"{attention}/proj", f"{flux}.proj_out", f"{diffusers}.to_out.0", "linear"),
+        *residual_block_rules(f"{path}/block2", f"{name}.mid.block_2", f"{middle}.resnets.1"),
         AutoencoderRule(f"{name}/norm_out", f"{name}.norm_out", f"{name}.conv_norm_out", "norm"),
         AutoencoderRule(f"{name}/conv_out", f"{name}.conv_out", f"{name}.conv_out"),
     ]
@@ -102,16 +121,16 @@ AUTOENCODER_TABLE: list[AutoencoderRule] = [
     ),
 ]
 
-# our leaf → a file's tensor, and back
-LEAF_TO_TENSOR: dict[str, Callable] = {
+# Transforms from our leaf to a tensor of a file, and back.
+LEAF_TO_TENSOR: dict[str, Callable[[Any], Any]] = {
     "vector": lambda x: x,
     "matrix": lambda x: x.T,  # [in, out] → [out, in]
-    "pointwise": lambda x: x.T[:, :, None, None],  # the same as a 1×1 convolution
+    "pointwise": lambda x: x.T[:, :, None, None],  # the same matrix as a 1×1 convolution
     "conv": lambda x: x.transpose(
         3, 2, 0, 1
     ),  # [height, width, in, out] → [out, in, height, width]
 }
-TENSOR_TO_LEAF: dict[str, Callable] = {
+TENSOR_TO_LEAF: dict[str, Callable[[Any], Any]] = {
     "vector": lambda x: x,
     "matrix": lambda x: x.T,
     "pointwise": lambda x: x[:, :, 0, 0].T,
@@ -119,13 +138,13 @@ TENSOR_TO_LEAF: dict[str, Callable] = {
 }
 
 
-class AutoencoderTensor(NamedTuple):
-    path: str  # of the leaf
-    transform: str  # of TO_FILE and TO_TREE
-
-
 def locate_tensors(sizes: Autoencoder, layout: AutoencoderLayout) -> dict[str, AutoencoderTensor]:
-    """The leaf that each tensor of a file holds."""
+    """Return the leaf of each tensor of a file, by name.
+
+    Args:
+        sizes: Sizes of the autoencoder.
+        layout: Layout of the file.
+    """
     leaves, num_levels = flatten_tree(make_abstract_autoencoder(sizes)), len(sizes.multipliers)
     transforms = {
         "conv": "conv",
@@ -134,25 +153,31 @@ def locate_tensors(sizes: Autoencoder, layout: AutoencoderLayout) -> dict[str, A
     }
     tensors: dict[str, AutoencoderTensor] = {}
     for rule in AUTOENCODER_TABLE:
+        pattern = rule.flux if layout == "flux" else rule.diffusers
         for i in range(num_levels if "{i}" in rule.path else 1):
             for j in range(sizes.blocks + 1 if "{j}" in rule.path else 1):
                 path, name = (
-                    pattern.format(i=i, j=j, k=num_levels - 1 - i)
-                    for pattern in (rule.path, getattr(rule, layout))
+                    text.format(i=i, j=j, k=num_levels - 1 - i) for text in (rule.path, pattern)
                 )
-                if f"{path}/bias" in leaves:
-                    tensors[f"{name}.weight"] = AutoencoderTensor(
-                        f"{path}/{'scale' if rule.layer_type == 'norm' else 'kernel'}",
-                        transforms[rule.layer_type],
-                    )
-                    tensors[f"{name}.bias"] = AutoencoderTensor(f"{path}/bias", "vector")
+                if f"{path}/bias" not in leaves:  # a level or a block without this layer
+                    continue
+                weight_path = f"{path}/{'scale' if rule.layer_type == 'norm' else 'kernel'}"
+                tensors[f"{name}.weight"] = AutoencoderTensor(
+                    weight_path, transforms[rule.layer_type]
+                )
+                tensors[f"{name}.bias"] = AutoencoderTensor(f"{path}/bias", "vector")
     if missing := set(leaves) - {tensor.path for tensor in tensors.values()}:
         raise AssertionError(f"The table has no row for {sorted(missing)}.")
     return tensors
 
 
 def autoencoder_shapes(sizes: Autoencoder, layout: AutoencoderLayout) -> TensorShapes:
-    """Names and shapes of all tensors of a file."""
+    """Return the names and shapes of all tensors of a file.
+
+    Args:
+        sizes: Sizes of the autoencoder.
+        layout: Layout of the file.
+    """
     leaves, zero = flatten_tree(make_abstract_autoencoder(sizes)), np.float32(0)
     return {
         name: LEAF_TO_TENSOR[transform](np.broadcast_to(zero, leaves[path].shape)).shape
@@ -160,15 +185,24 @@ def autoencoder_shapes(sizes: Autoencoder, layout: AutoencoderLayout) -> TensorS
     }
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_autoencoder(path: str | Path) -> tuple[Autoencoder, Params]:
-    """Sizes and float32 parameters of an autoencoder's file, or of diffusers' folder of one or of a pipeline.
+    """Read an autoencoder.
 
-    What shapes do not tell (groups, shift, scale) stands in our metadata or in diffusers' config.json; without them it is FLUX's.
-    Raises CheckpointError that names every tensor that is missing, not expected, or of another shape, and for values that are
-    not finite.
+    Groups, shift and scale come from our metadata or from diffusers' config.json; files without
+    them get those of FLUX.
+
+    Args:
+        path: A file, a folder of diffusers with the autoencoder, or one with a whole pipeline.
+
+    Returns:
+        Sizes and float32 parameters.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of another shape (the message names
+            all), or values are not finite.
     """
     folder = Path(path) / "vae"
     file = open_tensors(folder if folder.is_dir() else path)
@@ -191,60 +225,43 @@ def read_autoencoder(path: str | Path) -> tuple[Autoencoder, Params]:
         values = file[prefix + name]
         if not is_finite(values):
             raise CheckpointError(
-                f"{file.path}: {name} holds values that are not finite: the file is damaged."
+                f"{file.path}: {name} holds values that are not finite: copy or download it again."
             )
         return jnp.asarray(TENSOR_TO_LEAF[transform](values).astype(np.float32))
 
     skeleton = make_abstract_autoencoder(sizes)
-    return sizes, jax.tree.unflatten(
-        jax.tree.structure(skeleton),
-        [read_leaf(*names_by_path[path]) for path in flatten_tree(skeleton)],
-    )
+    leaves = [read_leaf(*names_by_path[path]) for path in flatten_tree(skeleton)]
+    return sizes, jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
 
 
 def detect_autoencoder(
     shapes: TensorShapes, file: Tensors
 ) -> tuple[Autoencoder, AutoencoderLayout]:
-    """Sizes and layout of a file whose tensors, without their prefix, have these shapes."""
-    layout = next(
-        (
-            layout
-            for layout, name in BLOCK_NAMES.items()
-            if f"{name.format(i=0, j=0)}.conv1.weight" in shapes
-        ),
-        None,
-    )
-    if layout is None:
+    """Return the sizes and the layout of a file.
+
+    Args:
+        shapes: Names without their prefix, and shapes, of the file's tensors.
+        file: The file, for its metadata and for messages.
+
+    Raises:
+        CheckpointError: The file holds no autoencoder of this kind, or an incomplete one.
+    """
+    layout: AutoencoderLayout
+    if f"{BLOCK_NAMES['flux'].format(i=0, j=0)}.conv1.weight" in shapes:
+        layout = "flux"
+    elif f"{BLOCK_NAMES['diffusers'].format(i=0, j=0)}.conv1.weight" in shapes:
+        layout = "diffusers"
+    else:
         raise CheckpointError(
-            f"{file.path} is not an autoencoder of FLUX's kind: it has no {' or '.join(BLOCK_NAMES.values()).format(i=0, j=0)}."
+            f"{file.path} is not an autoencoder like FLUX's: "
+            f"it has no {' or '.join(BLOCK_NAMES.values()).format(i=0, j=0)}."
         )
-
-    def count_indices(pattern: str) -> int:
-        return next(
-            index for index in range(len(shapes) + 1) if pattern.format(index) not in shapes
-        )
-
-    conv_name = f"{BLOCK_NAMES[layout]}.conv1.weight"
     try:
-        width = shapes["encoder.conv_in.weight"][0]
-        widths = [
-            shapes[conv_name.format(i=i, j=0)][0]
-            for i in range(count_indices(conv_name.format(i="{}", j=0)))
-        ]
-        if any(level_width % width for level_width in widths):
-            raise ConfigError(
-                f"Its levels have {widths} channels, which are not multiples of the first layer's {width}."
-            )
-        fields = dict(
-            latent_channels=shapes["decoder.conv_in.weight"][1],
-            width=width,
-            multipliers=tuple(level_width // width for level_width in widths),
-            blocks=count_indices(conv_name.format(i=0, j="{}")),
-        )
-        return Autoencoder(**fields, **_read_config(file, layout)), layout
+        return _detect_sizes(shapes, file, layout), layout
     except KeyError as error:
         raise CheckpointError(
-            f"{file.path} looks like an autoencoder, but has no {error.args[0]}: the file is not whole."
+            f"{file.path} looks like an autoencoder but has no {error.args[0]}, "
+            "so it is incomplete: copy or download it again."
         ) from None
     except ConfigError as error:
         raise CheckpointError(
@@ -252,30 +269,52 @@ def detect_autoencoder(
         ) from None
     except (IndexError, ZeroDivisionError):  # a convolution with fewer axes than it should have
         raise CheckpointError(
-            f"{file.path} has the names of an autoencoder, but its tensors are of other kinds."
+            f"{file.path} has the tensor names of an autoencoder, but not their shapes: "
+            "copy or download it again."
         ) from None
+
+
+def _detect_sizes(shapes: TensorShapes, file: Tensors, layout: AutoencoderLayout) -> Autoencoder:
+    """Return the sizes of a file; KeyError, IndexError and ZeroDivisionError if it is unusual."""
+    conv_name = f"{BLOCK_NAMES[layout]}.conv1.weight"
+
+    def count_indices(pattern: str) -> int:
+        return next(i for i in range(len(shapes) + 1) if pattern.format(i) not in shapes)
+
+    width = shapes["encoder.conv_in.weight"][0]
+    num_levels = count_indices(conv_name.format(i="{}", j=0))
+    widths = [shapes[conv_name.format(i=i, j=0)][0] for i in range(num_levels)]
+    if any(level_width % width for level_width in widths):
+        raise ConfigError(
+            f"Its levels have {widths} channels, which are not multiples of the first layer's "
+            f"{width}."
+        )
+    return Autoencoder(
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        width=width,
+        multipliers=tuple(level_width // width for level_width in widths),
+        blocks=count_indices(conv_name.format(i=0, j="{}")),
+        **_read_config(file, layout),
+    )
 
 
 def _read_config(file: Tensors, layout: AutoencoderLayout) -> dict[str, Any]:
-    """What our metadata or diffusers' config.json beside the weights says."""
-    config_file, text = (
-        file.path.parent / "config.json",
-        file.metadata.get(AUTOENCODER_METADATA_KEY),
-    )
-    if text is None and (layout != "diffusers" or not config_file.is_file()):
+    """Return the settings of our metadata, or of diffusers' config.json beside the weights."""
+    config_path = file.path.parent / "config.json"
+    text = file.metadata.get(AUTOENCODER_METADATA_KEY)
+    if text is None and (layout != "diffusers" or not config_path.is_file()):
         return {}
     try:
-        settings = dict(json.loads(config_file.read_text() if text is None else text))
+        settings = dict(json.loads(config_path.read_text() if text is None else text))
     except (ValueError, TypeError):
         raise ConfigError(
-            f"{config_file if text is None else 'Its metadata'} is not a config of diffusers."
+            f"{config_path if text is None else 'Its metadata'} is not a config of diffusers."
         ) from None
-    return {
-        field: settings[key] or 0.0 for key, field in CONFIG_FIELDS.items() if key in settings
-    }  # null is 0 to diffusers
+    # diffusers reads null as 0.
+    return {field: settings[key] or 0.0 for key, field in CONFIG_FIELDS.items() if key in settings}
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_autoencoder(
@@ -284,11 +323,21 @@ def write_autoencoder(
     params: Params,
     layout: AutoencoderLayout = "flux",
     dtype: str = "float32",
-):
-    """Writes `params` in that layout, tensor by tensor.
+) -> None:
+    """Write an autoencoder tensor by tensor.
 
-    path: a .safetensors file, or (for diffusers alone) a folder, which `AutoencoderKL.from_pretrained` then opens. dtype: float32,
-    bfloat16 or float16. Raises CheckpointError that names every leaf that is missing, not expected, or of another shape.
+    Args:
+        path: A .safetensors file, or, for layout "diffusers" only, a folder that
+            `AutoencoderKL.from_pretrained` opens.
+        sizes: Sizes of the autoencoder.
+        params: The parameter tree.
+        layout: Layout of the file.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: Leaves are missing, unexpected or of another shape (the message names
+            all), `path` does not suit the layout, or `dtype` cannot hold a value.
+        OutputError: The file cannot be written.
     """
     path, leaves = Path(path), flatten_tree(params)
     check_shapes(
@@ -299,10 +348,11 @@ def write_autoencoder(
     if path.suffix != ".safetensors":
         if layout != "diffusers":
             raise CheckpointError(
-                f"{path} is a folder, which only the layout diffusers has: give a name that ends in .safetensors."
+                f"{path} is a folder, which only the layout diffusers supports: "
+                "choose a name that ends in .safetensors."
             )
-        with replace_atomically(path / "config.json") as temporary_path:
-            temporary_path.write_text(json.dumps(make_autoencoder_config(sizes), indent=2) + "\n")
+        with replace_atomically(path / "config.json") as temp_path:
+            temp_path.write_text(json.dumps(make_autoencoder_config(sizes), indent=2) + "\n")
         path = path / "diffusion_pytorch_model.safetensors"
 
     tensors, shapes = locate_tensors(sizes, layout), autoencoder_shapes(sizes, layout)
@@ -318,7 +368,7 @@ def write_autoencoder(
 
 
 def make_autoencoder_config(sizes: Autoencoder) -> dict[str, Any]:
-    """The config.json that `AutoencoderKL.from_pretrained` reads."""
+    """Return the config.json that `AutoencoderKL.from_pretrained` reads."""
     num_levels = len(sizes.multipliers)
     return {
         "_class_name": "AutoencoderKL",

@@ -1,6 +1,7 @@
-"""The layout of diffusers' `ChromaTransformer2DModel`: native names in the first column, theirs in the second.
+"""The tensor names of diffusers' `ChromaTransformer2DModel`, and how native tensors map to them.
 
-A native tensor is theirs, one below the other. diffusers has no class for pixel models, nor for what only ours can do.
+A native tensor is one diffusers tensor, or several concatenated along the outputs (axis 0).
+diffusers has no class for pixel models, nor for the variants that only this project has.
 """
 
 import re
@@ -15,6 +16,12 @@ from radiance.weights.tensors import TensorShapes
 
 
 def map_linear(native: str, *diffusers_names: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the rows of weight and bias of a linear layer.
+
+    Args:
+        native: Native name of the layer.
+        *diffusers_names: Names of the layers that the native layer consists of.
+    """
     return [
         (f"{native}.{kind}", tuple(f"{name}.{kind}" for name in diffusers_names))
         for kind in ("weight", "bias")
@@ -22,6 +29,13 @@ def map_linear(native: str, *diffusers_names: str) -> list[tuple[str, tuple[str,
 
 
 def map_qk_norms(native: str, query: str, key: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the rows of the norms of queries and keys.
+
+    Args:
+        native: Native name of the two norms.
+        query: The norm of the queries in diffusers.
+        key: The norm of the keys in diffusers.
+    """
     return [
         (f"{native}.query_norm.scale", (f"{query}.weight",)),
         (f"{native}.key_norm.scale", (f"{key}.weight",)),
@@ -30,6 +44,7 @@ def map_qk_norms(native: str, query: str, key: str) -> list[tuple[str, tuple[str
 
 NATIVE_DOUBLE, DIFFUSERS_ATTENTION = "double_blocks.{i}", "transformer_blocks.{i}.attn"
 NATIVE_SINGLE, DIFFUSERS_SINGLE = "single_blocks.{i}", "single_transformer_blocks.{i}"
+# native name, diffusers names; {i} is the index of a block
 DIFFUSERS_TABLE: list[tuple[str, tuple[str, ...]]] = [
     *map_linear("img_in", "x_embedder"),
     *map_linear("txt_in", "context_embedder"),
@@ -84,32 +99,55 @@ DIFFUSERS_TABLE: list[tuple[str, tuple[str, ...]]] = [
     ),
     *map_linear("final_layer.linear", "proj_out"),
 ]
-SIGNATURE_TENSOR = (
-    "distilled_guidance_layer.layers.0.linear_1.weight"  # a tensor that only this layout has
-)
+# Only this layout has a tensor of this name.
+SIGNATURE_TENSOR = "distilled_guidance_layer.layers.0.linear_1.weight"
 BLOCK_INDEX_PATTERN = re.compile(r"\.(\d+)\.")
+# Settings of the models that diffusers can run.
+SUPPORTED_SETTINGS = {
+    "head": "linear",
+    "modulation": "approximator",
+    "prediction": "velocity",
+    "text_ids": "zero",
+    "padding": "encoder",
+    "registers": 0,
+    "text_refiner_blocks": 0,
+    "mlp_ratio": 4.0,
+    "rope_theta": 10_000.0,
+}
 
-_DIFFUSERS_PATTERNS = dict(DIFFUSERS_TABLE)
+_NAMES_BY_NATIVE = dict(DIFFUSERS_TABLE)
 
 
 def to_diffusers_names(native: str) -> tuple[str, ...]:
-    """Their names of a native tensor."""
-    index_match = (
-        BLOCK_INDEX_PATTERN.search(native)
-        if native.startswith(("double", "single", "distilled"))
-        else None
-    )
-    pattern = BLOCK_INDEX_PATTERN.sub(".{i}.", native, count=1) if index_match else native
-    return tuple(
-        name.format(i=index_match[1] if index_match else "")
-        for name in _DIFFUSERS_PATTERNS[pattern]
-    )
+    """Return the diffusers names of a native tensor.
+
+    Args:
+        native: Name of the native tensor.
+
+    Returns:
+        One name, or the names of the parts, in order.
+
+    Raises:
+        KeyError: diffusers has no such tensor.
+    """
+    is_indexed = native.startswith(("double", "single", "distilled"))
+    match = BLOCK_INDEX_PATTERN.search(native) if is_indexed else None
+    if match is None:
+        return _NAMES_BY_NATIVE[native]
+    pattern = BLOCK_INDEX_PATTERN.sub(".{i}.", native, count=1)
+    return tuple(name.format(i=match[1]) for name in _NAMES_BY_NATIVE[pattern])
 
 
 def locate_diffusers_slices(
     native: str, shape: tuple[int, ...], model: config.Model
 ) -> dict[str, tuple[slice, tuple[int, ...]]]:
-    """Their tensors of a native one: its rows, and the shape."""
+    """Return the rows and the shape of each diffusers tensor of a native tensor.
+
+    Args:
+        native: Name of the native tensor.
+        shape: Shape of the native tensor.
+        model: The model, whose width is the size of every part but the last.
+    """
     names = to_diffusers_names(native)
     row_counts = [model.hidden] * (len(names) - 1)
     row_bounds = np.cumsum([0, *row_counts, shape[0] - sum(row_counts)])
@@ -120,7 +158,15 @@ def locate_diffusers_slices(
 
 
 def map_to_native(shapes: TensorShapes) -> dict[str, tuple[str, ...]]:
-    """Native name → their names, of all tensors of a file. Raises CheckpointError that names what has no place."""
+    """Return the diffusers names of each native tensor of a file.
+
+    Args:
+        shapes: Names and shapes of the file's tensors.
+
+    Raises:
+        CheckpointError: A part of a tensor is missing, or a tensor is unknown. The message names
+            all such tensors.
+    """
     mapping, unmatched = {}, set(shapes)
     for native, names in DIFFUSERS_TABLE:
         for i in _block_indices(native):
@@ -129,44 +175,52 @@ def map_to_native(shapes: TensorShapes) -> dict[str, tuple[str, ...]]:
                 break
             if missing := [name for name in diffusers_names if name not in shapes]:
                 raise CheckpointError(
-                    f"The diffusers checkpoint has no {', '.join(missing)}: it is not whole."
+                    f"The diffusers checkpoint has no {', '.join(missing)}, so it is incomplete: "
+                    "copy or download it again."
                 )
             mapping[native.format(i=i)] = diffusers_names
             unmatched -= set(diffusers_names)
     if unmatched:
         raise CheckpointError(
-            f"The diffusers checkpoint holds tensors that are not Chroma's: {', '.join(sorted(unmatched))}."
+            "The diffusers checkpoint holds tensors that Chroma does not have: "
+            f"{', '.join(sorted(unmatched))}."
         )
     return mapping
 
 
 def _block_indices(native: str) -> Iterator[int]:
+    """Yield 0, 1, 2, … for a tensor of the blocks, and 0 for any other tensor."""
     i = 0
     while i == 0 or "{i}" in native:
         yield i
         i += 1
 
 
-def check_diffusers_support(model: config.Model):
-    """Raises CheckpointError for a model that diffusers has no class for."""
-    required = dict(
-        head="linear", modulation="approximator", prediction="velocity", text_ids="zero", padding="encoder", registers=0, text_refiner_blocks=0,
-        mlp_ratio=4.0, rope_theta=10_000.0,
-    )  # fmt: skip
+def check_diffusers_support(model: config.Model) -> None:
+    """Check that diffusers has a class for a model.
+
+    Args:
+        model: The model to export.
+
+    Raises:
+        CheckpointError: diffusers cannot run the model. The message names a format that can.
+    """
     if model.patch > 1:
         raise CheckpointError(
-            "diffusers has no class for pixel models such as Radiance (its Chroma reads latents): write --to native, which ComfyUI and "
-            "stable-diffusion.cpp open, or --to torch, a PyTorch module of its own."
+            "diffusers has no class for pixel models such as Radiance (its Chroma reads latents): "
+            "use --to native, which ComfyUI and stable-diffusion.cpp open, or --to torch, a "
+            "self-contained PyTorch module."
         )
-    for name, value in required.items():
+    for name, value in SUPPORTED_SETTINGS.items():
         if getattr(model, name) != value:
             raise CheckpointError(
-                f"diffusers' Chroma cannot do model.{name}={getattr(model, name)} (only {value}): write --to native or --to torch."
+                f"Chroma in diffusers does not support model.{name}={getattr(model, name)} "
+                f"(only {value}): use --to native or --to torch."
             )
 
 
 def make_transformer_config(model: config.Model) -> dict[str, Any]:
-    """The config.json that `ChromaTransformer2DModel.from_pretrained` reads."""
+    """Return the config.json that `ChromaTransformer2DModel.from_pretrained` reads."""
     return {
         "_class_name": "ChromaTransformer2DModel",
         "_diffusers_version": "0.38.0",
@@ -186,8 +240,12 @@ def make_transformer_config(model: config.Model) -> dict[str, Any]:
 
 
 def parse_transformer_config(diffusers_config: Any) -> dict[str, Any]:
-    """What their config.json says that shapes do not."""
-    rope_axes = (
-        diffusers_config.get("axes_dims_rope") if isinstance(diffusers_config, Mapping) else None
-    )
+    """Return the model settings that a config.json gives and tensor shapes do not.
+
+    Args:
+        diffusers_config: The decoded content of config.json, which may be of any type.
+    """
+    if not isinstance(diffusers_config, Mapping):
+        return {}
+    rope_axes = diffusers_config.get("axes_dims_rope")
     return {"rope_axes": tuple(rope_axes)} if isinstance(rope_axes, list) else {}

@@ -1,4 +1,4 @@
-"""Making one checkpoint of another: functions from checkpoint to checkpoint that touch a tensor when it is asked for."""
+"""Change the architecture of a checkpoint: each function returns a checkpoint that reads lazily."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,10 +14,19 @@ from radiance.model.transformer import Params, init_params
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, drop_validation_loss
 
-# What a graft takes from the new model; all else is the trunk's.
+# Settings that `graft` takes from the pixel model; all others are the trunk's.
 PIXEL_FIELDS = (
-    "channels", "patch", "patch_embed", "bottleneck", "head", "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs", "prediction",
-)  # fmt: skip
+    "channels",
+    "patch",
+    "patch_embed",
+    "bottleneck",
+    "head",
+    "nerf_hidden",
+    "nerf_mlp_ratio",
+    "nerf_depth",
+    "nerf_freqs",
+    "prediction",
+)
 PIXEL_SUBTREES = ("patch_embed", "head")  # of the parameter tree
 
 
@@ -28,7 +37,7 @@ def _rebuild(
     change: str,
     dtypes: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """The checkpoint as `model`, with `made` in place of the tensors of those names."""
+    """Return the checkpoint as `model`, with the tensors of `replacements` in place of its own."""
     shapes, _ = native.native_layout(model)
     return replace(
         checkpoint,
@@ -46,13 +55,26 @@ def _rebuild(
 
 
 def graft(trunk: Checkpoint, pixel_model: config.Model, seed: int = 0) -> Checkpoint:
-    """The blocks, modulation and text projection of `trunk` under a fresh patch embedding and pixel head: how Radiance began.
+    """Return a pixel model with the trunk of another model, which is how Radiance was started.
 
-    pixels: the model that gives the sizes of the fresh parts and what the network predicts. The fresh head puts out zeros.
+    Blocks, modulation and text projection come from `trunk`. Patch embedding and pixel head are
+    initialized, and the head predicts zeros.
+
+    Args:
+        trunk: The checkpoint that gives the blocks, such as Chroma.
+        pixel_model: The model that gives the sizes of the new parts and the prediction.
+        seed: Seed of the initialization.
+
+    Returns:
+        The grafted checkpoint.
+
+    Raises:
+        CheckpointError: `pixel_model` is a latent model.
     """
     if pixel_model.patch == 1:
         raise CheckpointError(
-            "A trunk is grafted under a pixel model, such as chroma1-radiance-x0: this one reads latents."
+            "The model that gives the pixel head reads latents: choose a pixel model, such as "
+            "chroma1-radiance-x0."
         )
     model = replace(trunk.model, **{name: getattr(pixel_model, name) for name in PIXEL_FIELDS})
     init_tensor = _init_pixel_tensors(model, seed)
@@ -65,41 +87,58 @@ def graft(trunk: Checkpoint, pixel_model: config.Model, seed: int = 0) -> Checkp
         trunk,
         model,
         replacements,
-        f"grafted under a fresh {pixel_model.head} head",
+        f"grafted onto a new {pixel_model.head} head",
         dict.fromkeys(replacements, "F32"),
     )
 
 
 def _is_in_subtrees(source: native.NativeSource, *subtrees: str) -> bool:
+    """Return True if a native tensor belongs to one of these subtrees of the parameters."""
     return source.rule.slices[0].path.startswith(subtrees)
 
 
 def _bind_name(read_tensor: Callable[[str], np.ndarray], name: str) -> Callable[[], np.ndarray]:
+    """Return a function that reads the tensor `name`."""
     return lambda: read_tensor(name)
 
 
 def _init_pixel_tensors(model: config.Model, seed: int) -> Callable[[str], np.ndarray]:
-    """Native tensors of the fresh parts; XLA leaves out what is not asked for, so that the trunk is not made."""
-    key = jax.random.key(seed)
-    pixel_params = jax.jit(
-        lambda key: {
-            name: value for name, value in init_params(model, key).items() if name in PIXEL_SUBTREES
-        }
-    )(key)
+    """Return a reader of initialized native tensors of the pixel parts.
+
+    XLA removes unused results, so the parameters of the trunk are never computed.
+    """
+
+    def init_pixel_params(key: jax.Array) -> Params:
+        params = init_params(model, key)
+        return {name: params[name] for name in params if name in PIXEL_SUBTREES}
+
+    pixel_params = jax.jit(init_pixel_params)(jax.random.key(seed))
     return native.params_to_native(model, pixel_params)[1]
 
 
 def dilate_patches(checkpoint: Checkpoint, patch_embed: str = "conv") -> Checkpoint:
-    """A model as one of patches twice as large, such as 32 for 16, with a quarter of the tokens.
+    """Return the model with patches of twice the size, which have a quarter of the tokens.
 
-    patch_embed: conv doubles the convolution's kernel (every weight on 2×2 pixels, divided by 4: on an image without detail it
-    gives the same tokens); conv_half keeps it and reads every second pixel. The NeRF head's weights know no patch size.
+    The weights of the NeRF head do not depend on the patch size.
+
+    Args:
+        checkpoint: A pixel model with a NeRF head and patch_embed=conv.
+        patch_embed: "conv" doubles the convolution's kernel: every weight covers 2×2 pixels and is
+            divided by 4, so an image without detail gives the same tokens. "conv_half" keeps the
+            kernel and reads every second pixel.
+
+    Returns:
+        The dilated checkpoint.
+
+    Raises:
+        CheckpointError: The model has no patches, no NeRF head, or another patch embedding.
     """
     model = checkpoint.model
     if model.patch == 1 or model.patch_embed != "conv" or model.head == "linear":
         raise CheckpointError(
-            f"{checkpoint.origin} cannot be dilated: that is for pixel models with a NeRF head that read whole patches, and this one has "
-            f"patch={model.patch}, patch_embed={model.patch_embed}, head={model.head}."
+            f"{checkpoint.origin} cannot be dilated: dilation needs a pixel model with a NeRF head "
+            f"and patch_embed=conv, and this one has patch={model.patch}, "
+            f"patch_embed={model.patch_embed}, head={model.head}."
         )
     dilated_model = replace(model, patch=2 * model.patch, patch_embed=patch_embed)
 
@@ -114,62 +153,84 @@ def dilate_patches(checkpoint: Checkpoint, patch_embed: str = "conv") -> Checkpo
 
 
 def convert_head_to_conv(checkpoint: Checkpoint) -> Checkpoint:
-    """A linear NeRF head as a convolution: its weights in the middle of the 3×3 kernel, so that the images are the same."""
+    """Return the model with the linear last layer of its NeRF head as a 3×3 convolution.
+
+    The linear weights become the center of the kernel, so the model samples the same images.
+
+    Args:
+        checkpoint: A model with head=nerf_linear.
+
+    Returns:
+        The checkpoint with head=nerf_conv.
+
+    Raises:
+        CheckpointError: The model has another head.
+    """
     model = checkpoint.model
     if model.head != "nerf_linear":
         raise CheckpointError(
-            f"{checkpoint.origin} has the head {model.head}: only nerf_linear can be turned into nerf_conv."
+            f"{checkpoint.origin} has the head {model.head}: only nerf_linear can become nerf_conv."
         )
 
+    def read_tensor(name: str) -> Callable[[], np.ndarray]:
+        return _bind_name(checkpoint.get_tensor, f"nerf_final_layer.{name}")
+
     def make_kernel() -> np.ndarray:
-        weight = checkpoint.get_tensor("nerf_final_layer.linear.weight")
+        weight = read_tensor("linear.weight")()
         kernel = np.zeros((*weight.shape, 3, 3), weight.dtype)
         kernel[:, :, 1, 1] = weight
         return kernel
 
     replacements = {
-        "nerf_final_layer_conv.norm.scale": lambda: checkpoint.get_tensor(
-            "nerf_final_layer.norm.scale"
-        ),
+        "nerf_final_layer_conv.norm.scale": read_tensor("norm.scale"),
         "nerf_final_layer_conv.conv.weight": make_kernel,
-        "nerf_final_layer_conv.conv.bias": lambda: checkpoint.get_tensor(
-            "nerf_final_layer.linear.bias"
-        ),
+        "nerf_final_layer_conv.conv.bias": read_tensor("linear.bias"),
     }
-    dtypes = dict.fromkeys(replacements, checkpoint.dtypes["nerf_final_layer.linear.weight"])
     return _rebuild(
         checkpoint,
         replace(model, head="nerf_conv"),
         replacements,
         "with a convolution as its last layer",
-        dtypes,
+        dict.fromkeys(replacements, checkpoint.dtypes["nerf_final_layer.linear.weight"]),
     )
 
 
 def fix_pooled_vector(
     checkpoint: Checkpoint, pooled: Float[np.ndarray, " w"], description: str
 ) -> Checkpoint:
-    """A model that reads no pooled text vector and paints as this one does with `pooled`, whatever the prompt: what the vector adds to the
-    embedding of time goes into the bias there. told: what the vector is.
+    """Return the model with a constant pooled text vector, so that it no longer reads one.
+
+    The term that the vector adds to the time embedding is added to a bias there.
+
+    Args:
+        checkpoint: A model that reads a pooled text vector.
+        pooled: The constant vector.
+        description: A noun phrase for the vector, such as "zero", for the checkpoint's origin.
+
+    Returns:
+        The checkpoint with pooled_dim=0.
+
+    Raises:
+        CheckpointError: The model does not read a pooled text vector.
     """
     model = checkpoint.model
     if not model.pooled_dim:
         raise CheckpointError(
-            f"{checkpoint.origin} reads no pooled text vector: there is none to be held."
+            f"{checkpoint.origin} reads no pooled text vector, so none can be fixed: "
+            "convert it without --pooled."
         )
 
     def apply_layer(layer: str, x: np.ndarray) -> np.ndarray:
-        weight, make_bias = (
+        weight, bias = (
             checkpoint.get_tensor(f"vector_in.{layer}.{kind}").astype(np.float32)
             for kind in ("weight", "bias")
         )
-        return weight @ x + make_bias
+        return weight @ x + bias
 
     def make_bias() -> np.ndarray:
         hidden = apply_layer("in_layer", pooled.astype(np.float32))
-        return checkpoint.get_tensor(bias_name).astype(np.float32) + apply_layer(
-            "out_layer", hidden * expit(hidden)
-        )
+        pooled_embedding = apply_layer("out_layer", hidden * expit(hidden))
+        return checkpoint.get_tensor(bias_name).astype(np.float32) + pooled_embedding
 
     bias_name = "time_in.out_layer.bias"
     return _rebuild(
@@ -182,26 +243,49 @@ def fix_pooled_vector(
 
 
 def make_approximator_model(checkpoint: Checkpoint) -> config.Model:
-    """The model with Chroma's approximator in place of its layers of modulation. Raises CheckpointError where that cannot be."""
+    """Return the model with Chroma's approximator in place of its modulation layers.
+
+    Args:
+        checkpoint: A model with modulation=per_block that reads no pooled text vector.
+
+    Returns:
+        The settings of the new model.
+
+    Raises:
+        CheckpointError: The model has other modulation, or reads a pooled text vector.
+    """
     model = checkpoint.model
     if model.modulation == "approximator":
         raise CheckpointError(
-            f"{checkpoint.origin} has an approximator already: only FLUX's layers (model.modulation=per_block) are replaced."
+            f"{checkpoint.origin} has an approximator already: only the layers of FLUX "
+            "(model.modulation=per_block) can be replaced."
         )
     if model.modulation != "per_block":
         raise CheckpointError(
-            f"{checkpoint.origin} has model.modulation={model.modulation}, which has no layers in the blocks that an approximator could replace: "
-            "only per_block has."
+            f"{checkpoint.origin} has model.modulation={model.modulation}, without modulation "
+            "layers in the blocks: only per_block can be replaced by an approximator."
         )
     if model.pooled_dim:
         raise CheckpointError(
-            f"{checkpoint.origin} reads a pooled text vector, which an approximator cannot: hold it first (`without_pooled`)."
+            f"{checkpoint.origin} reads a pooled text vector, and an approximator cannot: "
+            "make the vector constant first (`fix_pooled_vector`)."
         )
     return replace(model, modulation="approximator", guidance_embed=False)
 
 
 def replace_modulation(checkpoint: Checkpoint, modulation: Params) -> Checkpoint:
-    """The checkpoint with an approximator, whose parameters these are, in place of its layers of modulation."""
+    """Return the checkpoint with an approximator in place of its modulation layers.
+
+    Args:
+        checkpoint: A model for which `make_approximator_model` succeeds.
+        modulation: The parameters of the approximator.
+
+    Returns:
+        The new checkpoint; the approximator is float32.
+
+    Raises:
+        CheckpointError: As `make_approximator_model`.
+    """
     model = make_approximator_model(checkpoint)
     read_tensor = native.params_to_native(model, {"modulation": modulation})[1]
     replacements = {
@@ -219,14 +303,27 @@ def replace_modulation(checkpoint: Checkpoint, modulation: Params) -> Checkpoint
 
 
 def merge_checkpoints(first: Checkpoint, second: Checkpoint, ratio: float) -> Checkpoint:
-    """(1 − ratio)·a + ratio·b, in float32. The models must be equal."""
+    """Return the weighted mean (1 − ratio) · first + ratio · second, computed in float32.
+
+    Args:
+        first: The checkpoint that gives the stored types of the result.
+        second: A checkpoint of the same model.
+        ratio: Weight of `second`; values outside [0, 1] extrapolate.
+
+    Returns:
+        The merged checkpoint.
+
+    Raises:
+        CheckpointError: The models differ.
+    """
     if differing_settings := config.differences(first.model, second.model, "model."):
         description = ", ".join(
             f"{key} is {first_value!r} and {second_value!r}"
             for key, (first_value, second_value) in differing_settings.items()
         )
         raise CheckpointError(
-            f"{first.origin} and {second.origin} are different models ({description}): they cannot be merged."
+            f"{first.origin} and {second.origin} are different models ({description}): "
+            "merge two checkpoints of one model."
         )
 
     def make_blend(name: str) -> Callable[[], np.ndarray]:

@@ -215,13 +215,13 @@ def test_files_of_other_kinds(written, tmp_path):
         **{"encoder.down.1.block.0.conv1.weight": zeros(40, 32, 3, 3)},
     )
     refused("of which the first is 1", **{"encoder.conv_in.weight": zeros(16, 3, 3, 3)})
-    refused("other kinds", **{"decoder.conv_in.weight": zeros(64)})
-    refused("other kinds", **{"encoder.conv_in.weight": zeros(0, 3, 3, 3)})
+    refused("but not their shapes", **{"decoder.conv_in.weight": zeros(64)})
+    refused("but not their shapes", **{"encoder.conv_in.weight": zeros(0, 3, 3, 3)})
     save_file(
         {"encoder.down.0.block.0.conv1.weight": zeros(32, 32, 3, 3)}, tmp_path / "part.safetensors"
     )
     with pytest.raises(
-        CheckpointError, match=r"has no encoder\.conv_in\.weight: the file is not whole"
+        CheckpointError, match=r"has no encoder\.conv_in\.weight, so it is incomplete"
     ) as error:
         autoencoder.read_autoencoder(tmp_path / "part.safetensors")
     sentence(error)
@@ -273,7 +273,7 @@ def test_parameters_that_do_not_fit(tmp_path):
     assert "missing decoder/norm_out/scale" in text
     assert "not expected decoder/extra" in text
     assert "encoder/conv_in/bias is [7], not [32]" in text
-    with pytest.raises(CheckpointError, match="only the layout diffusers has") as error:
+    with pytest.raises(CheckpointError, match="only the layout diffusers supports") as error:
         autoencoder.write_autoencoder(tmp_path / "folder", PLAIN, noisy_autoencoder(PLAIN), "flux")
     sentence(error)
     assert list(tmp_path.iterdir()) == []

@@ -337,17 +337,17 @@ def test_a_bad_config_beside_diffusers_weights(text, told, tmp_path):
     [
         (
             {"transformer_blocks.0.attn.to_k.weight": np.zeros((64, 63), np.float32)},
-            r"do not fit to each other, of shapes \[64, 64\], \[64, 63\]",
+            r"whose shapes do not fit, of shapes \[64, 64\], \[64, 63\]",
         ),
         (
             {"transformer_blocks.0.attn.to_k.bias": np.zeros((), np.float32)},
-            "do not fit to each other",
+            "whose shapes do not fit",
         ),
         (
             {"transformer_blocks.7.attn.to_q.weight": np.zeros(2, np.float32)},
-            "not Chroma's: transformer_blocks.7.attn.to_q.weight",
+            "Chroma does not have: transformer_blocks.7.attn.to_q.weight",
         ),
-        ({"strange": np.zeros(2, np.float32)}, "not Chroma's: strange"),
+        ({"strange": np.zeros(2, np.float32)}, "Chroma does not have: strange"),
     ],
     ids=["width", "no axes", "gap", "extra"],
 )
@@ -365,7 +365,7 @@ def test_diffusers_weights_that_lack_a_part(tmp_path):
     save(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
     with pytest.raises(
         CheckpointError,
-        match="has no single_transformer_blocks.1.attn.to_k.weight: it is not whole",
+        match="has no single_transformer_blocks.1.attn.to_k.weight, so it is incomplete",
     ) as error:
         checkpoint.open_checkpoint(tmp_path)
     sentence(error)

@@ -1,1 +1,1 @@
-"""Files that `radiance convert --to torch` copies beside the weights; they never import radiance."""
+"""Files that `radiance convert --to torch` copies to the user; they never import radiance."""

@@ -1,20 +1,27 @@
-"""Chroma and Chroma1-Radiance as one plain PyTorch module: an image, a text and a time in, a velocity out. Apache-2.0.
+"""Chroma and Chroma1-Radiance as one self-contained PyTorch module. Apache-2.0.
 
-It comes from `radiance`, which trains such models in JAX: the same network with the same numbers, in every variant that config.json
-can name, for pixels and for packed latents. It needs torch, and safetensors to read weights. Parameters have the published
-checkpoints' names.
+The module maps an image, a text and a time to a velocity. It is the network that `radiance` trains
+in JAX, with the same numbers, in every variant that config.json can name, for pixels and for packed
+latents. It needs torch, and safetensors to read weights. Parameters have the names of the published
+checkpoints.
 
     from model import add_lora, load
-    model = load("folder")                          # its config.json and model.safetensors
-    velocity = model(image, text, lengths, time)    # an nn.Module like any other, to be trained further
-    add_lora(model, "lora.safetensors", 0.8)        # one that `radiance convert --to peft` wrote
+    model = load("folder")                        # reads config.json and model.safetensors
+    velocity = model(image, text, lengths, time)  # an nn.Module, which you can train further
+    add_lora(model, "lora.safetensors", 0.8)      # a file that `radiance convert --to peft` wrote
 
-Time 1 is noise, 0 the image in [-1, 1]: x_t = (1 − t)·image + t·noise, velocity = noise − image. What is trained here goes back with
-    safetensors.torch.save_file(model.state_dict(), "model.safetensors", {"radiance.model": json.dumps(model.config)})
+Time 1 is noise and time 0 is the image, whose values are in [-1, 1]:
+x_t = (1 − t)·image + t·noise, and velocity = noise − image. Write trained weights for radiance with
 
-Computes in float32; in bfloat16 under autocast, or with bfloat16 weights (`load(…, dtype=torch.bfloat16)`). Tables, the statistics of
-norms, the pixel embedder, the last layer and x_t − x̂ are computed in float32 in all of them.
-Axes: b batch, n tokens, l text tokens, e text width, d hidden, h heads, k head size, p patch side, c channels, f pixel features.
+    metadata = {"radiance.model": json.dumps(model.config)}
+    safetensors.torch.save_file(model.state_dict(), "model.safetensors", metadata)
+
+The module computes in float32, or in bfloat16 under autocast or with bfloat16 weights
+(`load(…, dtype=torch.bfloat16)`). Tables, statistics of norms, pixel embedder, last layer and
+x_t − x̂ are float32 in all cases.
+
+Axes in shapes: b batch, n tokens, l text tokens, e text width, d hidden, h heads, k head size,
+p patch size, c channels, f pixel features.
 """
 
 import json
@@ -30,30 +37,53 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NUMERIC_SETTINGS = (
-    "channels", "patch", "bottleneck", "hidden", "heads", "double_blocks", "single_blocks", "mlp_ratio", "rope_axes", "rope_theta",
-    "text_dim", "registers", "text_refiner_blocks", "approximator_dim", "approximator_hidden", "approximator_depth", "pooled_dim", "guidance_embed",
-    "nerf_hidden", "nerf_mlp_ratio", "nerf_depth", "nerf_freqs",
-)  # fmt: skip
+    "channels",
+    "patch",
+    "bottleneck",
+    "hidden",
+    "heads",
+    "double_blocks",
+    "single_blocks",
+    "mlp_ratio",
+    "rope_axes",
+    "rope_theta",
+    "text_dim",
+    "registers",
+    "text_refiner_blocks",
+    "approximator_dim",
+    "approximator_hidden",
+    "approximator_depth",
+    "pooled_dim",
+    "guidance_embed",
+    "nerf_hidden",
+    "nerf_mlp_ratio",
+    "nerf_depth",
+    "nerf_freqs",
+)
 CHOICE_SETTINGS = {
-    "patch_embed": (
-        "conv",
-        "conv_half",
-        "bottleneck",
-    ),  # conv_half reads every second pixel, bottleneck goes through few channels
-    "text_ids": ("zero", "sequential"),  # rotary ids of text tokens
-    "masking": ("one_pad", "strict", "off"),  # padding tokens that are attended: one, none, all
-    "padding": ("encoder", "learned"),  # what stands at padded text
+    # conv_half reads every second pixel; bottleneck goes through few channels
+    "patch_embed": ("conv", "conv_half", "bottleneck"),
+    "text_ids": ("zero", "sequential"),  # rotary indices of text tokens
+    "masking": ("one_pad", "strict", "off"),  # visible padding tokens: one, none, all
+    "padding": ("encoder", "learned"),  # content of padding tokens
     "modulation": ("approximator", "per_block", "shared", "none"),
     "head": ("nerf_conv", "nerf_linear", "linear"),
-    "prediction": (
-        "velocity",
-        "x0",
-    ),  # what the last layer puts out; the model always returns velocity
+    # output of the last layer; the module always returns the velocity
+    "prediction": ("velocity", "x0"),
 }
+# `load` keeps these tensors in float32.
+FLOAT32_PREFIXES = ("__", "nerf_image_embedder.", "nerf_final_layer", "final_layer.linear.")
+
+# A pair of vectors per double block, vectors per single block, vectors of the output or None.
+ModulationVectors = tuple[Sequence[tuple[Tensor, Tensor]], Sequence[Tensor], Tensor | None]
 
 
 def parse_settings(config: Mapping[str, Any]) -> SimpleNamespace:
-    """Raises ValueError when a setting is unknown, missing, or a choice that this file does not have."""
+    """Return the settings of config.json as attributes.
+
+    Raises:
+        ValueError: A setting is unknown, missing, or a choice that this file does not have.
+    """
     unknown = [key for key in config if key not in NUMERIC_SETTINGS and key not in CHOICE_SETTINGS]
     missing = [key for key in (*NUMERIC_SETTINGS, *CHOICE_SETTINGS) if key not in config]
     if unknown or missing:
@@ -63,33 +93,42 @@ def parse_settings(config: Mapping[str, Any]) -> SimpleNamespace:
             if keys
         ]
         raise ValueError(
-            f"The config does not fit this file ({'; '.join(problems)}): use the config.json and the model.py of one folder."
+            f"The config does not fit this file ({'; '.join(problems)}): "
+            "use config.json and model.py of the same folder."
         )
     for key, choices in CHOICE_SETTINGS.items():
         if config[key] not in choices:
             raise ValueError(
-                f"The config has {key}={config[key]!r}, and this file knows {', '.join(choices)}."
+                f"The config has {key}={config[key]!r}, but this file knows only "
+                f"{', '.join(choices)}."
             )
     return SimpleNamespace(**config)
 
 
-# --- tables, made on the host and rounded to float32 once -------------------------------------------------------------
+# --- tables, computed on the CPU and rounded to float32 once --------------------------------------
 
 
 def frequencies(count: int) -> Tensor:
-    """From 1 down towards 1/10000, with each float32 rounding of the published code, for they are multiplied by up to 343,000."""
+    """Return `count` frequencies from 1 down towards 1/10000.
+
+    Every float32 rounding of the published code is kept, because the frequencies are multiplied by
+    up to 343,000.
+    """
     steps = torch.arange(count, dtype=torch.float32, device="cpu")
     return (steps * -math.log(10_000) / steps.new_tensor(count)).double().exp().float()
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
-    """[b] → [b, width]: cosines, then sines, of 1000·x at width/2 frequencies."""
+    """Embed x [b] as cosines, then sines, of 1000·x at width/2 frequencies [b, width]."""
     angles = (1000 * x.float())[:, None] * frequencies(width // 2).to(x.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rope_table(cfg: SimpleNamespace, rows: int, columns: int, text_length: int) -> Tensor:
-    """[2, n, k/2]: cosines and sines of the angles of image tokens (row-major), registers and text tokens."""
+    """Return cosines and sines of the rotary angles of all tokens [2, n, k/2].
+
+    Tokens are in the order image (row-major), registers, text.
+    """
     text_ids, row_ids, column_ids = (
         torch.arange(count, dtype=torch.float64, device="cpu")
         for count in (text_length, rows, columns)
@@ -122,157 +161,157 @@ def rope_table(cfg: SimpleNamespace, rows: int, columns: int, text_length: int) 
 
 
 def cosine_features(patch: int, freqs: int) -> Tensor:
-    """[p·p, freqs²]: cos(π·fx·x)·cos(π·fy·y) / (1 + fx·fy), x and y over [0, 1]; pixels row-major, fx major and fy minor."""
+    """Return cos(π·fx·x)·cos(π·fy·y) / (1 + fx·fy) for the pixels of a patch [p·p, freqs²].
+
+    x and y cover [0, 1]. Pixels are row-major; fx is the major frequency, fy the minor one.
+    """
     position = torch.linspace(0, 1, patch, dtype=torch.float64, device="cpu")
     f = torch.arange(freqs, dtype=torch.float64, device="cpu")
     waves = (math.pi * position[:, None] * f).cos()
-    features = (
-        waves[None, :, :, None] * waves[:, None, None, :] / (1 + f[:, None] * f)
-    )  # [y, x, fx, fy]
-    return features.reshape(patch * patch, freqs * freqs).float()
+    features = waves[None, :, :, None] * waves[:, None, None, :] / (1 + f[:, None] * f)
+    return features.reshape(patch * patch, freqs * freqs).float()  # from [y, x, fx, fy]
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def apply_in_float32(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer in float32, whatever its weights are stored in and under autocast too."""
+    """Apply a layer in float32, for weights of any type and also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         x, weight, bias = x.float(), layer.weight.float(), layer.bias.float()
-        return (
-            F.linear(x, weight, bias)
-            if weight.ndim == 2
-            else F.conv2d(x, weight, bias, padding=layer.padding)
-        )
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=layer.padding)
 
 
 class RMSNorm(nn.Module):
+    """RMS norm with a scale; the statistics are float32."""
+
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last axis of x."""
         y = x.float()
-        return (
-            y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()
-        ).to(x.dtype)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale.float()
+        return y.to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, in float32, then shift and scale [b or 1, d]."""
-    return (
-        (1 + scale[:, None]) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift[:, None]
-    ).to(x.dtype)
+    """Apply layer norm without parameters, in float32, then shift and scale [b or 1, d]."""
+    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return ((1 + scale[:, None]) * normalized + shift[:, None]).to(x.dtype)
 
 
 def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """Add an update, scaled by a gate [b or 1, d], to x [b, n, d]."""
     return x + gate[:, None].to(x.dtype) * update
 
 
 def maybe_checkpoint(recompute: bool, function: Callable, *inputs: Any) -> Any:
-    """f(*inputs), which with `recompute` is run again in the backward pass rather than kept."""
-    return (
-        checkpoint(function, *inputs, use_reentrant=False)
-        if recompute and torch.is_grad_enabled()
-        else function(*inputs)
-    )
+    """Call a function; with `recompute`, the backward pass recomputes it to save memory."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 class Embedder(nn.Module):
-    """Two linear layers with SiLU between."""
+    """Two linear layers with SiLU between them."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.in_layer, self.out_layer = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed the last axis of x."""
         return self.out_layer(F.silu(self.in_layer(x.to(self.in_layer.weight.dtype))))
 
 
 class Approximator(nn.Module):
-    """Chroma's one small network for all modulation: (time, guidance, index of the vector) → the vector."""
+    """Chroma's single small network for all modulation.
+
+    It maps time, guidance and the index of a modulation vector to the vector.
+    """
 
     def __init__(self, cfg: SimpleNamespace):
         super().__init__()
-        self.dim, width, depth = (
-            cfg.approximator_dim,
-            cfg.approximator_hidden,
-            cfg.approximator_depth,
-        )
+        self.dim = cfg.approximator_dim
+        width, depth = cfg.approximator_hidden, cfg.approximator_depth
         self.in_proj, self.out_proj = nn.Linear(self.dim, width), nn.Linear(width, cfg.hidden)
         self.layers = nn.ModuleList(Embedder(width, width) for _ in range(depth))
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(depth))
 
     def forward(self, time: Tensor, guidance: Tensor, count: int) -> Tensor:
-        """Float32 [b, count, d]."""
+        """Return `count` float32 vectors [b, count, d] at time [b] and guidance [b]."""
         scalar_embedding = torch.cat(
             [sinusoid(time, self.dim // 4), sinusoid(guidance, self.dim // 4)], dim=-1
         )[:, None].expand(-1, count, -1)
-        # On the host, for accelerators' cosines are not made for such large angles.
+        # On the CPU, because cosines on accelerators are inaccurate at such large angles.
         index_embedding = (
             sinusoid(torch.arange(count, device="cpu"), self.dim // 2)
             .to(time.device)
             .expand(len(time), -1, -1)
         )
-        x = self.in_proj(
-            torch.cat([scalar_embedding, index_embedding], dim=-1).to(self.in_proj.weight.dtype)
-        )
+        x = torch.cat([scalar_embedding, index_embedding], dim=-1)
+        x = self.in_proj(x.to(self.in_proj.weight.dtype))
         for layer, norm in zip(self.layers, self.norms):
             x = x + layer(norm(x))
         return self.out_proj(x).float()
 
 
 class Modulation(nn.Module):
-    """Float32 vectors [b, count, d] from the conditioning vector: FLUX's layer of a block, or PixArt-α's one for all."""
+    """A layer that computes modulation vectors from the conditioning vector.
+
+    FLUX has one per block, PixArt-α one for all blocks.
+    """
 
     def __init__(self, hidden: int, count: int):
         super().__init__()
         self.lin = nn.Linear(hidden, count * hidden)
 
     def forward(self, condition: Tensor) -> Tensor:
+        """Return float32 vectors [b, count, d] for a conditioning vector [b, d]."""
         return self.lin(F.silu(condition)).float().unflatten(-1, (-1, condition.shape[-1]))
 
 
-# --- blocks -----------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the adjacent pairs (x0, x1), (x2, x3), … of [b, h, n, k] by the table's angles, in float32."""
+    """Rotate adjacent pairs (x0, x1), (x2, x3), … of [b, h, n, k] by the table's angles."""
     cos, sin = table
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return (
-        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        .flatten(-2)
-        .to(x.dtype)
-    )
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, visible: Tensor | None) -> Tensor:
-    """[b, n, h·k]: every token attends to the `visible` [b, n] tokens of its own sample, or to all.
+    """Apply attention to [b, h, n, k] and return [b, n, h·k].
 
-    So do the hidden ones: no row is empty, which would make it NaN, and nobody reads what they find.
+    Every token attends to the `visible` [b, n] tokens of its own sample, or to all. Hidden tokens
+    attend too: a row without any visible token would be NaN, and nothing reads their result.
     """
     mask = None if visible is None else visible[:, None, None]
-    return (
-        F.scaled_dot_product_attention(apply_rope(q, rope), apply_rope(k, rope), v, attn_mask=mask)
-        .transpose(1, 2)
-        .flatten(2)
-    )
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class QKNorm(nn.Module):
+    """The split into queries, keys and values, and the norms of queries and keys."""
+
     def __init__(self, head_dim: int):
         super().__init__()
         self.query_norm, self.key_norm = RMSNorm(head_dim), RMSNorm(head_dim)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, n, 3·h·k] → queries, keys and values [b, h, n, k]."""
+        """Split [b, n, 3·h·k] into queries, keys and values [b, h, n, k]."""
         q, k, v = qkv.unflatten(-1, (3, -1, len(self.query_norm.scale))).permute(2, 0, 3, 1, 4)
         return self.query_norm(q), self.key_norm(k), v
 
 
 def make_stream(cfg: SimpleNamespace) -> tuple[nn.ModuleDict, nn.Sequential]:
-    """Attention and MLP of image or text."""
+    """Return the attention layers and the MLP of the image or the text."""
     d, mlp_width = cfg.hidden, round(cfg.hidden * cfg.mlp_ratio)
     attn = nn.ModuleDict(
         {"qkv": nn.Linear(d, 3 * d), "norm": QKNorm(d // cfg.heads), "proj": nn.Linear(d, d)}
@@ -281,13 +320,14 @@ def make_stream(cfg: SimpleNamespace) -> tuple[nn.ModuleDict, nn.Sequential]:
 
 
 class TextBlock(nn.Module):
-    """Attention, then MLP, of the text alone."""
+    """A block of attention and MLP over the text alone."""
 
     def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         self.txt_attn, self.txt_mlp = make_stream(cfg)
 
     def forward(self, y: Tensor, rope: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the updated text tokens [b, l, d]."""
         zeros = rope.new_zeros(1, y.shape[-1])
         qkv = self.txt_attn["norm"](self.txt_attn["qkv"](modulate(y, zeros, zeros)))
         y = y + self.txt_attn["proj"](attention(*qkv, rope, visible))
@@ -295,37 +335,34 @@ class TextBlock(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text keep their own weights and meet in the attention."""
+    """A block with separate weights for image and text, which share one attention."""
 
     def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         d = cfg.hidden
-        (self.img_attn, self.img_mlp), (self.txt_attn, self.txt_mlp) = (
-            make_stream(cfg),
-            make_stream(cfg),
-        )
+        self.img_attn, self.img_mlp = make_stream(cfg)
+        self.txt_attn, self.txt_mlp = make_stream(cfg)
         if cfg.modulation == "per_block":
             self.img_mod, self.txt_mod = Modulation(d, 6), Modulation(d, 6)
         elif cfg.modulation != "approximator":
-            self.modulation_img, self.modulation_txt = (
-                nn.Parameter(torch.zeros(6, d)) for _ in range(2)
-            )
+            self.modulation_img = nn.Parameter(torch.zeros(6, d))
+            self.modulation_txt = nn.Parameter(torch.zeros(6, d))
 
     def forward(
         self, x: Tensor, y: Tensor, vectors: Sequence[Tensor], rope: Tensor, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Return the updated image tokens and text tokens, from vectors [b or 1, 6, d] of each."""
         streams = ((x, vectors[0], self.img_attn), (y, vectors[1], self.txt_attn))
         projections = [
             attn["norm"](attn["qkv"](modulate(z, m[:, 0], m[:, 1]))) for z, m, attn in streams
         ]
-        attention_outputs = attention(
-            *(torch.cat(projection, dim=2) for projection in zip(*projections)), rope, visible
+        joint_qkv = (torch.cat(projection, dim=2) for projection in zip(*projections))
+        attention_outputs = attention(*joint_qkv, rope, visible).split(
+            [x.shape[1], y.shape[1]], dim=1
         )
         x, y = (
             add_gated(z, m[:, 2], attn["proj"](a))
-            for (z, m, attn), a in zip(
-                streams, attention_outputs.split([x.shape[1], y.shape[1]], dim=1)
-            )
+            for (z, m, attn), a in zip(streams, attention_outputs)
         )
         streams = ((x, vectors[0], self.img_mlp), (y, vectors[1], self.txt_mlp))
         x, y = (add_gated(z, m[:, 5], mlp(modulate(z, m[:, 3], m[:, 4]))) for z, m, mlp in streams)
@@ -333,49 +370,44 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side on the joint sequence."""
+    """A block with parallel attention and MLP on the joint sequence of image and text."""
 
     def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         d, mlp_width = cfg.hidden, round(cfg.hidden * cfg.mlp_ratio)
-        self.linear1, self.linear2, self.norm = (
-            nn.Linear(d, 3 * d + mlp_width),
-            nn.Linear(d + mlp_width, d),
-            QKNorm(d // cfg.heads),
-        )
+        self.linear1 = nn.Linear(d, 3 * d + mlp_width)
+        self.linear2 = nn.Linear(d + mlp_width, d)
+        self.norm = QKNorm(d // cfg.heads)
         if cfg.modulation == "per_block":
             self.modulation = Modulation(d, 3)
         elif cfg.modulation != "approximator":
             self.modulation_offset = nn.Parameter(torch.zeros(3, d))
 
     def forward(self, x: Tensor, m: Tensor, rope: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the updated tokens [b, n, d], from vectors m [b or 1, 3, d]."""
         qkv, mlp_hidden = self.linear1(modulate(x, m[:, 0], m[:, 1])).tensor_split(
             [3 * x.shape[-1]], dim=-1
         )
         attention_output = attention(*self.norm(qkv), rope, visible)
-        return add_gated(
-            x,
-            m[:, 2],
-            self.linear2(
-                torch.cat([attention_output, F.gelu(mlp_hidden, approximate="tanh")], dim=-1)
-            ),
-        )
+        update = torch.cat([attention_output, F.gelu(mlp_hidden, approximate="tanh")], dim=-1)
+        return add_gated(x, m[:, 2], self.linear2(update))
 
 
 class NerfBlock(nn.Module):
-    """A gated MLP over the pixels of a patch, with weights generated by its token and normalized along their input."""
+    """A gated MLP over the pixels of a patch, with weights that the patch's token generates.
+
+    The generated weights are normalized along their input.
+    """
 
     def __init__(self, cfg: SimpleNamespace):
         super().__init__()
         f, mlp_width = cfg.nerf_hidden, cfg.nerf_hidden * cfg.nerf_mlp_ratio
-        self.norm, self.param_generator, self.weight_shapes = (
-            RMSNorm(f),
-            nn.Linear(cfg.hidden, 3 * f * mlp_width),
-            ((f, mlp_width), (f, mlp_width), (mlp_width, f)),
-        )
+        self.norm = RMSNorm(f)
+        self.param_generator = nn.Linear(cfg.hidden, 3 * f * mlp_width)
+        self.weight_shapes = ((f, mlp_width), (f, mlp_width), (mlp_width, f))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """[b, n, p·p, f] and [b, n, d] → [b, n, p·p, f]."""
+        """Return updated features [b, n, p·p, f] of pixels, from tokens [b, n, d]."""
         weights = zip(self.param_generator(tokens).chunk(3, dim=-1), self.weight_shapes)
         gate, value, out = (
             F.normalize(w.float().unflatten(-1, shape), dim=-2).to(w.dtype) for w, shape in weights
@@ -384,23 +416,49 @@ class NerfBlock(nn.Module):
         return x + (F.silu(y @ gate) * (y @ value)) @ out
 
 
-class Transformer(nn.Module):
-    """The network that `config` (the dict of config.json) describes. Its fresh weights are meant to be loaded over.
+# --- the network ----------------------------------------------------------------------------------
 
-    head_tile: tokens of an image that the NeRF head paints at a time; the weights that a token generates are far larger than it.
-    Set `recompute` to train with less memory: blocks then run again in the backward pass, as the head always does.
+
+class Transformer(nn.Module):
+    """The network that `config` (the content of config.json) describes.
+
+    `load` fills in the weights; the initial ones are not meant for training. Set `recompute` to
+    train with less memory: the backward pass then recomputes the blocks, as it always does with the
+    head.
+
+    Args:
+        config: The content of config.json.
+        head_chunk_size: Image tokens that the NeRF head processes at a time. The weights that a
+            token generates are far larger than the token.
     """
 
     def __init__(self, config: Mapping[str, Any], head_chunk_size: int = 512):
         super().__init__()
         cfg = self.settings = parse_settings(config)
-        self.config, self.head_chunk_size, self.recompute, d, f = (
-            dict(config),
-            head_chunk_size,
-            False,
-            cfg.hidden,
-            cfg.nerf_hidden,
-        )
+        self.config = dict(config)
+        self.head_chunk_size = head_chunk_size
+        self.recompute = False
+        self._add_embeddings(cfg)
+        self.text_blocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.text_refiner_blocks))
+        self.double_blocks = nn.ModuleList(DoubleBlock(cfg) for _ in range(cfg.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.single_blocks))
+        self.final_layer = nn.Module()
+        self._add_modulation(cfg)
+        self._add_head(cfg)
+
+        # Empty tensors that identify the variant for readers of a checkpoint.
+        is_half_resolution = cfg.patch == 32 or cfg.patch_embed == "conv_half"
+        for marker, is_present in (
+            ("__x0__", cfg.prediction == "x0"),
+            ("__32x32__", is_half_resolution),
+            ("__sequential__", cfg.text_ids == "sequential"),
+        ):
+            if is_present:
+                self.register_buffer(marker, torch.zeros(0))
+
+    def _add_embeddings(self, cfg: SimpleNamespace) -> None:
+        """Add the layers that embed image and text."""
+        d = cfg.hidden
         kernel_size = cfg.patch // 2 if cfg.patch_embed == "conv_half" else cfg.patch
         if cfg.patch == 1:
             self.img_in = nn.Linear(cfg.channels, d)
@@ -418,11 +476,10 @@ class Transformer(nn.Module):
             self.txt_padding = nn.Parameter(torch.zeros(cfg.text_dim))
         if cfg.registers:
             self.registers = nn.Parameter(torch.zeros(cfg.registers, d))
-        self.text_blocks = nn.ModuleList(TextBlock(cfg) for _ in range(cfg.text_refiner_blocks))
-        self.double_blocks = nn.ModuleList(DoubleBlock(cfg) for _ in range(cfg.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.single_blocks))
 
-        self.final_layer = nn.Module()
+    def _add_modulation(self, cfg: SimpleNamespace) -> None:
+        """Add the layers that compute modulation vectors."""
+        d = cfg.hidden
         if cfg.modulation == "approximator":
             self.distilled_guidance_layer = Approximator(cfg)
         elif cfg.modulation == "none":
@@ -436,8 +493,11 @@ class Transformer(nn.Module):
         if cfg.modulation == "per_block" and cfg.head == "linear":
             self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
 
+    def _add_head(self, cfg: SimpleNamespace) -> None:
+        """Add the layers that predict pixels or latents from image tokens."""
+        f = cfg.nerf_hidden
         if cfg.head == "linear":
-            self.final_layer.linear = nn.Linear(d, cfg.patch**2 * cfg.channels)
+            self.final_layer.linear = nn.Linear(cfg.hidden, cfg.patch**2 * cfg.channels)
         else:
             self.nerf_image_embedder = nn.ModuleDict(
                 {"embedder": nn.Sequential(nn.Linear(cfg.channels + cfg.nerf_freqs**2, f))}
@@ -452,118 +512,162 @@ class Transformer(nn.Module):
                 {"norm": RMSNorm(f), "linear": nn.Linear(f, cfg.channels)}
             )
 
-        # Empty tensors by which readers of a checkpoint know the variant.
-        is_half_resolution = cfg.patch == 32 or cfg.patch_embed == "conv_half"
-        for marker, is_present in (
-            ("__x0__", cfg.prediction == "x0"),
-            ("__32x32__", is_half_resolution),
-            ("__sequential__", cfg.text_ids == "sequential"),
-        ):
-            if is_present:
-                self.register_buffer(marker, torch.zeros(0))
-
     def forward(
-        self, image: Tensor, text: Tensor, lengths: Tensor, time: Tensor, guidance: Tensor | None = None,
-        pooled: Tensor | None = None, divisor: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Float32 velocity [b, c, height, width] at `image` [b, c, height, width], an image mixed with noise at `time` [b].
+        self,
+        image: Tensor,
+        text: Tensor,
+        lengths: Tensor,
+        time: Tensor,
+        guidance: Tensor | None = None,
+        pooled: Tensor | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:
+        """Return the float32 velocity [b, c, height, width] of a mix of image and noise.
 
-        Height and width must divide by the patch (ValueError); packed latents are images of 64 channels with patch 1.
-        text [b, l, e], lengths [b]: the encoder's output and the number of real tokens, end-of-sequence included; 0 is no text at all.
-        guidance [b]: the guidance number that some models embed; 0 when None, as in all published Chroma training.
-        pooled [b, pooled_dim]: for models that read a pooled text vector.
-        divisor [b]: for x0 models, by what image − x̂ is divided; `time` when None, which must then not be 0.
+        Args:
+            image: The mix [b, c, height, width] at `time`; packed latents are images of 64 channels
+                with patch 1. Height and width must be divisible by the patch.
+            text: Output of the text encoder [b, l, e].
+            lengths: Number of text tokens [b], end-of-sequence included; 0 is no text at all.
+            time: Times [b] in [0, 1]; 1 is noise.
+            guidance: Guidance scale [b] that some models embed; None is 0, the value in all
+                published training of Chroma.
+            pooled: Pooled text vector [b, pooled_dim], for models that read one.
+            divisor: Divisor [b] of image − x̂ for x0 models; None is `time`, which must not be 0.
+
+        Raises:
+            ValueError: The image cannot be divided into patches, or `pooled` is missing.
         """
-        cfg, (height, width), text_length = self.settings, image.shape[2:], text.shape[1]
+        cfg, (height, width) = self.settings, image.shape[2:]
         if height % cfg.patch or width % cfg.patch:
             raise ValueError(
-                f"An image of {width}×{height} does not divide into patches of {cfg.patch}: pad it first."
+                f"An image of {width}×{height} pixels does not divide into patches of {cfg.patch}: "
+                "pad it first."
             )
         rows, columns = height // cfg.patch, width // cfg.patch
         image, lengths = image.float(), lengths.to(image.device)
         double_vectors, single_vectors, output = self.compute_modulation(time, guidance, pooled)
 
-        text_positions, visible_lengths = (
-            torch.arange(text_length, device=image.device),
-            lengths + (cfg.masking == "one_pad"),
-        )
+        text, text_visible = self.mask_text(text, lengths)
         visible = (
             None
-            if cfg.masking == "off"
-            else F.pad(
-                text_positions < visible_lengths[:, None],
-                (rows * columns + cfg.registers, 0),
-                value=True,
-            )
+            if text_visible is None
+            else F.pad(text_visible, (rows * columns + cfg.registers, 0), value=True)
         )
-        rope = rope_table(cfg, rows, columns, text_length).to(image.device)
-        # What is hidden is also erased: even a NaN there must not pass through a product with 0.
-        if cfg.padding == "learned":
-            text = torch.where(
-                (text_positions < lengths[:, None])[..., None], text, self.txt_padding
-            )
-        elif cfg.masking != "off":
-            text = text.masked_fill((text_positions >= visible_lengths[:, None])[..., None], 0)
-        x, y = self.embed_image(image), self.embed_text(text)
+        rope = rope_table(cfg, rows, columns, text.shape[1]).to(image.device)
+        tokens = self.run_blocks(
+            self.embed_image(image),
+            self.embed_text(text),
+            double_vectors,
+            single_vectors,
+            rope,
+            visible,
+        )
+        prediction = self.apply_head(tokens, image, output)
+        if cfg.prediction == "velocity":
+            return prediction
+        divisor = time if divisor is None else divisor
+        return (image - prediction) / divisor.float()[:, None, None, None]
 
+    def mask_text(self, text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Replace hidden text tokens.
+
+        Hidden tokens are erased as well as masked, because a NaN would survive a product with 0.
+
+        Returns:
+            The text, and a mask [b, l] of visible tokens, or None if all are visible.
+        """
+        cfg = self.settings
+        positions = torch.arange(text.shape[1], device=lengths.device)
+        visible = positions < (lengths + (cfg.masking == "one_pad"))[:, None]
+        if cfg.padding == "learned":
+            is_text = positions < lengths[:, None]
+            text = torch.where(is_text[..., None], text, self.txt_padding)
+        elif cfg.masking != "off":
+            text = text.masked_fill(~visible[..., None], 0)
+        return text, None if cfg.masking == "off" else visible
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        y: Tensor,
+        double_vectors: Sequence[tuple[Tensor, Tensor]],
+        single_vectors: Sequence[Tensor],
+        rope: Tensor,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Apply all blocks to image tokens x and text tokens y; return the image tokens."""
         num_image_tokens = x.shape[1]
+        text_rope = rope[:, num_image_tokens:]
         text_visible = None if visible is None else visible[:, num_image_tokens:]
         for block in self.text_blocks:
-            y = maybe_checkpoint(self.recompute, block, y, rope[:, num_image_tokens:], text_visible)
+            y = maybe_checkpoint(self.recompute, block, y, text_rope, text_visible)
         for block, vectors in zip(self.double_blocks, double_vectors):
             x, y = maybe_checkpoint(self.recompute, block, x, y, vectors, rope, visible)
         x = torch.cat([x, y], dim=1)
         for block, vectors in zip(self.single_blocks, single_vectors):
             x = maybe_checkpoint(self.recompute, block, x, vectors, rope, visible)
-        tokens = x[:, :num_image_tokens]
+        return x[:, :num_image_tokens]
 
+    def apply_head(self, tokens: Tensor, image: Tensor, output: Tensor | None) -> Tensor:
+        """Predict an image [b, c, height, width] from tokens and the noisy image."""
+        cfg = self.settings
         if cfg.head == "linear":
             tokens = modulate(tokens.float(), output[:, 0], output[:, 1])
-            prediction = apply_in_float32(self.final_layer.linear, tokens).unflatten(
-                -1, (cfg.patch**2, -1)
-            )
+            prediction = apply_in_float32(self.final_layer.linear, tokens)
+            prediction = prediction.unflatten(-1, (cfg.patch**2, -1))
         else:
             prediction = self.predict_patches(tokens, image)
-        prediction = F.pixel_shuffle(
-            prediction.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, (rows, columns)), cfg.patch
-        )
+        grid = (image.shape[2] // cfg.patch, image.shape[3] // cfg.patch)
+        prediction = prediction.permute(0, 3, 2, 1).flatten(1, 2).unflatten(2, grid)
+        prediction = F.pixel_shuffle(prediction, cfg.patch)
         if cfg.head == "nerf_conv":
             prediction = apply_in_float32(self.nerf_final_layer_conv["conv"], prediction)
-        if cfg.prediction == "velocity":
-            return prediction
-        return (image - prediction) / (time if divisor is None else divisor).float()[
-            :, None, None, None
-        ]
+        return prediction
+
+    # --- modulation -------------------------------------------------------------------------------
 
     def compute_modulation(
         self, time: Tensor, guidance: Tensor | None, pooled: Tensor | None
-    ) -> tuple[Sequence, Sequence[Tensor], Tensor | None]:
-        """Float32 vectors: a pair for each double block (image and text, [b or 1, 6, d]: shift, scale and gate of the attention,
-        then of the MLP), those of each single block ([b or 1, 3, d]), and of the output ([b or 1, 2, d]: shift, scale).
+    ) -> ModulationVectors:
+        """Return the float32 modulation vectors of all blocks and of the output.
+
+        Returns:
+            For each double block a pair (image, text) of [b or 1, 6, d]: shift, scale and gate of
+            the attention, then of the MLP. For each single block [b or 1, 3, d]. For the output
+            [b or 1, 2, d]: shift and scale.
         """
-        doubles, singles, kind = self.double_blocks, self.single_blocks, self.settings.modulation
+        kind = self.settings.modulation
         guidance = torch.zeros_like(time) if guidance is None else guidance
         if kind == "approximator":
-            counts = [3 * len(singles), 6 * len(doubles), 6 * len(doubles), 2]
-            single_vectors, image, text, output = self.distilled_guidance_layer(
-                time, guidance, sum(counts)
-            ).split(counts, dim=1)
-            return (
-                list(zip(image.split(6, dim=1), text.split(6, dim=1))),
-                single_vectors.split(3, dim=1),
-                output,
-            )
+            return self._compute_approximated_vectors(time, guidance)
         if kind == "none":
-            double_vectors = [
-                (block.modulation_img.float()[None], block.modulation_txt.float()[None])
-                for block in doubles
-            ]
-            return (
-                double_vectors,
-                [block.modulation_offset.float()[None] for block in singles],
-                self.final_layer.modulation_offset.float()[None],
-            )
+            return self._get_static_vectors()
+        condition = self._embed_condition(time, guidance, pooled)
+        if kind == "shared":
+            return self._compute_shared_vectors(condition)
+        return self._compute_block_vectors(condition)
 
+    def _compute_approximated_vectors(self, time: Tensor, guidance: Tensor) -> ModulationVectors:
+        """Return the vectors of Chroma's approximator."""
+        num_doubles, num_singles = len(self.double_blocks), len(self.single_blocks)
+        counts = [3 * num_singles, 6 * num_doubles, 6 * num_doubles, 2]
+        vectors = self.distilled_guidance_layer(time, guidance, sum(counts))
+        single_vectors, image, text, output = vectors.split(counts, dim=1)
+        double_vectors = list(zip(image.split(6, dim=1), text.split(6, dim=1)))
+        return double_vectors, single_vectors.split(3, dim=1), output
+
+    def _get_static_vectors(self) -> ModulationVectors:
+        """Return learned vectors that do not depend on the time."""
+        double_vectors = [
+            (block.modulation_img.float()[None], block.modulation_txt.float()[None])
+            for block in self.double_blocks
+        ]
+        single_vectors = [block.modulation_offset.float()[None] for block in self.single_blocks]
+        return double_vectors, single_vectors, self.final_layer.modulation_offset.float()[None]
+
+    def _embed_condition(self, time: Tensor, guidance: Tensor, pooled: Tensor | None) -> Tensor:
+        """Return the conditioning vector [b, d] of FLUX."""
         condition = self.time_in(sinusoid(time, 256))
         if self.guidance_in is not None:
             condition = condition + self.guidance_in(sinusoid(guidance, 256))
@@ -573,51 +677,59 @@ class Transformer(nn.Module):
                     "This model reads a pooled text vector: pass pooled=[b, pooled_dim]."
                 )
             condition = condition + self.vector_in(pooled)
-        if kind == "shared":
-            image, text, single_vectors, output = self.shared_modulation(condition).split(
-                [6, 6, 3, 2], dim=1
-            )
-            double_vectors = [
-                (image + block.modulation_img, text + block.modulation_txt) for block in doubles
-            ]
-            return (
-                double_vectors,
-                [single_vectors + block.modulation_offset for block in singles],
-                output,
-            )
-        output = (
-            self.final_layer.adaLN_modulation(condition).float().unflatten(-1, (2, -1))
-            if self.settings.head == "linear"
-            else None
-        )
+        return condition
+
+    def _compute_shared_vectors(self, condition: Tensor) -> ModulationVectors:
+        """Return vectors of one layer plus a learned offset for each block."""
+        vectors = self.shared_modulation(condition)
+        image, text, single_vectors, output = vectors.split([6, 6, 3, 2], dim=1)
         return (
-            [(block.img_mod(condition), block.txt_mod(condition)) for block in doubles],
-            [block.modulation(condition) for block in singles],
+            [
+                (image + block.modulation_img, text + block.modulation_txt)
+                for block in self.double_blocks
+            ],
+            [single_vectors + block.modulation_offset for block in self.single_blocks],
             output,
         )
 
+    def _compute_block_vectors(self, condition: Tensor) -> ModulationVectors:
+        """Return the vectors of FLUX's layers, one layer for each block."""
+        output = None
+        if self.settings.head == "linear":
+            vectors = self.final_layer.adaLN_modulation(condition)
+            output = vectors.float().unflatten(-1, (2, -1))
+        return (
+            [(block.img_mod(condition), block.txt_mod(condition)) for block in self.double_blocks],
+            [block.modulation(condition) for block in self.single_blocks],
+            output,
+        )
+
+    # --- embeddings and head ----------------------------------------------------------------------
+
     def embed_image(self, image: Tensor) -> Tensor:
+        """Return one token [b, n, d] for each patch of an image."""
         if self.settings.patch == 1:
             return self.img_in(image.flatten(2).transpose(1, 2).to(self.img_in.weight.dtype))
         image = image[:, :, ::2, ::2] if self.settings.patch_embed == "conv_half" else image
         if self.settings.patch_embed == "bottleneck":
             first, second = self.img_in_bottleneck.values()
             return second(first(image.to(first.weight.dtype)).flatten(2).transpose(1, 2))
-        return (
-            self.img_in_patch(image.to(self.img_in_patch.weight.dtype)).flatten(2).transpose(1, 2)
-        )
+        tokens = self.img_in_patch(image.to(self.img_in_patch.weight.dtype))
+        return tokens.flatten(2).transpose(1, 2)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Registers and text tokens."""
+        """Return registers and text tokens [b, registers + l, d]."""
         y = self.txt_in(text.to(self.txt_in.weight.dtype))
-        return (
-            torch.cat([self.registers.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
-            if self.settings.registers
-            else y
-        )
+        if not self.settings.registers:
+            return y
+        return torch.cat([self.registers.to(y.dtype).expand(len(y), -1, -1), y], dim=1)
 
     def predict_patches(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Radiance's head, after PixNerd (arXiv 2507.23268): [b, n, p·p, c or f]. A convolution may follow."""
+        """Apply Radiance's head, after PixNerd (arXiv 2507.23268).
+
+        Returns:
+            The pixels of each patch [b, n, p·p, c], or [b, n, p·p, f] before a convolution.
+        """
         patch = self.settings.patch
         pixels = (
             F.pixel_unshuffle(image, patch)
@@ -633,37 +745,37 @@ class Transformer(nn.Module):
         )
 
     def predict_chunk(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """Apply the head to some tokens [b, n, d] and their pixels [b, n, p·p, c]."""
         features = (
             cosine_features(self.settings.patch, self.settings.nerf_freqs)
             .to(pixels.device)
             .expand(*pixels.shape[:2], -1, -1)
         )
-        x = apply_in_float32(
-            self.nerf_image_embedder["embedder"][0], torch.cat([pixels, features], dim=-1)
-        ).to(tokens.dtype)
+        embedder = self.nerf_image_embedder["embedder"][0]
+        x = apply_in_float32(embedder, torch.cat([pixels, features], dim=-1)).to(tokens.dtype)
         for block in self.nerf_blocks:
             x = block(x, tokens)
         if self.settings.head == "nerf_conv":
             return self.nerf_final_layer_conv["norm"](x.float())
-        return apply_in_float32(
-            self.nerf_final_layer["linear"], self.nerf_final_layer["norm"](x.float())
-        )
+        x = self.nerf_final_layer["norm"](x.float())
+        return apply_in_float32(self.nerf_final_layer["linear"], x)
 
 
-FLOAT32_PREFIXES = (
-    "__",
-    "nerf_image_embedder.",
-    "nerf_final_layer",
-    "final_layer.linear.",
-)  # what `load` keeps in float32
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Of a safetensors file. Raises ImportError, with what to install."""
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ImportError("Weights are read with safetensors: pip install safetensors.") from None
+        raise ImportError(
+            "safetensors is needed to read weights: pip install safetensors."
+        ) from None
     return load_file(path)
 
 
@@ -673,16 +785,23 @@ def load(
     dtype: torch.dtype = torch.float32,
     head_chunk_size: int = 512,
 ) -> Transformer:
-    """The model of `folder`/config.json with the weights of `folder`/model.safetensors.
+    """Load the model of `folder`/config.json with the weights of `folder`/model.safetensors.
 
-    Raises ValueError for a config of another version, and RuntimeError that names every tensor that does not fit.
+    Args:
+        folder: The exported folder.
+        device: Device of the weights.
+        dtype: Type of the weights, except for the few that must be float32.
+        head_chunk_size: See `Transformer`.
+
+    Raises:
+        ValueError: The config is of another version.
+        RuntimeError: Tensors do not fit the config; the message names them.
     """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
-        model = Transformer(
-            json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), head_chunk_size
-        )
+        model = Transformer(config, head_chunk_size)
     tensors = read_tensors(Path(folder) / "model.safetensors")
-    # Copies, for these tensors are the file itself, which could not be written again while they are in use.
+    # Copies, because these tensors map the file, which could not be overwritten while in use.
     tensors = {
         name: tensor.to(
             device, torch.float32 if name.startswith(FLOAT32_PREFIXES) else dtype, copy=True
@@ -694,18 +813,22 @@ def load(
 
 
 @torch.no_grad()
-def add_lora(model: Transformer, path: str | Path, strength: float = 1.0):
-    """Adds `strength` times a LoRA to the weights; the opposite strength takes it away again, but for rounding.
+def add_lora(model: Transformer, path: str | Path, strength: float = 1.0) -> None:
+    """Add `strength` times a LoRA to the weights; −strength removes it, except for rounding.
 
-    path: what `radiance convert --to peft` writes. Raises ValueError, and adds nothing, where the file has other names or is for another model.
+    Args:
+        model: The model to change.
+        path: A file that `radiance convert --to peft` wrote.
+        strength: Factor of the LoRA.
+
+    Raises:
+        ValueError: The file has other names or is for another model; no weight is changed.
     """
     tensors, weights, pairs = read_tensors(Path(path)), dict(model.named_parameters()), {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         module = key.removesuffix(".lora_A.weight")
-        down, up = (
-            tensors.pop(key).flatten(1),
-            tensors.pop(f"{module}.lora_B.weight", torch.empty(0, 0)).flatten(1),
-        )
+        down = tensors.pop(key).flatten(1)
+        up = tensors.pop(f"{module}.lora_B.weight", torch.empty(0, 0)).flatten(1)
         scale = tensors.pop(f"{module}.alpha", torch.tensor(float(len(down)))) / len(down)
         weight = weights.get(f"{module.removeprefix('diffusion_model.')}.weight")
         if (
@@ -714,15 +837,15 @@ def add_lora(model: Transformer, path: str | Path, strength: float = 1.0):
             or up.shape[1] != len(down)
         ):
             raise ValueError(
-                f"{path}: {key} and its other half do not fit this model: the LoRA is for another, or is not whole."
+                f"{path}: {key} and its lora_B do not fit this model: "
+                "the LoRA is for another model, or the file is incomplete."
             )
         pairs[weight] = (down, up, strength * scale)
     if tensors or not pairs:
         raise ValueError(
-            f"{path} is not a LoRA with PEFT's names ({next(iter(tensors), 'it is empty')}): rename it with `radiance convert --to peft`."
+            f"{path} is not a LoRA with PEFT's names ({next(iter(tensors), 'it is empty')}): "
+            "rename its tensors with `radiance convert --to peft`."
         )
     for weight, (down, up, scale) in pairs.items():
-        delta = (
-            up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-        ).reshape(weight.shape)
-        weight.copy_(weight + scale.to(weight.device) * delta)
+        delta = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
+        weight.copy_(weight + scale.to(weight.device) * delta.reshape(weight.shape))
