@@ -1,6 +1,7 @@
-"""The PyTorch module against the JAX model and the golden files, and the script that users run beside it."""
+"""The exported PyTorch module agrees with the JAX model and the golden files; its script works."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+from radiance import config
+from radiance.base.images import to_image
+from radiance.evaluation import verify
+from radiance.flow.sampler import TextCondition, sample_from_noise
+from radiance.flow.schedules import make_time_schedule
+from radiance.model.modulation import index_embeddings, sinusoid_frequencies
+from radiance.model.transformer import bind_model
+from radiance.weights import checkpoint, lora
+from radiance.weights.detect import canonical_names, detect_model
+from radiance.weights.opening import open_tensors
 from tests.helpers.toy_loras import MODEL, toy_lora
 from tests.helpers.toy_models import (
     FLOAT32,
@@ -28,25 +40,15 @@ from tests.helpers.toy_models import (
     toy_params,
 )
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed.")
+pytest.importorskip("torch", reason="PyTorch is not installed.")
 
-from safetensors.numpy import load_file, save_file
+import torch
 from safetensors.torch import save_file as save_torch
 
-from radiance import config
-from radiance.base.images import to_image
-from radiance.evaluation import verify
-from radiance.flow.sampler import TextCondition, sample_from_noise
-from radiance.flow.schedules import make_time_schedule
-from radiance.model.modulation import index_embeddings, sinusoid_frequencies
-from radiance.model.transformer import bind_model
-from radiance.weights import checkpoint, lora
-from radiance.weights.detect import canonical_names, detect_model
-from radiance.weights.opening import open_tensors
 from radiance.weights.torch_export import model as torch_model
 
-sys.modules["model"] = torch_model  # the name that it has beside the script
-from radiance.weights.torch_export import sample as torch_sample
+sys.modules["model"] = torch_model  # sample.py imports it under this name
+torch_sample = importlib.import_module("radiance.weights.torch_export.sample")
 
 pytestmark = pytest.mark.reference
 
@@ -62,7 +64,7 @@ SMALL = dict(masking="strict", head="linear", modulation="none")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """JAX has the other core."""
+    """Leave the other core to JAX."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +72,7 @@ def one_thread():
 
 
 def export(folder, model, params):
-    """config.json and model.safetensors, as `convert` writes them."""
+    """Write config.json and model.safetensors as `convert` does."""
     (folder / "config.json").write_text(config.to_json(model))
     checkpoint.write_checkpoint(
         folder / "model.safetensors", model, jax.tree.map(np.asarray, params)
@@ -86,7 +88,7 @@ def loaded(tmp_path):
 
 
 def to_torch(inputs):
-    """Channels first."""
+    """Return tensors with channels first."""
     inputs = {name: None if x is None else torch.from_numpy(x.copy()) for name, x in inputs.items()}
     return inputs | dict(image=inputs["image"].permute(0, 3, 1, 2).contiguous())
 
@@ -103,14 +105,16 @@ def assert_near(ours, expected, tolerance=2e-5):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-# --- the same numbers ---------------------------------------------------------------------------------------------------
+# --- the same numbers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", MORE)
 def test_agrees_with_our_model(variant, loaded):
     model = toy_model(**MORE[variant])
     inputs = toy_inputs(model)
-    assert_near(run(loaded(model, head_tile=4), inputs), apply(model, toy_params(model), inputs))
+    assert_near(
+        run(loaded(model, head_chunk_size=4), inputs), apply(model, toy_params(model), inputs)
+    )
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -157,11 +161,16 @@ def test_agrees_with_the_published_code(path):
         return
     condition = [torch.from_numpy(np.array(x)) for x in (*positive[:2], *negative[:2])]
     sampled = torch_sample.sample(
-        module, inputs["image"], *condition, times=file["schedule"], guidance=3.5, unguided_steps=2
+        module,
+        inputs["image"],
+        *condition,
+        times=file["schedule"],
+        guidance_scale=3.5,
+        unguided_steps=2,
     )
     assert_near(
         sampled, file["sampled"], verify.MAX_TOLERANCE
-    )  # rounding alone moves some of these by 2e-4: see verify.py
+    )  # rounding alone changes some of these by 2e-4: see verify.py
 
 
 @pytest.mark.parametrize(
@@ -184,7 +193,7 @@ def test_gradients_agree(changes, loaded, tmp_path):
     )
     expected = load_file(tmp_path / "gradient.safetensors")
     for recompute in (False, True):
-        module, tensors = loaded(model, head_tile=4), to_torch(inputs)
+        module, tensors = loaded(model, head_chunk_size=4), to_torch(inputs)
         module.recompute = recompute
         image, text = tensors["image"].requires_grad_(), tensors["text"].requires_grad_()
         (module(**tensors) * to_torch(dict(image=weights))["image"]).sum().backward()
@@ -207,11 +216,11 @@ def test_tables():
         )
 
 
-# --- batches of ragged text ---------------------------------------------------------------------------------------------
+# --- batches of ragged text -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["one_pad", "no_singles", "latent", "refiner"])
-def test_padded_text_has_no_influence_and_samples_do_not_meet(variant, loaded):
+def test_padded_text_and_other_samples_have_no_influence(variant, loaded):
     model = toy_model(**MORE[variant])
     module, inputs = loaded(model), toy_inputs(model, lengths=(0, 3, 4))
     hidden = np.arange(6) >= inputs["lengths"][:, None] + (model.masking == "one_pad")
@@ -232,7 +241,7 @@ def test_padded_text_has_no_influence_and_samples_do_not_meet(variant, loaded):
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
-def test_a_learned_vector_stands_at_padding(loaded):
+def test_padding_is_a_learned_vector(loaded):
     model = toy_model(**VARIANTS["learned"])
     module, inputs = loaded(model), toy_inputs(model, lengths=(0, 3, 6))
     dirty = np.where(
@@ -257,7 +266,7 @@ def test_sizes_and_the_divisor(loaded):
         )
 
 
-# --- bfloat16 -----------------------------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 HALF = {
     "autocast": lambda module: (module, torch.autocast("cpu", torch.bfloat16)),
@@ -265,9 +274,9 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("way", HALF)
+@pytest.mark.parametrize("mode", HALF)
 @pytest.mark.parametrize("variant", ["one_pad", "strict", "flux", "conv_half", "no_singles"])
-def test_bfloat16(way, variant, loaded, monkeypatch):
+def test_bfloat16(mode, variant, loaded, monkeypatch):
     model = toy_model(**MORE[variant])
     inputs, module = toy_inputs(model), loaded(model)
     exact, seen = run(module, inputs), []
@@ -280,14 +289,14 @@ def test_bfloat16(way, variant, loaded, monkeypatch):
 
         return spied
 
-    module, context = HALF[way](module)
+    module, context = HALF[mode](module)
     monkeypatch.setattr(torch_model.F, "linear", spy(torch_model.F.linear))
     monkeypatch.setattr(torch_model.F, "conv2d", spy(torch_model.F.conv2d))
     with context:
         ours = module(**to_torch(inputs))
     assert ours.dtype == torch.float32
     error = np.abs(ours.detach().permute(0, 2, 3, 1).numpy() - exact).max() / np.abs(exact).max()
-    assert 1e-4 < error < 0.1  # it did compute in bfloat16
+    assert 1e-4 < error < 0.1  # the module computes in bfloat16
     f, h = model.nerf_hidden, model.channels
     kept = {
         "linear": [(model.patch**2 * h, model.hidden)],
@@ -300,19 +309,19 @@ def test_bfloat16(way, variant, loaded, monkeypatch):
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("way", HALF)
-def test_the_image_is_not_rounded(way, loaded):
-    """With a head that paints nothing, an x0 model's velocity is the image over time, to the last bit."""
+@pytest.mark.parametrize("mode", HALF)
+def test_image_is_not_rounded(mode, loaded):
+    """If the head predicts zeros, the velocity of an x0 model is image / time, bit for bit."""
     model = toy_model(prediction="x0", head="linear")
     module, inputs = loaded(model), to_torch(toy_inputs(model))
     torch.nn.init.zeros_(module.final_layer.linear.weight)
     torch.nn.init.zeros_(module.final_layer.linear.bias)
-    module, context = HALF[way](module)
+    module, context = HALF[mode](module)
     with context, torch.no_grad():
         assert torch.equal(module(**inputs), inputs["image"] / inputs["time"][:, None, None, None])
 
 
-def test_loaded_in_bfloat16_what_needs_float32_keeps_it(loaded):
+def test_bfloat16_model_keeps_float32_tensors(loaded):
     module = loaded(toy_model(prediction="x0"), dtype=torch.bfloat16)
     kept = {name for name, x in module.state_dict().items() if x.dtype == torch.float32}
     assert kept == {"__x0__", "nerf_final_layer_conv.norm.scale"} | {
@@ -323,13 +332,13 @@ def test_loaded_in_bfloat16_what_needs_float32_keeps_it(loaded):
     assert all(p.requires_grad for p in module.parameters())
 
 
-# --- there and back -----------------------------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("patch_embed", "padding"), [("conv_half", "encoder"), ("bottleneck", "learned")]
 )
-def test_a_trained_model_is_read_back(patch_embed, padding, tmp_path):
+def test_trained_model_is_read_back(patch_embed, padding, tmp_path):
     model = toy_model(
         prediction="x0",
         patch_embed=patch_embed,
@@ -341,7 +350,7 @@ def test_a_trained_model_is_read_back(patch_embed, padding, tmp_path):
     module = torch_model.load(export(tmp_path, model, toy_params(model)))
     with torch.no_grad():
         module.txt_in.bias.add_(1)
-    # over the file it came from, which must not be in use
+    # overwrite the file it came from, which must not be in use
     save_torch(
         module.state_dict(),
         tmp_path / "model.safetensors",
@@ -355,7 +364,7 @@ def test_a_trained_model_is_read_back(patch_embed, padding, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_settings_are_those_of_the_config():
+def test_settings_match_the_config():
     hints = get_type_hints(config.Model)
     assert {f.name for f in fields(config.Model)} == {
         *torch_model.NUMERIC_SETTINGS,
@@ -377,7 +386,7 @@ def test_settings_are_those_of_the_config():
         (dict(head="unet"), "head='unet'.*nerf_conv, nerf_linear, linear"),
     ],
 )
-def test_a_config_that_does_not_fit(changes, message):
+def test_config_that_does_not_fit_is_an_error(changes, message):
     values = {
         name: value
         for name, value in (config.to_dict(toy_model()) | changes).items()
@@ -389,21 +398,21 @@ def test_a_config_that_does_not_fit(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_do_not_fit(tmp_path):
+def test_weights_that_do_not_fit_are_an_error(tmp_path):
     export(tmp_path, toy_model(), toy_params(toy_model()))
     (tmp_path / "config.json").write_text(config.to_json(toy_model(registers=1)))
-    with pytest.raises(RuntimeError, match="Missing.*registers"):
+    with pytest.raises(RuntimeError, match=r"Missing.*registers"):
         torch_model.load(tmp_path)
     (tmp_path / "config.json").write_text(config.to_json(toy_model(head="linear")))
-    with pytest.raises(RuntimeError, match="Unexpected.*nerf_blocks.0"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*nerf_blocks\.0"):
         torch_model.load(tmp_path)
 
 
-# --- LoRAs --------------------------------------------------------------------------------------------------------------
+# --- LoRAs ----------------------------------------------------------------------------------------
 
 
-def test_a_lora_is_added_as_it_is_merged(loaded, tmp_path):
-    """Of all modules, convolutions too; and taken away again."""
+def test_added_lora_equals_merged_lora(loaded, tmp_path):
+    """The LoRA has pairs for all modules, convolutions too; −strength removes it."""
     module, model, found = loaded(MODEL), MODEL, toy_lora()
     before = {name: x.clone() for name, x in module.state_dict().items()}
     file = tmp_path / "lora.safetensors"
@@ -424,35 +433,37 @@ def test_a_lora_is_added_as_it_is_merged(loaded, tmp_path):
             assert_near(x, before[name], 1e-6)
 
 
-@pytest.mark.parametrize("way", ["another", "kohya", "half", "empty"])
-def test_a_lora_that_does_not_fit_changes_nothing(way, loaded, tmp_path):
+@pytest.mark.parametrize("fault", ["other model", "kohya", "incomplete", "empty"])
+def test_lora_that_does_not_fit_changes_nothing(fault, loaded, tmp_path):
     module, file = loaded(MODEL), tmp_path / "lora.safetensors"
     before = {name: x.clone() for name, x in module.state_dict().items()}
     modules = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"]
     lora.write_lora(
         file,
-        toy_lora(toy_model(mlp_ratio=3) if way == "another" else MODEL, modules),
-        "kohya" if way == "kohya" else "peft",
+        toy_lora(toy_model(mlp_ratio=3) if fault == "other model" else MODEL, modules),
+        "kohya" if fault == "kohya" else "peft",
     )
-    tensors = load_file(file) if way != "empty" else {}
+    tensors = load_file(file) if fault != "empty" else {}
     save_file(
         {
             key: x
             for key, x in tensors.items()
-            if way != "half" or "single_blocks.0.linear1.lora_B" not in key
+            if fault != "incomplete" or "single_blocks.0.linear1.lora_B" not in key
         },
         file,
     )
-    with pytest.raises(ValueError, match="do not fit this model|not a LoRA with PEFT's names"):
+    with pytest.raises(ValueError, match=r"do not fit this model|not a LoRA with PEFT's names"):
         torch_model.add_lora(module, file)
     assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("guidance", "unguided", "floor"), [(1.0, 0, 0.0), (2.0, 1, 0.5)])
-def test_sampling_agrees_with_ours(guidance, unguided, floor, loaded):
+@pytest.mark.parametrize(
+    ("guidance_scale", "unguided_steps", "min_divisor"), [(1.0, 0, 0.0), (2.0, 1, 0.5)]
+)
+def test_sampling_agrees_with_our_sampler(guidance_scale, unguided_steps, min_divisor, loaded):
     model = toy_model(
         double_blocks=0,
         single_blocks=1,
@@ -462,7 +473,10 @@ def test_sampling_agrees_with_ours(guidance, unguided, floor, loaded):
         pooled_dim=5,
     )
     settings = config.Sample(
-        steps=3, guidance_scale=guidance, unguided_steps=unguided, min_divisor=floor
+        steps=3,
+        guidance_scale=guidance_scale,
+        unguided_steps=unguided_steps,
+        min_divisor=min_divisor,
     )
     positive, negative = toy_inputs(model), rows_of(toy_inputs(model, seed=2), slice(0, 1))
     times, noise = make_time_schedule(settings, 6), jnp.asarray(positive["image"])
@@ -488,13 +502,23 @@ def test_sampling_agrees_with_ours(guidance, unguided, floor, loaded):
     expected = program.lower(toy_params(model)).compile()(toy_params(model))
     p, n = to_torch(positive), to_torch(negative)
     ours = torch_sample.sample(
-        loaded(model), p["image"], p["text"], p["lengths"], n["text"], n["lengths"], times=torch.linspace(1, 0, 4), guidance=guidance,
-        unguided_steps=unguided, min_divisor=floor, pooled=p["pooled"], negative_pooled=n["pooled"],
-    )  # fmt: skip
+        loaded(model),
+        p["image"],
+        p["text"],
+        p["lengths"],
+        n["text"],
+        n["lengths"],
+        times=torch.linspace(1, 0, 4),
+        guidance_scale=guidance_scale,
+        unguided_steps=unguided_steps,
+        min_divisor=min_divisor,
+        pooled=p["pooled"],
+        negative_pooled=n["pooled"],
+    )
     assert_near(ours.permute(0, 2, 3, 1), expected)
 
 
-def test_sampling_refuses():
+def test_invalid_sampling_arguments_are_errors():
     module, p = (
         torch_model.Transformer(config.to_dict(toy_model())),
         to_torch(toy_inputs(toy_model())),
@@ -503,17 +527,17 @@ def test_sampling_refuses():
     with pytest.raises(ValueError, match="must fall"):
         torch_sample.sample(module, *inputs, times=[1.0, 0.5, 0.5, 0.0])
     with pytest.raises(ValueError, match="negative_text"):
-        torch_sample.sample(module, *inputs, times=[1.0, 0.0], guidance=2.0)
+        torch_sample.sample(module, *inputs, times=[1.0, 0.0], guidance_scale=2.0)
 
 
-# --- what users are given -----------------------------------------------------------------------------------------------
+# --- exported files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [("model.py", {"torch", "safetensors"}), ("sample.py", {"torch", "safetensors", "model"})],
 )
-def test_imports(name, allowed):
+def test_exported_files_import_nothing_of_radiance(name, allowed):
     imported = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -526,7 +550,10 @@ def test_imports(name, allowed):
 
 ISOLATED = """
 import runpy, sys
-absent = {"numpy", "jax", "jaxlib", "flax", "ml_dtypes", "scipy", "PIL", "radiance", "transformers", "diffusers"}
+absent = {
+    "numpy", "jax", "jaxlib", "flax", "ml_dtypes", "scipy", "PIL", "radiance", "transformers",
+    "diffusers",
+}
 class Absent:
     def find_spec(name, path=None, target=None):
         if name.split(".")[0] in absent:
@@ -540,7 +567,7 @@ assert not absent & set(sys.modules)
 
 
 def run_script(folder, *arguments):
-    """`python sample.py` where nothing but torch and safetensors is installed."""
+    """Run `python sample.py` with torch and safetensors as the only packages."""
     command = [
         sys.executable,
         "-I",
@@ -565,7 +592,7 @@ PROMPTS = ["a red square", "ein grüner Kreis"]
 
 
 def user_folder(folder, model, settings):
-    """What `convert` gives users, and the inputs in it."""
+    """Write the folder that `convert` gives to users; return its inputs."""
     export(folder, model, toy_params(model))
     for name, source in FILES.items():
         (folder / name).write_text(source.read_text())
@@ -583,12 +610,12 @@ def user_folder(folder, model, settings):
     return {name: torch.from_numpy(x) for name, x in tensors.items()}
 
 
-def test_sample_script_paints_images(tmp_path):
+def test_sample_script_writes_images(tmp_path):
     model = toy_model(prediction="x0")
     run = config.to_dict(
         config.Sample(steps=3, guidance_scale=2.0, solver="heun", schedule="shifted")
     )
-    settings = run | {"side": 16, "noise_scale": 2.0, "times": [1.0, 0.9, 0.6, 0.0]}
+    settings = run | {"resolution": 16, "noise_scale": 2.0, "times": [1.0, 0.9, 0.6, 0.0]}
     tensors = user_folder(tmp_path, model, settings)
     lora.write_lora(tmp_path / "lora.safetensors", toy_lora(model, ["single_blocks.0.linear1"]))
     ours = ["--lora", "lora.safetensors:0.5", "--lora", "lora.safetensors:-0.25"]
@@ -613,7 +640,7 @@ def test_sample_script_paints_images(tmp_path):
     module = torch_model.load(tmp_path)
     torch_model.add_lora(module, tmp_path / "lora.safetensors", 0.25)
     expected = torch_sample.sample(
-        module, noise, *tensors.values(), times=settings["times"], guidance=2.0
+        module, noise, *tensors.values(), times=settings["times"], guidance_scale=2.0
     )
     for i, pixels in enumerate(expected.permute(0, 2, 3, 1).numpy()):
         with Image.open(tmp_path / "images" / f"00{i}-seed{7 + i}.png") as image:
@@ -624,15 +651,15 @@ def test_sample_script_paints_images(tmp_path):
         assert ours.std() > 10
 
 
-def test_sample_script_leaves_latents(tmp_path):
+def test_sample_script_writes_latents(tmp_path):
     model = toy_model(head="linear", patch=1, channels=8)
     user_folder(
         tmp_path,
         model,
         {
             "steps": 4,
-            "guidance": 1.0,
-            "side": 3,
+            "guidance_scale": 1.0,
+            "resolution": 3,
             "noise_scale": 1.0,
             "schedule": "beta",
             "times": [1.0, 0.0],
