@@ -1,0 +1,1 @@
+"""Devices, shardings and the processes of several hosts."""

@@ -1,0 +1,1 @@
+"""Measure models: losses, distances between sets of images, prompt suites and reports."""

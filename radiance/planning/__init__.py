@@ -1,0 +1,1 @@
+"""Predict what a run costs on devices that are not present."""

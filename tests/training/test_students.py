@@ -18,7 +18,8 @@ from radiance.distributed.sharding import make_mesh
 from radiance.evaluation import evaluate
 from radiance.loading import load, open_model
 from radiance.model.transformer import make_abstract_params
-from radiance.planning.plan import _prepare_training, make_plan
+from radiance.planning.plan import make_plan
+from radiance.planning.programs import prepare_training
 from radiance.training import initialization, loop, trajectories
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.initialization import find_reference_loss, load_frozen_params
@@ -65,7 +66,7 @@ def validation(run):
     return [row["validation_loss"] for row in metrics(run) if "validation_loss" in row]
 
 
-# --- before anything is painted ---------------------------------------------------------------------------------------
+# --- before anything is painted ------------------------------------------------------------------
 
 
 def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
@@ -136,7 +137,7 @@ def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, mon
     assert not run.run_dir.exists()
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------
 
 
 ON_WAYS = ["distill.segments=2", "distill.num_trajectories=10", "train.validation_images=3"]
@@ -291,7 +292,7 @@ def test_a_latent_model_needs_no_images(tmp_path, data_directory):
         train(config.override(run, ["distill.kind=guidance", "distill.segments=1", "name=other"]))
 
 
-# --- their losses, and their teachers' weights ------------------------------------------------------------------------
+# --- their losses, and their teachers' weights ---------------------------------------------------
 
 
 @pytest.mark.slow
@@ -343,7 +344,7 @@ def test_weights_that_stay_are_small_but_where_they_must_be_precise(monkeypatch)
     assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"bfloat16", "float32"}
 
 
-# --- what it will cost ------------------------------------------------------------------------------------------------
+# --- what it will cost ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -366,13 +367,13 @@ def test_a_plan_counts_the_teacher(changes, teachers, model):
         *changes.split(),
         **model,
     )
-    lower, held = _prepare_training(run, make_mesh(run.mesh, jax.devices()[:1]))
-    lower()  # the step takes what is planned for
+    program = prepare_training(run, make_mesh(run.mesh, jax.devices()[:1]))
+    program.lower()  # the step accepts the planned inputs
     parameters = sum(x.size for x in jax.tree.leaves(make_abstract_params(run.model)))
-    assert sum(x.size for x in jax.tree.leaves(held["parameters"])) == (1 + teachers) * parameters
+    assert sum(x.size for x in jax.tree.leaves(program.parameters)) == (1 + teachers) * parameters
     if run.distill.kind == "trajectories":
-        assert held["batch"]["image"].shape == (2, 2, 8, 8, 3)
-        assert held["batch"]["image"].dtype == np.float16
+        assert program.batch["image"].shape == (2, 2, 8, 8, 3)
+        assert program.batch["image"].dtype == np.float16
     if changes == "distill.kind=guidance":
         found = make_plan(run, "cpu")
         assert (found.parameters, found.ema) == (2 * 4 * parameters, 4 * parameters)
@@ -385,10 +386,7 @@ def test_a_plan_counts_a_loras_base_once():
         for teacher in ("distill.teacher=", "distill.teacher=another")
     ]
     sizes = [
-        sum(
-            x.size
-            for x in jax.tree.leaves(_prepare_training(run, make_mesh(run.mesh))[1]["parameters"])
-        )
+        sum(x.size for x in jax.tree.leaves(prepare_training(run, make_mesh(run.mesh)).parameters))
         for run in runs
     ]
     assert sizes[1] - sizes[0] == sum(
