@@ -1,4 +1,7 @@
-"""Numbers that follow from (seed, what is drawn, position) alone: the same on every host, in every process, and after a resumption."""
+"""Random numbers that depend on (seed, stream, position) alone.
+
+They are the same on every host, in every process and after a run resumes.
+"""
 
 from enum import IntEnum
 
@@ -6,24 +9,34 @@ import numpy as np
 
 
 class RandomStream(IntEnum):
-    """What is drawn: each has numbers of its own."""
+    """Independent random streams, one for each purpose."""
 
     CAPTION = 0
     AUGMENTATION = 1
-    IMAGE_ORDER = 2  # their order in an epoch
-    RESOLUTION = 3  # base resolutions
-    BATCH_ORDER = 4  # their order in an epoch
-    MIXTURE_ORDER = 5  # of a mixture: how an epoch's images are mixed
-    SCENE = 6  # what an image of `shapes` shows; part 0 training, 1 validation
-    SCENE_CAPTION = 7  # and what its caption says
+    IMAGE_ORDER = 2  # order of a source's images in one pass over them
+    RESOLUTION = 3  # resolution of each image in an epoch
+    BATCH_ORDER = 4  # order of the batches of an epoch
+    MIXTURE_ORDER = 5  # order in which the images of a mixture are combined in an epoch
+    SCENE = 6  # contents of an image of `shapes`; substream 0 is training, 1 is validation
+    SCENE_CAPTION = 7  # its caption
 
 
 def make_rng(
     seed: int, stream: RandomStream, position: int, substream: int = 0
 ) -> np.random.Generator:
-    """To be used with `Generator.random` alone, whose stream no version of NumPy has changed, over Philox, whose own is promised.
+    """Return the random generator of a position in a stream.
 
-    seed: 0 to 2³² - 1. part: of a mixture, less than 2¹⁶.
+    Only `Generator.random` should be called on it. NumPy has never changed its output, and it
+    guarantees the output of the Philox bit generator below it.
+
+    Args:
+        seed: Seed from 0 to 2³² − 1.
+        stream: Purpose of the random numbers.
+        position: Nonnegative position in the stream, such as an epoch or a sample.
+        substream: Part of the stream, such as a source of a mixture, below 2¹⁶.
+
+    Returns:
+        A new generator.
     """
     return np.random.Generator(
         np.random.Philox(key=[seed | stream << 32 | substream << 40, position])
@@ -31,5 +44,5 @@ def make_rng(
 
 
 def random_permutation(rng: np.random.Generator, count: int) -> np.ndarray:
-    """The numbers below `count` in a random order."""
+    """Return the integers below `count` in random order."""
     return np.argsort(rng.random(count), kind="stable")

@@ -1,8 +1,8 @@
-"""Batches as a function of (seed, step) alone, on any number of hosts and with any number of processes."""
+"""Batches as a function of (seed, step) alone, for any number of hosts and processes."""
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -16,23 +16,31 @@ from radiance.data.source import Source
 from radiance.model.transformer import visible_lengths
 from radiance.text.encoder import LENGTH_STEP, TextEncoder, round_up_length
 
-Batch = dict[
-    str, np.ndarray
-]  # image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b], dropped [b]
-MAX_TEXT_LENGTHS = (
-    8  # lengths that texts are cut to, at most: each is a program that must be compiled
-)
-MIN_IMAGES_TO_FAIL = 8  # images of a batch: that none of so many can be used is no chance
-PREFETCH_BATCHES = 2  # batches that stand ready for the trainer, their text encoded
+# Arrays by name: image [b, height, width, 3] uint8, text [b, l, d], lengths [b], weight [b], and
+# in training dropped [b] (whether the caption was dropped) and the counts `cut` and `skipped`.
+Batch = dict[str, Any]
+MAX_TEXT_LENGTHS = 8  # text lengths that batches are padded to; each compiles a program
+MIN_IMAGES_TO_FAIL = 8  # if none of this many images of a batch can be used, the storage is gone
+PREFETCH_BATCHES = 2  # complete batches that wait for the trainer
 
 
 class Batches:
-    """`batches[step]` is this host's `rows` of the global batch of that step (all when None).
+    """Training batches: `batches[step]` is this host's part of the global batch of a step.
 
-    What is in a batch, which caption of an image is drawn, what is left of it, and what is seen of the image, follows from
-    the seed and the step. Text is cut where no row of the global batch has a token that the model's `masking` shows.
-    Besides what the trainer needs, a batch counts the captions of all hosts that were `cut` at the encoder's limit, and this host's images
-    that were `skipped` because they are broken.
+    Images, crops, flips and captions depend on the seed and the step alone. All hosts pad text to
+    the same length, beyond which no caption of the global batch has a token that `masking` shows.
+
+    Besides the arrays that the trainer needs, a batch has two counts: `cut`, the captions of all
+    hosts that exceed the encoder's limit, and `skipped`, this host's broken images.
+
+    Args:
+        source: Source of images and captions.
+        data: Settings of batches and augmentation.
+        encoder: Text encoder.
+        seed: Seed of the run.
+        num_steps: Number of steps of the run.
+        masking: Masking of padding tokens in the model (`model.masking`).
+        rows: Rows of the global batch that this host reads; None for all.
     """
 
     def __init__(
@@ -45,25 +53,27 @@ class Batches:
         masking: str,
         rows: Sequence[int] | None = None,
     ):
-        self.source, self.data, self.encoder, self.seed, self.num_steps, self.masking = (
-            source,
-            data,
-            encoder,
-            seed,
-            num_steps,
-            masking,
-        )
+        self.source, self.data, self.encoder = source, data, encoder
+        self.seed, self.num_steps, self.masking = seed, num_steps, masking
         self.rows = range(data.batch_size) if rows is None else rows
         self.sampler = BatchSampler(source, data, seed)
         self.image_loader = ImageLoader(source, self.sampler, data, seed, self.rows)
-        self.broken_images: dict[int, str] = {}  # images that have been found impossible to decode
+        self.broken_images: dict[int, str] = {}  # reasons, by image index
 
     def __getitem__(self, step: int) -> Batch:
         return self._build_batch(step, self.image_loader[step])
 
     def start(self, step: int) -> grain.DatasetIterator[Batch]:
-        """Batches from `step` on, read ahead: images by threads, or by processes with threads, and text by a thread of this process,
-        where the encoder's devices are. To be closed. Raises DataError when too many images are broken.
+        """Iterate over the batches from a step on, reading ahead.
+
+        Images are decoded by threads, or by processes with threads. Text is encoded by a thread of
+        this process, which owns the encoder's devices.
+
+        Args:
+            step: First step.
+
+        Returns:
+            An iterator, which must be closed. It raises DataError if too many images are broken.
         """
         read_options = grain.ReadOptions(
             num_threads=self.data.num_threads, prefetch_buffer_size=self.data.num_threads
@@ -74,7 +84,7 @@ class Batches:
         if self.data.num_workers:
             import absl.flags
 
-            absl.flags.FLAGS.mark_as_parsed()  # grain reads one of them in its processes
+            absl.flags.FLAGS.mark_as_parsed()  # grain reads a flag in its processes
             image_dataset = image_dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self.data.num_workers, per_worker_buffer_size=2
@@ -88,64 +98,65 @@ class Batches:
         ).__iter__()
 
     def _build_batch(self, step: int, image_batch: dict[str, Any]) -> Batch:
-        """The batch of a step from its images."""
-        self._report_broken(image_batch["broken"])
+        """Add the captions to the images of a step."""
         spec = self.sampler[step]
-        num_images = int((spec.indices[list(self.rows)] != NO_IMAGE).sum())
+        self._report_broken(image_batch["broken"])
+        num_images = int((spec.image_indices[list(self.rows)] != NO_IMAGE).sum())
         if num_images >= MIN_IMAGES_TO_FAIL and not image_batch["weight"].any():
             raise DataError(
-                f"None of the {num_images} images of step {step + 1} can be used: look whether the disk that they lie on is still there."
+                f"None of the {num_images} images of step {step + 1} can be used: "
+                "check that the disk that stores them is still there."
             )
-        captions = self._sample_captions(
-            step, spec
-        )  # of all hosts, for their arrays must have one shape
+
+        # Captions of all hosts decide the text length, since the hosts' arrays must have one shape.
+        captions = self._sample_captions(step, spec)
         token_counts = [self.encoder.count_tokens(caption or "") for caption in captions]
         text_length = padded_text_length(max(token_counts), self.encoder.max_length, self.masking)
+        num_truncated = sum(count > self.encoder.max_length for count in token_counts)
+
         local_captions = [captions[row] for row in self.rows]
-        text, lengths = self.encoder.pad_embeddings(
-            self.encoder.encode([caption or "" for caption in local_captions], truncate=True),
-            text_length,
+        texts = encode_captions(
+            self.encoder, local_captions, text_length, self.data.dropped_caption
         )
-        is_dropped = np.array([caption is None for caption in local_captions])
-        if self.data.dropped_caption == "masked":
-            lengths[is_dropped] = 0
-        counts = {
-            "cut": sum(count > self.encoder.max_length for count in token_counts),
-            "skipped": len(image_batch["broken"]),
-        }
         return {
             "image": image_batch["image"],
             "weight": image_batch["weight"],
-            "text": text,
-            "lengths": lengths,
-            "dropped": is_dropped,
-        } | {name: np.int32(count) for name, count in counts.items()}
+            **texts,
+            "dropped": np.array([caption is None for caption in local_captions]),
+            "cut": np.int32(num_truncated),
+            "skipped": np.int32(len(image_batch["broken"])),
+        }
 
     def _sample_captions(self, step: int, spec: BatchSpec) -> list[str | None]:
-        """None for one that is dropped; empty where there is no image."""
+        """Return a global batch's captions: None if dropped, empty in rows without an image."""
         first_position = step * self.data.batch_size
         return [
             ""
             if index == NO_IMAGE
             else sample_caption(self.source, index, self.data, self.seed, first_position + row)
-            for row, index in enumerate(spec.indices.tolist())
+            for row, index in enumerate(spec.image_indices.tolist())
         ]
 
-    def _report_broken(self, errors: dict[int, str]):
-        """Tells of each broken image once. Raises DataError when there are too many."""
-        for index in errors.keys() - self.broken_images.keys():
-            self.broken_images[index] = errors[index]
-            message = f"{self.source.name(index)!r} cannot be used ({errors[index]}) and is passed over. So far {len(self.broken_images)} were broken."
-            print(message, file=sys.stderr, flush=True)
+    def _report_broken(self, reasons: dict[int, str]):
+        """Print each broken image once; raise DataError if there are too many."""
+        for index in reasons.keys() - self.broken_images.keys():
+            self.broken_images[index] = reasons[index]
+            print(
+                f"{self.source.name(index)!r} cannot be used ({reasons[index]}) and is skipped. "
+                f"Broken images so far: {len(self.broken_images)}.",
+                file=sys.stderr,
+                flush=True,
+            )
         if len(self.broken_images) > self.data.max_broken_fraction * len(self.source):
             raise DataError(
-                f"{len(self.broken_images)} of the {len(self.source)} images cannot be used, which is more than "
-                f"data.max_broken_fraction={self.data.max_broken_fraction}: put whole ones there, or raise it."
+                f"{len(self.broken_images)} of the {len(self.source)} images cannot be used, which "
+                f"is more than data.max_broken_fraction={self.data.max_broken_fraction}: "
+                "replace them by intact files, or raise it."
             )
 
 
 class _StepSource:
-    """The images of the steps from `first` on, as grain reads them."""
+    """The images of a range of steps, in the form that grain reads."""
 
     def __init__(self, image_loader: ImageLoader, first_step: int, end_step: int):
         self.image_loader, self.first_step, self.end_step = image_loader, first_step, end_step
@@ -158,50 +169,93 @@ class _StepSource:
 
 
 def padded_text_length(num_tokens: int, limit: int, masking: str) -> int:
-    """Tokens that the texts of a batch are cut to when the longest has so many."""
+    """Return the text length of a batch whose longest caption has a number of tokens.
+
+    Args:
+        num_tokens: Number of tokens of the longest caption.
+        limit: Maximum number of tokens (`text.max_length`).
+        masking: Masking of padding tokens in the model.
+
+    Returns:
+        One of at most MAX_TEXT_LENGTHS lengths.
+    """
     num_visible = visible_lengths(np.array([min(num_tokens, limit)]), limit, masking)
     return round_up_length(int(num_visible[0]), limit, max(LENGTH_STEP, limit // MAX_TEXT_LENGTHS))
+
+
+def encode_captions(
+    encoder: TextEncoder,
+    captions: Sequence[str | None],
+    text_length: int,
+    dropped_caption: Literal["empty", "masked"] = "empty",
+) -> Batch:
+    """Encode captions and pad them to one length.
+
+    Args:
+        encoder: Text encoder; longer captions are truncated at its limit.
+        captions: Captions; None for those that are dropped.
+        text_length: Number of tokens of the result.
+        dropped_caption: Replacement of dropped captions: the empty prompt, or no token at all.
+
+    Returns:
+        The arrays `text` [b, text_length, d] and `lengths` [b] of a batch.
+    """
+    embeddings = encoder.encode([caption or "" for caption in captions], truncate=True)
+    text, lengths = encoder.pad_embeddings(embeddings, text_length)
+    if dropped_caption == "masked":
+        lengths[[caption is None for caption in captions]] = 0
+    return {"text": text, "lengths": lengths}
 
 
 def make_validation_batches(
     source: Source, data: config.Data, encoder: TextEncoder, num_images: int, masking: str
 ) -> list[Batch]:
-    """The first `images` examples with their first caption, cut to squares from their centers, in batches of one shape; the last one is
-    filled with rows of weight 0. Of a mixture, as many of each part as its share says.
+    """Make batches of the first images of a source, with first captions and center crops.
+
+    Args:
+        source: Source of images and captions; of a mixture, each source contributes its fraction.
+        data: Settings of the data.
+        encoder: Text encoder.
+        num_images: Maximum number of images.
+        masking: Masking of padding tokens in the model.
+
+    Returns:
+        Batches of one shape. The last one is padded with rows of weight 0.
+
+    Raises:
+        DataError: None of the images can be decoded.
     """
     indices = first_image_indices(source, min(num_images, len(source)))
     batch_size = min(data.batch_size, len(indices))
-    text_length = padded_text_length(
-        max(encoder.count_tokens(first_caption(source, i, data)) for i in indices),
-        encoder.max_length,
-        masking,
-    )
-    batches = []
+    max_tokens = max(encoder.count_tokens(first_caption(source, i, data)) for i in indices)
+    text_length = padded_text_length(max_tokens, encoder.max_length, masking)
+    size = (data.resolution, data.resolution)
+    batches: list[Batch] = []
     for start in range(0, len(indices), batch_size):
         batch_indices = indices[start : start + batch_size]
         batch_indices += [NO_IMAGE] * (batch_size - len(batch_indices))
         captions = ["" if i == NO_IMAGE else first_caption(source, i, data) for i in batch_indices]
-        text, lengths = encoder.pad_embeddings(encoder.encode(captions, truncate=True), text_length)
-        image_batch = load_images(
-            source, batch_indices, (data.resolution, data.resolution), [Augmentation()] * batch_size
-        )
+        images = load_images(source, batch_indices, size, [Augmentation()] * batch_size)
         batches.append(
             {
-                "image": image_batch.image,
-                "text": text,
-                "lengths": lengths,
-                "weight": np.sign(image_batch.weight),
+                "image": images.image,
+                **encode_captions(encoder, captions, text_length),
+                "weight": np.sign(images.weight),
             }
         )
     if not any(batch["weight"].any() for batch in batches):
         raise DataError(
-            f"None of the {len(indices)} images to validate with can be decoded ({source.name(indices[0])!r} is the first): put whole ones there."
+            f"None of the {len(indices)} validation images can be decoded "
+            f"(the first is {source.name(indices[0])!r}): replace them by intact files."
         )
     return batches
 
 
 def first_image_indices(source: Source, count: int) -> list[int]:
-    """The first images of a source, at most `count`; of a mixture, of each part as many as its share says, part after part."""
+    """Return the indices of the first images of a source, at most `count`.
+
+    Of a mixture, each source contributes its fraction, one source after the other.
+    """
     ends = np.rint(np.cumsum([span.fraction for span in source.spans]) * count).astype(int)
     return [
         span.start + i

@@ -1,4 +1,4 @@
-"""What is said of an image at one step: one of its captions, and tags in a new order each time."""
+"""Caption augmentation: choice of a caption, dropout, shuffled tags, lower case."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from radiance import config
 from radiance.base.random import RandomStream, make_rng
 from radiance.data.source import Source
 
-# Letters alone end a word, for tags are also written like looking_left.
+# A word ends at anything but a letter, since tags are also written as looking_left.
 DIRECTION_WORDS = re.compile(
     r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed)?|side)?(?![^\W\d_])", re.IGNORECASE
 )
@@ -19,46 +19,64 @@ DIRECTION_WORDS = re.compile(
 def augment_caption(
     captions: Sequence[str], has_tags: bool, data: config.Data, rng: np.random.Generator
 ) -> str | None:
-    """One of the captions, of which there is at least one. None for one that is dropped: how "nothing" is said is the caller's affair.
+    """Sample one of an image's captions and augment it.
 
-    tags: whether they are lists of tags with commas between. Of n tags ceil(n u) are kept, u uniform in (1 - tag_drop, 1], and
-    they are shuffled, or stay in their order; without either rule they stay as they are written. The prefix and the suffix
-    stand as they are written too, around what is left: they are neither shuffled, dropped nor put in lower case, and bring their own
-    spaces and commas.
+    Of n tags, ceil(n u) are kept, with u uniform in (1 − tag_dropout, 1]. Captions whose tags are
+    neither shuffled nor dropped keep their spelling. Prefix and suffix are never augmented, and
+    they are added without spaces or commas.
 
-    Four numbers are drawn, and then one for each tag; all with Generator.random, whose stream no version of NumPy has changed.
+    Four random numbers are used, and one more for each tag if tags are shuffled or dropped.
+
+    Args:
+        captions: The captions of the image, at least one.
+        has_tags: True if the captions are comma-separated lists of tags.
+        data: Settings of the augmentation.
+        rng: Random generator, of which only `Generator.random` is used.
+
+    Returns:
+        The caption, or None if it is dropped.
     """
     u_caption, u_dropout, u_lowercase, u_tags = rng.random(4)
     text = captions[int(u_caption * len(captions))]
     if u_dropout < data.caption_dropout:
         return None
     if has_tags and (data.shuffle_tags or data.tag_dropout):
-        tag_names = [name.strip() for name in text.split(",") if name.strip()]
-        tag_indices = np.argsort(rng.random(len(tag_names)), kind="stable")[
-            : math.ceil(len(tag_names) * (1 - data.tag_dropout * u_tags))
-        ]
-        text = ", ".join(
-            tag_names[i] for i in (tag_indices if data.shuffle_tags else np.sort(tag_indices))
-        )
+        tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+        num_kept = math.ceil(len(tags) * (1 - data.tag_dropout * u_tags))
+        kept_indices = np.argsort(rng.random(len(tags)), kind="stable")[:num_kept]
+        if not data.shuffle_tags:
+            kept_indices = np.sort(kept_indices)
+        text = ", ".join(tags[i] for i in kept_indices)
     if u_lowercase < data.lowercase_probability:
         text = text.lower()
     return wrap_caption(text, data)
 
 
 def wrap_caption(caption: str, data: config.Data) -> str:
-    """With what every caption of the run begins and ends with."""
+    """Add the prefix and suffix of the settings to a caption."""
     return f"{data.caption_prefix}{caption}{data.caption_suffix}"
 
 
 def first_caption(source: Source, index: int, data: config.Data) -> str:
-    """What an image is validated with and painted from: nothing is left to chance."""
+    """Return an image's first caption with prefix and suffix, for validation and sampling."""
     return wrap_caption(source.captions(index)[0], data)
 
 
 def sample_caption(
     source: Source, index: int, data: config.Data, seed: int, position: int
 ) -> str | None:
-    """The caption of the image that stands at a position of the run: step × batch + row."""
+    """Return the augmented caption of an image at one position of the run.
+
+    Args:
+        source: Source of the image.
+        index: Index of the image.
+        data: Settings of the augmentation.
+        seed: Seed of the run.
+        position: Position in the run: step · batch size + row.
+
+    Returns:
+        The caption, or None if it is dropped.
+    """
     return augment_caption(
         source.captions(index),
         source.has_tags(index),
@@ -68,7 +86,9 @@ def sample_caption(
 
 
 def has_direction_words(caption: str) -> bool:
-    """Whether it says left or right in English, so that the mirrored image would make it wrong. "All right", "she has left" and
-    "a right angle" count too: an image too many that is never mirrored costs nothing.
+    """Return True if a caption has the English words left or right.
+
+    A flipped image would contradict such a caption. Phrases such as "all right" count too: an
+    image that is never flipped without need does no harm.
     """
     return DIRECTION_WORDS.search(caption) is not None

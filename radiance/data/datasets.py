@@ -1,4 +1,4 @@
-"""Sources: captioned images by number, with what is known of each before it is decoded."""
+"""Data sources of the settings, opened by the name of their format."""
 
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,31 @@ __all__ = [
 
 
 def open_source(data: config.Data, split: str, verbose: bool = True) -> Source:
-    """The source that the config names, prepared on first use. Raises DataError when it is empty, and ConfigError when there is none.
+    """Open one split of the data that the settings name; its index is built on first use.
 
-    split: train or validation. tell: whether a line says what was left out.
+    Args:
+        data: Settings of the data.
+        split: "train" or "validation".
+        verbose: True to print how many images were left out.
+
+    Returns:
+        The source, which has at least one image.
+
+    Raises:
+        DataError: The split is empty, or a dataset cannot be read.
+        ConfigError: There is no such dataset.
     """
     sources = [
         _open_mixture_source(mixture_source, data, split, verbose)
         for mixture_source in data.sources
     ]
-    return (
-        sources[0]
-        if len(sources) == 1
-        else Mixture(sources, [mixture_source.weight for mixture_source in data.sources])
-    )
+    if len(sources) == 1:
+        return sources[0]
+    return Mixture(sources, [mixture_source.weight for mixture_source in data.sources])
 
 
 def describe_source(source: Source, data: config.Data, split: str) -> dict[str, Any]:
-    """What a run directory records of its data."""
+    """Return what a run directory records of its data, as a JSON object."""
     return {
         "source": data.source,
         "split": split,
@@ -49,9 +57,15 @@ def describe_source(source: Source, data: config.Data, split: str) -> dict[str, 
     }
 
 
+def dataset_title(mixture_source: config.MixtureSource) -> str:
+    """Return the name of a dataset in messages."""
+    return " ".join(word for word in (mixture_source.source, mixture_source.path) if word)
+
+
 def _open_mixture_source(
     mixture_source: config.MixtureSource, data: config.Data, split: str, verbose: bool
 ) -> Source:
+    """Open one part of a mixture, or the only source."""
     if mixture_source.source == "shapes":
         from radiance.data.sources.shapes import ShapesSource
 
@@ -60,26 +74,19 @@ def _open_mixture_source(
 
 
 def _open_dataset_index(mixture_source: config.MixtureSource, data: config.Data) -> DatasetIndex:
+    """Open the index of a dataset, or build it."""
     cache_dir = Path(data.cache_dir).expanduser()
     if mixture_source.source != "digits" and not mixture_source.path:
         raise config.ConfigError(
-            f"data.source={mixture_source.source} needs data.path: where the images and captions are."
+            f"data.source={mixture_source.source} needs data.path: "
+            "give the location of the images and captions."
         )
-    return DatasetIndex(
-        _open_listing(mixture_source, cache_dir),
-        dataset_title(mixture_source),
-        cache_dir,
-        data.num_threads,
-    )
-
-
-def dataset_title(mixture_source: config.MixtureSource) -> str:
-    """What messages call a data set."""
-    return " ".join(word for word in (mixture_source.source, mixture_source.path) if word)
+    listing = _open_listing(mixture_source, cache_dir)
+    return DatasetIndex(listing, dataset_title(mixture_source), cache_dir, data.num_threads)
 
 
 def _open_listing(mixture_source: config.MixtureSource, cache_dir: Path) -> Listing:
-    """Each kind is imported when it is asked for, for what it needs besides."""
+    """Open the listing of a dataset; formats are imported on demand, since some need packages."""
     match mixture_source.source:
         case "folder":
             from radiance.data.sources.folder import FolderListing

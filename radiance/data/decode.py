@@ -1,6 +1,7 @@
-"""Files of images to 8-bit sRGB: upright, whole, over a background, whatever they were kept as.
+"""Decoding of image files to 8-bit sRGB: upright, composited over a background, in any format.
 
-Nothing here trusts a file. What cannot be used raises Broken, and an image's head bounds what decoding it will cost.
+No file is trusted. A file that cannot be used raises `UnusableError`, and the header of an image
+bounds the cost of decoding it.
 """
 
 import errno
@@ -19,32 +20,38 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-MAX_PIXELS = 89_478_485  # pixels: where Pillow begins to suspect a decompression bomb
-MAX_PROFILE_BYTES = 4 * 2**20  # bytes: those of presses take one or two million
-MAX_SCANS = 20  # passes over LARGEST pixels that a JPEG may ask for; over fewer pixels, more
-# What Pillow opens and is no image. The rest is told by its content, whatever the file is called.
+MAX_PIXELS = 89_478_485  # above this, Pillow suspects a decompression bomb
+MAX_PROFILE_BYTES = 4 * 2**20  # the profiles of printing presses take one or two million bytes
+MAX_SCANS = 20  # scans of a JPEG of MAX_PIXELS pixels; a smaller one may have more
+# Formats that Pillow opens and that are not images. Formats are recognized by content, not by name.
 EXCLUDED_FORMATS = frozenset(
     (
         "EPS",  # a program, which Ghostscript runs
-        *(
-            "WMF",
-            "BUFR",
-            "GRIB",
-            "HDF5",
-            "MPEG",
-        ),  # recognized, and drawn by nothing or by the system alone
+        *("WMF", "BUFR", "GRIB", "HDF5", "MPEG"),  # recognized, but not decoded on all systems
         *("FITS", "MCIDAS", "SPIDER"),  # measurements
         *("CUR", "ICO", "ICNS", "GBR", "XVTHUMB"),  # cursors, icons, brushes and previews
-        *("FLI", "IPTC"),  # films, and captions around something else
+        *("FLI", "IPTC"),  # films, and captions around another file
     )
 )
-# Their further frames are previews, layers and pages: the first is the image.
+# Formats whose further frames are previews, layers or pages: the first frame is the image.
 STILL_FORMATS = ("MPO", "PSD", "TIFF")
-# What Pillow raises for a broken file.
+# Errors that Pillow raises for broken files.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError, AssertionError, RuntimeError,
-    MemoryError, struct.error, zlib.error, ImageCms.PyCMSError,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    ImageCms.PyCMSError,
+)
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,17 +61,20 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The color space that a profile must be of to explain pixels of that mode.
+# Color space that an ICC profile must have to apply to pixels of a mode.
 PROFILE_COLOR_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
-Image.init()  # every format, not only the commonest
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # what it logs of a file goes nowhere unless someone listens
+Image.init()  # register all formats, not only the most common ones
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # print nothing about broken files
 
 
 class UnusableError(Exception):
-    """An image that cannot be used. `kind`, in a few words, is what it is counted under."""
+    """An image that cannot be used.
+
+    Args:
+        kind: Reason in a few words, under which the image is counted.
+        detail: Details of this image.
+    """
 
     def __init__(self, kind: str, detail: object = ""):
         super().__init__(f"{kind} ({detail})" if str(detail) else kind)
@@ -72,10 +82,19 @@ class UnusableError(Exception):
 
 
 def read_image_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height in pixels, upright, of an image that is not decoded. `head` is an open file: most formats need its first
-    kilobytes, WebP and AVIF the whole.
+    """Read the size of an image without decoding it.
 
-    Raises Broken: not an image, animated, too large. An OSError of the file itself is passed on.
+    Most formats need the first kilobytes of the file; WebP and AVIF need all of it.
+
+    Args:
+        file: Open file.
+
+    Returns:
+        Width and height of the upright image in pixels.
+
+    Raises:
+        UnusableError: The file is not an image, is animated or is too large.
+        OSError: The file cannot be read.
     """
     with _suppress_warnings():
         image = _open_image(file)
@@ -88,58 +107,51 @@ def decode_image(
     cover_size: tuple[int, int] | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """A file decoded: mode "RGB", 8-bit sRGB, turned as its EXIF says, and nothing else of the file.
+    """Decode an image file to 8-bit sRGB.
 
-    Colors go through the file's ICC profile (relative colorimetric, with black point compensation), unless that is broken or of
-    another color space than the pixels; without one they are sRGB. Transparent pixels lie over `background`, blended in sRGB as
-    browsers do.
+    The image is rotated and flipped according to EXIF. Colors are converted with the file's ICC
+    profile (relative colorimetric, with black point compensation). They are taken as sRGB if there
+    is no profile, or if it is broken or has another color space than the pixels. Transparent pixels
+    are composited over the background, blended in sRGB as in browsers.
 
-    cover: (width, height) that the image will be scaled to cover. A JPEG that is far larger is decoded at a half, a quarter or an eighth of
-    its size, and never at less than twice what is needed.
+    Args:
+        content: The file.
+        cover_size: Width and height that the image will be scaled to cover. A much larger JPEG is
+            decoded at 1/2, 1/4 or 1/8 of its size, but never below twice the size needed.
+        background: Red, green and blue of the background, 0 to 255.
 
-    Raises Broken, and nothing else: for what size_of does, and for files that are cut short or broken.
+    Returns:
+        An image of mode RGB without metadata.
+
+    Raises:
+        UnusableError: The file is not an image that can be used, or it is truncated or broken.
     """
     with _suppress_warnings():
         image = _open_image(io.BytesIO(content))
-        orientation, profile, box = _read_orientation(image), image.info.get("icc_profile"), None
-        try:
-            if image.format in ("JPEG", "MPO"):
-                _check_num_scans(content, image)
-                box = (
-                    _request_draft(image, cover_size[::-1] if orientation >= 5 else cover_size)
-                    if cover_size
-                    else None
-                )
-            elif image.format == "JPEG2000" and b"\xff\xd9" not in content:
-                raise UnusableError(
-                    "broken image", "its end is missing"
-                )  # of which its decoder makes a black one
-            image.load()
-            rgb_image = _to_rgb(image.crop(box) if box else image, profile, background)
-        except MemoryError:
-            raise UnusableError("too large") from None
-        except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-            raise UnusableError("broken image", error) from None
-    return (
-        rgb_image.transpose(ORIENTATION_TRANSPOSES[orientation])
-        if orientation in ORIENTATION_TRANSPOSES
-        else rgb_image
-    )
+        orientation, profile = _read_orientation(image), image.info.get("icc_profile")
+        if cover_size and orientation >= 5:  # width and height of the stored image are swapped
+            cover_size = cover_size[1], cover_size[0]
+        with _translate_decode_errors():
+            image = _load_pixels(image, content, cover_size)
+            rgb_image = _to_rgb(image, profile, background)
+    if orientation in ORIENTATION_TRANSPOSES:
+        return rgb_image.transpose(ORIENTATION_TRANSPOSES[orientation])
+    return rgb_image
 
 
-# --- opening ------------------------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
-_warnings_lock, _suppression_depth, _warning_filters = (
-    threading.Lock(),
-    0,
-    warnings.catch_warnings(),
-)
+_warnings_lock = threading.Lock()
+_suppression_depth = 0
+_warning_filters = warnings.catch_warnings()
 
 
 @contextmanager
 def _suppress_warnings() -> Iterator[None]:
-    """No warnings: what Pillow warns of is either counted or of no account. The filters are the process's own, so that of several
-    threads the first changes them and the last puts them back.
+    """Suppress warnings: those of Pillow are either counted as errors or harmless.
+
+    Warning filters belong to the process. So the first of several threads sets them, and the last
+    one restores them.
     """
     global _suppression_depth, _warning_filters
     with _warnings_lock:
@@ -158,7 +170,7 @@ def _suppress_warnings() -> Iterator[None]:
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
-    """The head read and judged."""
+    """Read and check the header of an image."""
     try:
         image = Image.open(
             file, formats=[name for name in Image.ID if name not in EXCLUDED_FORMATS]
@@ -167,7 +179,8 @@ def _open_image(file: BinaryIO) -> Image.Image:
     except (Image.DecompressionBombError, MemoryError):
         raise UnusableError("too large") from None
     except DECODE_ERRORS as error:
-        # Pillow's own complaints have no number, and a broken file may send it to a place that cannot be.
+        # An error of the storage has a number. Pillow's own errors have none, except EINVAL when a
+        # broken file makes it seek to an impossible position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UnusableError("not an image") from None
@@ -179,21 +192,60 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """1 to 8, as in EXIF; one that cannot be read is none."""
-    if image.format == "TIFF":  # which Pillow turns itself
+    """Return the EXIF orientation from 1 to 8; 1 if it cannot be read."""
+    if image.format == "TIFF":  # Pillow rotates these itself
         return 1
     try:
-        # Not PNG's own method, which decodes the whole image to see whether EXIF follows the pixels.
+        # Not the method of PNG, which decodes the whole image to search for EXIF after the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in ORIENTATION_TRANSPOSES else 1
     except DECODE_ERRORS:
         return 1
 
 
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _translate_decode_errors() -> Iterator[None]:
+    """Raise `UnusableError` for all that Pillow raises while it decodes."""
+    try:
+        yield
+    except MemoryError:
+        raise UnusableError("too large") from None
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise UnusableError("broken image", error) from None
+
+
+def _load_pixels(
+    image: Image.Image, content: bytes, cover_size: tuple[int, int] | None
+) -> Image.Image:
+    """Decode the pixels of an open image.
+
+    Args:
+        image: Image whose header was read.
+        content: The file.
+        cover_size: Width and height that the stored image must cover, if any.
+    """
+    box = None
+    if image.format in ("JPEG", "MPO"):
+        _check_num_scans(content, image)
+        if cover_size:
+            box = _request_draft(image, cover_size)
+    elif image.format == "JPEG2000" and b"\xff\xd9" not in content:
+        # Its decoder returns a black image for a truncated file.
+        raise UnusableError("broken image", "its end is missing")
+    image.load()
+    return image.crop(box) if box else image
+
+
 def _check_num_scans(content: bytes, image: Image.Image):
-    """Raises Broken for a JPEG of thousands of scans: each may take ten bytes, and sends the decoder over the whole image."""
+    """Raise `UnusableError` for a JPEG of thousands of scans.
+
+    A scan may take ten bytes, and makes the decoder process the whole image.
+    """
     position, marker = 2, b""
-    while marker != b"\xda":  # the segments before the first scan
+    while marker != b"\xda":  # skip the segments before the first scan
         position = content.find(b"\xff", position) + 1
         marker = content[position : position + 1]
         if position == 0 or not marker:
@@ -201,19 +253,22 @@ def _check_num_scans(content: bytes, image: Image.Image):
         if not b"\xd0" <= marker <= b"\xd8" and marker not in b"\x00\x01\xff":
             position += 1 + int.from_bytes(content[position + 1 : position + 3], "big")
     num_scans = 1
-    for marker in re.finditer(b"\xff[\xd9\xda]", memoryview(content)[position:]):
+    for match in re.finditer(b"\xff[\xd9\xda]", memoryview(content)[position:]):
         num_scans += 1
         if num_scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
             raise UnusableError("too many scans")
-        if marker[0] == b"\xff\xd9":
+        if match[0] == b"\xff\xd9":
             return
 
 
 def _request_draft(
     image: Image.Image, cover_size: tuple[int, int]
 ) -> tuple[int, int, int, int] | None:
-    """Asks JPEG's decoder for a smaller image, where one is enough. The part of it that holds whole pixels: at its far edges may stand
-    parts of some.
+    """Make the JPEG decoder return a smaller image if that is enough.
+
+    Returns:
+        The box of complete pixels: at the right and bottom there may be pixels that the image
+        covers only partly. None if the image is decoded at its full size.
     """
     scale = 2 * max(cover_size[0] / image.width, cover_size[1] / image.height)
     for factor in (8, 4, 2):
@@ -224,13 +279,13 @@ def _request_draft(
     return None
 
 
-# --- pixels -------------------------------------------------------------------------------------------------------------
+# --- colors ---------------------------------------------------------------------------------------
 
 
 def _to_rgb(
     image: Image.Image, profile: bytes | None, background: tuple[int, int, int]
 ) -> Image.Image:
-    """In sRGB, and transparent pixels over the background: colors first, for the background is sRGB already."""
+    """Convert to sRGB, then composite over the background, which is sRGB already."""
     colors, alpha = _split_alpha(image)
     colors = _to_srgb(colors, profile)
     colors.info = {}
@@ -242,19 +297,16 @@ def _to_rgb(
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colors of mode L, RGB, CMYK or LAB, and how opaque each pixel is."""
+    """Return the colors in mode L, RGB, CMYK or LAB, and the opacity of each pixel."""
     mode, transparency = image.mode, image.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
         values = np.asarray(image)
-        alpha = (
-            Image.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
-            if isinstance(transparency, int)
-            else None
-        )
+        alpha = None
+        if isinstance(transparency, int):
+            alpha = Image.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
         return _scale_to_8_bits(values), alpha
-    if (
-        mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255
-    ):  # of 16 bits, of which Pillow keeps the upper 8
+    if mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
+        # A transparent color of 16 bits; Pillow keeps the upper 8 bits of the pixels.
         image.info["transparency"] = tuple(value >> 8 for value in transparency)
     if image.has_transparency_data:
         is_gray = mode in ("1", "L", "LA", "La")
@@ -266,39 +318,47 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
-    """Greys of more than 8 bits, scaled to 8. Of integers of 32 bits and of floats no file says which is white: it is the least usual
-    one that the brightest pixel does not exceed.
+    """Scale gray levels of more than 8 bits to 8 bits.
+
+    For 32-bit integers and floats, no file states which level is white. It is taken as the lowest
+    common white level that no pixel exceeds.
     """
     if values.dtype.kind == "f":
         white_levels = (1, 255, 65535)
     else:
         white_levels = (65535, 2**31 - 1) if values.dtype.itemsize == 4 else (65535,)
     darkest, brightest = values.min(), values.max()
-    white_level = next(
-        (white_level for white_level in white_levels if brightest <= white_level), None
-    )
+    white_level = next((level for level in white_levels if brightest <= level), None)
     if white_level is None or not darkest >= 0:
-        raise UnusableError("unknown range of greys", f"{darkest} to {brightest}")
+        raise UnusableError("unknown range of gray levels", f"{darkest} to {brightest}")
     scale = np.float32(255 / white_level)
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
 def _to_srgb(colors: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert colors to mode RGB with their profile."""
     if colors.mode == "LAB":
-        return _make_srgb_transform(None, "LAB").apply(colors)
-    transform = (
-        _make_srgb_transform(profile, colors.mode)
-        if isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES
-        else None
-    )
+        transform = _make_srgb_transform(None, "LAB")
+    elif isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES:
+        transform = _make_srgb_transform(profile, colors.mode)
+    else:
+        transform = None
     if transform:
         return transform.apply(colors)
-    return colors if colors.mode == "RGB" else colors.convert("RGB")  # which would copy it
+    return colors if colors.mode == "RGB" else colors.convert("RGB")  # "RGB" would be copied
 
 
 @functools.lru_cache(64)
 def _make_srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile (none: CIELAB) to sRGB; none where it would change nothing or cannot be used."""
+    """Return the transform from a profile to sRGB.
+
+    Args:
+        profile: ICC profile; None for CIELAB.
+        mode: Mode of the pixels.
+
+    Returns:
+        The transform; None if it would change nothing or the profile cannot be used.
+    """
     srgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     try:
         source_profile = ImageCms.ImageCmsProfile(
@@ -316,17 +376,17 @@ def _make_srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsT
         )
     except DECODE_ERRORS:
         return None
-    if mode in ("L", "RGB"):
-        levels = np.arange(0, 256, 15, dtype=np.uint8)
-        samples = (
-            levels[None]
-            if mode == "L"
-            else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
-        )
-        sample_image = Image.fromarray(samples)
-        difference = np.asarray(transform.apply(sample_image), np.int16) - np.asarray(
-            sample_image.convert("RGB"), np.int16
-        )
-        if np.abs(difference).max() <= 1:  # sRGB, by whichever name
-            return None
-    return transform
+    return None if mode in ("L", "RGB") and _is_identity(transform, mode) else transform
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Return True if a transform changes no color by more than 1: its profile is sRGB."""
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    if mode == "L":
+        samples = levels[None]
+    else:
+        samples = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    sample_image = Image.fromarray(samples)
+    converted = np.asarray(transform.apply(sample_image), np.int16)
+    unconverted = np.asarray(sample_image.convert("RGB"), np.int16)
+    return bool(np.abs(converted - unconverted).max() <= 1)

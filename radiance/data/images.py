@@ -1,10 +1,10 @@
-"""The pixels of each step's batch. Worker processes run this, so it uses no device."""
+"""The images of each step's batch. Worker processes run this module, so it uses no device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from radiance import config
 from radiance.base.images import resize_and_crop
@@ -16,23 +16,37 @@ from radiance.data.source import Source
 
 
 class Augmentation(NamedTuple):
-    """What is seen of an image at one step."""
+    """Crop and flip of an image at one step."""
 
-    crop_x: float = 0.5  # where it is cut, from 0 to 1
-    crop_y: float = 0.5
+    crop_x: float = 0.5  # position of the crop, from 0 (left) to 1 (right)
+    crop_y: float = 0.5  # from 0 (top) to 1 (bottom)
     is_flipped: bool = False
 
 
 class ImageBatch(NamedTuple):
-    """Images of one shape."""
+    """Images of one size.
 
-    image: UInt8[np.ndarray, "b height width 3"]  # grey where there is none
-    weight: Float32[np.ndarray, " b"]  # of the losses; 0 where there is no image
-    broken: Mapping[int, str]  # why images cannot be used, by their numbers
+    Attributes:
+        image: Pixels; gray in rows without an image.
+        weight: Weight of each image's loss; 0 in rows without an image.
+        broken: Reasons why images cannot be decoded, by image index.
+    """
+
+    image: UInt8[np.ndarray, "b height width 3"]
+    weight: Float32[np.ndarray, " b"]
+    broken: Mapping[int, str]
 
 
 class ImageLoader:
-    """`pixels[step]` is what `rows` of that step's batch show."""
+    """Images of some rows of each step's batch: `loader[step]` is an `ImageBatch` as a dict.
+
+    Args:
+        source: Source of the images.
+        sampler: Sampler of the global batches.
+        data: Settings of the augmentation.
+        seed: Seed of the run.
+        rows: Rows of the global batch to load.
+    """
 
     def __init__(
         self,
@@ -42,24 +56,22 @@ class ImageLoader:
         seed: int,
         rows: Sequence[int],
     ):
-        self.source, self.sampler, self.data, self.seed, self.rows = (
-            source,
-            sampler,
-            data,
-            seed,
-            rows,
-        )
+        self.source, self.sampler, self.rows = source, sampler, rows
+        self.data, self.seed = data, seed
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         spec = self.sampler[step]
-        indices = spec.indices[list(self.rows)]
+        image_indices = spec.image_indices[list(self.rows)]
         augmentations = [
             self._sample_augmentation(step * self.data.batch_size + row, int(index))
-            for row, index in zip(self.rows, indices)
+            for row, index in zip(self.rows, image_indices)
         ]
-        return load_images(self.source, indices, (spec.width, spec.height), augmentations)._asdict()
+        return load_images(
+            self.source, image_indices, (spec.width, spec.height), augmentations
+        )._asdict()
 
     def _sample_augmentation(self, position: int, index: int) -> Augmentation:
+        """Sample the crop and flip of an image at one position of the run."""
         if index == NO_IMAGE:
             return Augmentation()
         crop_x, crop_y, u_flip = make_rng(self.seed, RandomStream.AUGMENTATION, position).random(3)
@@ -73,11 +85,21 @@ class ImageLoader:
 
 def load_images(
     source: Source,
-    indices: Sequence[int],
+    indices: Sequence[int] | Int64[np.ndarray, " b"],
     size: tuple[int, int],
     augmentations: Sequence[Augmentation],
 ) -> ImageBatch:
-    """Images of a source at (width, height)."""
+    """Decode images, resize them to cover a size and crop them to it.
+
+    Args:
+        source: Source of the images.
+        indices: Index of each image, or NO_IMAGE.
+        size: Width and height in pixels.
+        augmentations: Crop and flip of each image.
+
+    Returns:
+        The images. Those that cannot be decoded have weight 0.
+    """
     image = np.full((len(indices), size[1], size[0], 3), 128, np.uint8)
     weight, broken = np.zeros(len(indices), np.float32), {}
     for row, (index, augmentation) in enumerate(zip(indices, augmentations)):
@@ -87,8 +109,8 @@ def load_images(
             pixels = resize_and_crop(
                 source.load_image(index, size), *size, augmentation.crop_x, augmentation.crop_y
             )
-        except UnusableError as reason:
-            broken[int(index)] = str(reason)
+        except UnusableError as error:
+            broken[int(index)] = str(error)
         else:
             image[row] = pixels[:, ::-1] if augmentation.is_flipped else pixels
             weight[row] = source.loss_weights[index]

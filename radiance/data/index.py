@@ -1,9 +1,14 @@
-"""What is known of a data set before a pixel is decoded, on disk: listed once, opened at once, and too large for no memory.
+"""On-disk index of a dataset: captions, sizes, splits and content hashes.
 
-Looking at the captions and the heads of millions of images takes from minutes to hours. It is done when a data set is first
-used, and again when its listing changes. Of every image a row of fixed size is kept in facts.bin, and a line of JSON in
-rows.jsonl; both are read where they lie (memory-mapped), by as many processes as want them. Images that cannot be found one by
-one where they come from are copied to images.bin.
+Reading the captions and headers of millions of images takes minutes to hours. It happens when a
+dataset is first used, and again when its listing changes. The index is memory-mapped, so that a
+dataset of any size opens at once and many processes share it. Its folder holds five files:
+
+- metadata.bin: a record of fixed size for each image (METADATA_DTYPE);
+- records.jsonl: a line of JSON for each image, with name, location, captions and attributes;
+- images.bin: the files of images that cannot be read one by one from their source;
+- unusable.jsonl: a line of JSON for each image that cannot be used, with name, kind and split hash;
+- listing.json: title and identity of the listing.
 """
 
 import hashlib
@@ -18,42 +23,43 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from radiance.base.errors import DataError
-from radiance.data.listing import (
-    CHUNK_SIZE,
-    IndexRecord,
-    Listing,
-    Unusable,
-    compute_split_hash,
-)
+from radiance.data.listing import CHUNK_SIZE, IndexRecord, Listing, Unusable, compute_split_hash
 
 METADATA_DTYPE = np.dtype(
     [
-        ("begin", "<u8"),  # of its line in rows.jsonl
+        ("begin", "<u8"),  # of the line in records.jsonl, in bytes
         ("end", "<u8"),
         ("width", "<u4"),  # pixels, upright
         ("height", "<u4"),
-        ("weight", "<f4"),
-        ("tags", "?"),
-        ("lot", "<u8"),  # from 0 to 2⁶⁴ - 1: held out when it is below that share
-        ("digest", "u1", 16),
+        ("loss_weight", "<f4"),
+        ("has_tags", "?"),
+        ("split_hash", "<u8"),  # validation if it is below data.validation_fraction · 2⁶⁴
+        ("record_hash", "u1", 16),
     ]
 )
-FORMAT_VERSION = 2  # of what is written here
-PROGRESS_INTERVAL = 10.0  # seconds
-STALE_AFTER = 3600.0  # seconds after which a dataset index that nobody goes on writing is removed
-
-# One whose images are files by themselves also says where they are: `address(place: Any) -> str`, a path or a URL.
+FORMAT_VERSION = 3  # of the files in an index
+PROGRESS_INTERVAL = 10.0  # seconds between messages while an index is built
+STALE_AFTER = 3600.0  # seconds without a write after which a partially written index is removed
 
 
 class DatasetIndex:
-    """The rows of a listing. Images are numbered in the listing's order.
+    """The records of a listing, in its order.
 
-    Made under `directory` on first use, while others may do the same. Raises DataError when the disk is full.
+    The index is built below `cache_dir` on first use. Several processes may build it at once.
+
+    Args:
+        listing: Images of the dataset.
+        title: Name of the dataset in messages.
+        cache_dir: Folder below which indexes are stored.
+        num_threads: Number of threads that read files while the index is built.
+
+    Raises:
+        DataError: The index cannot be written, or the listing cannot be read.
     """
 
     def __init__(self, listing: Listing, title: str, cache_dir: Path, num_threads: int):
@@ -61,7 +67,7 @@ class DatasetIndex:
         index_hash = hashlib.blake2b(
             json.dumps([FORMAT_VERSION, listing.identity]).encode(), digest_size=12
         ).hexdigest()
-        self.path = cache_dir / "dataset indexes" / index_hash
+        self.path = cache_dir / "indexes" / index_hash
         if not self.path.is_dir():
             try:
                 self._build(num_threads)
@@ -69,17 +75,19 @@ class DatasetIndex:
                 raise
             except OSError as error:
                 raise DataError(
-                    f"The dataset index of {title} cannot be written to {self.path.parent} ({error.strerror or error}): make room there, or "
-                    "set data.cache_dir to another folder."
+                    f"The dataset index of {title} cannot be written to {self.path.parent} "
+                    f"({error.strerror or error}): free some space there, or set data.cache_dir "
+                    "to another folder."
                 ) from None
 
     @cached_property
     def metadata(self) -> np.ndarray:
-        return _map_file(self.path / "facts.bin", METADATA_DTYPE)
+        """Records of fixed size of all images, with the fields of METADATA_DTYPE."""
+        return _map_file(self.path / "metadata.bin", METADATA_DTYPE)
 
     @cached_property
     def _record_bytes(self) -> np.ndarray:
-        return _map_file(self.path / "rows.jsonl", np.uint8)
+        return _map_file(self.path / "records.jsonl", np.uint8)
 
     @cached_property
     def _image_bytes(self) -> np.ndarray:
@@ -92,132 +100,146 @@ class DatasetIndex:
         return len(self.metadata)
 
     def read_record(self, index: int) -> IndexRecord:
-        entry = self.metadata[index]
+        """Return the record of an image; its content hash and split hash are left out."""
+        metadata = self.metadata[index]
         name, location, captions, attributes = json.loads(
-            self._record_bytes[entry["begin"] : entry["end"]].tobytes()
+            self._record_bytes[metadata["begin"] : metadata["end"]].tobytes()
         )
         return IndexRecord(
             name,
             location,
             tuple(captions),
-            int(entry["width"]),
-            int(entry["height"]),
-            bool(entry["tags"]),
-            float(entry["weight"]),
-            "",
-            attributes,
+            int(metadata["width"]),
+            int(metadata["height"]),
+            bool(metadata["has_tags"]),
+            float(metadata["loss_weight"]),
+            attributes=attributes,
         )
 
     def read_file(self, index: int) -> bytes:
-        """The file of an image. Raises what `Listing.read` raises."""
+        """Return the content of an image's file.
+
+        Raises:
+            UnusableError: The file does not exist.
+            DataError: The storage cannot be reached.
+        """
         location = self.read_record(index).location
-        if not isinstance(location, dict) or "kept" not in location:
+        if not _is_stored(location):
             return self.listing.read_file(location)
-        begin, end = location["kept"]
+        begin, end = location["stored"]
         return self._image_bytes[begin:end].tobytes()
 
     def address(self, index: int) -> str | None:
-        """Where the file of an image is; None where it is a part of one."""
+        """Return the path or URL of an image's file, or None if it is a part of a larger file."""
         location = self.read_record(index).location
-        is_stored = isinstance(location, dict) and "kept" in location
-        return (
-            self.listing.address(location)
-            if hasattr(self.listing, "address") and not is_stored
-            else None
-        )
+        return None if _is_stored(location) else self.listing.address(location)
 
     def iter_unusable(self) -> Iterator[tuple[Unusable, int]]:
-        """What was left out, and its lot."""
-        with open(self.path / "unfit.jsonl", encoding="utf-8") as lines:
+        """Yield the images that were left out, with their split hashes."""
+        with open(self.path / "unusable.jsonl", encoding="utf-8") as lines:
             for line in lines:
                 name, kind, split_hash = json.loads(line)
                 yield Unusable(name, kind), split_hash
 
     def _build(self, num_threads: int):
+        """Write the index to a temporary folder and rename it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for other_dir in self.path.parent.glob(f".{self.path.name}.*"):
-            with suppress(FileNotFoundError):  # it has its name by now
-                if (
-                    time.time()
-                    - max(file.stat().st_mtime for file in [other_dir, *other_dir.iterdir()])
-                    > STALE_AFTER
-                ):
-                    shutil.rmtree(other_dir, ignore_errors=True)  # its process was killed
+        self._remove_stale_dirs()
         temp_dir = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         try:
             self._write_files(temp_dir, num_threads)
             try:
                 os.rename(temp_dir, self.path)
             except OSError:
-                if not self.path.is_dir():  # made by another process meanwhile
+                if not self.path.is_dir():  # another process may have built it meanwhile
                     raise
         finally:
             shutil.rmtree(temp_dir, ignore_errors=True)
 
+    def _remove_stale_dirs(self):
+        """Remove what killed processes left of this index."""
+        for other_dir in self.path.parent.glob(f".{self.path.name}.*"):
+            with suppress(FileNotFoundError):  # its process may have renamed it meanwhile
+                last_write = max(file.stat().st_mtime for file in [other_dir, *other_dir.iterdir()])
+                if time.time() - last_write > STALE_AFTER:
+                    shutil.rmtree(other_dir, ignore_errors=True)
+
     def _write_files(self, directory: Path, num_threads: int):
+        """Write all files of the index."""
         num_scanned, last_report = 0, time.monotonic()
         items = self.listing.scan(num_threads)
         with (
-            open(directory / "facts.bin", "wb") as metadata_file,
-            open(directory / "rows.jsonl", "wb") as records_file,
-            open(directory / "unfit.jsonl", "w", encoding="utf-8") as unusable_file,
+            open(directory / "metadata.bin", "wb") as metadata_file,
+            open(directory / "records.jsonl", "wb") as records_file,
+            open(directory / "unusable.jsonl", "w", encoding="utf-8") as unusable_file,
             open(directory / "images.bin", "wb") as images_file,
         ):
+            records, images = _Appender(records_file), _Appender(images_file)
             while chunk := list(islice(items, CHUNK_SIZE)):
-                metadata = np.zeros(len(chunk), METADATA_DTYPE)
-                num_records = 0
+                metadata = []
                 for item in chunk:
                     if isinstance(item, Unusable):
-                        unusable_file.write(
-                            json.dumps([item.name, item.kind, compute_split_hash(item.name)]) + "\n"
-                        )
-                        continue
-                    location = item.location
-                    if isinstance(location, bytes):
-                        location = {
-                            "kept": [images_file.tell(), images_file.tell() + len(location)]
-                        }
-                        images_file.write(item.location)
-                    begin = records_file.tell()
-                    records_file.write(
-                        json.dumps([item.name, location, item.captions, item.attributes]).encode()
-                        + b"\n"
-                    )
-                    split_hash = (
-                        compute_split_hash(item.name)
-                        if item.split_hash is None
-                        else item.split_hash
-                    )
-                    metadata[num_records] = (
-                        begin,
-                        records_file.tell(),
-                        item.width,
-                        item.height,
-                        item.loss_weight,
-                        item.has_tags,
-                        split_hash,
-                        _hash_record(item),
-                    )
-                    num_records += 1
-                metadata_file.write(metadata[:num_records].tobytes())
+                        fields = [item.name, item.kind, compute_split_hash(item.name)]
+                        unusable_file.write(json.dumps(fields) + "\n")
+                    else:
+                        metadata.append(_write_record(item, records, images))
+                metadata_file.write(np.array(metadata, METADATA_DTYPE).tobytes())
                 num_scanned += len(chunk)
                 if time.monotonic() - last_report > PROGRESS_INTERVAL:
                     last_report = time.monotonic()
-                    print(
-                        f"{self.title}: looked at {num_scanned} images.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-        (directory / "of.json").write_text(
+                    message = f"{self.title}: {num_scanned} images scanned."
+                    print(message, file=sys.stderr, flush=True)
+        (directory / "listing.json").write_text(
             json.dumps({"title": self.title, "identity": self.listing.identity}) + "\n"
         )
 
 
+class _Appender:
+    """Appends byte strings to a new file."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size = file, 0
+
+    def append(self, content: bytes) -> tuple[int, int]:
+        """Append a string; return its first byte's position and the position after its last."""
+        begin = self.size
+        self.file.write(content)
+        self.size += len(content)
+        return begin, self.size
+
+
+def _write_record(record: IndexRecord, records: _Appender, images: _Appender) -> tuple:
+    """Write one image's line, and its file if it has none of its own; return its metadata."""
+    location = record.location
+    if isinstance(location, bytes):
+        location = {"stored": images.append(location)}
+    line = json.dumps([record.name, location, record.captions, record.attributes])
+    begin, end = records.append(line.encode() + b"\n")
+    split_hash = record.split_hash
+    return (
+        begin,
+        end,
+        record.width,
+        record.height,
+        record.loss_weight,
+        record.has_tags,
+        compute_split_hash(record.name) if split_hash is None else split_hash,
+        _hash_record(record),
+    )
+
+
+def _is_stored(location: Any) -> bool:
+    """Return True if the file of an image is in images.bin."""
+    return isinstance(location, dict) and "stored" in location
+
+
 def _map_file(path: Path, dtype: Any) -> np.ndarray:
+    """Map a file into memory; an empty file cannot be mapped."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _hash_record(record: IndexRecord) -> np.ndarray:
+    """Hash what training depends on; the location of the file does not count."""
     content = json.dumps(
         [
             record.name,

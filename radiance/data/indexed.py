@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt32
 from PIL import Image
 
 from radiance import config
@@ -18,11 +18,20 @@ from radiance.data.buckets import assign_buckets, is_within_aspect_ratio
 from radiance.data.index import DatasetIndex
 from radiance.data.source import MAX_EXAMPLES, Span
 
+TOO_LONG, TOO_SMALL = "aspect ratio too large", "too small"
+
 
 class IndexedSource:
-    """A split of a dataset index: the images that can be used as the settings say. Ordered as the dataset index is.
+    """One split of a dataset index: the images that the settings can use, in the index's order.
 
-    tell: whether a line says what was left out.
+    Args:
+        dataset_index: Index of the dataset.
+        data: Settings that decide the split and the buckets.
+        split: "train" or "validation".
+        verbose: True to print how many images were left out.
+
+    Raises:
+        DataError: No image of the split can be used.
     """
 
     def __init__(
@@ -30,74 +39,71 @@ class IndexedSource:
     ):
         self.dataset_index, self.background = dataset_index, data.background
         metadata = dataset_index.metadata
-        is_validation = metadata["lot"] < np.uint64(
-            min(data.validation_fraction * 2.0**64, 2.0**64 - 2**12)
-        )
-        in_split = is_validation == (split == "validation")
-        has_bucket = (
-            assign_buckets(metadata["width"], metadata["height"], data).bucket_indices >= 0
-        ).any(axis=0)
+        in_split = _is_validation(metadata["split_hash"], data) == (split == "validation")
+        has_bucket = _has_bucket(metadata, data)
         self.record_indices: Int64[np.ndarray, " n"] = np.flatnonzero(in_split & has_bucket)
 
-        skipped_names = defaultdict(list)
-        for unusable, split_hash in dataset_index.iter_unusable():
-            if (split_hash < data.validation_fraction * 2**64) == (split == "validation"):
-                skipped_names[unusable.kind].append(unusable.name)
+        skipped_names = _find_unusable(dataset_index, data, split)
         skip_counts = {kind: len(names) for kind, names in skipped_names.items()}
-        is_too_long = ~is_within_aspect_ratio(
-            metadata["width"], metadata["height"], data.max_aspect_ratio
-        ) & (data.bucket_step > 0)
-        for kind, mask in (
-            ("too long for its width", in_split & is_too_long),
-            ("too small", in_split & ~has_bucket & ~is_too_long),
-        ):
-            if mask.any():
-                skip_counts[kind] = int(mask.sum())
+        for kind, skipped in _find_without_bucket(metadata, data, has_bucket).items():
+            skipped_indices = np.flatnonzero(in_split & skipped)
+            if len(skipped_indices):
+                skip_counts[kind] = len(skipped_indices)
                 skipped_names[kind] = [
                     dataset_index.read_record(record_index).name
-                    for record_index in np.flatnonzero(mask)[:MAX_EXAMPLES]
+                    for record_index in skipped_indices[:MAX_EXAMPLES]
                 ]
         self.skip_counts: Mapping[str, int] = dict(sorted(skip_counts.items()))
         self.skip_examples: Mapping[str, Sequence[str]] = {
             kind: skipped_names[kind][:MAX_EXAMPLES] for kind in self.skip_counts
         }
-        skip_summary = ", ".join(
-            f"{count} × {kind} ({', '.join(map(repr, self.skip_examples[kind]))})"
-            for kind, count in self.skip_counts.items()
-        )
-        if len(self.record_indices) == 0:
-            remedies = {
-                "too small": f"lower data.resolution={data.resolution} or raise data.max_upscale={data.max_upscale}",
-                "too long for its width": f"raise data.max_aspect_ratio={data.max_aspect_ratio}",
-            }
-            remedy = remedies.get(
-                max(skip_counts, key=skip_counts.get, default=""), "put images with captions there"
-            )
+
+        if len(self) == 0:
             num_in_other_split = int((~in_split & has_bucket).sum())
-            raise DataError(
-                f"The {split} split of {dataset_index.title} is empty (left out: {skip_summary or 'none'}; in the other split: {num_in_other_split}): {remedy}"
-                + (
-                    f", or change data.validation_fraction={data.validation_fraction}."
-                    if num_in_other_split
-                    else "."
-                )
-            )
-        if skip_summary and verbose:
+            raise DataError(self._format_empty_error(data, split, num_in_other_split))
+        if self.skip_counts and verbose:
             print(
-                f"{dataset_index.title}, {split}: {len(self)} images; left out: {skip_summary}.",
+                f"{dataset_index.title}, {split}: {len(self)} images; "
+                f"left out: {self._format_skipped()}.",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _format_skipped(self) -> str:
+        """List kinds, counts and example names of the images that were left out."""
+        return ", ".join(
+            f"{count} × {kind} ({', '.join(map(repr, self.skip_examples[kind]))})"
+            for kind, count in self.skip_counts.items()
+        )
+
+    def _format_empty_error(self, data: config.Data, split: str, num_in_other_split: int) -> str:
+        """Return the message for an empty split, with a remedy for the most frequent reason."""
+        remedies = {
+            TOO_SMALL: f"lower data.resolution={data.resolution} or raise "
+            f"data.max_upscale={data.max_upscale}",
+            TOO_LONG: f"raise data.max_aspect_ratio={data.max_aspect_ratio}",
+        }
+        main_kind = max(self.skip_counts, key=self.skip_counts.__getitem__, default="")
+        remedy = remedies.get(main_kind, "put images with captions there")
+        if num_in_other_split:
+            remedy += f", or change data.validation_fraction={data.validation_fraction}"
+        return (
+            f"The {split} split of {self.dataset_index.title} is empty "
+            f"(left out: {self._format_skipped() or 'none'}; "
+            f"in the other split: {num_in_other_split}): {remedy}."
+        )
 
     def __len__(self) -> int:
         return len(self.record_indices)
 
     @property
     def spans(self) -> Sequence[Span]:
+        """A single span with all images."""
         return [Span(0, len(self), 1.0)]
 
     @cached_property
     def sizes(self) -> UInt32[np.ndarray, "n 2"]:
+        """Width and height of each upright image in pixels."""
         metadata = self.dataset_index.metadata
         return np.stack(
             [metadata["width"][self.record_indices], metadata["height"][self.record_indices]],
@@ -106,30 +112,71 @@ class IndexedSource:
 
     @cached_property
     def loss_weights(self) -> Float32[np.ndarray, " n"]:
-        return self.dataset_index.metadata["weight"][self.record_indices]
+        """Weight of each image's loss."""
+        return self.dataset_index.metadata["loss_weight"][self.record_indices]
 
     def load_image(self, index: int, cover_size: tuple[int, int] | None = None) -> Image.Image:
-        return decode.decode_image(
-            self.dataset_index.read_file(self.record_indices[index]), cover_size, self.background
-        )
+        """Decode an image; see `Source.load_image`."""
+        content = self.dataset_index.read_file(self.record_indices[index])
+        return decode.decode_image(content, cover_size, self.background)
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """Return all captions of an image."""
         return self.dataset_index.read_record(self.record_indices[index]).captions
 
     def has_tags(self, index: int) -> bool:
-        return bool(self.dataset_index.metadata["tags"][self.record_indices[index]])
+        """Return True if the captions of an image are comma-separated lists of tags."""
+        return bool(self.dataset_index.metadata["has_tags"][self.record_indices[index]])
 
     def attributes(self, index: int) -> dict[str, Any]:
+        """Return the known contents of an image."""
         return self.dataset_index.read_record(self.record_indices[index]).attributes
 
     def name(self, index: int) -> str:
+        """Return the name of an image in messages."""
         return self.dataset_index.read_record(self.record_indices[index]).name
 
     def address(self, index: int) -> str | None:
+        """Return the path or URL of an image's file, or None if it is a part of a larger file."""
         return self.dataset_index.address(self.record_indices[index])
 
     def fingerprint(self) -> str:
-        """Of names, captions, sizes and of as much of each file as was looked at. Where the data set lies does not matter."""
-        return hashlib.sha256(
-            self.dataset_index.metadata["digest"][self.record_indices].tobytes()
-        ).hexdigest()
+        """Return a hash of names, captions, sizes and file contents, wherever the dataset is."""
+        record_hashes = self.dataset_index.metadata["record_hash"][self.record_indices]
+        return hashlib.sha256(record_hashes.tobytes()).hexdigest()
+
+
+def _is_validation(split_hashes: np.ndarray, data: config.Data) -> Bool[np.ndarray, " records"]:
+    """Return which split hashes belong to the validation split.
+
+    The bound stays below 2⁶⁴, which uint64 cannot hold, and below TRAIN_HASH.
+    """
+    bound = min(data.validation_fraction * 2.0**64, 2.0**64 - 2**12)
+    return split_hashes < np.uint64(bound)
+
+
+def _has_bucket(metadata: np.ndarray, data: config.Data) -> Bool[np.ndarray, " records"]:
+    """Return which images have a bucket at one of the resolutions."""
+    assignment = assign_buckets(metadata["width"], metadata["height"], data)
+    return np.any(assignment.bucket_indices >= 0, axis=0)
+
+
+def _find_without_bucket(
+    metadata: np.ndarray, data: config.Data, has_bucket: Bool[np.ndarray, " records"]
+) -> dict[str, Bool[np.ndarray, " records"]]:
+    """Return which images have no bucket, by reason."""
+    is_too_long = ~is_within_aspect_ratio(
+        metadata["width"], metadata["height"], data.max_aspect_ratio
+    ) & (data.bucket_step > 0)
+    return {TOO_LONG: is_too_long, TOO_SMALL: ~has_bucket & ~is_too_long}
+
+
+def _find_unusable(
+    dataset_index: DatasetIndex, data: config.Data, split: str
+) -> dict[str, list[str]]:
+    """Return the names of a split's images that cannot be used, by kind."""
+    names = defaultdict(list)
+    for unusable, split_hash in dataset_index.iter_unusable():
+        if (split_hash < data.validation_fraction * 2**64) == (split == "validation"):
+            names[unusable.kind].append(unusable.name)
+    return names

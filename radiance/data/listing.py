@@ -10,57 +10,106 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from radiance.data.decode import read_image_size
 
-TRAIN_HASH = 2**64 - 1  # the lot of an image that its data set puts into the training split
+TRAIN_HASH = 2**64 - 1  # the split hash of an image that its dataset puts into the training split
+CHUNK_SIZE = 256  # images that a thread processes at once
+EDGE_BYTES = 4096  # bytes at either end of a file that enter the content hash
 
-
-CHUNK_SIZE = 256  # images that a thread looks at in one go
-
-
-EDGE_BYTES = 4096  # bytes at either end of a file that enter the fingerprint
+Item = TypeVar("Item")
+Output = TypeVar("Output")
 
 
 class IndexRecord(NamedTuple):
-    """An image that can be used."""
+    """An image that can be used.
 
-    name: str  # of the image within its data set; says which split it belongs to, unless `lot` does
-    location: Any  # where `Listing.read` finds it: JSON; the whole file, as bytes, where it could not find it
-    captions: tuple[str, ...]  # at least one
-    width: int  # pixels, upright
+    Attributes:
+        name: Name of the image within its dataset. It decides the split if `split_hash` is None.
+        location: JSON value with which `Listing.read_file` finds the image. A listing whose images
+            cannot be read one by one gives the bytes of the file instead.
+        captions: At least one caption.
+        width: Width of the upright image in pixels.
+        height: Height of the upright image in pixels.
+        has_tags: True if the captions are comma-separated lists of tags.
+        loss_weight: Weight of the image's loss.
+        content_hash: Hash of the file, or of the part of it that was read.
+        attributes: Known contents of the image, as a JSON object.
+        split_hash: 0 for validation, TRAIN_HASH for training, None to decide by name.
+    """
+
+    name: str
+    location: Any
+    captions: tuple[str, ...]
+    width: int
     height: int
-    has_tags: bool = False  # whether the captions are lists of tags with commas between
-    loss_weight: float = 1.0  # of its loss
-    content_hash: str = ""  # a digest of the file, or of as much of it as was read
-    attributes: dict[str, Any] = {}  # what is known to be in the image: JSON
-    split_hash: int | None = None  # 0: validation; TRAIN: training
+    has_tags: bool = False
+    loss_weight: float = 1.0
+    content_hash: str = ""
+    attributes: dict[str, Any] = {}  # noqa: RUF012 (it is never changed)
+    split_hash: int | None = None
 
 
 class Unusable(NamedTuple):
-    """An image, or a line, that cannot be used."""
+    """An image, or a line of a file, that cannot be used."""
 
     name: str
-    kind: str  # what it is counted under
+    kind: str  # the reason under which it is counted
 
 
 class Listing(Protocol):
-    """A data set as it lies somewhere: a folder, a file that lists images, shards. Can be pickled."""
+    """The images of a dataset in a folder, in a file that lists them, or in shards.
 
-    identity: str  # changes when there is other to be listed
+    A listing can be pickled. A copy needs only to implement `address` and `read_file`.
+
+    Attributes:
+        identity: Hash that changes when `scan` would yield something else.
+    """
+
+    identity: str
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
-        """All of it, in an order that does not change by itself."""
+        """Yield all images in a stable order.
+
+        Args:
+            num_threads: Number of threads that read files.
+        """
+        ...
+
+    def address(self, location: Any) -> str | None:
+        """Return the path or URL of an image's file, or None if it is a part of a larger file."""
+        ...
 
     def read_file(self, location: Any) -> bytes:
-        """The file of an image. Raises Broken when it is not there, and DataError when it cannot be reached."""
+        """Return the content of an image's file.
+
+        Raises:
+            UnusableError: The file does not exist.
+            DataError: The storage cannot be reached.
+        """
+        ...
 
 
 def compute_split_hash(name: str) -> int:
-    """Decides which split an image belongs to. The suffix does not count: one that is saved again in another format stays where it was."""
+    """Return the 64-bit hash of a name that decides the split of its image.
+
+    The suffix of the name is ignored: an image that is saved again in another format keeps its
+    split.
+    """
     stem = posixpath.splitext(name)[0].encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(stem, digest_size=8).digest(), "little")
 
 
 def read_image_header(file: BinaryIO) -> tuple[int, int, str]:
-    """Of an image: width and height, upright, and a digest of its size and of its bytes at either end. Raises what `size_of` does."""
+    """Read the size and a content hash of an image without decoding it.
+
+    Args:
+        file: Seekable file.
+
+    Returns:
+        Width and height of the upright image in pixels, and a hash of the file's size and of
+        EDGE_BYTES bytes at either end.
+
+    Raises:
+        UnusableError: The file is not an image that can be used; see `read_image_size`.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     edges = file.read(EDGE_BYTES)
@@ -71,19 +120,23 @@ def read_image_header(file: BinaryIO) -> tuple[int, int, str]:
     return width, height, f"{size} {hashlib.blake2b(edges, digest_size=16).hexdigest()}"
 
 
-Item = TypeVar("Item")
-
-
-Output = TypeVar("Output")
-
-
 def map_in_threads(
     function: Callable[[Item], Output],
     items: Iterable[Item],
     num_threads: int,
     chunk_size: int = CHUNK_SIZE,
 ) -> Iterator[Output]:
-    """`look` at each item, in threads; the results in the order of the items, and no more than a few chunks ahead."""
+    """Apply a function to each item in threads, at most two chunks per thread ahead.
+
+    Args:
+        function: Function of one item.
+        items: Items, which are consumed lazily.
+        num_threads: Number of threads.
+        chunk_size: Number of items that a thread processes at once.
+
+    Yields:
+        The results, in the order of the items.
+    """
     items = iter(items)
 
     def process_chunk(chunk: Sequence[Item]) -> list[Output]:

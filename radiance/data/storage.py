@@ -1,7 +1,11 @@
-"""Files under an address: a path of this machine, or a URL that fsspec understands (s3://, gs://, https://, memory://, …).
+"""Files by address: a local path, or a URL that fsspec knows (s3://, gs://, https://, …).
 
-What is asked of a remote file is asked again, with growing pauses, when it fails for a moment. How to log in is fsspec's to know: from
-its own configuration, or from what each provider's tools leave in the environment.
+Requests for remote files that fail for a moment are repeated with growing delays. Credentials are
+read by fsspec, from its own configuration or from what each provider's tools leave in the
+environment.
+
+Local files are read with Python's own functions: fsspec's local file system has no finer time than
+microseconds, and it neither follows links to folders nor reports which folders it cannot list.
 """
 
 import errno
@@ -13,15 +17,19 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from fsspec.caching import FirstChunkCache
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractBufferedFile
 
 from radiance import config
 from radiance.base.errors import DataError
 
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)  # seconds between attempts
-HEADER_BLOCK_SIZE = 2**16  # bytes of a remote file that are fetched at a time to look at its head
-STREAM_BLOCK_SIZE = 2**23  # and to read it from its beginning to its end
-# What file systems call that which changes with a file's content.
+HEADER_BLOCK_SIZE = 2**16  # bytes of a remote file that are requested at once to read its header
+STREAM_BLOCK_SIZE = 2**23  # the same to read the file from start to end
+# Names under which file systems report something that changes with a file's content.
 VERSION_KEYS = (
     "ETag",
     "etag",
@@ -36,22 +44,30 @@ VERSION_KEYS = (
 )
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 MISSING_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-TRANSIENT_STATUSES = (
-    408,
-    425,
-    429,
-)  # of the HTTP status codes that blame who asks: they ask to ask later
+TRANSIENT_STATUSES = (408, 425, 429)  # HTTP status codes 4xx after which a request may be repeated
 
 
 class FileInfo(NamedTuple):
-    name: str  # below its folder, with "/" and in Unicode NFC: the same everywhere
-    path: str  # below its folder, as the file system spells it
-    size: int | None  # bytes; none where that was not told
-    version: str  # changes with the content; empty where there is none
+    """A file below a folder.
+
+    Attributes:
+        name: Path below the folder with "/" and in Unicode NFC, the same on every system.
+        path: Path below the folder in the file system's own spelling.
+        size: Size in bytes; None if it is unknown.
+        version: String that changes with the content; empty if there is none.
+    """
+
+    name: str
+    path: str
+    size: int | None
+    version: str
 
 
 class UnreachableError(OSError, DataError):
-    """A file that may be there and cannot be read. `errno` tells it from a broken image."""
+    """A file that may exist and cannot be read.
+
+    Its `errno` distinguishes it from the errors that Pillow raises for broken images.
+    """
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -59,16 +75,17 @@ class UnreachableError(OSError, DataError):
 
 
 def is_remote(address: str) -> bool:
+    """Return True for a URL."""
     return "://" in address
 
 
 def resolve_address(address: str) -> str:
-    """The same from every working directory, links resolved."""
+    """Return an address that is valid in every working directory, with links resolved."""
     return address if is_remote(address) else os.path.realpath(os.path.expanduser(address))
 
 
 def join_address(folder: str, path: str) -> str:
-    """The address of a place below a folder; a place that is an address itself stays what it is."""
+    """Return the address of a path below a folder; an absolute path or URL stays as it is."""
     if is_remote(path) or path.startswith("/"):
         return path
     if not is_remote(folder):
@@ -77,14 +94,23 @@ def join_address(folder: str, path: str) -> str:
 
 
 def parent_address(address: str) -> str:
-    """The folder in which a file is."""
+    """Return the address of the folder of a file."""
     return address[: address.rindex("/") + 1] if is_remote(address) else os.path.dirname(address)
 
 
 def list_files(folder: str) -> tuple[list[FileInfo], list[str]]:
-    """All files below a folder by name, and the names of folders that cannot be listed. Names that begin with a dot are passed over.
+    """List all files below a folder; names that begin with a dot are skipped.
 
-    HTTP's listings tell neither sizes nor stamps. Raises NotADirectoryError when there is no such folder, and Unreachable.
+    Args:
+        folder: Path or URL.
+
+    Returns:
+        Files ordered by name, and names of folders that cannot be listed. Listings of web servers
+        have neither sizes nor versions.
+
+    Raises:
+        NotADirectoryError: There is no such folder.
+        UnreachableError: The folder cannot be listed.
     """
     file_infos, unreadable_folders = (
         _list_remote_files(folder) if is_remote(folder) else _list_local_files(folder)
@@ -93,7 +119,19 @@ def list_files(folder: str) -> tuple[list[FileInfo], list[str]]:
 
 
 def get_file_info(address: str) -> FileInfo:
-    """What is known of one file. Raises FileNotFoundError, PermissionError, Unreachable."""
+    """Return size and version of a file.
+
+    Args:
+        address: Path or URL, which is also the name and path of the result.
+
+    Returns:
+        The information.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PermissionError: It must not be read.
+        UnreachableError: It cannot be read for another reason.
+    """
     if is_remote(address):
         return _retry(address, partial(_remote_file_info, address))
     with _translate_os_errors(address):
@@ -104,21 +142,42 @@ def get_file_info(address: str) -> FileInfo:
 
 
 def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
-    """Bytes `begin` to `end` of a file: all, or a range that lies within it, or as much as there is of a range from its beginning.
+    """Read a file or a range of it.
 
-    Raises FileNotFoundError, PermissionError, Unreachable.
+    Args:
+        address: Path or URL.
+        begin: First byte.
+        end: Byte after the last one; None for the end of the file. It may exceed the file only if
+            `begin` is 0.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PermissionError: It must not be read.
+        UnreachableError: It cannot be read for another reason.
     """
     if is_remote(address):
         return _retry(address, partial(_fetch_bytes, address, begin, end))
-    with _translate_os_errors(address), open(address, "rb") as handle:
-        handle.seek(begin)
-        return handle.read() if end is None else handle.read(max(end - begin, 0))
+    with _translate_os_errors(address), open(address, "rb") as file:
+        file.seek(begin)
+        return file.read() if end is None else file.read(max(end - begin, 0))
 
 
 def open_seekable(address: str, size: int | None = None) -> BinaryIO:
-    """A file to seek and read in; of a remote one little more is fetched than is read. size: where it is known, it is not asked for.
+    """Open a file for reading at any position; little more of a remote file is requested than read.
 
-    Opening and reading raise OSError: of a remote file FileNotFoundError, PermissionError, Unreachable.
+    Args:
+        address: Path or URL.
+        size: Size in bytes, if it is known: then it is not requested.
+
+    Returns:
+        The open file.
+
+    Raises:
+        OSError: The file cannot be read, now or later. For a remote file it is FileNotFoundError,
+            PermissionError or UnreachableError.
     """
     return (
         _open_remote(address, size, HEADER_BLOCK_SIZE)
@@ -129,27 +188,38 @@ def open_seekable(address: str, size: int | None = None) -> BinaryIO:
 
 @contextmanager
 def open_stream(address: str, size: int | None = None) -> Iterator[BinaryIO]:
-    """A file to go through from its beginning; it can be sought in as well. Raises Unreachable, also when it is not there."""
+    """Open a file for reading from start to end; it is seekable too.
+
+    Args:
+        address: Path or URL.
+        size: Size in bytes, if it is known: then it is not requested.
+
+    Yields:
+        The open file.
+
+    Raises:
+        UnreachableError: The file cannot be read, or there is none.
+    """
     try:
         with (
             _translate_os_errors(address),
             _open_remote(address, size, STREAM_BLOCK_SIZE)
             if is_remote(address)
-            else open(address, "rb") as handle,
+            else open(address, "rb") as file,
         ):
-            yield handle
+            yield file
     except (FileNotFoundError, PermissionError) as error:
         raise UnreachableError(
-            f"{address} cannot be read ({error.strerror}): put it there and allow it, then start again."
+            f"{address} cannot be read ({error.strerror}): make it readable, then start again."
         ) from None
 
 
-# --- of this machine ----------------------------------------------------------------------------------------------------
+# --- local files ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def _translate_os_errors(address: str) -> Iterator[None]:
-    """What opening and reading a local file raises, sorted as `read` says."""
+    """Translate errors of local files to those that `read_bytes` documents."""
     try:
         yield
     except (PermissionError, UnreachableError):
@@ -158,7 +228,8 @@ def _translate_os_errors(address: str) -> Iterator[None]:
         if error.errno in MISSING_ERRNOS:
             raise _file_not_found(address) from None
         raise UnreachableError(
-            f"{address} cannot be read ({error.strerror or error}): see to its disk, then start again."
+            f"{address} cannot be read ({error.strerror or error}): check its disk, "
+            "then start again."
         ) from None
 
 
@@ -167,7 +238,7 @@ def _file_not_found(address: str) -> FileNotFoundError:
 
 
 def _list_local_files(root: str) -> tuple[list[FileInfo], list[str]]:
-    """A folder that is met again through a link is passed over."""
+    """List files below a folder, each linked folder once."""
     if not os.path.isdir(root):
         raise NotADirectoryError(root)
     file_infos, unreadable_folders, visited = [], [], set()
@@ -175,92 +246,80 @@ def _list_local_files(root: str) -> tuple[list[FileInfo], list[str]]:
     def record_unreadable(error: OSError):
         unreadable_folders.append(_normalize_name(os.path.relpath(error.filename, root)))
 
-    for folder, subfolders, file_names in os.walk(
-        root, followlinks=True, onerror=record_unreadable
-    ):
+    walk = os.walk(root, followlinks=True, onerror=record_unreadable)
+    for folder, subfolders, file_names in walk:
         stat_result = os.stat(folder)
-        if (stat_result.st_dev, stat_result.st_ino) in visited:
+        identity = stat_result.st_dev, stat_result.st_ino
+        if identity in visited:
             subfolders.clear()
             continue
-        visited.add((stat_result.st_dev, stat_result.st_ino))
+        visited.add(identity)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative_folder = "" if folder == root else os.path.relpath(folder, root)
         for name in file_names:
             if not name.startswith("."):
-                path = os.path.join(relative_folder, name)
-                try:
-                    stat_result = os.stat(os.path.join(folder, name))
-                    file_infos.append(
-                        FileInfo(
-                            _normalize_name(path),
-                            path,
-                            stat_result.st_size,
-                            str(stat_result.st_mtime_ns),
-                        )
-                    )
-                except OSError:
-                    file_infos.append(FileInfo(_normalize_name(path), path, None, ""))
+                file_infos.append(_local_file_info(root, os.path.join(relative_folder, name)))
     return file_infos, unreadable_folders
+
+
+def _local_file_info(root: str, path: str) -> FileInfo:
+    """Return size and version of a file; of a broken link, neither."""
+    try:
+        stat_result = os.stat(os.path.join(root, path))
+    except OSError:
+        return FileInfo(_normalize_name(path), path, None, "")
+    version = str(stat_result.st_mtime_ns)
+    return FileInfo(_normalize_name(path), path, stat_result.st_size, version)
 
 
 def _normalize_name(path: str) -> str:
     return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
 
 
-# --- elsewhere ----------------------------------------------------------------------------------------------------------
+# --- remote files ---------------------------------------------------------------------------------
 
 Response = TypeVar("Response")
 
 
 def _retry(address: str, request: Callable[[], Response]) -> Response:
-    """The answer, when there is one within about a minute."""
+    """Repeat a request until it succeeds, for about a minute."""
     delays = iter(RETRY_DELAYS)
     while True:
         try:
             return request()
-        except Exception as error:  # each file system has its own kinds
+        except Exception as error:  # each file system has its own errors
             if permanent_error := _permanent_error(error, address):
                 raise permanent_error from None
             if (delay := next(delays, None)) is None:
                 reason = " ".join(f"{type(error).__name__} {error}".split())
                 raise UnreachableError(
-                    f"{address} cannot be read, tried again and again ({reason}): see to the connection, then start again."
+                    f"{address} cannot be read, after {len(RETRY_DELAYS) + 1} attempts "
+                    f"({reason}): check the connection, then start again."
                 ) from None
         time.sleep(delay)
 
 
 def _permanent_error(error: Exception, address: str) -> Exception | None:
-    """What to raise at once, for it would be the same in a minute."""
+    """Return the error to raise at once, or None if a later attempt may succeed."""
     if isinstance(error, config.ConfigError | PermissionError):
         return error
-    status = getattr(error, "status", None)  # of HTTP
+    status = getattr(error, "status", None)  # HTTP status code
     if status in (401, 403):
         return PermissionError(errno.EACCES, os.strerror(errno.EACCES), address)
-    is_invalid_address = isinstance(error, ValueError) and not isinstance(
-        error, OSError
-    )  # as an address
-    if (
-        isinstance(error, MISSING_ERRORS)
-        or is_invalid_address
-        or (status in range(400, 500) and status not in TRANSIENT_STATUSES)
-    ):
+    is_invalid_address = isinstance(error, ValueError) and not isinstance(error, OSError)
+    is_client_error = status in range(400, 500) and status not in TRANSIENT_STATUSES
+    if isinstance(error, MISSING_ERRORS) or is_invalid_address or is_client_error:
         return _file_not_found(address)
     return None
 
 
 def _open_file_system(address: str) -> tuple[Any, str]:
-    """The file system of a URL, and its name for the file."""
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise config.ConfigError(
-            f"{address} is reached with the fsspec package: pip install 'radiance[remote]'."
-        ) from None
+    """Return the file system of a URL, and the file's path in it."""
     try:
         file_system, path = url_to_fs(address)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError) as error:  # no package for this protocol, or no such protocol
         raise config.ConfigError(
-            f"{address} cannot be reached: {str(error).rstrip('.')}, beside 'radiance[remote]'."
+            f"{address} cannot be reached: {str(error).rstrip('.')}."
         ) from None
     return file_system, file_system._strip_protocol(path)
 
@@ -280,70 +339,44 @@ def _fetch_bytes(address: str, begin: int, end: int | None) -> bytes:
     if begin == 0 and end is None:
         return file_system.cat_file(path)
     content = file_system.cat_file(path, start=begin, end=end)
-    if (
-        end is not None and len(content) > end - begin
-    ):  # a server that knows no ranges sends the whole
-        return content[begin:end]
+    if end is not None and len(content) > end - begin:
+        return content[begin:end]  # a server that ignores ranges sent the whole file
     return content
 
 
 def _open_remote(address: str, size: int | None, block_size: int) -> BinaryIO:
-    """With its first block, so that whether it is there is known before anyone looks into it."""
+    """Open a remote file and read its first block, so that a missing file fails at once."""
     first_block = read_bytes(address, 0, block_size if size is None else min(block_size, size))
-    return (
-        io.BytesIO(first_block)
-        if len(first_block) < block_size
-        else io.BufferedReader(_RemoteFile(address, size, first_block), block_size)
-    )
+    if len(first_block) < block_size:
+        return io.BytesIO(first_block)
+    size = _remote_size(address) if size is None else size
+    remote_file = _RemoteFile(address, size, first_block)
+    return io.BufferedReader(cast(io.RawIOBase, remote_file), block_size)
 
 
-class _RemoteFile(io.RawIOBase):
-    """A remote file, fetched as it is read; its head is kept."""
+def _remote_size(address: str) -> int:
+    """Return the size of a remote file; if the server does not report it, read the file."""
+    size = None
+    with suppress(FileNotFoundError):  # some servers send a file and have no information about it
+        size = get_file_info(address).size
+    return len(read_bytes(address)) if size is None else size
 
-    def __init__(self, address: str, size: int | None, first_block: bytes):
-        self.address, self._size, self.first_block, self._position = address, size, first_block, 0
 
-    @property
-    def size(self) -> int:
-        if self._size is None:
-            with suppress(FileNotFoundError):  # servers may give a file and tell nothing of it
-                self._size = get_file_info(self.address).size
-        if self._size is None:
-            self._size = len(read_bytes(self.address))
-        return self._size
+class _RemoteFile(AbstractBufferedFile):
+    """A remote file with our retries, whose first block stays in memory."""
 
-    def readable(self) -> bool:
-        return True
+    def __init__(self, address: str, size: int, first_block: bytes):
+        super().__init__(None, address, cache_type="none", size=size)
+        cache = FirstChunkCache(len(first_block), self._fetch_range, size)
+        cache.cache = first_block
+        self.cache = cache
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (
-            0 if whence == os.SEEK_SET else self._position if whence == os.SEEK_CUR else self.size
-        )
-        if position < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._position = position
-        return position
-
-    def readinto(self, buffer: Any) -> int:
-        begin, end = self._position, self._position + len(buffer)
-        content = self.first_block[begin:end] or read_bytes(
-            self.address, begin, min(end, self.size)
-        )
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-    def readall(self) -> bytes:
-        content = self.first_block[self._position :]
-        content += read_bytes(self.address, self._position + len(content), self.size)
-        self._position += len(content)
-        return content
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_bytes(self.path, start, end)
 
 
 def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
+    """List files below a folder, level by level."""
     file_system, root_path = _retry(root, partial(_open_file_system, root))
     root_path = root_path.rstrip("/")
     file_system.invalidate_cache()
@@ -364,7 +397,7 @@ def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
             for info in infos
             if info["name"].startswith(folder + "/") and info["name"].rstrip("/") != folder
         ]
-        if folder == root_path and infos and not entries:  # itself: a file
+        if folder == root_path and infos and not entries:  # the listing of a file is the file
             raise NotADirectoryError(root)
         for info in entries:
             path = info["name"].rstrip("/")
@@ -373,17 +406,12 @@ def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
             if info["type"] == "directory":
                 pending.append(path)
             else:
-                relative_path = path[len(root_path) + 1 :]
-                file_infos.append(
-                    FileInfo(
-                        _normalize_name(relative_path),
-                        relative_path,
-                        info.get("size"),
-                        _file_version(info),
-                    )
-                )
+                name = path[len(root_path) + 1 :]
+                version = _file_version(info)
+                file_infos.append(FileInfo(_normalize_name(name), name, info.get("size"), version))
     return file_infos, unreadable_folders
 
 
 def _file_version(info: dict[str, Any]) -> str:
+    """Return the first value that changes with the content."""
     return str(next((info[key] for key in VERSION_KEYS if info.get(key)), ""))

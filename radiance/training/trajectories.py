@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Float16
 from radiance import config
 from radiance.base.files import replace_atomically, require_space
 from radiance.base.random import RandomStream, make_rng, random_permutation
-from radiance.data.batches import PREFETCH_BATCHES, Batch, padded_text_length
+from radiance.data.batches import PREFETCH_BATCHES, Batch, encode_captions, padded_text_length
 from radiance.data.captions import augment_caption
 from radiance.data.source import Source
 from radiance.pipeline import Pipeline
@@ -348,9 +348,8 @@ class TrajectoryBatches:
             examples,
             self.encoder,
             padded_text_length(num_tokens, self.encoder.max_length, self.masking),
+            self.data.dropped_caption,
         )
-        if self.data.dropped_caption == "masked":
-            batch["lengths"][[caption is None for _, caption in examples]] = 0
         return batch | {"cut": np.int32(0), "skipped": np.int32(0)}
 
     def _caption(self, position: int, index: int) -> str | None:
@@ -373,17 +372,15 @@ def make_trajectory_batch(
     trajectories: Trajectories,
     examples: Sequence[tuple[int, str | None]],
     encoder: TextEncoder,
-    text_width: int,
+    text_length: int,
+    dropped_caption: Literal["empty", "masked"] = "empty",
 ) -> Batch:
-    """Trajectories by number with captions, in arrays."""
-    text, lengths = encoder.pad_embeddings(
-        encoder.encode([caption or "" for _, caption in examples], truncate=True), text_width
-    )
+    """Return trajectories by index with captions, in arrays; a caption is None if dropped."""
+    captions = [caption for _, caption in examples]
     return {
         "image": np.stack([trajectories.points(index) for index, _ in examples]),
         "seed": np.array([trajectories.seed(index) for index, _ in examples], np.uint32),
-        "text": text,
-        "lengths": lengths,
+        **encode_captions(encoder, captions, text_length, dropped_caption),
         "weight": np.ones(len(examples), np.float32),
     }
 
@@ -393,7 +390,7 @@ def make_fixed_trajectory_batches(
 ) -> list[Batch]:
     """All of them in batches of one shape; the last one is filled up with rows of weight 0."""
     captions = [trajectories.caption(index) for index in range(trajectories.num_trajectories)]
-    text_width = padded_text_length(
+    text_length = padded_text_length(
         max(map(encoder.count_tokens, captions)), encoder.max_length, masking
     )
     batch_size, batches = min(batch_size, trajectories.num_trajectories), []
@@ -405,7 +402,7 @@ def make_fixed_trajectory_batches(
             )
             for index in range(start, start + batch_size)
         ]
-        batch = make_trajectory_batch(trajectories, examples, encoder, text_width)
+        batch = make_trajectory_batch(trajectories, examples, encoder, text_length)
         batch["weight"][trajectories.num_trajectories - start :] = 0
         batches.append(batch)
     return batches

@@ -27,7 +27,12 @@ def test_shares():
     told = said(
         ["A Cat, sitting"],
         False,
-        rules(caption_dropout=0.1, lowercase_probability=0.25, caption_prefix="Mine: ", caption_suffix=" End"),
+        rules(
+            caption_dropout=0.1,
+            lowercase_probability=0.25,
+            caption_prefix="Mine: ",
+            caption_suffix=" End",
+        ),
     )
     assert abs(told.count(None) / 2000 - 0.1) < 0.03
     assert abs(told.count("Mine: a cat, sitting End") / 2000 - 0.9 * 0.25) < 0.03

@@ -72,6 +72,10 @@ class ParquetListing:
                         yield self._make_record(f"{shard.name}/{row_index}", record, shard_columns)
                         row_index += 1
 
+    def address(self, location: Any) -> None:
+        """Return None: an image is a part of a table."""
+        return None
+
     def read_file(self, location: Any) -> bytes:
         raise NotImplementedError("The dataset index keeps these images.")
 

@@ -56,6 +56,10 @@ class TarListing:
         for shard_records in map_in_threads(_read_shard, self.shards, num_threads, chunk_size=1):
             yield from shard_records
 
+    def address(self, location: list) -> None:
+        """Return None: an image is a part of a shard."""
+        return None
+
     def read_file(self, location: list) -> bytes:
         shard, offset, size = location
         return read_range(self.paths[shard], offset, size)

@@ -65,7 +65,9 @@ class TfdsListing:
         self.identity = hashlib.sha256(json.dumps(identity_fields).encode()).hexdigest()
 
     def __getstate__(self):
-        return {name: getattr(self, name) for name in ("folder", "image", "caption", "splits")}
+        return {
+            name: getattr(self, name) for name in ("folder", "image_key", "caption_key", "splits")
+        }
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
         for split in self.splits:
@@ -74,6 +76,10 @@ class TfdsListing:
                 range(len(self._split_examples[split])),
                 num_threads,
             )
+
+    def address(self, location: list) -> None:
+        """Return None: an image is a part of an example."""
+        return None
 
     def read_file(self, location: list) -> bytes:
         try:

@@ -115,7 +115,7 @@ def test_shapes_are_those_of_the_first_epoch(remainder):
         for shape in found.buckets
     )
     for width, height, images, batches, rest in found.buckets:
-        ours = [order[step].indices for step in range(steps) if order[step][1:] == (width, height)]
+        ours = [order[step].image_indices for step in range(steps) if order[step][1:] == (width, height)]
         assert len(ours) == batches + (remainder == "fill" and rest > 0)
         assert sum((those != NO_IMAGE).sum() for those in ours) == images - rest * (
             remainder != "fill"

@@ -117,7 +117,7 @@ def test_tags_of_metadata(tmp_path):
     told = {"text": set(), "tags": set()}
     for step in range(50):
         for index, caption in zip(
-            batches.sampler[step].indices, batches._sample_captions(step, batches.sampler[step])
+            batches.sampler[step].image_indices, batches._sample_captions(step, batches.sampler[step])
         ):
             told["tags" if index == 1 else "text"].add(caption)
     assert told["text"] == {"X a,b, c."}
@@ -324,7 +324,7 @@ def test_settings_that_contradict():
         config.ConfigError, match="data.path=x is not for data.source=digits: choose another source"
     ):
         config.Data(path="x")
-    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path: where"):
+    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path: give"):
         open_source(config.Data(source="folder"), "train")
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(config.ConfigError, match="data.validation_fraction"):

@@ -201,7 +201,7 @@ def test_a_file_of_declared_size_that_is_missing_is_passed_over(tmp_path, capsys
     (batch,) = Batches(source, data, HashEncoder(8, 6), 0, 1, "one_pad").start(0)
     assert batch["skipped"] == 2
     assert sorted(batch["weight"]) == [0, 0, 1, 1, 1, 1]
-    assert "'4.png' cannot be used (missing file) and is passed over" in capsys.readouterr().err
+    assert "'4.png' cannot be used (missing file) and is skipped" in capsys.readouterr().err
     (tmp_path / "4.png").mkdir()
     with pytest.raises(UnusableError, match="^missing file$"):
         source.load_image(4)
