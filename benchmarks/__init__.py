@@ -1,6 +1,6 @@
-"""Measurements of speed beside named peers and the limits of the device, and of memory, such as `python -m benchmarks.sampling`.
+"""Measure speed beside named peers and the device's limits, and memory.
 
-A room above all others: nothing imports it.
+Run one with `python -m benchmarks.sampling`. Nothing imports this package.
 """
 
 import os

@@ -1,10 +1,11 @@
-"""Attention under lengths, forward and backward: every backend of `radiance` that the device has, beside PyTorch's kernels.
+"""Time attention with lengths, forward and backward: `radiance` beside PyTorch's kernels.
 
     python -m benchmarks.attention --tokens 1024 4608 --heads 24 --head-dim 128 --dtype bfloat16
-    python -m benchmarks.attention --tokens 304 4144 --hidden-tokens 7       # images of 256² and 1024² with the text cut
+    python -m benchmarks.attention --tokens 304 4144 --hidden-tokens 7    (256² and 1024², cut text)
 
-All compute on the same numbers and hide the last tokens of each row. The error is the largest difference to float32 with exact
-products, by the largest value there; with the backward pass that of the output and the three gradients, whichever is worst.
+All compute on the same values and hide the last tokens of each row. The error is the largest
+difference from float32 with exact products, relative to the largest value there; with the
+backward pass, the worst of the output and the three gradients.
 """
 
 import argparse
@@ -21,16 +22,16 @@ from benchmarks import measure, networks
 from benchmarks.measure import Contender, Limits, Report
 from radiance.model.attention import attention, select_backend
 
-PRODUCTS = {
+NUM_PRODUCTS = {
     "forward": 2,
     "forward and backward": 7,
-}  # of n × n × k a head; the backward pass makes its scores once more
+}  # of n × n × k per head; the backward pass computes its scores again
 BACKENDS = {
     "cpu": ("xla", "chunked"),
     "gpu": ("cudnn", "xla", "chunked"),
     "tpu": ("splash", "xla", "chunked"),
 }
-TORCH = {
+TORCH_BACKENDS = {
     "cpu": ("default",),
     "gpu": ("default", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
     "tpu": (),
@@ -43,13 +44,13 @@ class Inputs(NamedTuple):
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
-    weights: np.ndarray  # the gradient of the output; 0 in hidden rows, which nobody reads
+    weights: np.ndarray  # gradient of the output; 0 in hidden rows
     lengths: np.ndarray
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     small = jax.default_backend() == "cpu"
-    parser = measure.parser(__doc__)
+    parser = measure.make_parser(__doc__)
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1024, 4608], help="default: %(default)s"
     )
@@ -72,24 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     options = parser.parse_args(arguments)
 
     report = Report("attention", arguments)
-    limits = report.limits(options.dtype)
+    limits = report.measure_limits(options.dtype)
     for tokens in options.tokens:
         inputs = make_inputs(
             (options.batch, tokens, options.heads, options.head_dim), tokens - options.hidden_tokens
         )
         with jax.default_matmul_precision("highest"):
-            exact = [host(x) for x in radiance(inputs, "float32", True, "chunked")()]
-        for part in PRODUCTS:
+            exact = [to_numpy(x) for x in make_radiance_call(inputs, "float32", True, "chunked")()]
+        for part in NUM_PRODUCTS:
             compare(report, inputs, exact, part, options, limits)
-            measure.forget()
+            measure.free_memory()
     if options.record:
         report.record()
     return report
 
 
 def make_inputs(shape: tuple[int, ...], length: int) -> Inputs:
-    draw = np.random.default_rng(0)
-    q, k, v, weights = (draw.standard_normal(shape, np.float32) for _ in range(4))
+    rng = np.random.default_rng(0)
+    q, k, v, weights = (rng.standard_normal(shape, np.float32) for _ in range(4))
     weights[:, length:] = 0
     return Inputs(q, k, v, weights, np.full(shape[0], length, np.int32))
 
@@ -103,49 +104,51 @@ def compare(
     limits: Limits,
 ):
     b, n, h, size = inputs.q.shape
-    work, backward = PRODUCTS[part] * 2 * b * h * n**2 * size, part != "forward"
-    found: dict[str, Sequence[Any]] = {}  # by row, what its last call gave
+    work, backward = NUM_PRODUCTS[part] * 2 * b * h * n**2 * size, part != "forward"
+    outputs: dict[str, Sequence[Any]] = {}  # results of the last call by row
 
     def row(name: str, make: Callable, backend: str, peer: bool = True) -> Contender:
-        def keeping():
+        def make_recording_call():
             call = make(inputs, options.dtype, backward, backend)
-            return lambda: found.update({name: call()})
+            return lambda: outputs.update({name: call()})
 
-        return Contender(name, keeping, work, peer)
+        return Contender(name, make_recording_call, work, peer)
 
     platform = jax.default_backend()
     first = select_backend(platform, inputs.q.shape, jnp.dtype(options.dtype))
     backends = sorted(BACKENDS[platform], key=lambda name: name != first)
-    # One that needs more memory than there is becomes a row too, but the one that is chosen must run.
-    rows = [row(f"radiance, {name}", radiance, name, peer=name != first) for name in backends]
-    rows += [row(f"PyTorch, {name}", pytorch, name) for name in TORCH[platform]]
-    results = measure.race(rows, options.repeats)
-    report.say(f"### {part}, {n} tokens, {b}×{h} heads of {size}, {options.dtype}")
+    # A backend that runs out of memory becomes a row too; the selected one must run.
+    rows = [
+        row(f"radiance, {name}", make_radiance_call, name, peer=name != first) for name in backends
+    ]
+    rows += [row(f"PyTorch, {name}", make_torch_call, name) for name in TORCH_BACKENDS[platform]]
+    results = measure.time_in_turn(rows, options.repeats)
+    report.write(f"### {part}, {n} tokens, {b}×{h} heads of {size}, {options.dtype}")
     report.compare(
         results,
         limits,
         {
             "error": lambda result: (
-                f"{error(found[result.contender.name], exact, inputs.lengths[0]):.1e}"
+                f"{compute_error(outputs[result.contender.name], exact, inputs.lengths[0]):.1e}"
             )
         },
     )
 
 
-def error(found: Sequence[Any], exact: Sequence[np.ndarray], length: int) -> float:
-    """Of visible rows, which are the same for all arrays: the others find what nobody reads, and their gradients are 0."""
-    pairs = [(host(x)[:, :length], y[:, :length]) for x, y in zip(found, exact)]
+def compute_error(outputs: Sequence[Any], exact: Sequence[np.ndarray], length: int) -> float:
+    """Return the largest relative error of visible rows; hidden ones are never read."""
+    pairs = [(to_numpy(x)[:, :length], y[:, :length]) for x, y in zip(outputs, exact)]
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
-def host(x: Any) -> np.ndarray:
+def to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x, np.float32) if isinstance(x, jax.Array) else x.float().cpu().numpy()
 
 
-# --- what is timed: (output, and the gradients of queries, keys and values), all [b, n, h, k] -------------------------
+# --- What is timed: (output, and the gradients of queries, keys and values), all [b, n, h, k] ---
 
 
-def radiance(
+def make_radiance_call(
     inputs: Inputs, dtype: str, backward: bool, backend: str
 ) -> Callable[[], Sequence[jax.Array]]:
     q, k, v, weights = (jnp.asarray(x, dtype) for x in inputs[:4])
@@ -161,13 +164,13 @@ def radiance(
     return lambda: jax.block_until_ready(run(q, k, v, weights))
 
 
-def pytorch(
+def make_torch_call(
     inputs: Inputs, dtype: str, backward: bool, backend: str
 ) -> Callable[[], Sequence[Any]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Heads before tokens, as its kernels want them; in memory they lie as a projection leaves them.
+    # Heads before tokens, as the kernels expect; in memory as a projection returns them.
     q, k, v, weights = (networks.to_torch(x, dtype).transpose(1, 2) for x in inputs[:4])
     mask = (
         torch.arange(q.shape[2], device=q.device)
@@ -180,7 +183,7 @@ def pytorch(
         with nullcontext() if backend == "default" else sdpa_kernel(SDPBackend[backend]):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             gradients = torch.autograd.grad(out, (q, k, v), weights) if backward else ()
-        measure.synchronize()
+        measure.synchronize_torch()
         return [x.detach().transpose(1, 2) for x in (out, *gradients)]
 
     return run

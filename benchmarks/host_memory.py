@@ -1,14 +1,14 @@
-"""Memory of the host through a run: does it grow with the steps?
+"""Does the memory of the host grow with the steps of a run?
 
-    python -m benchmarks.host_memory                    # 2,000 steps of a toy, a few minutes on two cores
-    python -m benchmarks.host_memory --steps 20000 --side 64
+    python -m benchmarks.host_memory                    (2,000 steps of a toy, minutes on two cores)
+    python -m benchmarks.host_memory --steps 20000 --resolution 64
 
-A folder of random JPEGs is trained on with the command that users type, and everything that a run does is done often: decoding, rows of
-metrics, validation, images, checkpoints, and snapshots of averages. Beside it the resident memory of that process, and of those it
-started, is read. *anonymous* is what no file stands behind: what leaks is there. The slope is that of a straight line through all
-readings of the last three quarters of the steps.
-
-Freed memory stays with the process (`radiance.distributed.environment.keep_memory`), so the curve is one of highest values: it climbs to a plateau.
+A folder of random JPEGs is trained on with the command that users type, and everything a run does
+is done often: decoding, metrics, validation, samples, checkpoints, and EMA snapshots. Meanwhile
+the resident memory of the process and its children is read. *anonymous* memory is backed by no
+file: leaks are there. The slope is that of a straight line through all readings of the last three
+quarters of the steps. Freed memory stays with the process
+(`radiance.distributed.environment.retain_freed_memory`), so the curve climbs to a plateau.
 """
 
 import json
@@ -29,9 +29,9 @@ from benchmarks import measure
 from benchmarks.measure import Report
 from radiance import config
 
-READ_EVERY = 0.2  # seconds
-LINES = 10  # of the table
-WARM_UP = 0.25  # share of the steps that the slope leaves out
+READ_INTERVAL = 0.2  # seconds
+NUM_TABLE_ROWS = 10  # rows of the table
+WARM_UP_FRACTION = 0.25  # fraction of the steps that the slope ignores
 MB = 1e6
 
 
@@ -42,13 +42,13 @@ class Reading(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
-    parser = measure.parser(__doc__)
+    parser = measure.make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
     parser.add_argument(
         "--images", type=int, default=200, help="in the folder; default: %(default)s"
     )
     parser.add_argument(
-        "--side",
+        "--resolution",
         type=int,
         default=32,
         help="of the images that are trained on; default: %(default)s",
@@ -58,43 +58,46 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     report = Report("host_memory", arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw_images(folder / "images", options.pictures, options.side)
-        run = run_of(folder, options.steps, options.side)
-        began = time.perf_counter()
-        readings = watched(run, folder)
-        seconds = time.perf_counter() - began
-    warm = [reading for reading in readings if reading.step >= WARM_UP * options.steps]
+        write_images(folder / "images", options.images, options.resolution)
+        run = make_run(folder, options.steps, options.resolution)
+        start = time.perf_counter()
+        readings = watch_run(run, folder)
+        seconds = time.perf_counter() - start
+    warm = [reading for reading in readings if reading.step >= WARM_UP_FRACTION * options.steps]
     rows = [
         [str(r.step), f"{r.resident / MB:.1f}", f"{r.anonymous / MB:.1f}"]
-        for r in spread(readings, options.steps)
+        for r in select_readings(readings, options.steps)
     ]
-    report.say(measure.table(("step", "resident MB", "anonymous MB"), rows))
-    report.say(
-        f"{options.steps} steps and {len(readings)} readings in {seconds:.0f} s. After step {warm[0].step} each 1,000 steps add "
-        f"{slope(warm, 'resident') / MB:+.2f} MB resident, {slope(warm, 'anonymous') / MB:+.2f} MB anonymous."
+    report.write(measure.format_table(("step", "resident MB", "anonymous MB"), rows))
+    report.write(
+        f"{options.steps} steps and {len(readings)} readings in {seconds:.0f} s. "
+        f"After step {warm[0].step} each 1,000 steps add "
+        f"{fit_slope(warm, 'resident') / MB:+.2f} MB resident, "
+        f"{fit_slope(warm, 'anonymous') / MB:+.2f} MB anonymous."
     )
     if options.record:
         report.record()
     return report
 
 
-def draw_images(folder: Path, count: int, side: int):
-    """JPEGs of noise, of many sizes, with captions."""
+def write_images(folder: Path, count: int, resolution: int):
+    """Write JPEGs of noise in many sizes, with captions."""
     folder.mkdir()
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for i in range(count):
-        height, width = draw.integers(side, 6 * side, 2)
-        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(
+        height, width = rng.integers(resolution, 6 * resolution, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(
             folder / f"{i}.jpg"
         )
         (folder / f"{i}.txt").write_text(f"noise number {i}\n")
 
 
-def run_of(folder: Path, steps: int, side: int) -> config.Config:
-    """All that a run does, twenty times or more."""
+def make_run(folder: Path, steps: int, resolution: int) -> config.Config:
+    """Return a run that does everything twenty times or more."""
     often = max(1, steps // 20)
     model = replace(
-        config.Model.from_name("nano"), hidden=64, heads=2, double_blocks=1, single_blocks=1, rope_axes=(4, 14, 14), text_dim=32,
+        config.Model.from_name("nano"), hidden=64, heads=2, double_blocks=1, single_blocks=1,
+        rope_axes=(4, 14, 14), text_dim=32,
         approximator_hidden=32,
     )  # fmt: skip
     return config.Config(
@@ -103,21 +106,26 @@ def run_of(folder: Path, steps: int, side: int) -> config.Config:
         model=model,
         compute=config.Compute(dtype="float32"),
         text=config.Text(max_length=32),
-        data=config.Data(source="folder", path=str(folder / "images"), validation_fraction=0.2, resolution=side, batch_size=4, crop="random", flip_probability=0.5, num_threads=2),
+        data=config.Data(
+            source="folder", path=str(folder / "images"), validation_fraction=0.2, num_threads=2,
+            resolution=resolution, batch_size=4, crop="random", flip_probability=0.5,
+        ),
         optimizer=config.Optimizer(ema_widths=(0.05, 0.1)),
         train=config.Train(
-            steps=steps, log_every=max(1, steps // 400), validate_every=often, validation_images=8, sample_every=often,
+            steps=steps, log_every=max(1, steps // 400), validate_every=often, validation_images=8,
+            sample_every=often,
             sample_prompts=("noise",), checkpoint_every=often, snapshot_every=often, max_to_keep=1,
         ),
         sample=config.Sample(steps=2),
     )  # fmt: skip
 
 
-def watched(run: config.Config, folder: Path) -> list[Reading]:
-    """Readings from the first row of metrics to the end of the run, which is a process of its own."""
+def watch_run(run: config.Config, folder: Path) -> list[Reading]:
+    """Run in a process of its own; read memory from the first row of metrics to the end."""
     experiment = folder / "experiment.py"
     experiment.write_text(
-        f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n"
+        "from radiance import config as c\n\n\ndef config():\n"
+        f"    return c.from_json(c.Config, {config.to_json(run)!r})\n"
     )
     readings, command = [], [sys.executable, "-m", "radiance", "train", str(experiment)]
     with (
@@ -131,14 +139,14 @@ def watched(run: config.Config, folder: Path) -> list[Reading]:
     ):
         try:
             while process.poll() is None:
-                step = last_step(run.run_dir / "metrics.jsonl")
+                step = read_last_step(run.run_dir / "metrics.jsonl")
                 resident, anonymous = (
-                    sum(memory_of(p, field) for p in family(process.pid))
+                    sum(read_memory(p, field) for p in list_processes(process.pid))
                     for field in ("VmRSS", "RssAnon")
                 )
                 if step and anonymous:
                     readings.append(Reading(step, resident, anonymous))
-                time.sleep(READ_EVERY)
+                time.sleep(READ_INTERVAL)
         finally:
             process.kill()
         output.seek(0)
@@ -147,8 +155,8 @@ def watched(run: config.Config, folder: Path) -> list[Reading]:
     return readings
 
 
-def last_step(metrics: Path) -> int:
-    """Of the last row that is whole; 0 before there is one."""
+def read_last_step(metrics: Path) -> int:
+    """Return the step of the last complete row; 0 before there is one."""
     if not metrics.exists():
         return 0
     with metrics.open("rb") as file:
@@ -157,8 +165,8 @@ def last_step(metrics: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def family(process: int) -> list[int]:
-    """A process and all that it started."""
+def list_processes(process: int) -> list[int]:
+    """List a process and all its descendants."""
     try:
         children = [
             int(word)
@@ -167,11 +175,11 @@ def family(process: int) -> list[int]:
         ]
     except OSError:  # it has ended
         children = []
-    return [process, *(found for child in children for found in family(child))]
+    return [process, *(pid for child in children for pid in list_processes(child))]
 
 
-def memory_of(process: int, field: str) -> int:
-    """Bytes; 0 of a process that has ended."""
+def read_memory(process: int, field: str) -> int:
+    """Return bytes; 0 for a process that has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -179,15 +187,15 @@ def memory_of(process: int, field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def spread(readings: Sequence[Reading], steps: int) -> list[Reading]:
-    """The first reading, and those nearest to equal parts of the steps."""
-    wanted = [readings[0].step, *(steps * (i + 1) // LINES for i in range(LINES))]
-    found = [min(readings, key=lambda reading: abs(reading.step - step)) for step in wanted]
-    return sorted(set(found), key=found.index)
+def select_readings(readings: Sequence[Reading], steps: int) -> list[Reading]:
+    """Select the first reading, and those nearest to equal parts of the steps."""
+    wanted = [readings[0].step, *(steps * (i + 1) // NUM_TABLE_ROWS for i in range(NUM_TABLE_ROWS))]
+    nearest = [min(readings, key=lambda reading: abs(reading.step - step)) for step in wanted]
+    return sorted(set(nearest), key=nearest.index)
 
 
-def slope(readings: Sequence[Reading], field: str) -> float:
-    """Bytes that 1,000 steps add, by least squares."""
+def fit_slope(readings: Sequence[Reading], field: str) -> float:
+    """Fit the bytes that 1,000 steps add, by least squares."""
     steps, values = (
         np.array([getattr(reading, name) for reading in readings], float)
         for name in ("step", field)

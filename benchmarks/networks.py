@@ -1,4 +1,4 @@
-"""What is compared: our network in JAX and in PyTorch with the same weights, and diffusers' Chroma with a trunk of the same sizes."""
+"""The networks that benchmarks compare: ours in JAX and in PyTorch, and Chroma of diffusers."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Contender, race, synchronize, torch_device
+from benchmarks.measure import Contender, find_torch_device, synchronize_torch, time_in_turn
 from radiance import config
 from radiance.model.flops import forward_flops
 from radiance.model.paths import is_always_float32, is_block_matrix
@@ -21,18 +21,18 @@ from radiance.model.transformer import Params, bind_model, make_abstract_params,
 from radiance.text.encoder import LENGTH_STEP, round_up_length
 from radiance.weights import diffusers, native
 
-PERIOD = 1_000_003  # a prime, so that no matrix has two equal rows
-TOLERANCE = 1e-4  # between the two engines in float32, of the largest velocity
+NOISE_PERIOD = 1_000_003  # a prime, so that no matrix has two equal rows
+TOLERANCE = 1e-4  # difference of both engines in float32, relative to the largest velocity
 LATENT_CHANNELS = 64  # of diffusers' Chroma
-WAYS = ("eager", "compiled")
+TORCH_MODES = ("eager", "compiled")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images of `run.data.side` pixels, `run.data.batch` at a time, with prompts of `tokens` tokens out of `run.text.length`."""
+    """Images of a run's resolution, and prompts of `num_tokens` of its `text.max_length`."""
 
     run: config.Config
-    tokens: int
+    num_tokens: int
 
     @property
     def model(self) -> config.Model:
@@ -43,57 +43,59 @@ class Task:
         return self.run.compute.dtype
 
     @property
-    def limit(self) -> int:
+    def max_length(self) -> int:
         return self.run.text.max_length
 
-    def cut(self, step: int = LENGTH_STEP) -> int:
-        """Text tokens in `radiance`: as many as can be seen, rounded up to a multiple of `step`."""
-        seen = visible_lengths(np.array([self.tokens]), self.limit, self.model.masking)
-        return round_up_length(int(seen.max()), self.limit, step)
+    def padded_length(self, step: int = LENGTH_STEP) -> int:
+        """Return the text tokens that `radiance` computes: the visible ones, rounded up."""
+        visible = visible_lengths(np.array([self.num_tokens]), self.max_length, self.model.masking)
+        return round_up_length(int(visible.max()), self.max_length, step)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        side = self.run.data.resolution
-        return self.run.data.batch_size, side, side, self.model.channels
+        resolution = self.run.data.resolution
+        return self.run.data.batch_size, resolution, resolution, self.model.channels
 
     @property
-    def image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         return (self.run.data.resolution // self.model.patch) ** 2
 
     @cached_property
     def image(self) -> np.ndarray:
         return np.random.default_rng(0).standard_normal(self.shape, np.float32)
 
-    def text(self, words: int, lengths: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-        """Embeddings of `words` tokens and the lengths; the same numbers whatever is cut off."""
-        whole = np.random.default_rng(1).standard_normal(
-            (self.limit, self.model.text_dim), np.float32
+    def make_text(self, text_length: int, lengths: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Return embeddings of `text_length` tokens and the lengths; cutting changes no value."""
+        full = np.random.default_rng(1).standard_normal(
+            (self.max_length, self.model.text_dim), np.float32
         )
         rows = jnp.broadcast_to(
-            jnp.asarray(whole[:words], self.dtype), (len(lengths), words, self.model.text_dim)
+            jnp.asarray(full[:text_length], self.dtype),
+            (len(lengths), text_length, self.model.text_dim),
         )
         return rows, jnp.asarray(lengths, jnp.int32)
 
-    def flops(self, words: int, evaluations: int, modulations: int) -> float:
-        """Of evaluations of one image by a network that makes its modulation so many times."""
-        side = self.run.data.resolution
+    def count_flops(self, text_length: int, evaluations: int, modulations: int) -> float:
+        """Count the FLOP of evaluations of one image, and of computing the modulation."""
+        resolution = self.run.data.resolution
         rest = forward_flops(
             replace(self.model, modulation="none", pooled_dim=0, guidance_embed=False),
-            side,
-            side,
-            words,
+            resolution,
+            resolution,
+            text_length,
         )
         return evaluations * rest + modulations * (
-            forward_flops(self.model, side, side, words) - rest
+            forward_flops(self.model, resolution, resolution, text_length) - rest
         )
 
     @property
     def description(self) -> str:
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(make_abstract_params(self.model)))
-        batch, side, *_ = self.shape
+        batch, resolution, *_ = self.shape
         return (
-            f"{count / 1e6:.0f} M parameters, {batch} of {side}×{side} ({self.image_tokens} tokens), {self.dtype}, "
-            f"prompts of {self.tokens} of {self.limit} tokens."
+            f"{count / 1e6:.0f} M parameters, {batch} of {resolution}×{resolution} "
+            f"({self.num_image_tokens} tokens), {self.dtype}, "
+            f"prompts of {self.num_tokens} of {self.max_length} tokens."
         )
 
 
@@ -101,18 +103,18 @@ def add_arguments(
     parser: argparse.ArgumentParser,
     peers: Sequence[str],
     gpu_model: str,
-    gpu_side: int,
+    gpu_resolution: int,
     gpu_batch: int,
 ):
-    """What to compute; the defaults suit the device that is found."""
+    """Add arguments of the task; the defaults depend on the device."""
     small = jax.default_backend() == "cpu"
     parser.add_argument(
         "--model", default="small" if small else gpu_model, choices=sorted(config.MODELS)
     )
     parser.add_argument(
-        "--side",
+        "--resolution",
         type=int,
-        default=256 if small else gpu_side,
+        default=256 if small else gpu_resolution,
         help="of the images, in pixels; default: %(default)s",
     )
     parser.add_argument(
@@ -129,57 +131,61 @@ def add_arguments(
     )
     parser.add_argument("--prompt-tokens", type=int, default=40, help="default: %(default)s")
     parser.add_argument(
-        "--peers", nargs="*", default=peers, choices=peers, help="none: ours alone; default: all"
+        "--peers",
+        nargs="*",
+        default=peers,
+        choices=peers,
+        help="without names: only ours; default: all",
     )
     parser.add_argument(
-        "--ways",
+        "--modes",
         nargs="+",
-        default=WAYS,
-        choices=WAYS,
-        help="of running a PyTorch module; default: both",
+        default=TORCH_MODES,
+        choices=TORCH_MODES,
+        help="how to run a PyTorch module; default: both",
     )
     parser.add_argument(
         "changes",
         nargs="*",
         metavar="key=value",
-        help="changes of the config, before the flags, such as model.single_blocks=8",
+        help="config changes before the flags, such as model.single_blocks=8",
     )
 
 
-def task_of(options: argparse.Namespace) -> Task:
+def make_task(options: argparse.Namespace) -> Task:
     run = config.Config(
         name="benchmark",
         model=config.Model.from_name(options.model),
         compute=config.Compute(dtype=options.dtype),
         text=config.Text(max_length=options.text_limit),
-        optimizer=config.Optimizer(ema_decays=()),  # which PyTorch's does not keep either
+        optimizer=config.Optimizer(ema_decays=()),  # PyTorch's trainer keeps none either
         sample=config.Sample(weights="params"),
     )
-    # The side must fit to the patch, which may change too.
+    # The resolution must fit the patch, which may change too.
     changes = [
-        f"data.resolution={options.side}",
+        f"data.resolution={options.resolution}",
         f"data.batch_size={options.batch}",
         *options.changes,
     ]
     return Task(config.override(run, changes), options.prompt_tokens)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- Weights ---
 
 
-def random_params(model: config.Model, dtype: str) -> Params:
-    """Every leaf with noise of 0.02, norms around 1, in the types that a checkpoint is read in: fresh weights would paint nothing,
-    and nothing could be compared.
+def make_random_params(model: config.Model, dtype: str) -> Params:
+    """Make random parameters in the types that a checkpoint is read in.
 
-    The same numbers over and over: drawing ten billion would take longer than what is measured.
+    Leaves have noise of 0.02, norms are around 1: fresh weights would predict nothing that could be
+    compared. The same values repeat: sampling ten billion would take longer than the measurement.
     """
-    noise = 0.02 * jax.random.normal(jax.random.key(0), (PERIOD,))
+    noise = 0.02 * jax.random.normal(jax.random.key(0), (NOISE_PERIOD,))
 
     def leaf(path, x):
         name = path_name(path)
-        values = jnp.tile(noise + name.endswith("scale"), -(-x.size // PERIOD))[: x.size].reshape(
-            x.shape
-        )
+        values = jnp.tile(noise + name.endswith("scale"), -(-x.size // NOISE_PERIOD))[
+            : x.size
+        ].reshape(x.shape)
         return values.astype(jnp.float32 if is_always_float32(name) else dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, make_abstract_params(model))
@@ -189,8 +195,8 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(key.key for key in path)
 
 
-def stored_small(params: Params, store: str) -> Params:
-    """The blocks' matrices as `store` keeps them, of random values: only their bytes and products are measured."""
+def quantize_params(params: Params, store: str) -> Params:
+    """Quantize the blocks' matrices with arbitrary values: only bytes and products are measured."""
 
     def leaf(path, x):
         name = path_name(path)
@@ -212,27 +218,27 @@ def stored_small(params: Params, store: str) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def bytes_of(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# --- PyTorch ---
 
 
 def to_torch(x: Any, dtype: str = "float32") -> Any:
-    """A copy on PyTorch's device; images must be turned to channels first."""
+    """Copy to PyTorch's device; images must have channels first."""
     import torch
 
     array = np.asarray(x)
     if np.issubdtype(array.dtype, np.integer):
-        return torch.tensor(array, device=torch_device())
+        return torch.tensor(array, device=find_torch_device())
     return torch.tensor(
-        array.astype(np.float32), device=torch_device(), dtype=getattr(torch, dtype)
+        array.astype(np.float32), device=find_torch_device(), dtype=getattr(torch, dtype)
     )
 
 
-def torch_module(model: config.Model, params: Params, dtype: str) -> Any:
-    """Our PyTorch module with `params`, in the types that its own `load` gives."""
+def make_torch_module(model: config.Model, params: Params, dtype: str) -> Any:
+    """Make our PyTorch module with `params`, in the types that its own `load` uses."""
     import torch
 
     from radiance.weights.torch_export import model as torch_model
@@ -240,25 +246,25 @@ def torch_module(model: config.Model, params: Params, dtype: str) -> Any:
     with torch.device("meta"):
         module = torch_model.Transformer(config.to_dict(model))
     shapes, tensor = native.params_to_native(model, params)
-    kept = {
+    state_dict = {
         name: to_torch(
             tensor(name), "float32" if name.startswith(torch_model.FLOAT32_PREFIXES) else dtype
         )
         for name in shapes
     }
-    module.load_state_dict(kept, assign=True)
+    module.load_state_dict(state_dict, assign=True)
     return module
 
 
-def diffusers_module(model: config.Model, dtype: str) -> Any:
-    """Diffusers' Chroma with the sizes of `model`, a latent one; weights of its own."""
+def make_diffusers_module(model: config.Model, dtype: str) -> Any:
+    """Make Chroma of diffusers in the size of `model`, a latent one, with its own weights."""
     import torch
     from diffusers import ChromaTransformer2DModel
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device(torch_device()):
+        with torch.device(find_torch_device()):
             return ChromaTransformer2DModel.from_config(
                 diffusers.make_transformer_config(model)
             ).eval()
@@ -266,8 +272,8 @@ def diffusers_module(model: config.Model, dtype: str) -> Any:
         torch.set_default_dtype(before)
 
 
-def latent(task: Task) -> Task:
-    """As many tokens through the same trunk, for diffusers: packed latents, without a pixel head."""
+def make_latent_task(task: Task) -> Task:
+    """Return the task for diffusers: as many tokens of packed latents, without a pixel head."""
     trunk = dict(
         patch=1,
         patch_embed="conv",
@@ -278,20 +284,20 @@ def latent(task: Task) -> Task:
     )
     run = task.run
     data = replace(run.data, resolution=run.data.resolution // run.model.patch)
-    return Task(replace(run, model=replace(run.model, **trunk), data=data), task.tokens)
+    return Task(replace(run, model=replace(run.model, **trunk), data=data), task.num_tokens)
 
 
-def running(module: Any, way: str) -> Callable:
-    """The module itself, or as fast as `torch.compile` makes it: a program for every shape."""
+def compile_module(module: Any, mode: str) -> Callable:
+    """Return the module, or its `torch.compile` version with one program for every shape."""
     import torch
 
-    return module if way == "eager" else torch.compile(module, dynamic=False)
+    return module if mode == "eager" else torch.compile(module, dynamic=False)
 
 
-def fastest_attention(
+def find_fastest_attention(
     batch: int, tokens: int, model: config.Model, dtype: str
 ) -> Callable[[], AbstractContextManager]:
-    """On a GPU, under what PyTorch attends with its fastest kernel for a mask of lengths; elsewhere it has one."""
+    """Return a context with the fastest attention kernel for a mask of lengths on a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -312,11 +318,11 @@ def fastest_attention(
         def call():
             with torch.no_grad(), sdpa_kernel(kernel):
                 torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
-            synchronize()
+            synchronize_torch()
 
         return call
 
-    results = race(
+    results = time_in_turn(
         [Contender(name, lambda kernel=kernel: attend(kernel)) for name, kernel in kernels.items()],
         5,
     )
@@ -324,12 +330,14 @@ def fastest_attention(
     return lambda: sdpa_kernel([kernels[best.contender.name], SDPBackend.MATH], set_priority=True)
 
 
-# --- the same numbers -------------------------------------------------------------------------------------------------
+# --- The same numbers ---
 
 
-def agreement(task: Task, params: Params, make: Callable[[], Any]) -> str:
-    """How far the velocities of the two engines differ, ours with the text cut. Raises SystemExit when they do in float32: times of
-    different things mean nothing.
+def compare_outputs(task: Task, params: Params, make: Callable[[], Any]) -> str:
+    """Compare the velocities of both engines, ours with cut text.
+
+    Raises:
+        SystemExit: They differ in float32: times of different computations mean nothing.
     """
     try:
         import torch
@@ -337,21 +345,22 @@ def agreement(task: Task, params: Params, make: Callable[[], Any]) -> str:
         return "PyTorch is not installed: there is nothing to compare with."
     batch = len(task.image)
     time = np.linspace(1, 0.5, batch, dtype=np.float32)
-    lengths = [task.tokens] * (batch - 1) + [1]
+    lengths = [task.num_tokens] * (batch - 1) + [1]
     velocity = jax.jit(lambda p, *inputs: bind_model(task.model, task.run.compute, p)(*inputs))
-    ours = np.asarray(velocity(params, task.image, *task.text(task.cut(), lengths), time))
-    text, lengths = task.text(task.limit, lengths)
+    velocity_jax = np.asarray(
+        velocity(params, task.image, *task.make_text(task.padded_length(), lengths), time)
+    )
+    text, lengths = task.make_text(task.max_length, lengths)
     with torch.no_grad():
-        theirs = make()(
+        velocity_torch = make()(
             to_torch(task.image.transpose(0, 3, 1, 2)),
             to_torch(text, task.dtype),
             to_torch(lengths),
             to_torch(time),
         )
-    theirs = theirs.permute(0, 2, 3, 1).float().cpu().numpy()
-    found = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-    if task.dtype == "float32" and not found <= TOLERANCE:
-        raise SystemExit(
-            f"Ours and the PyTorch module differ by {found:.1e} of the largest velocity: nothing is timed."
-        )
-    return f"Ours and the PyTorch module differ by {found:.1e} of the largest velocity on these inputs."
+    velocity_torch = velocity_torch.permute(0, 2, 3, 1).float().cpu().numpy()
+    difference = float(np.abs(velocity_jax - velocity_torch).max() / np.abs(velocity_torch).max())
+    message = f"radiance and the PyTorch module differ by {difference:.1e} of the largest velocity"
+    if task.dtype == "float32" and not difference <= TOLERANCE:
+        raise SystemExit(f"{message}: nothing is timed.")
+    return f"{message} on these inputs."

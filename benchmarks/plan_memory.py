@@ -1,8 +1,9 @@
-"""The peak memory that `radiance plan` predicts, beside what a training step takes, on this CPU: `python -m benchmarks.plan_memory`.
+"""Compare the peak memory that `radiance plan` predicts with that of a training step on this CPU.
 
-Every size is planned, and then trained for three steps, in a process of its own. What a step takes is the growth of the process's
-resident memory, at its highest, over what it was before the state was made; what the compiler used is given back before. On two
-cores (x86, JAX 0.10.2, a minute of processor time a size):
+Every size is planned and then trained for three steps, each in its own process, by `python -m
+benchmarks.plan_memory`. A step's memory is the largest growth of the resident memory since before
+the state was initialized; memory of the compiler is returned before. On two cores (x86, JAX
+0.10.2, a minute of processor time per size):
 
     |             | parameters | predicted | measured | ratio |
     |-------------|------------|-----------|----------|-------|
@@ -11,8 +12,9 @@ cores (x86, JAX 0.10.2, a minute of processor time a size):
     | both        |       33 M |   1.14 GB |  1.19 GB |  0.96 |
     | weights     |      116 M |   3.07 GB |  3.15 GB |  0.97 |
 
-What is missing, 50 to 80 MB, is the process's own: the programs, threads, and the batch as the host has it. Now and then a run measures one
-set of temporaries more (for `activations` 2.1 GB): XLA's CPU runtime has then not given those of a step back when the next one begins.
+The missing 50 to 80 MB are the process's own: programs, threads, and the batch on the host. Now
+and then a run measures one set of temporaries more (2.1 GB for `activations`): XLA's CPU runtime
+has then not returned those of a step when the next one starts.
 """
 
 import ctypes
@@ -27,11 +29,11 @@ from pathlib import Path
 
 from radiance import config
 
-# Hidden width and images a step: of what fills the memory, more and more is weights.
+# Hidden width and batch size: weights fill more and more of the memory.
 SIZES = {"few": (256, 2), "activations": (256, 8), "both": (512, 4), "weights": (1024, 1)}
 
 
-def run_of(name: str) -> config.Config:
+def make_run(name: str) -> config.Config:
     hidden, batch = SIZES[name]
     model = replace(
         config.Model.from_name("nano"),
@@ -49,15 +51,15 @@ def run_of(name: str) -> config.Config:
     )
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its highest."""
+def read_resident_memory(field: str) -> int:
+    """Return bytes of this process: VmRSS is the current value, VmHWM the peak."""
     status = Path("/proc/self/status").read_text()
     return next(
         int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)
     )
 
 
-def measure(name: str) -> dict[str, float]:
+def measure_peak(name: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -66,71 +68,72 @@ def measure(name: str) -> dict[str, float]:
     from radiance.planning.plan import make_plan
     from radiance.training.step import init_state, make_train_step
 
-    run = run_of(name)
+    run = make_run(name)
     predicted = make_plan(run, "cpu")
     mesh = make_mesh(run.mesh)
     fresh = jax.jit(lambda: init_state(run))
-    places = make_shardings(jax.eval_shape(fresh), mesh)
-    count, side, words = run.data.batch_size, run.data.resolution, run.text.max_length
-    draw = np.random.default_rng(0)
+    shardings = make_shardings(jax.eval_shape(fresh), mesh)
+    count, resolution, text_length = run.data.batch_size, run.data.resolution, run.text.max_length
+    rng = np.random.default_rng(0)
     batch = {
-        "image": draw.standard_normal((count, side, side, 3), np.float32),
-        "text": draw.standard_normal((count, words, run.model.text_dim), np.float32),
-        "lengths": np.full(count, words, np.int32),
+        "image": rng.standard_normal((count, resolution, resolution, 3), np.float32),
+        "text": rng.standard_normal((count, text_length, run.model.text_dim), np.float32),
+        "lengths": np.full(count, text_length, np.int32),
         "weight": np.ones(count, np.float32),
     }
     with jax.set_mesh(mesh):
         step = jax.jit(
             make_train_step(run),
-            in_shardings=(places, None, None),
-            out_shardings=(places, None),
+            in_shardings=(shardings, None, None),
+            out_shardings=(shardings, None),
             donate_argnums=0,
         )
-        like = jax.eval_shape(fresh)
-        step = step.lower(like, jax.tree.map(jnp.asarray, batch), None).compile()
-        fresh = jax.jit(lambda: init_state(run), out_shardings=places).lower().compile()
+        abstract_state = jax.eval_shape(fresh)
+        step = step.lower(abstract_state, jax.tree.map(jnp.asarray, batch), None).compile()
+        fresh = jax.jit(lambda: init_state(run), out_shardings=shardings).lower().compile()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = resident("VmRSS")
+        before = read_resident_memory("VmRSS")
         state = jax.block_until_ready(fresh())
         batch = {key: jax.device_put(x) for key, x in batch.items()}
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text(
             "5"
-        )  # the highest starts anew: making the state took more than a step may
+        )  # resets the peak: initializing the state may take more than a step
         for _ in range(3):
             state, metrics = step(state, batch, None)
             jax.block_until_ready(metrics)
-            time.sleep(
-                0.5
-            )  # results are ready before their step's temporaries are given back, for which the next would not wait
+            time.sleep(0.5)  # results are ready before their step's temporaries are returned
     return {
         "parameters": predicted.parameters,
         "predicted": predicted.peak,
-        "measured": resident("VmHWM") - before,
+        "measured": read_resident_memory("VmHWM") - before,
     }
 
 
 def main():
     if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
+        print(json.dumps(measure_peak(sys.argv[1])))
         return
     print(
-        f"| {'':11} | parameters | predicted | measured | ratio |\n|-------------|------------|-----------|----------|-------|"
+        f"| {'':11} | parameters | predicted | measured | ratio |\n"
+        "|-------------|------------|-----------|----------|-------|"
     )
     for name in SIZES:
         command = [sys.executable, "-m", "benchmarks.plan_memory", name]
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             check=True,
             capture_output=True,
             text=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        ratio = found["predicted"] / found["measured"]
+        sizes = json.loads(process.stdout.splitlines()[-1])
+        ratio = sizes["predicted"] / sizes["measured"]
         print(
-            f"| {name:11} | {found['parameters'] / 4e6:8.0f} M | {found['predicted'] / 1e9:6.2f} GB | {found['measured'] / 1e9:5.2f} GB | {ratio:5.2f} |"
+            f"| {name:11} | {sizes['parameters'] / 4e6:8.0f} M | "
+            f"{sizes['predicted'] / 1e9:6.2f} GB | {sizes['measured'] / 1e9:5.2f} GB | "
+            f"{ratio:5.2f} |"
         )
 
 

@@ -1,13 +1,15 @@
-"""Batches of images from JPEG files: `radiance` beside grain and PyTorch's DataLoader, and beside what decoding alone takes.
+"""Read batches of images from JPEG files: `radiance` beside grain and PyTorch's DataLoader.
 
     python -m benchmarks.reading --processes 0 2
-    python -m benchmarks.reading --size 1024x768 --side 512          # images that are scaled down
+    python -m benchmarks.reading --size 1024x768 --resolution 512          (images are downscaled)
 
-The files are made for the occasion: photograph-like, of one size. Every row reads the same files in a random order, decodes them, scales
-them to cover a square (Lanczos) and cuts it, and gives batches of bytes. What differs: `radiance` also minds turns, profiles, transparency
-and broken files, reads captions from its dataset index and encodes them (with the hash encoder), and lets JPEG's decoder do part of the scaling. Each
-row starts anew in every round, and the clock begins when all its processes have. The limit is decoding, scaling and cutting in as many
-processes as there are cores, with nothing around it.
+The files are generated: photograph-like, of one size. Every row reads the same files in random
+order, decodes them, resizes them to cover a square (Lanczos), crops, and returns batches of
+bytes. `radiance` also handles orientation, profiles, transparency and broken files, reads
+captions from its dataset index and encodes them (with the hash encoder), and lets the JPEG
+decoder do part of the scaling. Each row starts anew in every round, and the clock starts when all
+its processes run. The limit is decoding, resizing and cropping alone, in as many processes as
+there are cores.
 """
 
 import argparse
@@ -35,62 +37,75 @@ from radiance.text.hash_encoder import HashEncoder
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
-    parser = measure.parser(__doc__)
+    parser = measure.make_parser(__doc__)
     parser.add_argument("--images", type=int, default=256, help="files; default: %(default)s")
     parser.add_argument("--size", default="640x480", help="of the files; default: %(default)s")
     parser.add_argument(
-        "--side", type=int, default=256, help="of the squares; default: %(default)s"
+        "--resolution", type=int, default=256, help="of the squares; default: %(default)s"
     )
     parser.add_argument("--batch", type=int, default=32, help="default: %(default)s")
     parser.add_argument(
-        "--batches", type=int, default=12, help="that are timed; default: %(default)s"
+        "--batches", type=int, default=12, help="timed batches; default: %(default)s"
     )
     parser.add_argument(
         "--processes",
         type=int,
         nargs="+",
         default=[0, os.cpu_count() or 1],
-        help="beside the reader's; default: 0 and the cores",
+        help="worker processes; default: 0 and the number of cores",
     )
     options = parser.parse_args(arguments)
 
     report = Report("reading", arguments)
-    report.say(
-        f"{options.pictures} JPEG files of {options.size}, squares of {options.side}, batches of {options.batch}; {options.batches} of them are timed."
+    report.write(
+        f"{options.images} JPEG files of {options.size}, squares of {options.resolution}, "
+        f"batches of {options.batch}; {options.batches} of them are timed."
     )
     with tempfile.TemporaryDirectory() as folder:
-        files = write(Path(folder), options.pictures, *map(int, options.size.split("x")))
+        files = write_images(Path(folder), options.images, *map(int, options.size.split("x")))
         rows: dict[str, Callable[[], Any]] = {}
         for count in options.processes:
             rows |= {
-                f"radiance, {told(count)}": partial(ours, folder, options, count),
-                f"grain, {told(count)}": partial(of_grain, files, options, count),
-                f"PyTorch DataLoader, {told(count)}": partial(of_torch, files, options, count),
+                f"radiance, {describe_processes(count)}": partial(
+                    read_with_radiance, folder, options, count
+                ),
+                f"grain, {describe_processes(count)}": partial(
+                    read_with_grain, files, options, count
+                ),
+                f"PyTorch DataLoader, {describe_processes(count)}": partial(
+                    read_with_torch, files, options, count
+                ),
             }
-        rates, reasons = race(rows, options)
-        report.say(
-            f"Decoding alone, {os.cpu_count()} processes: {(limit := alone(files, options)):.1f} images a second."
-        )
+        rates, reasons = time_in_turn(rows, options)
+        limit = time_decoding(files, options)
+        report.write(f"Decoding alone, {os.cpu_count()} processes: {limit:.1f} images per second.")
     first = statistics.median(rates[next(iter(rows))])
-    table = [
-        [name, f"{statistics.median(r):.1f}", f"{min(r):.1f} – {max(r):.1f}", f"{statistics.median(r) / first:.2f}", f"{statistics.median(r) / limit:.0%}"]
-        if (r := rates.get(name)) else [f"{name}: {reasons[name]}"]
-        for name in rows
-    ]  # fmt: skip
-    report.say(measure.table(["", "images/s", "spread", "× first row", "of decoding alone"], table))
+    table = []
+    for name in rows:
+        if name not in rates:
+            table.append([f"{name}: {reasons[name]}"])
+            continue
+        values, median = rates[name], statistics.median(rates[name])
+        spread = f"{min(values):.1f} – {max(values):.1f}"
+        table.append(
+            [name, f"{median:.1f}", spread, f"{median / first:.2f}", f"{median / limit:.0%}"]
+        )
+    report.write(
+        measure.format_table(["", "images/s", "spread", "× first row", "of decoding alone"], table)
+    )
     if options.record:
         report.record()
     return report
 
 
-def told(processes: int) -> str:
+def describe_processes(processes: int) -> str:
     return f"{processes} processes" if processes else "one process"
 
 
-def race(
+def time_in_turn(
     rows: dict[str, Callable[[], Any]], options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Images a second of each row in every round, all rows in turn; and why a peer has none."""
+    """Return images per second of each row in every round, and why a peer has none."""
     rates: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
     for _ in range(options.repeats):
@@ -101,28 +116,28 @@ def race(
                 with make() as batches:
                     for _ in range(2 + 2 * max(options.processes)):  # until every process has begun
                         next(batches)
-                    began = time.perf_counter()
+                    start = time.perf_counter()
                     for _ in range(options.batches):
                         next(batches)
                     rates.setdefault(name, []).append(
-                        options.batches * options.batch / (time.perf_counter() - began)
+                        options.batches * options.batch / (time.perf_counter() - start)
                     )
             except Exception as error:  # whatever a peer comes up with
                 if name.startswith("radiance"):
                     raise
-                reasons[name] = measure.told(error)
+                reasons[name] = measure.describe_error(error)
     return rates, reasons
 
 
-def write(folder: Path, count: int, width: int, height: int) -> list[str]:
-    """Files of smooth colors with some grain, which compress about as photographs do."""
-    draw = np.random.default_rng(0)
+def write_images(folder: Path, count: int, width: int, height: int) -> list[str]:
+    """Write files of smooth colors with some grain, which compress like photographs."""
+    rng = np.random.default_rng(0)
     files = []
     for i in range(count):
         coarse = Image.fromarray(
-            draw.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+            rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
         ).resize((width, height), Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 6, (height, width, 3))
+        grain = rng.normal(0, 6, (height, width, 3))
         path = folder / f"{i:05d}.jpg"
         Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(
             path, quality=90
@@ -132,16 +147,19 @@ def write(folder: Path, count: int, width: int, height: int) -> list[str]:
     return files
 
 
-def plain(side: int, file: str) -> np.ndarray:
-    """An image as most loaders read it."""
+def load_plain(resolution: int, file: str) -> np.ndarray:
+    """Load an image as most loaders do."""
     with Image.open(file) as opened:
-        return resize_and_crop(opened.convert("RGB"), side, side)
+        return resize_and_crop(opened.convert("RGB"), resolution, resolution)
 
 
 @contextmanager
-def ours(folder: str, options: argparse.Namespace, processes: int) -> Iterator[Iterator[Any]]:
+def read_with_radiance(
+    folder: str, options: argparse.Namespace, processes: int
+) -> Iterator[Iterator[Any]]:
     data = config.Data(
-        source="folder", path=folder, cache_dir=f"{folder}/.dataset indexes", validation_fraction=1e-9, resolution=options.side, batch_size=options.batch,
+        source="folder", path=folder, cache_dir=f"{folder}/.cache", validation_fraction=1e-9,
+        resolution=options.resolution, batch_size=options.batch,
         num_workers=processes, num_threads=1 if processes else os.cpu_count() or 1,
     )  # fmt: skip
     feed = Batches(
@@ -154,7 +172,7 @@ def ours(folder: str, options: argparse.Namespace, processes: int) -> Iterator[I
 
 
 @contextmanager
-def of_grain(
+def read_with_grain(
     files: list[str], options: argparse.Namespace, processes: int
 ) -> Iterator[Iterator[Any]]:
     import absl.flags
@@ -166,7 +184,7 @@ def of_grain(
         .seed(0)
         .shuffle()
         .repeat()
-        .map(partial(plain, options.side))
+        .map(partial(load_plain, options.resolution))
         .batch(options.batch)
     )
     threads = 1 if processes else os.cpu_count() or 1
@@ -184,21 +202,21 @@ def of_grain(
         feed.close()
 
 
-class Files:
-    """A PyTorch data set."""
+class TorchFiles:
+    """A PyTorch dataset."""
 
-    def __init__(self, files: list[str], side: int):
-        self.files, self.side = files, side
+    def __init__(self, files: list[str], resolution: int):
+        self.files, self.side = files, resolution
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return plain(self.side, self.files[index])
+        return load_plain(self.side, self.files[index])
 
 
 @contextmanager
-def of_torch(
+def read_with_torch(
     files: list[str], options: argparse.Namespace, processes: int
 ) -> Iterator[Iterator[Any]]:
     import torch
@@ -207,22 +225,27 @@ def of_torch(
         1 + (options.batches + 2 + 2 * max(options.processes)) * options.batch // len(files)
     )
     loader = torch.utils.data.DataLoader(
-        Files(repeated, options.side), options.batch, shuffle=True, num_workers=processes, collate_fn=np.stack, multiprocessing_context="spawn" if processes else None
-    )  # fmt: skip
-    yield iter(loader)  # whose processes end with it
+        TorchFiles(repeated, options.resolution),
+        options.batch,
+        shuffle=True,
+        num_workers=processes,
+        collate_fn=np.stack,
+        multiprocessing_context="spawn" if processes else None,
+    )
+    yield iter(loader)  # its processes end with it
 
 
-def alone(files: Iterable[str], options: argparse.Namespace) -> float:
-    """Images a second that all cores decode, scale and cut when that is all they do."""
+def time_decoding(files: Iterable[str], options: argparse.Namespace) -> float:
+    """Return images per second that all cores decode, resize and crop, doing nothing else."""
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(partial(_through, options.side), list(files), chunksize=8)
-        began = time.perf_counter()
-        count = sum(pool.map(partial(_through, options.side), list(files) * 2, chunksize=8))
-        return count / (time.perf_counter() - began)
+        pool.map(partial(_decode, options.resolution), list(files), chunksize=8)
+        start = time.perf_counter()
+        count = sum(pool.map(partial(_decode, options.resolution), list(files) * 2, chunksize=8))
+        return count / (time.perf_counter() - start)
 
 
-def _through(side: int, file: str) -> int:
-    return len(plain(side, file)) // side
+def _decode(resolution: int, file: str) -> int:
+    return len(load_plain(resolution, file)) // resolution
 
 
 if __name__ == "__main__":

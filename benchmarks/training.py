@@ -1,12 +1,15 @@
-"""The forward pass and the training step (loss, backward pass, clip, AdamW): `radiance` beside our PyTorch module.
+"""Time the forward pass and the training step: `radiance` beside our PyTorch module.
 
-    python -m benchmarks.training --model small --side 256 --dtype float32 --text-limit 512 --prompt-tokens 40 --batch 1
-    python -m benchmarks.training --remat none dots full --peers                # what recomputing costs and what it saves
-    python -m benchmarks.training optimizer.{weights,mu,nu}_dtype=bfloat16 --model chroma1-radiance --batch 1 --remat full --peers
+    python -m benchmarks.training --model small --resolution 256 --dtype float32 --batch 1
+    python -m benchmarks.training --remat none dots full --peers
+    python -m benchmarks.training optimizer.{weights,mu,nu}_dtype=bfloat16 \\
+        --model chroma1-radiance --batch 1 --remat full --peers
 
-The last trains the 9.5 B model on one GPU of 141 GB. Otherwise both keep float32 weights, and compute in `--dtype`. PyTorch rows pad texts
-to the limit, as trainers there do; rows with the text cut tell how much of the difference is this. The share of the limit is the MFU
-against the measured matrix products.
+The step is loss, backward pass, clip and AdamW. The second command measures what
+rematerialization costs and saves, the third trains the 9.5 B model on one GPU of 141 GB.
+Otherwise both keep float32 weights and compute in `--dtype`. PyTorch rows pad texts to the limit,
+as trainers there do; rows with cut text show how much of the difference this is. The fraction of
+the limit is the MFU against the measured matrix products.
 """
 
 import argparse
@@ -27,11 +30,11 @@ from radiance.model.transformer import REMAT_POLICIES, Params, bind_model
 from radiance.text.encoder import LENGTH_STEP
 from radiance.training.step import init_state, make_train_step
 
-PARTS = {"forward": 1, "step": 3}  # by how often they do the products of the forward pass
+PARTS = {"forward": 1, "step": 3}  # multiples of the forward pass's matrix products
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
-    parser = measure.parser(__doc__)
+    parser = measure.make_parser(__doc__)
     networks.add_arguments(parser, ("torch",), "large", 512, 16)
     parser.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: both"
@@ -41,73 +44,81 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         nargs="+",
         default=["none"],
         choices=["none", *REMAT_POLICIES],
-        help="policies, measured side by side",
+        help="policies to compare",
     )
     options = parser.parse_intermixed_args(arguments)
-    task = networks.task_of(options)
+    task = networks.make_task(options)
 
     report = Report("training", arguments)
-    limits = report.limits(task.dtype)
-    report.say(f"{options.model}: {task.description} Text is cut to {cut(task)}.")
+    limits = report.measure_limits(task.dtype)
+    report.write(f"{options.model}: {task.description} Text is cut to {padded_length(task)}.")
     for part in options.parts:
         compare(report, task, part, limits, options)
-        measure.forget()
+        measure.free_memory()
     if options.record:
         report.record()
     return report
 
 
 def compare(report: Report, task: Task, part: str, limits: Limits, options: argparse.Namespace):
-    params = networks.random_params(task.model, task.run.optimizer.weights_dtype)
-    widths = {"text cut": cut(task), "text at the limit": task.limit}
-    theirs, columns = (
+    params = networks.make_random_params(task.model, task.run.optimizer.weights_dtype)
+    text_lengths = {"text cut": padded_length(task), "text at the limit": task.max_length}
+    peers, columns = (
         [],
         {"images/s": lambda result: f"{task.run.data.batch_size / result.median:.3g}"},
     )
     if "torch" in options.peers:
         module = cache(
-            partial(networks.torch_module, task.model, params, task.run.optimizer.weights_dtype)
+            partial(
+                networks.make_torch_module, task.model, params, task.run.optimizer.weights_dtype
+            )
         )
-        report.say(networks.agreement(task, params, module))
-        theirs = torch_rows(
-            task, part, module, widths, options.ways, recompute="none" not in options.remat
+        report.write(networks.compare_outputs(task, params, module))
+        peers = make_torch_contenders(
+            task, part, module, text_lengths, options.modes, recompute="none" not in options.remat
         )
     if part == "forward":
-        ours = [
+        contenders = [
             Contender(
-                f"radiance, {told}", partial(forward, task, params, n), work(task, part, n), False
+                f"radiance, {label}",
+                partial(make_forward_call, task, params, n),
+                count_flops(task, part, n),
+                False,
             )
-            for told, n in widths.items()
+            for label, n in text_lengths.items()
         ]
     else:
-        steps = Steps(task, params)
-        columns |= {"GB temporary": steps.column(temporary), "GB in all": steps.column(in_all)}
-        ours = [
-            steps.row(told, words, policy)
+        steps = StepPrograms(task, params)
+        columns |= {
+            "GB temporary": steps.memory_column(temporary_bytes),
+            "GB in all": steps.memory_column(total_bytes),
+        }
+        contenders = [
+            steps.make_contender(label, text_length, policy)
             for policy in options.remat
-            for told, words in widths.items()
+            for label, text_length in text_lengths.items()
         ]
-    del params  # which become the state of the steps
-    report.say(f"### {part}")
-    report.compare(measure.race(ours + theirs, options.repeats), limits, columns)
+    del params  # they become the state of the steps
+    report.write(f"### {part}")
+    report.compare(measure.time_in_turn(contenders + peers, options.repeats), limits, columns)
 
 
-def cut(task: Task) -> int:
-    """Text tokens of a batch as the trainer makes it."""
-    return task.cut(max(LENGTH_STEP, task.limit // MAX_TEXT_LENGTHS))
+def padded_length(task: Task) -> int:
+    """Return the text tokens of a batch of the trainer."""
+    return task.padded_length(max(LENGTH_STEP, task.max_length // MAX_TEXT_LENGTHS))
 
 
-def work(task: Task, part: str, words: int) -> float:
-    return PARTS[part] * task.run.data.batch_size * task.flops(words, 1, 1)
+def count_flops(task: Task, part: str, text_length: int) -> float:
+    return PARTS[part] * task.run.data.batch_size * task.count_flops(text_length, 1, 1)
 
 
-# --- ours -------------------------------------------------------------------------------------------------------------
+# --- radiance ---
 
 
-def forward(task: Task, params: Params, words: int) -> Callable[[], Any]:
+def make_forward_call(task: Task, params: Params, text_length: int) -> Callable[[], Any]:
     image, (text, lengths), time = (
         jnp.asarray(task.image),
-        texts(task, words),
+        make_text(task, text_length),
         jnp.full(len(task.image), 0.5),
     )
     velocity = jax.jit(
@@ -116,29 +127,29 @@ def forward(task: Task, params: Params, words: int) -> Callable[[], Any]:
     return lambda: velocity(params).block_until_ready()
 
 
-class Steps:
-    """Training steps of several programs, one after the other on one state: two of it may not fit into memory."""
+class StepPrograms:
+    """Training steps of several programs on one state: two states may not fit into memory."""
 
     def __init__(self, task: Task, params: Params):
         self.task, self.state = (
             task,
             jax.jit(partial(init_state, task.run), donate_argnums=0)(params),
         )
-        self.memory: dict[str, Any] = {}  # by row, what the compiler says of its program
+        self.memory: dict[str, Any] = {}  # the compiler's analysis by row
 
-    def row(self, told: str, words: int, policy: str) -> Contender:
-        name = f"radiance, {told}" + (f", remat {policy}" if policy != "none" else "")
+    def make_contender(self, label: str, text_length: int, policy: str) -> Contender:
+        name = f"radiance, {label}" + (f", remat {policy}" if policy != "none" else "")
         return Contender(
             name,
-            partial(self.step, name, words, policy),
-            work(self.task, "step", words),
+            partial(self.make_call, name, text_length, policy),
+            count_flops(self.task, "step", text_length),
             peer=False,
         )
 
-    def step(self, name: str, words: int, policy: str) -> Callable[[], Any]:
+    def make_call(self, name: str, text_length: int, policy: str) -> Callable[[], Any]:
         task = self.task
         run = replace(task.run, compute=replace(task.run.compute, remat=policy))
-        text, lengths = texts(task, words)
+        text, lengths = make_text(task, text_length)
         batch = {
             "image": jnp.asarray(task.image),
             "text": text,
@@ -154,8 +165,8 @@ class Steps:
 
         return call
 
-    def column(self, size: Callable[[Any], int]) -> Callable[[measure.Result], str]:
-        """Gigabytes of each row's program; PyTorch does not tell."""
+    def memory_column(self, size: Callable[[Any], int]) -> Callable[[measure.Result], str]:
+        """Return a column with the gigabytes of each program; PyTorch does not report them."""
         return lambda result: (
             f"{size(self.memory[name]) / 1e9:.3g}"
             if (name := result.contender.name) in self.memory
@@ -163,12 +174,12 @@ class Steps:
         )
 
 
-def temporary(memory: Any) -> int:
+def temporary_bytes(memory: Any) -> int:
     return memory.temp_size_in_bytes
 
 
-def in_all(memory: Any) -> int:
-    """With the state, which is written over, and the batch."""
+def total_bytes(memory: Any) -> int:
+    """Return bytes with the state, which is updated in place, and the batch."""
     return (
         memory.temp_size_in_bytes
         + memory.argument_size_in_bytes
@@ -177,34 +188,40 @@ def in_all(memory: Any) -> int:
     )
 
 
-def texts(task: Task, words: int) -> tuple[jax.Array, jax.Array]:
-    return task.text(words, [task.tokens] * len(task.image))
+def make_text(task: Task, text_length: int) -> tuple[jax.Array, jax.Array]:
+    return task.make_text(text_length, [task.num_tokens] * len(task.image))
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# --- PyTorch ---
 
 
-def torch_rows(
+def make_torch_contenders(
     task: Task,
     part: str,
     module: Callable[[], Any],
-    widths: Mapping[str, int],
-    ways: Sequence[str],
+    text_lengths: Mapping[str, int],
+    modes: Sequence[str],
     recompute: bool,
 ) -> list[Contender]:
-    optimizer = cache(lambda: adamw(task.run.optimizer, module()))
+    optimizer = cache(lambda: make_adamw(task.run.optimizer, module()))
     rows = []
-    for way in ways:
-        for told, words in reversed(widths.items()):
+    for mode in modes:
+        for label, text_length in reversed(text_lengths.items()):
             if part == "forward":
-                make = partial(torch_forward, task, module, way, words)
+                make = partial(make_torch_forward, task, module, mode, text_length)
             else:
-                make = partial(torch_step, task, module, optimizer, way, words, recompute)
-            rows.append(Contender(f"PyTorch module, {way}, {told}", make, work(task, part, words)))
+                make = partial(
+                    make_torch_step, task, module, optimizer, mode, text_length, recompute
+                )
+            rows.append(
+                Contender(
+                    f"PyTorch module, {mode}, {label}", make, count_flops(task, part, text_length)
+                )
+            )
     return rows
 
 
-def adamw(settings: config.Optimizer, module: Any) -> Any:
+def make_adamw(settings: config.Optimizer, module: Any) -> Any:
     import torch
 
     return torch.optim.AdamW(
@@ -217,8 +234,8 @@ def adamw(settings: config.Optimizer, module: Any) -> Any:
     )
 
 
-def torch_inputs(task: Task, words: int) -> tuple[Any, Any, Any]:
-    text, lengths = texts(task, words)
+def make_torch_inputs(task: Task, text_length: int) -> tuple[Any, Any, Any]:
+    text, lengths = make_text(task, text_length)
     return (
         networks.to_torch(task.image.transpose(0, 3, 1, 2)),
         networks.to_torch(text, task.dtype),
@@ -226,52 +243,56 @@ def torch_inputs(task: Task, words: int) -> tuple[Any, Any, Any]:
     )
 
 
-def mixed_precision(task: Task) -> Any:
+def make_autocast(task: Task) -> Any:
     import torch
 
-    return torch.autocast(measure.torch_device(), torch.bfloat16, enabled=task.dtype == "bfloat16")
+    return torch.autocast(
+        measure.find_torch_device(), torch.bfloat16, enabled=task.dtype == "bfloat16"
+    )
 
 
-def torch_forward(task: Task, module: Callable[[], Any], way: str, words: int) -> Callable[[], Any]:
+def make_torch_forward(
+    task: Task, module: Callable[[], Any], mode: str, text_length: int
+) -> Callable[[], Any]:
     import torch
 
-    network, inputs = networks.running(module(), way), torch_inputs(task, words)
+    network, inputs = networks.compile_module(module(), mode), make_torch_inputs(task, text_length)
     time = torch.full((len(task.image),), 0.5, device=inputs[0].device)
-    attention = attention_of(task, words)
+    attention = find_attention(task, text_length)
 
     def call():
-        with torch.no_grad(), attention(), mixed_precision(task):
+        with torch.no_grad(), attention(), make_autocast(task):
             network(*inputs, time)
-        measure.synchronize()
+        measure.synchronize_torch()
 
     return call
 
 
-def torch_step(
+def make_torch_step(
     task: Task,
     module: Callable[[], Any],
     optimizer: Callable[[], Any],
-    way: str,
-    words: int,
+    mode: str,
+    text_length: int,
     recompute: bool,
 ) -> Callable[[], Any]:
     import torch
 
     network, weights, optimizer = (
-        networks.running(module(), way),
+        networks.compile_module(module(), mode),
         list(module().parameters()),
         optimizer(),
     )
     module().recompute = recompute
-    image, text, lengths = torch_inputs(task, words)
-    attention, x0 = attention_of(task, words), task.model.prediction == "x0"
+    image, text, lengths = make_torch_inputs(task, text_length)
+    attention, x0 = find_attention(task, text_length), task.model.prediction == "x0"
 
     def call():
         noise, time = torch.randn_like(image), torch.rand(len(image), device=image.device)
         mixed = torch.lerp(image, noise, time[:, None, None, None])
         divisor = time + task.run.flow.min_divisor
         target = (mixed - image) / divisor[:, None, None, None] if x0 else noise - image
-        with attention(), mixed_precision(task):
+        with attention(), make_autocast(task):
             loss = torch.nn.functional.mse_loss(
                 network(mixed, text, lengths, time, divisor=divisor), target
             )
@@ -279,14 +300,14 @@ def torch_step(
         torch.nn.utils.clip_grad_norm_(weights, task.run.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        measure.synchronize()
+        measure.synchronize_torch()
 
     return call
 
 
-def attention_of(task: Task, words: int) -> Callable[[], Any]:
-    return networks.fastest_attention(
-        task.run.data.batch_size, task.image_tokens + words, task.model, task.dtype
+def find_attention(task: Task, text_length: int) -> Callable[[], Any]:
+    return networks.find_fastest_attention(
+        task.run.data.batch_size, task.num_image_tokens + text_length, task.model, task.dtype
     )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks at toy size: that they run, what their tables say, and that a peer that cannot run is a row. No times are looked at."""
+"""Benchmarks at toy size run, print their tables, and list failing peers. No time is asserted."""
 
 import sys
 
@@ -27,7 +27,7 @@ TOY = [
     *(
         "--model",
         "nano",
-        "--side",
+        "--resolution",
         "8",
         "--text-limit",
         "16",
@@ -43,12 +43,12 @@ PEERS = ["PyTorch module, eager, text at the limit", "PyTorch module, eager, tex
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(measure, "SIZES", {"cpu": (32, 1024)})
-    monkeypatch.setattr(measure, "SETTLE", 0)
+    monkeypatch.setattr(measure, "SETTLE_SECONDS", 0)
 
 
 @pytest.fixture
 def torch(monkeypatch):
-    """PyTorch, which compiles nothing: that takes minutes."""
+    """PyTorch without compilation, which takes minutes."""
     found = pytest.importorskip("torch", reason="PyTorch is not installed.")
     monkeypatch.setattr(found, "compile", lambda module, dynamic: module)
     return found
@@ -60,21 +60,23 @@ def no_torch(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def rows_of(report: Report) -> dict[str, list[str]]:
-    """Cells by the first one, of all tables."""
-    lines = [line for part in report.parts for line in part.splitlines() if line.startswith("| ")]
+def read_rows(report: Report) -> dict[str, list[str]]:
+    """Cells of all tables by the first one."""
+    lines = [
+        line for part in report.sections for line in part.splitlines() if line.startswith("| ")
+    ]
     return {
         cells[0]: cells[1:]
         for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     }
 
 
-# --- the clock and the table ------------------------------------------------------------------------------------------
+# --- Timing and tables ---
 
 
-def test_all_are_called_in_turn():
+def test_contenders_are_called_in_turn():
     calls = []
-    results = measure.race(
+    results = measure.time_in_turn(
         [Contender(name, lambda name=name: lambda: calls.append(name)) for name in "abc"], 2
     )
     assert "".join(calls) == "aabbcc" + "abc" * 2
@@ -82,62 +84,62 @@ def test_all_are_called_in_turn():
     assert all(len(r.times) == 2 and min(r.times) > 0 for r in results)
 
 
-def test_a_peer_that_fails_is_a_row_and_ours_is_an_error(capsys):
+def test_failing_peer_is_a_row_and_our_failure_raises(capsys):
     def failing():
         raise RuntimeError("no C++\ncompiler")
 
     fine = Contender("ours", lambda: lambda: None, peer=False)
-    results = measure.race(
+    results = measure.time_in_turn(
         [fine, Contender("at once", failing), Contender("when called", lambda: failing)], 1
     )
     report = Report("test", [])
     report.compare(results, Limits(1e12, 1e9))
     for name in ("at once", "when called"):
-        assert f"{name}: not measured, RuntimeError: no C++ compiler" in report.parts[-1]
-    assert report.parts[-1] in capsys.readouterr().out
+        assert f"{name}: not measured, RuntimeError: no C++ compiler" in report.sections[-1]
+    assert report.sections[-1] in capsys.readouterr().out
     with pytest.raises(RuntimeError):
-        measure.race([Contender("ours", failing, peer=False)], 1)
+        measure.time_in_turn([Contender("ours", failing, peer=False)], 1)
 
 
-def test_ratios():
+def test_table_has_ratios_to_the_first_row():
     ours = Result(Contender("ours", lambda: None, flops=3e12), 9.0, (4.0, 2.0, 3.0))
     theirs = Result(Contender("theirs", lambda: None, flops=6e12), 1.0, (7.0, 6.0, 5.0))
     report = Report("test", [])
     report.compare(
         [ours, theirs], Limits(4e12, 1e9), {"images/s": lambda result: f"{6 / result.median:.3g}"}
     )
-    rows = rows_of(report)
+    rows = read_rows(report)
     assert rows["ours"] == ["3", "2 – 4", "1.00", "1", "25%", "2", "9.0 s"]
     assert rows["theirs"] == ["6", "5 – 7", "2.00", "1", "25%", "1", "1.0 s"]
-    assert len({len(line) for line in report.parts[-1].splitlines()}) == 1
+    assert len({len(line) for line in report.sections[-1].splitlines()}) == 1
 
 
 @pytest.mark.usefixtures("no_torch")
 def test_limits_without_pytorch():
-    limits = measure.measured_limits("float32", repeats=1)
+    limits = measure.measure_limits("float32", repeats=1)
     assert 0 < limits.flops < 1e16
     assert 0 < limits.bandwidth < 1e14
 
 
-def test_recorded(monkeypatch, tmp_path):
+def test_report_is_appended(monkeypatch, tmp_path):
     path = tmp_path / "RESULTS.md"
     path.write_text("# Results\n")
     monkeypatch.setattr(measure, "RESULTS", path)
     report = Report("sampling", ["--steps", "2", "--record"])
-    report.say("| a |")
+    report.write("| a |")
     report.record()
     heading, command, versions, last = (
         path.read_text().removeprefix("# Results\n\n").strip().split("\n\n")
     )
     assert heading.startswith("## sampling: ")
-    assert measure.hardware() in heading
+    assert measure.describe_hardware() in heading
     assert command == "`python -m benchmarks.sampling --steps 2`"
     assert f"jax {jax.__version__}" in versions
     assert "commit" in versions
     assert last == "| a |"
 
 
-# --- what is compared -------------------------------------------------------------------------------------------------
+# --- what is compared ---
 
 
 def toy_task(**changes) -> networks.Task:
@@ -150,31 +152,31 @@ def toy_task(**changes) -> networks.Task:
     return networks.Task(run, 17)
 
 
-def test_operations():
+def test_flops_are_those_of_the_network():
     task = toy_task()
-    assert task.cut() == 32
-    assert task.flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
-    once = task.flops(32, 0, 1)
-    assert 0 < once < task.flops(32, 1, 0)
-    assert task.flops(32, 6, 4) == 6 * task.flops(32, 1, 0) + 4 * once
+    assert task.padded_length() == 32
+    assert task.count_flops(32, 1, 1) == forward_flops(task.model, 8, 8, 32)
+    once = task.count_flops(32, 0, 1)
+    assert 0 < once < task.count_flops(32, 1, 0)
+    assert task.count_flops(32, 6, 4) == 6 * task.count_flops(32, 1, 0) + 4 * once
 
 
-def test_cut_text_is_the_beginning_of_the_whole():
+def test_cut_text_is_the_start_of_the_full_text():
     task = toy_task()
-    (whole, lengths), (cut, _) = task.text(40, [17, 1]), task.text(32, [17, 1])
+    (whole, lengths), (cut, _) = task.make_text(40, [17, 1]), task.make_text(32, [17, 1])
     assert whole.shape == (2, 40, 32)
     assert lengths.tolist() == [17, 1]
     np.testing.assert_array_equal(whole[:, :32], cut)
 
 
 @pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
-def test_stored_small_as_a_checkpoint_is(store):
+def test_quantized_params_match_a_checkpoint(store):
     model = toy_model(hidden=64, rope_axes=(4, 14, 14))
     params = toy_params(model)
     expected = checkpoint.checkpoint_from_params(model, params, "toy").load_params(
         weight_format=store
     )
-    ours = networks.stored_small(params, store)
+    ours = networks.quantize_params(params, store)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     jax.tree.map(
         lambda a, b: (
@@ -186,23 +188,23 @@ def test_stored_small_as_a_checkpoint_is(store):
 
 
 @pytest.mark.reference
-def test_networks_that_differ_are_not_timed(torch):
+def test_different_networks_are_not_timed(torch):
     task = toy_task()
-    params = networks.random_params(task.model, "float32")
-    module = networks.torch_module(task.model, params, "float32")
-    assert "differ by" in networks.agreement(task, params, lambda: module)
+    params = networks.make_random_params(task.model, "float32")
+    module = networks.make_torch_module(task.model, params, "float32")
+    assert "differ by" in networks.compare_outputs(task, params, lambda: module)
     with torch.no_grad():
         module.nerf_blocks[0].param_generator.bias.add_(torch.linspace(0, 1, 384))
     with pytest.raises(SystemExit, match="nothing is timed"):
-        networks.agreement(task, params, lambda: module)
+        networks.compare_outputs(task, params, lambda: module)
 
 
-# --- each of them -----------------------------------------------------------------------------------------------------
+# --- each of them ---
 
 
 @pytest.mark.usefixtures("no_torch")
 def test_sampling_without_peers():
-    rows = rows_of(sampling.main([*TOY, "--steps", "2", "--stores", "int8"]))
+    rows = read_rows(sampling.main([*TOY, "--steps", "2", "--weight-formats", "int8"]))
     assert {
         "radiance, text cut",
         "radiance, text at the limit",
@@ -215,7 +217,7 @@ def test_sampling_without_peers():
 @pytest.mark.reference
 def test_sampling(torch):
     pytest.importorskip("diffusers", reason="diffusers is not installed.")
-    rows = rows_of(sampling.main([*TOY, "--steps", "2"]))
+    rows = read_rows(sampling.main([*TOY, "--steps", "2"]))
     assert {
         *PEERS,
         "PyTorch module, compiled, text cut",
@@ -228,7 +230,7 @@ def test_sampling(torch):
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.slow
 def test_training_without_peers():
-    rows = rows_of(
+    rows = read_rows(
         training.main(["model.modulation=none", *TOY, "--parts", "step", "--remat", "full"])
     )
     assert "radiance, text cut, remat full" in rows
@@ -241,7 +243,7 @@ def test_training_without_peers():
 @pytest.mark.reference
 @pytest.mark.slow
 def test_training(torch):
-    rows = rows_of(training.main(["model.modulation=none", *TOY, "--batch", "2"]))
+    rows = read_rows(training.main(["model.modulation=none", *TOY, "--batch", "2"]))
     assert {"radiance, text cut", *PEERS, "PyTorch module, compiled, text cut"} <= set(rows)
     assert not any("not measured" in name for name in rows)
 
@@ -261,28 +263,28 @@ def test_attention():
             "1",
         ]
     )
-    tables = [part for part in report.parts if part.startswith("| ")]
+    tables = [part for part in report.sections if part.startswith("| ")]
     assert len(tables) == 2
     for text in tables:
-        for name in ("radiance, xla", "radiance, pieces", "PyTorch, default"):
+        for name in ("radiance, xla", "radiance, chunked", "PyTorch, default"):
             line = next(line for line in text.splitlines() if name in line)
             assert "not measured" in line or float(line.split("|")[7]) < 1e-5
 
 
-def test_errors_are_of_visible_rows():
+def test_error_ignores_hidden_rows():
     exact = [np.ones((1, 4, 1, 1), np.float32)]
     found = [jnp.array([1.0, 1.5, 9.0, 9.0]).reshape(1, 4, 1, 1)]
-    assert attention.error(found, exact, 2) == 0.5
+    assert attention.compute_error(found, exact, 2) == 0.5
 
 
 @pytest.mark.slow
 def test_compile_time(monkeypatch):
     monkeypatch.setitem(compile_time.SIZES, "nano", toy_model(head="linear", modulation="none"))
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests' programs are there too
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need their programs
     report = compile_time.main(
-        ["--models", "nano", "--devices", "1", "8", "--side", "8", "--peers"]
+        ["--models", "nano", "--devices", "1", "8", "--resolution", "8", "--peers"]
     )
-    lines = report.parts[-1].splitlines()[2:]
+    lines = report.sections[-1].splitlines()[2:]
     assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
     assert all("not measured: there are" in line for line in lines[1::2]) or len(jax.devices()) >= 8
 
@@ -290,28 +292,28 @@ def test_compile_time(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Memory is read from /proc.")
 def test_host_memory(monkeypatch):
-    whole = host_memory.run_of
+    whole = host_memory.make_run
     quick = ["model.head=linear", "model.modulation=none"]
     monkeypatch.setattr(
-        host_memory, "make_sampling_config", lambda *given: config.override(whole(*given), quick)
+        host_memory, "make_run", lambda *given: config.override(whole(*given), quick)
     )
-    report = host_memory.main(["--steps", "6", "--images", "20", "--side", "16"])
-    rows = rows_of(report)
+    report = host_memory.main(["--steps", "6", "--images", "20", "--resolution", "16"])
+    rows = read_rows(report)
     assert "6" in rows
     assert all(
         float(anonymous) <= float(resident)
         for resident, anonymous in rows.values()
         if resident != "resident MB"
     )
-    assert "each 1,000 steps add" in report.parts[-1]
+    assert "each 1,000 steps add" in report.sections[-1]
 
 
 def test_slope_of_memory():
     readings = [host_memory.Reading(step, 50 * step + 7, 0) for step in (10, 20, 50)]
-    assert abs(host_memory.slope(readings, "resident") - 50_000) < 1e-6
-    assert host_memory.slope(readings, "anonymous") == 0
+    assert abs(host_memory.fit_slope(readings, "resident") - 50_000) < 1e-6
+    assert host_memory.fit_slope(readings, "anonymous") == 0
 
 
-def test_what_is_too_large_to_compile_in_pytorch():
-    run = compile_time.run_of(config.MODELS["chroma1-radiance"], 256, 1, "bfloat16")
-    assert "in memory" in compile_time.theirs(run, "forward")[0]
+def test_large_models_are_not_compiled_in_pytorch():
+    run = compile_time.make_run(config.MODELS["chroma1-radiance"], 256, 1, "bfloat16")
+    assert "in memory" in compile_time.time_torch(run, "forward")[0]
