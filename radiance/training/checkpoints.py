@@ -1,12 +1,12 @@
-"""Checkpoints of a run: params, ema, optimizer and progress apart, written in the background, whole or not at all.
+"""Checkpoints of a run and snapshots of its averages, written in the background and atomically.
 
-A save that is cut short leaves a temporary directory that nothing reads; the checkpoint before it stands.
+Parameters, averages, optimizer state and progress are separate items. An interrupted save leaves a
+temporary directory that nothing reads, and the checkpoint before it stays valid.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,19 +22,23 @@ from radiance.training.ema import solve_posthoc_coefficients
 from radiance.training.parameter_groups import merge_params, split_frozen
 from radiance.training.step import TrainState, init_state
 
-# Orbax tells of every step of every save, and of one that fails in thousands of lines: here it is one sentence.
+# Orbax logs every step of every save, and thousands of lines for a failure. One sentence suffices.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
+# Some leaves of a tree may be read alone.
 PARTIAL_LOAD = ocp.options.PyTreeOptions(
     loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-)  # of a tree may be read alone
-MAX_RELATIVE_ERROR = (
-    0.1  # from the average that is asked for: what snapshots can give is another one
 )
+MAX_RELATIVE_ERROR = 0.1  # of a post-hoc average, relative to the requested one
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: Folder of the checkpoints, which may not exist yet.
+        max_to_keep: Number of newest checkpoints to keep.
+    """
 
     def __init__(self, directory: Path, max_to_keep: int = 1):
         self.directory = Path(directory).absolute()
@@ -42,93 +46,92 @@ class Checkpoints:
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(max_to_keep),
         )
-        self._last_save_failed = False  # the save before
+        self._last_save_failed = False
 
     @property
     def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, including one that is still being written."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, including one that is still being written."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    @property
     def latest_complete_step(self) -> int | None:
-        """The newest that is whole on the disk; `latest` may still be on its way there."""
+        """Step of the newest checkpoint that is complete on disk."""
         return find_latest_complete_step(self.directory)
 
     def save(self, state: TrainState, report: Callable[[str], None] = print):
-        """Starts writing `state`; it may be donated at once. Raises OutputError when there is no room, and CheckpointError when two in a row fail."""
-        checkpointables = _split_state(state)
+        """Start to write `state`, which may be donated at once.
+
+        Raises:
+            CheckpointError: Two saves in a row failed.
+            OutputError: There is no room for the checkpoint.
+        """
+        items = _split_state(state)
         self.wait_and_report(report)
-        require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves(checkpointables)))
+        require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves(items)))
         with _ErrorTranslator(f"The checkpoint of step {int(state.step)}", self.directory):
-            self._checkpointer.save_checkpointables_async(
-                int(state.step), checkpointables, force=True
-            )
-            if self._last_save_failed:  # behind one that failed nothing is left to chance
+            self._checkpointer.save_checkpointables_async(int(state.step), items, force=True)
+            if self._last_save_failed:  # a second failure must stop the run
                 self._checkpointer.wait()
                 self._last_save_failed = False
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The state of that step, on the devices and in the shapes of the abstract state `like`."""
-        with _ErrorTranslator(f"The checkpoint of step {step}", self.directory, "read"):
-            checkpointables = self._checkpointer.load_checkpointables(
-                step, _split_state(_with_shardings(abstract_state))
-            )
+        """Return the state of a step, with the shapes and shardings of `abstract_state`."""
+        items = self._restore_items(step, _split_state(_with_shardings(abstract_state)))
         return TrainState(
-            params=checkpointables["params"],
-            ema=checkpointables.get("ema", {}),
-            optimizer_state=checkpointables["optimizer"],
-            **checkpointables["progress"],
+            params=items["params"],
+            ema=items.get("ema", {}),
+            optimizer_state=items["optimizer"],
+            **items["progress"],
         )
 
     def restore_params(
         self, step: int, run: config.Config, selector: str, shardings: Params | None = None
     ) -> Params:
-        """Only the weights (of a LoRA run, what it adds), on the first device unless `shardings` says otherwise.
+        """Return only the weights; of a LoRA run, its adapters.
 
-        which: params, ema (the largest decay; params where the run keeps none), ema=DECAY, or width=WIDTH, which is made from the run's
-        snapshots where it is none of those that the run keeps.
+        Args:
+            step: Step of the checkpoint.
+            run: Config of the run that wrote it.
+            selector: params; ema (the largest decay, or params without averages); ema=DECAY; or
+                width=WIDTH, which is computed from snapshots if the run does not keep that width.
+            shardings: Shardings of the weights; the first device if None.
         """
-        abstract_params = (
-            jax.eval_shape(partial(init_state, run)).params
-            if run.lora.rank
-            else make_abstract_params(run.model)
-        )
-        if shardings is not None:
-            abstract_params = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                abstract_params,
-                shardings,
-            )
-        abstract_params = _with_shardings(abstract_params)
-        trainable, frozen = split_frozen(abstract_params, run.optimizer.frozen)
+        abstract_params = _abstract_params(run, shardings)
         width = config.Sample(weights=selector).ema_width
-        from_snapshots = width is not None and width not in run.optimizer.ema_widths
-        name = None if from_snapshots else resolve_average(selector, run.optimizer.ema_names)
-        with _ErrorTranslator(f"The checkpoint of step {step}", self.directory, "read"):
-            if not (from_snapshots or name):
-                return self._checkpointer.load_checkpointables(step, {"params": abstract_params})[
-                    "params"
-                ]
-            # Nothing else is read: each average is as large as the weights.
-            abstract_checkpointables = ({"ema": {name: trainable}} if name else {}) | (
-                {"params": frozen} if frozen else {}
-            )
-            with ocp.Context(pytree_options=PARTIAL_LOAD):
-                checkpointables = (
-                    self._checkpointer.load_checkpointables(step, abstract_checkpointables)
-                    if abstract_checkpointables
-                    else {}
-                )
-        average = (
-            Snapshots(self.directory.with_name("averages")).compute_average(run, width, trainable)
-            if from_snapshots
-            else checkpointables["ema"][name]
+        has_snapshots = width is not None and width not in run.optimizer.ema_widths
+        name = None if has_snapshots else resolve_average(selector, run.optimizer.ema_names)
+        if not (has_snapshots or name):
+            return self._restore_items(step, {"params": abstract_params})["params"]
+        # Only the requested average is read, because each is as large as the weights.
+        trainable, frozen = split_frozen(abstract_params, run.optimizer.frozen)
+        items = ({"ema": {name: trainable}} if name else {}) | (
+            {"params": frozen} if frozen else {}
         )
-        return merge_params(average, checkpointables["params"]) if frozen else average
+        with ocp.Context(pytree_options=PARTIAL_LOAD):
+            restored = self._restore_items(step, items) if items else {}
+        if has_snapshots:
+            snapshots = Snapshots(self.directory.with_name("averages"))
+            average = snapshots.compute_average(run, width, trainable)
+        else:
+            average = restored["ema"][name]
+        return merge_params(average, restored["params"]) if frozen else average
+
+    def _restore_items(self, step: int, abstract_items: dict) -> dict:
+        """Return items of a checkpoint by name."""
+        with _ErrorTranslator(f"The checkpoint of step {step}", self.directory, "read"):
+            return self._checkpointer.load_checkpointables(step, abstract_items)
 
     def wait_and_report(self, report: Callable[[str], None] = print):
-        """Waits for what is being written. That it failed is told, for a run that goes on has a state to save yet; over several hosts, which must
-        all do the same, it raises CheckpointError.
+        """Wait for the checkpoint that is being written, and report a failure.
+
+        The run continues after a failure and saves a later state. With several hosts, which must
+        all do the same, the failure is raised as CheckpointError.
         """
         try:
             self.wait()
@@ -136,32 +139,40 @@ class Checkpoints:
             if jax.process_count() > 1:
                 raise
             self._last_save_failed = True
-            report(f"No checkpoint, and the run goes on to the next. {error}")
+            report(f"No checkpoint was written, and training continues. {error}")
 
     def wait(self):
-        """Until what is being written is. Raises CheckpointError when that failed."""
+        """Wait for the checkpoint that is being written; raise CheckpointError if that failed."""
         with _ErrorTranslator("The last checkpoint", self.directory):
             self._checkpointer.wait()
 
     def close(self):
-        """Waits for what is being written."""
+        """Wait for the checkpoint that is being written, and release the directory."""
         with _ErrorTranslator("The last checkpoint", self.directory):
             self._checkpointer.close()
 
 
+def find_complete_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a directory, which may not exist."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
 def find_latest_complete_step(directory: Path) -> int | None:
-    """The step of the newest checkpoint in a directory that may not be there, and nothing is written."""
-    return (
-        max((int(path.name) for path in directory.iterdir() if path.name.isdecimal()), default=None)
-        if directory.is_dir()
-        else None
-    )
+    """Return the step of the newest complete checkpoint in a directory, which may not exist."""
+    return max(find_complete_steps(directory), default=None)
 
 
 class Snapshots:
-    """The averages of optimizer.ema_widths at some steps of a run, all of which are kept: from them come those of other widths.
+    """Snapshots of the averages of `optimizer.ema_widths` at some steps of a run.
 
-    Nothing that goes wrong in writing one stops a run: it is told, and there is a snapshot less.
+    All are kept; averages of other widths are computed from them. A snapshot that cannot be written
+    is reported and left out, and the run continues.
+
+    Args:
+        directory: Folder of the snapshots.
+        report: Prints a line.
     """
 
     def __init__(self, directory: Path, report: Callable[[str], None] = print):
@@ -170,24 +181,23 @@ class Snapshots:
 
     @property
     def steps(self) -> list[int]:
+        """Steps of all snapshots."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, state: TrainState):
-        """Writes those of `state`, in the type it keeps them in, where there is room for them and for a checkpoint."""
+        """Write the averages of `state`, if there is room for them and for a checkpoint."""
         step = int(state.step)
-        if step in self.steps:  # of before a kill; it is the same
+        if step in self.steps:  # written before an interruption, with the same contents
             return
         averages = {
             name: average for name, average in state.ema.items() if name.startswith("width=")
         }
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves((averages, _split_state(state))))
         has_space = False
         with self._report_errors(step):
-            require_space(
-                self.directory,
-                sum(x.nbytes for x in jax.tree.leaves((averages, _split_state(state)))),
-            )
+            require_space(self.directory, num_bytes)
             has_space = True
-        if jax.process_count() > 1:  # all write, or none does
+        if jax.process_count() > 1:  # all hosts write, or none
             has_space = bool(multihost_utils.process_allgather(np.array(has_space)).all())
         if not has_space:
             return
@@ -195,9 +205,15 @@ class Snapshots:
             self._checkpointer.save_checkpointables(step, {"averages": averages})
 
     def compute_average(self, run: config.Config, width: float, abstract_params: Params) -> Params:
-        """The average of that relative width at the newest snapshot, in the shapes and places of `like`, computed leaf by leaf in float32.
+        """Return the average of a relative width at the newest snapshot, computed in float32.
 
-        Raises CheckpointError when the snapshots are too few to come within a tenth of it.
+        Args:
+            run: Config of the run.
+            width: Relative width of the average (arXiv 2312.02696).
+            abstract_params: Shapes and shardings of the trainable parameters.
+
+        Raises:
+            CheckpointError: The snapshots are too few to come within a tenth of that average.
         """
         steps, widths = self.steps, run.optimizer.ema_widths
         snapshots = [(step, snapshot_width) for step in steps for snapshot_width in widths]
@@ -206,30 +222,23 @@ class Snapshots:
         )
         if relative_error > MAX_RELATIVE_ERROR:
             raise CheckpointError(
-                f"{self.directory} has {len(steps)} snapshots of the averages of width {', '.join(map(str, widths))}, too few for one of width "
-                f"{width:g} (off by {relative_error:.0%}): ask for a width nearer to those, or train with a smaller train.snapshot_every."
+                f"{self.directory} has {len(steps)} snapshots of the averages of width "
+                f"{', '.join(map(str, widths))}, too few for one of width {width:g} (off by "
+                f"{relative_error:.0%}): choose a width nearer to those, or train with a smaller "
+                "train.snapshot_every."
             )
+        coefficients = np.reshape(coefficients, (len(steps), -1))
 
         def average_leaf(keys: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-            abstract_averages = {
-                "averages": {
-                    f"width={snapshot_width}": _nest_leaf(keys, x) for snapshot_width in widths
-                }
-            }
+            names = [f"width={snapshot_width}" for snapshot_width in widths]
+            abstract_items = {"averages": {name: _nest_leaf(keys, x) for name in names}}
             total = 0.0
-            for step, step_coefficients in zip(steps, np.reshape(coefficients, (len(steps), -1))):
-                averages = ocp.load_checkpointables(self.directory / str(step), abstract_averages)[
-                    "averages"
-                ]
+            for step, step_coefficients in zip(steps, coefficients):
+                items = ocp.load_checkpointables(self.directory / str(step), abstract_items)
+                leaves = (jax.tree.leaves(items["averages"][name])[0] for name in names)
                 total += sum(
-                    float(coefficient) * array
-                    for coefficient, array in zip(
-                        step_coefficients,
-                        (
-                            jax.tree.leaves(averages[f"width={snapshot_width}"])[0]
-                            for snapshot_width in widths
-                        ),
-                    )
+                    float(coefficient) * leaf
+                    for coefficient, leaf in zip(step_coefficients, leaves)
                 )
             return total
 
@@ -240,50 +249,73 @@ class Snapshots:
             return jax.tree_util.tree_map_with_path(average_leaf, abstract_params)
 
     def close(self):
-        """Waits for what is being written."""
+        """Wait for the snapshot that is being written."""
         with self._report_errors(None):
             self._checkpointer.close()
 
     @contextmanager
     def _report_errors(self, step: int | None) -> Iterator[None]:
+        subject = "The last snapshot" if step is None else f"The snapshot of step {step}"
         try:
-            with _ErrorTranslator(
-                "The last snapshot" if step is None else f"The snapshot of step {step}",
-                self.directory,
-            ):
+            with _ErrorTranslator(subject, self.directory):
                 yield
         except (CheckpointError, OutputError) as error:
-            self.report(f"No snapshot of the averages, and the run goes on. {error}")
+            self.report(f"No snapshot of the averages, and training continues. {error}")
+
+
+def _abstract_params(run: config.Config, shardings: Params | None) -> Params:
+    """Return shapes and shardings of the parameters that the checkpoints of a run hold."""
+    params = (
+        jax.eval_shape(lambda: init_state(run)).params
+        if run.lora.rank
+        else make_abstract_params(run.model)
+    )
+    if shardings is not None:
+        params = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            params,
+            shardings,
+        )
+    return _with_shardings(params)
 
 
 def _nest_leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Params:
+    """Return a tree with one leaf at the path of `keys`."""
     for key in reversed(keys):
         leaf = {key.key: leaf}
     return leaf
 
 
 def resolve_average(selector: str, names: Iterable[str]) -> str | None:
-    """The average that `which` (params, ema, ema=DECAY or width=WIDTH) means among those a run keeps; None for the weights themselves."""
+    """Return the name of the average that a selector means; None for the weights themselves.
+
+    Args:
+        selector: params, ema, ema=DECAY or width=WIDTH.
+        names: Names of the averages that the run keeps.
+
+    Raises:
+        CheckpointError: The run does not keep that average.
+    """
     names = list(names)
     decays = [name for name in names if not name.startswith("width=")]
     if selector == "params" or (selector == "ema" and not decays):
         return None
     width = config.Sample(weights=selector).ema_width
-    name = (
-        f"width={width}"
-        if width is not None
-        else selector.partition("=")[2] or max(decays, key=float)
-    )
+    if width is not None:
+        name = f"width={width}"
+    else:
+        name = selector.partition("=")[2] or max(decays, key=float)
     if name not in names:
         choices = (name if name not in decays else f"ema={name}" for name in names)
         raise CheckpointError(
-            f"The run has no average {selector!r}: it has params and {', '.join(choices) or 'no averages'}."
+            f"The run has no average {selector!r}: it has params and "
+            f"{', '.join(choices) or 'no averages'}."
         )
     return name
 
 
 def _split_state(state: TrainState) -> dict:
-    """What is kept apart. Orbax writes nothing empty, as the averages of a run are that has none."""
+    """Return the items of a checkpoint. Orbax cannot write an empty one, so `ema` may be absent."""
     progress = {
         "step": state.step,
         "skipped_steps": state.skipped_steps,
@@ -299,7 +331,10 @@ def _split_state(state: TrainState) -> dict:
 
 
 def _with_shardings(abstract_tree):
-    """Shapes with a place each: this host's first device, where none is given (Orbax would put them where they were when saved)."""
+    """Return shapes that all have a sharding: this host's first device where none is given.
+
+    Without one, Orbax would restore the sharding of the saved array.
+    """
     default_sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default_sharding),
@@ -308,7 +343,7 @@ def _with_shardings(abstract_tree):
 
 
 class _ErrorTranslator:
-    """Turns what goes wrong inside Orbax into one sentence."""
+    """Translates an exception of Orbax into a CheckpointError of one sentence."""
 
     def __init__(self, subject: str, directory: Path, verb: str = "written"):
         self.message, self.verb = f"{subject} in {directory} could not be {verb}", verb
@@ -317,14 +352,10 @@ class _ErrorTranslator:
         return self
 
     def __exit__(self, error_type, error, traceback):
-        if isinstance(error, Exception) and not isinstance(error, RadianceError):
-            reason = (
-                str(error).strip().splitlines()[0][:300]
-                if str(error).strip()
-                else error_type.__name__
-            )
-            if self.verb == "written" and is_disk_full(error):
-                reason = (
-                    f"its disk is full: make room there and run the same command again ({reason})"
-                )
-            raise CheckpointError(f"{self.message}: {reason}") from error
+        if not isinstance(error, Exception) or isinstance(error, RadianceError):
+            return
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:300] if lines else error_type.__name__
+        if self.verb == "written" and is_disk_full(error):
+            reason = f"its disk is full: make room there and run the same command again ({reason})"
+        raise CheckpointError(f"{self.message}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Coordinate hosts and signals of a training run."""
+"""Coordination of a training with signals and with other hosts."""
 
 import hashlib
 import json
@@ -17,10 +17,17 @@ from jax.experimental import multihost_utils
 from radiance import config
 from radiance.base.errors import TrainingError
 from radiance.training.checkpoints import Checkpoints
+from radiance.training.seed_checkpoints import SeedCheckpoints
 
 
 def is_any_host_stopping(stop_event: threading.Event, step: int, every: int) -> bool:
-    """Whether any host was asked to stop. Hosts agree on it now and then, so that all stop after the same step."""
+    """Return whether any host was asked to stop.
+
+    Args:
+        stop_event: Event of this host.
+        step: Number of steps done.
+        every: Interval at which hosts exchange their events, so that all stop after the same step.
+    """
     if jax.process_count() == 1:
         return stop_event.is_set()
     return step % every == 0 and bool(
@@ -29,19 +36,23 @@ def is_any_host_stopping(stop_event: threading.Event, step: int, every: int) -> 
 
 
 @contextmanager
-def exit_if_host_fails(checkpoints: Checkpoints) -> Iterator[None]:
-    """Ends this process at once when another host is gone: without it nothing can be computed or saved, and what waits for it, as JAX does
-    at an ordinary end, would wait for minutes.
+def exit_if_host_fails(checkpoints: Checkpoints | SeedCheckpoints) -> Iterator[None]:
+    """End this process at once after an error that other hosts do not have.
+
+    Without one of the hosts nothing can be computed or saved, and an ordinary exit of JAX would
+    wait for it for minutes.
     """
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1 or isinstance(error, TrainingError):  # which all hosts raise
+        # All hosts raise the same TrainingError.
+        if jax.process_count() == 1 or isinstance(error, TrainingError):
             raise
         latest = checkpoints.latest_complete_step
         print(
-            f"radiance: another host is gone, or this one cannot go on ({str(error).splitlines()[0][:300]}): start all hosts again with the same "
-            f"command, which goes on from {'the beginning' if latest is None else f'step {latest}'}.",
+            "radiance: another host has failed, or this one cannot continue "
+            f"({str(error).splitlines()[0][:300]}): start all hosts again with the same command, "
+            f"which resumes from {'the beginning' if latest is None else f'step {latest}'}.",
             file=sys.stderr,
             flush=True,
         )
@@ -49,44 +60,47 @@ def exit_if_host_fails(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def check_hosts_agree(data: Mapping[str, Any]):
-    """Raises ConfigError where hosts see other data than the first: each would have an order of its own."""
+    """Raise ConfigError if hosts have different data, because their batches would not match.
+
+    Args:
+        data: JSON values by name.
+    """
     if jax.process_count() == 1:
         return
-    ours = np.stack(
-        [
-            np.frombuffer(
-                hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest(), np.uint8
-            )
-            for part in data.values()
-        ]
-    )
-    of_all = multihost_utils.process_allgather(ours)  # [hosts, parts, bytes]
-    if other := [name for i, name in enumerate(data) if (of_all[:, i] != of_all[0, i]).any()]:
+    hashes = [
+        hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        for value in data.values()
+    ]
+    own_hashes = np.stack([np.frombuffer(value, np.uint8) for value in hashes])
+    all_hashes = multihost_utils.process_allgather(own_hashes)  # [hosts, names, bytes]
+    is_different = (all_hashes != all_hashes[0]).any(axis=(0, 2))
+    if names := [name for name, different in zip(data, is_different) if different]:
         raise config.ConfigError(
-            f"The hosts do not see the same data ({', '.join(other)}): look at data.path on each, and remove data.cache_dir where it is stale."
+            f"The hosts do not see the same data ({', '.join(names)}): check data.path on each, "
+            "and remove data.cache_dir where it is outdated."
         )
 
 
 @contextmanager
 def handle_signals() -> Iterator[threading.Event]:
-    """Inside, SIGTERM and Ctrl-C ask for a clean stop after the step at hand; a second one stops at once."""
-    stopping = threading.Event()
+    """Yield an event that SIGTERM or Ctrl-C sets; a second signal ends the process at once."""
+    stop_event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stopping
+        yield stop_event
         return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    old_handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
 
-    def restore(*_):
-        for kind, handler in before.items():
+    def restore_handlers(*_):
+        for kind, handler in old_handlers.items():
             signal.signal(kind, handler)
 
     def stop(*_):
-        stopping.set()
-        restore()
+        stop_event.set()
+        restore_handlers()
 
-    for kind in before:
+    for kind in old_handlers:
         signal.signal(kind, stop)
     try:
-        yield stopping
+        yield stop_event
     finally:
-        restore()
+        restore_handlers()

@@ -1,54 +1,75 @@
-"""What a run starts from: its own newest checkpoint, else the weights of `init`, else fresh ones. And whether `init` arrived well."""
+"""Initial weights: the newest checkpoint of a run, else the weights of `init`, else random ones."""
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from radiance import config
 from radiance.base.trees import flatten_tree
-from radiance.distributed.sharding import host_shardings
-from radiance.flow.timesteps import timestep_quantile
+from radiance.distributed.sharding import host_shardings, make_shardings, put_global
+from radiance.flow.distillation import Teacher
 from radiance.model.paths import is_always_float32
 from radiance.model.transformer import Params, make_abstract_params
+from radiance.pipeline import Pipeline, encode_prompts
+from radiance.text.encoder import TextEncoder
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import RunDirectory, is_run_directory
-from radiance.training.step import VALIDATION_BINS, TrainState, init_state
+from radiance.training.seed_checkpoints import SeedCheckpoints
+from radiance.training.seeds import InitParams, init_states
+from radiance.training.step import TrainState
 from radiance.weights import checkpoint
 from radiance.weights.opening import open_tensors
 
-MAX_LOSS_RATIO = 1.5  # times more or less than is known
-
 
 def initialize_state(
-    run: config.Config, checkpoints: Checkpoints, abstract_state: TrainState, shardings: TrainState
+    run: config.Config,
+    seeds: Sequence[int],
+    checkpoints: Checkpoints | SeedCheckpoints,
+    abstract_state: TrainState,
+    init_params: InitParams | None = None,
 ) -> tuple[int, TrainState, str]:
-    """Step and state to go on from, and what they are."""
+    """Return the step and state to start from, and a phrase that says where they come from.
+
+    Args:
+        run: Config of the runs.
+        seeds: Seed of each run; the state is stacked for several.
+        checkpoints: Checkpoints of the runs.
+        abstract_state: Shapes and shardings of the state.
+        init_params: Random initial weights from a key, in place of those of the model.
+    """
     latest_step = checkpoints.latest_step
     if latest_step is not None:
-        return (
-            latest_step,
-            checkpoints.restore(latest_step, abstract_state),
-            f"going on from step {latest_step}",
-        )
-    init_fresh_state = jax.jit(partial(init_state, run), out_shardings=shardings)
+        state = checkpoints.restore(latest_step, abstract_state)
+        return latest_step, state, f"resumed from step {latest_step}"
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    init = partial(init_states, run, seeds, init_params=init_params)
+    init_fresh_state = jax.jit(init, out_shardings=shardings)
     if not run.init:
         return 0, init_fresh_state(), "from scratch"
     if run.lora.rank:
         return 0, init_fresh_state(), f"a LoRA of rank {run.lora.rank} for {run.init}"
-    params = load_pretrained_params(run.init, run, shardings.params)
+    param_shardings = make_shardings(make_abstract_params(run.model), _mesh_of(abstract_state))
+    params = load_pretrained_params(run.init, run, param_shardings)
     return 0, init_fresh_state(params), f"from the weights of {run.init}"
+
+
+def _mesh_of(abstract_state: TrainState) -> jax.sharding.Mesh:
+    """Return the mesh of the shardings of a state."""
+    return abstract_state.step.sharding.mesh
 
 
 def load_pretrained_params(
     path: str, run: config.Config, shardings: Params | None = None
 ) -> Params:
-    """Weights to start from: of a checkpoint file, or the averaged ones of a run directory. They must be of `run.model`."""
+    """Return weights to start from: those of a file, or the averaged ones of a run directory.
+
+    Args:
+        path: Checkpoint file or run directory of the same model.
+        run: Config of the run that starts from them.
+        shardings: Shardings of the weights; the first device if None.
+    """
     if not is_run_directory(path):
         return checkpoint.read_checkpoint(path, run.model, shardings)[1]
     source_run, checkpoints = _open_source_run(path, run)
@@ -58,14 +79,9 @@ def load_pretrained_params(
 
 
 def load_base_params(run: config.Config, shardings: Params | None = None) -> Params:
-    """The weights that a LoRA run adds to, stored as `run.lora` says."""
-    return load_frozen_params(
-        run.init,
-        run,
-        run.lora.dtype,
-        None if run.lora.weight_format == "none" else run.lora.weight_format,
-        shardings,
-    )
+    """Return the weights that a LoRA run adds to, in the format of `run.lora`."""
+    weight_format = None if run.lora.weight_format == "none" else run.lora.weight_format
+    return load_frozen_params(run.init, run, run.lora.dtype, weight_format, shardings)
 
 
 def load_frozen_params(
@@ -75,18 +91,26 @@ def load_frozen_params(
     weight_format: str | None = None,
     shardings: Params | None = None,
 ) -> Params:
-    """Weights that are not trained, in as little memory as they may take: of `load_weights`, in `dtype` but for the parts that must stay precise."""
+    """Return weights that are not trained, in as little memory as the arguments allow.
+
+    Args:
+        path: Checkpoint file or run directory of the same model.
+        run: Config of the run that uses them.
+        dtype: Type of the weights, except of those that must stay in float32.
+        weight_format: Format of quantized weights; None for `dtype`.
+        shardings: Shardings of the weights; the first device if None.
+    """
     if not is_run_directory(path):
         return checkpoint.open_checkpoint(path, run.model).load_params(
             dtype, weight_format, shardings
         )
     if weight_format:
-        return checkpoint.checkpoint_from_params(
-            run.model,
-            load_pretrained_params(path, run, host_shardings(make_abstract_params(run.model))),
-            path,
-        ).load_params(dtype, weight_format, shardings)
-    params = load_pretrained_params(path, run, shardings)  # in parts, where there are places
+        host_params = load_pretrained_params(
+            path, run, host_shardings(make_abstract_params(run.model))
+        )
+        source = checkpoint.checkpoint_from_params(run.model, host_params, path)
+        return source.load_params(dtype, weight_format, shardings)
+    params = load_pretrained_params(path, run, shardings)
     leaves = [
         x if is_always_float32(path) else x.astype(dtype)
         for path, x in flatten_tree(params).items()
@@ -95,7 +119,7 @@ def load_frozen_params(
 
 
 def check_pretrained_params(path: str, run: config.Config):
-    """Raises ConfigError or CheckpointError when `load_weights` would, as far as can be told without reading them."""
+    """Raise the errors of `load_pretrained_params` that can be found without reading weights."""
     if is_run_directory(path):
         _open_source_run(path, run)
     else:
@@ -103,7 +127,10 @@ def check_pretrained_params(path: str, run: config.Config):
 
 
 def identify_weights(path: str, run: config.Config) -> str:
-    """What tells the weights of a file or of a run directory from others: a LoRA goes on with none but its own, and a student with its teacher."""
+    """Return an identity of the weights of a file or run directory.
+
+    A LoRA run resumes only with its own base, and a distilled run only with its own teacher.
+    """
     if not is_run_directory(path):
         return open_tensors(path).fingerprint()
     source_run, checkpoints = _open_source_run(path, run)
@@ -112,16 +139,15 @@ def identify_weights(path: str, run: config.Config) -> str:
         for row in RunDirectory(Path(path)).read_metrics()
         if "loss" in row and row["step"] <= checkpoints.latest_step
     ]
-    loss_text = (
-        f" loss {losses[-1]}" if losses else ""
-    )  # in all its digits: another run of that name has another
+    # All digits of the loss distinguish another run of the same name.
+    loss_text = f" loss {losses[-1]}" if losses else ""
     return (
         f"{source_run.name} step {checkpoints.latest_step}{loss_text} {source_run.sample.weights}"
     )
 
 
 def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints]:
-    """A run directory to start from: its config, which must be of the same model, and its checkpoints, of which it must have one."""
+    """Open a run directory to start from; raise ConfigError if it does not fit or is empty."""
     run_dir = RunDirectory(Path(path))
     source_run = run_dir.read_config()
     if changes := config.differences(source_run.model, run.model, "model."):
@@ -133,7 +159,8 @@ def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Chec
         )
     if source_run.lora.rank:
         raise config.ConfigError(
-            f"{path} has a LoRA and no weights: give a file that `radiance convert {path} FILE` merges them into."
+            f"{path} is a LoRA run without weights of its own: merge it with "
+            f"`radiance convert {path} FILE` and give that file."
         )
     checkpoints = Checkpoints(run_dir.checkpoint_dir)
     if checkpoints.latest_step is None:
@@ -141,95 +168,36 @@ def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Chec
     return source_run, checkpoints
 
 
-# --- did the weights arrive well? -------------------------------------------------------------------------------------
+# --- teachers ---------------------------------------------------------------------------------
 
 
-class ReferenceLoss(NamedTuple):
-    """The loss that the weights of `init` had before."""
+def load_trajectory_teacher(
+    run: config.Config, encoder: TextEncoder, mesh: jax.sharding.Mesh
+) -> Pipeline:
+    """Return the pipeline of the teacher that generates trajectories.
 
-    low: float
-    high: float
-    source: str
-    flow: config.Flow  # of the times that it is a mean over
-
-    def matches(self, loss: float) -> bool:
-        return self.low / MAX_LOSS_RATIO <= loss <= self.high * MAX_LOSS_RATIO
-
-
-def find_reference_loss(run: config.Config) -> ReferenceLoss | None:
-    """From the run or the file that `init` names, or from what is known of the published models."""
-    if is_run_directory(run.init):
-        loss, source = RunDirectory(Path(run.init)).last_validation_loss(), "the run it comes from"
-    else:
-        loss, source = (
-            checkpoint.read_validation_loss(open_tensors(run.init)),
-            "the run it was exported from",
-        )
-    if loss is not None:
-        return ReferenceLoss(loss, loss, source, config.Flow(timestep_distribution="uniform"))
-    # Whatever the run says of what a file may not say: that is what the loss is to tell.
-    free_settings = {
-        name: getattr(run.model, name) for name in ("text_ids", "prediction", "masking")
-    }
-    if run.model == replace(config.MODELS["chroma1-radiance-x0"], **free_settings):
-        return ReferenceLoss(
-            0.058,
-            0.063,
-            "the published x0 model on its authors' images",
-            config.Flow(timestep_distribution="logistic"),
-        )
-    return None
-
-
-def diagnose_loss(
-    run: config.Config,
-    reference: ReferenceLoss | None,
-    bin_losses: np.ndarray,
-    measure: Callable[[config.Config], np.ndarray],
-) -> str:
-    """What the validation loss before the first step says of the weights, in one or two sentences.
-
-    bins: mean loss in each of the validation's bins of time. measure: the same under another config. A loss far from what is
-    known is measured again with one setting changed at a time, and the change that mends it is named.
+    The weights of `init` are checked first, because generation takes long.
     """
-    if reference is None:
-        return f"step 0: validation loss {bin_losses.mean():.4f} of {run.init}."
-    bin_weights = timestep_bin_weights(reference.flow, run)
-    loss = float(bin_weights @ bin_losses)
-    summary = f"step 0: validation loss {loss:.4f} of {run.init}; {reference.source} had {reference.low:.4g}"
-    summary += "" if reference.high == reference.low else f" to {reference.high:.4g}"
-    if reference.matches(loss):
-        return f"{summary}: the weights arrived well."
-    losses = {
-        change: float(bin_weights @ measure(config.override(run, [change])))
-        for change in list_alternatives(run)
-    }
-    best_change = min(
-        losses,
-        key=lambda change: abs(math.log(losses[change] ** 2 / (reference.low * reference.high))),
-    )
-    losses_text = ", ".join(f"{change} gives {value:.4f}" for change, value in losses.items())
-    if reference.matches(losses[best_change]):
-        return (
-            f"{summary}, which is far off: {best_change} is probably what is wrong ({losses_text})."
-        )
-    return f"{summary}, which is far off, and no one change mends it ({losses_text}): the images, captions or text encoder are others, or the file is damaged."
+    if run.init and not run.lora.rank:
+        check_pretrained_params(run.init, run)
+    return Pipeline(run, _load_teacher_params(run, mesh), encoder=encoder, mesh=mesh)
 
 
-def list_alternatives(run: config.Config) -> Iterator[str]:
-    """Changes of what a file may not say of itself: variant, masking and precision. None of them changes the parameters."""
-    model = run.model
-    yield f"model.prediction={'velocity' if model.prediction == 'x0' else 'x0'}"
-    yield f"model.text_ids={'zero' if model.text_ids == 'sequential' else 'sequential'}"
-    maskings = ("one_pad", "off") if model.padding == "learned" else ("one_pad", "strict", "off")
-    yield from (f"model.masking={name}" for name in maskings if name != model.masking)
-    if run.compute.dtype == "bfloat16":
-        yield "compute.dtype=float32"
+def make_teacher(
+    run: config.Config, encoder: TextEncoder, mesh: jax.sharding.Mesh, base: Params | None
+) -> Teacher | None:
+    """Return the teacher that every step uses, or None. A LoRA's base serves without a copy."""
+    if not run.distill.has_guided_targets:
+        return None
+    if run.is_base_teacher:
+        params = base
+    else:
+        params = _load_teacher_params(run, mesh) if run.distill.needs_teacher else None
+    _, negative = encode_prompts(encoder, [], run.distill.sample, run.model.masking)
+    return Teacher(params, put_global(negative, mesh))
 
 
-def timestep_bin_weights(flow: config.Flow, run: config.Config) -> np.ndarray:
-    """The share of a time law in each of the validation's equal bins."""
-    tokens = (run.data.resolution // run.model.patch) ** 2
-    quantiles = (np.arange(10_000) + 0.5) / 10_000
-    times = np.asarray(timestep_quantile(flow, quantiles, tokens))
-    return np.histogram(times, VALIDATION_BINS, (0, 1))[0] / len(times)
+def _load_teacher_params(run: config.Config, mesh: jax.sharding.Mesh) -> Params:
+    """Return the teacher's weights in the type of the computation."""
+    shardings = make_shardings(make_abstract_params(run.model), mesh)
+    return load_frozen_params(run.teacher, run, run.compute.dtype, shardings=shardings)

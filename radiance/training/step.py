@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, UInt32
 
 from radiance import config
 from radiance.base.images import to_signed
-from radiance.flow import distillation, objective, timesteps
+from radiance.flow import coupling, distillation, objective, timesteps
 from radiance.flow.distillation import Teacher
 from radiance.model.transformer import Params, bind_model, init_params
 from radiance.training.block_rotation import (
@@ -26,12 +26,12 @@ from radiance.training.optimizer import make_optimizer, reset_moments
 from radiance.training.parameter_groups import merge_params, split_frozen
 from radiance.training.stochastic_rounding import cast_params, stochastic_round
 
-# image [b, height, width, c] uint8, or float32 in [-1, 1]; text [b, l, e], lengths [b], weight [b]; dropped [b], where captions were.
-# Of trajectories: image [b, segments, height, width, c], the points behind the noise, and seed [b], which gives the noise.
+# image [b, height, width, c] uint8, or float32 in [-1, 1]; text [b, l, e]; lengths [b]; weight [b];
+# dropped [b], true where the caption was dropped. Batches of trajectories have
+# image [b, segments, height, width, c], the points after the noise, and seed [b] of the noise.
 DeviceBatch = dict[str, jax.Array]
-Metrics = dict[
-    str, Any
-]  # numbers, and `gradient_norms`: one of each part of the network that is trained
+# Numbers, and `gradient_norms`: one for each trained part of the network.
+Metrics = dict[str, Any]
 
 VALIDATION_BINS = 10
 
@@ -39,20 +39,39 @@ VALIDATION_BINS = 10
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """All that a run knows. Randomness and data follow from (seed, step), so there is nothing else to save."""
+    """Everything that a checkpoint stores; randomness and data follow from (seed, step)."""
 
     step: Int32[Array, ""]
-    params: Params  # of the network, or of what is added to it (LoRA)
-    ema: dict[str, Params]  # by decay, or width=WIDTH; only what is trained
+    params: Params  # of the network, or the adapters of a LoRA run
+    ema: dict[str, Params]  # by decay or width=WIDTH; trainable parameters only
     optimizer_state: Any
-    skipped_steps: Int32[Array, ""]  # steps without an update, since the start
+    skipped_steps: Int32[Array, ""]  # steps without an update, since the start of the run
     consecutive_skipped_steps: Int32[Array, ""]
 
 
-def init_state(run: config.Config, params: Params | None = None) -> TrainState:
-    """The state before the first step, from `params` or from scratch; of a LoRA run always from scratch."""
-    key = jax.random.key(run.train.seed)
+@dataclass(frozen=True)
+class StepContext:
+    """Everything that the loss of a step depends on, except the active parameters and the batch."""
+
+    trainable: Params
+    blocks: BlockIndices  # of the stacks in `trainable` that are trained in this step
+    frozen: Params
+    base: Params | None  # weights that a LoRA is added to
+    teacher: Teacher | None
+
+
+def init_state(
+    run: config.Config, params: Params | None = None, key: PRNGKeyArray | None = None
+) -> TrainState:
+    """Return the state before the first step.
+
+    Args:
+        run: Config of the run.
+        params: Initial weights; random ones if None. A LoRA run always starts from random adapters.
+        key: Random key of the initial weights; that of `train.seed` if None.
+    """
     if params is None:
+        key = jax.random.key(run.train.seed) if key is None else key
         params = (
             init_adapters(run.model, run.lora, key)
             if run.lora.rank
@@ -69,33 +88,14 @@ def init_state(run: config.Config, params: Params | None = None) -> TrainState:
 
 
 def make_train_step(run: config.Config) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The training step of a run: (state, batch, base, seed, teacher) → (state, metrics), where base is what a LoRA run adds to, else None.
+    """Return the training step: (state, batch, base, seed, teacher) → (state, metrics).
 
-    seed: of times, noise and rounding, in place of the run's, so that `jax.vmap` can train several at once; blocks that are trained in
-    rotation stay the run's. A step whose loss or gradient is not finite changes nothing but the count.
+    `base` holds the weights that a LoRA run adds to, else None. `seed` replaces `train.seed` for
+    times, noise and rounding, so that `jax.vmap` can train several seeds together; block rotation
+    always follows `train.seed`. A step whose loss or gradient is not finite only increases the
+    counts.
     """
     optimizer = make_optimizer(run.optimizer, run.train.steps)
-
-    def compute_loss(
-        active: Params,
-        context: tuple[Params, BlockIndices, Params, Params | None, Teacher | None],
-        part: DeviceBatch,
-    ) -> tuple[jax.Array, jax.Array]:
-        trainable, blocks, frozen, base, teacher = context
-        losses = compute_image_losses(
-            run,
-            assemble_params(
-                run, merge_params(scatter_blocks(trainable, active, blocks), frozen), base
-            ),
-            part,
-            teacher,
-        )
-        normalized_losses = (
-            distillation.normalize_losses(losses) if run.distill.kind == "mean_flow" else losses
-        )
-        return objective.weighted_mean(normalized_losses, part["weight"]), jnp.where(
-            part["weight"] > 0, losses, 0
-        ).mean()
 
     def step(
         state: TrainState,
@@ -110,77 +110,128 @@ def make_train_step(run: config.Config) -> Callable[..., tuple[TrainState, Metri
         key = jax.random.fold_in(
             jax.random.key(run.train.seed if seed is None else seed), state.step
         )
-        batch = add_noise_and_times(run, batch, key)
-        context = (trainable, blocks, frozen, base, teacher)
-        gradients, loss = accumulate_gradients(
-            jax.value_and_grad(compute_loss, has_aux=True),
-            active,
-            context,
-            batch,
-            run.optimizer.gradient_accumulation_steps,
-        )
-        loss = loss / jnp.maximum(
-            (batch["weight"] > 0).mean(), 1e-9
-        )  # of the images that are there
-        gradients = cast_to_float32(gradients)
+
+        # Gradients of the active parameters.
+        context = StepContext(trainable, blocks, frozen, base, teacher)
+        loss, gradients = _compute_gradients(run, active, context, batch, key)
         gradient_norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
         gradient_norm = optax.tree.norm(gradient_norms)
-        old_optimizer_state = state.optimizer_state
+
+        # Updated parameters, averages and optimizer state.
+        optimizer_state = state.optimizer_state
         if run.optimizer.block_rotation != (0, 0):
-            old_optimizer_state = reset_moments(
-                old_optimizer_state,
+            optimizer_state = reset_moments(
+                optimizer_state,
                 optimizer.init(active),
                 state.step % run.optimizer.block_rotation_every == 0,
             )
-        updates, optimizer_state = optimizer.update(gradients, old_optimizer_state, active)
+        updates, new_optimizer_state = optimizer.update(gradients, optimizer_state, active)
         new_active = optax.tree.add(cast_to_float32(active), updates)
-        weights_key, ema_key = jax.random.split(
-            jax.random.fold_in(key, 2)
-        )  # `with_noise` splits the key in 0 and 1
-        ema = update_averages(
-            state.ema,
-            scatter_blocks(cast_to_float32(trainable), new_active, blocks),
-            state.step,
-            ema_key,
-        )
-        new_trees = (stochastic_round(weights_key, new_active, active), ema, optimizer_state)
+        # `add_noise_and_times` splits the key into children 0 and 1.
+        weights_key, ema_key = jax.random.split(jax.random.fold_in(key, 2))
+        new_trainable = scatter_blocks(cast_to_float32(trainable), new_active, blocks)
+        new_ema = update_averages(state.ema, new_trainable, state.step, ema_key)
+        new_active = stochastic_round(weights_key, new_active, active)
 
+        # A step that is not finite keeps the old ones.
         is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         active, ema, optimizer_state = jax.tree.map(
-            lambda n, o: jnp.where(is_finite, n, o),
-            new_trees,
-            (active, state.ema, old_optimizer_state),
+            lambda new, old: jnp.where(is_finite, new, old),
+            (new_active, new_ema, new_optimizer_state),
+            (active, state.ema, optimizer_state),
         )
         params = merge_params(scatter_blocks(trainable, active, blocks), frozen)
-        is_skipped = (~is_finite).astype(jnp.int32)
-        state = TrainState(
-            state.step + 1,
+        return _advance_state(
+            state,
             params,
             ema,
             optimizer_state,
-            state.skipped_steps + is_skipped,
-            (state.consecutive_skipped_steps + 1) * is_skipped,
+            is_finite,
+            {"loss": loss, "gradient_norm": gradient_norm, "gradient_norms": gradient_norms},
         )
-        metrics = {"loss": loss, "gradient_norm": gradient_norm, "gradient_norms": gradient_norms}
-        return state, metrics | {
-            "skipped_steps": state.skipped_steps,
-            "consecutive_skipped_steps": state.consecutive_skipped_steps,
-        }
 
     return step
 
 
+def _compute_gradients(
+    run: config.Config,
+    active: Params,
+    context: StepContext,
+    batch: DeviceBatch,
+    key: PRNGKeyArray,
+) -> tuple[jax.Array, Params]:
+    """Return the mean loss of the images that are present, and the gradients in float32."""
+
+    def compute_loss(
+        active: Params, context: StepContext, microbatch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        trainable = scatter_blocks(context.trainable, active, context.blocks)
+        params = assemble_params(run, merge_params(trainable, context.frozen), context.base)
+        losses = compute_image_losses(run, params, microbatch, context.teacher)
+        normalized_losses = (
+            distillation.normalize_losses(losses) if run.distill.kind == "mean_flow" else losses
+        )
+        is_present = microbatch["weight"] > 0
+        return (
+            objective.weighted_mean(normalized_losses, microbatch["weight"]),
+            jnp.where(is_present, losses, 0).mean(),
+        )
+
+    batch = add_noise_and_times(run, batch, key)
+    gradients, loss = accumulate_gradients(
+        jax.value_and_grad(compute_loss, has_aux=True),
+        active,
+        context,
+        batch,
+        run.optimizer.gradient_accumulation_steps,
+    )
+    loss = loss / jnp.maximum((batch["weight"] > 0).mean(), 1e-9)
+    return loss, cast_to_float32(gradients)
+
+
+def _advance_state(
+    state: TrainState,
+    params: Params,
+    ema: dict[str, Params],
+    optimizer_state: Any,
+    is_finite: Bool[Array, ""],
+    metrics: Metrics,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after a step, and its metrics with the counts of skipped steps."""
+    is_skipped = (~is_finite).astype(jnp.int32)
+    skipped_steps = state.skipped_steps + is_skipped
+    consecutive_skipped_steps = (state.consecutive_skipped_steps + 1) * is_skipped
+    new_state = TrainState(
+        state.step + 1, params, ema, optimizer_state, skipped_steps, consecutive_skipped_steps
+    )
+    counts = {
+        "skipped_steps": skipped_steps,
+        "consecutive_skipped_steps": consecutive_skipped_steps,
+    }
+    return new_state, metrics | counts
+
+
 def cast_to_float32(tree: Params) -> Params:
+    """Return the tree with float32 leaves."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def assemble_params(run: config.Config, params: Params, base: Params | None) -> Params:
-    """The weights of the network from those of a state."""
+    """Return the weights of the network from those of a state.
+
+    Args:
+        run: Config of the run.
+        params: Parameters of the state: those of the network, or the adapters of a LoRA run.
+        base: Weights that the adapters are added to; None if the run has none.
+    """
     return params if base is None else attach_adapters(base, params, run.lora)
 
 
 def add_noise_and_times(run: config.Config, batch: DeviceBatch, key: jax.Array) -> DeviceBatch:
-    """The batch with its times and noise, paired over the whole batch as the config's coupling says, and weights that count its times too."""
+    """Return the batch with noise and times, and with weights that include the timestep weighting.
+
+    Noise is paired with images over the whole batch, as `flow.coupling` says.
+    """
     noise_key, time_key = jax.random.split(key)
     batch_size, height, width = len(batch["image"]), *batch["image"].shape[-3:-1]
     tokens = (height // run.model.patch) * (width // run.model.patch)
@@ -196,7 +247,7 @@ def add_noise_and_times(run: config.Config, batch: DeviceBatch, key: jax.Array) 
     noise = run.flow.noise_scale * jax.random.normal(noise_key, image.shape)
     if run.flow.coupling != "independent":
         noise = noise[
-            objective.couple_noise(run.flow, image, noise, batch["text"], batch["lengths"])
+            coupling.couple_noise(run.flow, image, noise, batch["text"], batch["lengths"])
         ]
     time = timesteps.sample_timesteps(time_key, run.flow, batch_size, tokens)
     weight = batch["weight"] * timesteps.timestep_weights(run.flow, time, tokens)
@@ -209,7 +260,7 @@ def add_noise_and_times(run: config.Config, batch: DeviceBatch, key: jax.Array) 
 def compute_image_losses(
     run: config.Config, params: Params, batch: DeviceBatch, teacher: Teacher | None = None
 ) -> Float32[Array, " b"]:
-    """Loss of every image of a batch that has `noise` and `time`, without the weight that training gives it."""
+    """Return the unweighted loss of every image of a batch that has `noise` and `time`."""
     image, noise, time = batch["image"], batch["noise"], batch["time"]
     model, noisy = bind_model(run.model, run.compute, params), objective.mix(image, noise, time)
     if run.distill.kind == "mean_flow":
@@ -234,15 +285,23 @@ def compute_image_losses(
 def accumulate_gradients(
     value_and_grad: Callable,
     active: Params,
-    context: Any,
+    context: StepContext,
     batch: DeviceBatch,
     num_microbatches: int,
 ) -> tuple[Params, jax.Array]:
-    """Gradient and loss of the batch, computed in `parts` equal parts and averaged in float32."""
+    """Return gradients and loss of a batch, computed in equal microbatches and averaged in float32.
+
+    Args:
+        value_and_grad: (active, context, microbatch) → ((_, loss), gradients).
+        active: Parameters to differentiate.
+        context: Second argument of `value_and_grad`.
+        batch: Batch whose size is a multiple of `num_microbatches`.
+        num_microbatches: Number of microbatches.
+    """
     if num_microbatches == 1:
         (_, loss), gradients = value_and_grad(active, context, batch)
         return gradients, loss
-    # Part j takes rows j, j + parts, …: so every device works on every part of a batch in pieces.
+    # Microbatch j takes rows j, j + n, …, so that every device has rows of every microbatch.
     batch = jax.tree.map(
         lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -266,9 +325,19 @@ def compute_validation_losses(
     teacher: Teacher | None = None,
     num_bins: int = VALIDATION_BINS,
 ) -> Float32[Array, "b bins"]:
-    """Loss of every image at one time in each of the equal bins. Times and noise depend on `seed`, the bin and the row alone.
+    """Return the loss of every image at one time in each of the equal bins of time.
 
-    Of trajectories the bins are parts of their segments, which follow one another from row to row; with time_law=noise all are its begin.
+    Times and noise depend only on `train.seed`, `seed`, the bin and the row. For trajectories the
+    bins divide the segments, which alternate from row to row; with
+    `timestep_distribution=pure_noise` all losses are measured at the start of the segment.
+
+    Args:
+        run: Config whose objective is measured.
+        params: Weights of the network.
+        batch: Batch with uint8 images, or a batch of trajectories.
+        seed: Index of the validation batch.
+        teacher: Teacher of a distilled run.
+        num_bins: Number of bins of time in [0, 1].
     """
     batch_size, on_trajectories = len(batch["image"]), run.distill.kind == "trajectories"
     batch = batch if on_trajectories else batch | {"image": to_signed(batch["image"])}

@@ -1,0 +1,76 @@
+"""Checkpoints of seeds that are trained together."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from radiance.training.checkpoints import Checkpoints, find_complete_steps
+from radiance.training.seeds import abstract_seed, select_seed, stack_states
+from radiance.training.step import TrainState
+
+
+class SeedCheckpoints:
+    """The checkpoints of seeds that are trained together, each in its own run directory.
+
+    Each directory keeps at least two, so that all have a common one at any moment.
+
+    Args:
+        directories: Folder of the checkpoints of each seed.
+        max_to_keep: Number of newest checkpoints to keep in each.
+    """
+
+    def __init__(self, directories: Sequence[Path], max_to_keep: int = 1):
+        self._seeds = [Checkpoints(directory, max(max_to_keep, 2)) for directory in directories]
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that all seeds have."""
+        steps = set.intersection(*(set(checkpoints.steps) for checkpoints in self._seeds))
+        return max(steps, default=None)
+
+    @property
+    def latest_complete_step(self) -> int | None:
+        """Step of the newest checkpoint that is complete on disk for all seeds."""
+        steps = set.intersection(*(set(find_complete_steps(s.directory)) for s in self._seeds))
+        return max(steps, default=None)
+
+    def save(self, state: TrainState, report: Callable[[str], None] = print):
+        """Start to write the state of each seed, which may be donated at once."""
+        for index, checkpoints in enumerate(self._seeds):
+            checkpoints.save(select_seed(state, index), report)
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """Return the stacked state of a step, with the shapes and shardings of `abstract_state`."""
+        abstract = abstract_seed(abstract_state)
+        states = [checkpoints.restore(step, abstract) for checkpoints in self._seeds]
+        return stack_states(states, jax.tree.map(lambda x: x.sharding, abstract_state))
+
+    def wait_and_report(self, report: Callable[[str], None] = print):
+        """Wait for the checkpoints that are being written, and report failures."""
+        for checkpoints in self._seeds:
+            checkpoints.wait_and_report(report)
+
+    def close(self):
+        """Wait for the checkpoints that are being written, and release the directories."""
+        for checkpoints in self._seeds:
+            checkpoints.close()
+
+
+def open_checkpoints(
+    directories: Sequence[Path], max_to_keep: int
+) -> Checkpoints | SeedCheckpoints:
+    """Return the checkpoints of one run, or of several seeds that are trained together.
+
+    Checkpoints of a seed that others do not have are removed: training repeats their steps.
+    """
+    if len(directories) == 1:
+        return Checkpoints(directories[0], max_to_keep)
+    steps = [set(find_complete_steps(directory)) for directory in directories]
+    common = set.intersection(*steps)
+    if jax.process_index() == 0:
+        for directory, seed_steps in zip(directories, steps):
+            for step in seed_steps - common:
+                shutil.rmtree(directory / str(step))
+    return SeedCheckpoints(directories, max_to_keep)
