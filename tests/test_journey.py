@@ -171,6 +171,6 @@ def test_a_loss_far_off_names_what_is_probably_wrong(tuned, images, tmp_path, ca
     ]
     capsys.readouterr()
     assert main([*again, f"init={out}", "name=right"]) == 0
-    assert "the weights arrived well" in capsys.readouterr().err
+    assert "the weights were read correctly" in capsys.readouterr().err
     assert main([*again, f"init={wrong}", "model.prediction=velocity", "name=wrong"]) == 0
-    assert "model.prediction=x0 is probably what is wrong" in capsys.readouterr().err
+    assert "model.prediction=x0 is probably the right setting" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from radiance import config
 from radiance.cli import load_experiment, main
 from radiance.config.experiments import load_module
 from radiance.model.autoencoder import Autoencoder
-from radiance.training import loop
+from radiance.training import callbacks
 from radiance.training.initialization import load_pretrained_params
 from radiance.training.run_directory import RunDirectory
 from radiance.weights import autoencoder
@@ -35,7 +35,7 @@ SHORT = [
 @pytest.fixture
 def trained(tmp_path, data_directory, monkeypatch):
     """Trains an arm, without images on the way, and gives its config."""
-    monkeypatch.setattr(loop, "sample_gallery", lambda *_: None)
+    monkeypatch.setattr(callbacks, "sample_gallery", lambda *_: None)
 
     def train(name: str, *changes: str) -> config.Config:
         changes = [*SHORT, f"output={tmp_path}", f"data.cache_dir={data_directory}", *changes]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from radiance import config
 from radiance.distributed import environment
-from radiance.training import loop
+from radiance.training import callbacks, loop
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.step import init_state, make_train_step
 from tests.helpers.toy_models import toy_model
@@ -63,7 +63,7 @@ def step_of(run: config.Config):
 def train(run: config.Config) -> int:
     """That of the trainer, but no images are painted on the way: for tests that look at none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "sample_gallery", lambda *_: None)
+        patch.setattr(callbacks, "sample_gallery", lambda *_: None)
         return loop.train(run)
 
 

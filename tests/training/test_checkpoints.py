@@ -47,7 +47,7 @@ def test_no_more_is_read_than_is_given(saved, monkeypatch, which, name):
         return load(step, wanted)
 
     monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", spied)
-    found = checkpoints.restore_weights(3, run, which)
+    found = checkpoints.restore_params(3, run, which)
     assert read == [sum(x.size for x in jax.tree.leaves(found))]
     assert found.keys() == state.params.keys()
     trained, frozen = split_frozen(found, run.optimizer.frozen)
@@ -78,7 +78,7 @@ def test_a_save_that_failed_is_told_and_the_next_is_made(saved, tmp_path, monkey
     for step in (1, 2, 3):
         checkpoints.save(replace(state, step=jnp.int32(step)), told.append)
     assert len(told) == 1
-    assert told[0].startswith("No checkpoint, and the run goes on to the next.")
+    assert told[0].startswith("No checkpoint was written, and training continues.")
     assert "the disk is away" in told[0]
     assert checkpoints.latest_complete_step == 3  # already: behind one that failed it is waited for
     failing |= {4, 5}
@@ -93,6 +93,4 @@ def test_a_save_that_failed_is_told_and_the_next_is_made(saved, tmp_path, monkey
 def test_what_is_not_there_is_refused(saved):
     run, _, checkpoints = saved
     with pytest.raises(CheckpointError, match="could not be read"):
-        checkpoints.restore_weights(
-            3, replace(run, model=replace(run.model, registers=2)), "params"
-        )
+        checkpoints.restore_params(3, replace(run, model=replace(run.model, registers=2)), "params")

@@ -212,7 +212,7 @@ def test_a_full_disk_costs_a_snapshot_and_no_checkpoint(
     assert train(run) == 4
     assert Snapshots(run.run_dir / "averages").steps == []
     assert Checkpoints(run.run_dir / "checkpoints").latest_step == 4
-    assert "No snapshot of the averages, and the run goes on." in capsys.readouterr().err
+    assert "No snapshot of the averages, and training continues." in capsys.readouterr().err
 
 
 def test_settings_that_cannot_be(tmp_path, data_directory):

@@ -81,11 +81,11 @@ def test_a_full_disk(what, unbroken, disk, forks):
         told = [line for line in ended.output.splitlines() if "radiance: " in line]
         assert ended.code == 2 and len(told) == 1 and "absl" not in ended.output, ended.output
         assert re.fullmatch(f"radiance: {sentence}", told[0]), told
-        assert Checkpoints(seen.directory / "checkpoints").latest_complete_step == STANDS
+        assert Checkpoints(seen.run_dir / "checkpoints").latest_complete_step == STANDS
         assert same(state_of(seen, STANDS), state_of(unbroken, STANDS))
-    (seen.directory.parent / "ballast").unlink()
+    (seen.run_dir.parent / "ballast").unlink()
     ended = forks.train(run)
-    assert ended.code == 0 and f"going on from step {STANDS}" in ended.output, ended.output
+    assert ended.code == 0 and f"resumed from step {STANDS}" in ended.output, ended.output
     assert same(state_of(seen, 80), state_of(unbroken, 80))
     assert metrics(seen) == metrics(unbroken)
     assert painted(seen) == painted(unbroken)

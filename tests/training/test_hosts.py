@@ -50,7 +50,7 @@ def alone(tmp_path_factory, data_directory):
 
 
 def test_steps_are_traced(alone):
-    assert list((alone.directory / "profile").rglob("*.xplane.pb"))
+    assert list((alone.run_dir / "profile").rglob("*.xplane.pb"))
 
 
 def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_directory):
@@ -76,7 +76,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
         process.communicate()
 
     first, second = outputs(start_hosts("train", str(experiment)))
-    assert "2 device(s), going on from step" in first
+    assert "2 device(s), resumed from step" in first
     assert (run.run_dir / "report.html").is_file()
     ours, expected = metrics(run), metrics(alone)
     assert [row["step"] for row in ours] == [row["step"] for row in expected]
@@ -129,12 +129,12 @@ def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
         int(path.name) for path in (run.run_dir / "checkpoints").iterdir() if path.name.isdecimal()
     ]
     assert (
-        int(re.search(r"goes on from step (\d+)\.", told)[1]) in steps
+        int(re.search(r"resumes from step (\d+)\.", told)[1]) in steps
     )  # and is not one that was on its way to the disk
     step = max(steps)
     run = config.override(run, [f"train.steps={step + 1}"])
     assert (
-        f"going on from step {step}"
+        f"resumed from step {step}"
         in outputs(start_hosts("train", str(written_experiment(run))))[0]
     )
 

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from radiance import config
 from radiance.base import errors
 from radiance.data.datasets import DataError
-from radiance.training import coordination, loop
-from radiance.training.initialization import diagnose_loss, find_reference_loss, list_alternatives
+from radiance.training import coordination
+from radiance.training.loss_diagnosis import diagnose_loss, find_reference_loss, list_alternatives
 
 PUBLISHED = config.MODELS["chroma1-radiance-x0"]
 
@@ -37,7 +37,7 @@ def said(file, model, loss, truth=None):
 
 @pytest.mark.parametrize("text_ids", ["zero", "sequential"])
 def test_the_published_weights_arrive_well(file, text_ids):
-    assert "0.058 to 0.063: the weights arrived well" in said(
+    assert "0.058 to 0.063: the weights were read correctly" in said(
         file, replace(PUBLISHED, text_ids=text_ids), 0.07
     )
 
@@ -55,11 +55,11 @@ def test_the_published_weights_arrive_well(file, text_ids):
 def test_each_mistake_is_named(file, changes, loss):
     ((name, _),) = changes.items()
     line = said(file, replace(PUBLISHED, **changes), loss, truth=PUBLISHED)
-    assert f"model.{name}={getattr(PUBLISHED, name)} is probably what is wrong" in line
+    assert f"model.{name}={getattr(PUBLISHED, name)} is probably the right setting" in line
 
 
 def test_a_loss_that_nothing_mends(file):
-    assert "no one change mends it" in said(file, PUBLISHED, 0.5)
+    assert "no single setting explains it" in said(file, PUBLISHED, 0.5)
     assert len(list(list_alternatives(config.Config(model=PUBLISHED)))) == 5
     learned = config.Config(model=replace(PUBLISHED, padding="learned"))
     assert all(config.override(learned, [change]) for change in list_alternatives(learned))
@@ -67,11 +67,13 @@ def test_a_loss_that_nothing_mends(file):
 
 def test_hosts_that_see_other_data_do_not_train(monkeypatch):
     ours = {"train": {"count": 3}, "text": {"identity": "x"}}
-    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
+    monkeypatch.setattr(coordination.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        coordination.multihost_utils, "process_allgather", lambda x: np.stack([x, x])
+    )
     coordination.check_hosts_agree(ours)
     monkeypatch.setattr(
-        loop.multihost_utils,
+        coordination.multihost_utils,
         "process_allgather",
         lambda x: np.stack([x, np.stack([x[0] + 1, x[1]])]),
     )
@@ -82,16 +84,16 @@ def test_hosts_that_see_other_data_do_not_train(monkeypatch):
 def test_what_one_host_meets_ends_it_at_once(monkeypatch, capsys):
     """An ordinary end would wait for the others, who wait for it. What all meet ends all alike."""
     exits = []
-    monkeypatch.setattr(loop.os, "_exit", exits.append)
+    monkeypatch.setattr(coordination.os, "_exit", exits.append)
     for hosts, error, raised in (
         (1, DataError, True),
         (2, errors.TrainingError, True),
         (2, DataError, False),
     ):
-        monkeypatch.setattr(loop.jax, "process_count", lambda hosts=hosts: hosts)
+        monkeypatch.setattr(coordination.jax, "process_count", lambda hosts=hosts: hosts)
         with (
             pytest.raises(error) if raised else nullcontext(),
-            coordination.exit_if_host_fails(SimpleNamespace(standing=7)),
+            coordination.exit_if_host_fails(SimpleNamespace(latest_complete_step=7)),
         ):
             raise error("an image is gone")
     told = capsys.readouterr().err

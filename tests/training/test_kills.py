@@ -81,7 +81,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(unbroken, tmp_path, data_di
         assert ended.code == -9, f"{moment}, kill {number}: {ended.output}"
         for part in during:
             during[part] += any(part in path.parts for path in left_over(run))
-        latest = Checkpoints(run.directory / "checkpoints").latest_complete_step or 0
+        latest = Checkpoints(run.run_dir / "checkpoints").latest_complete_step or 0
         print(f"kill {number}, {moment}: step {latest} stands")
         assert latest >= stands
         assert not latest or same(state_of(run, latest), state_of(unbroken, latest))
@@ -101,7 +101,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(unbroken, tmp_path, data_di
 
 def test_a_image_that_a_kill_prevented_is_painted_by_the_next_start(unbroken):
     before, written = painted(unbroken), metrics(unbroken)
-    (unbroken.directory / "samples" / f"{unbroken.train.steps:08d}.png").unlink()
+    (unbroken.run_dir / "samples" / f"{unbroken.train.steps:08d}.png").unlink()
     assert train(unbroken) == unbroken.train.steps
     assert painted(unbroken) == before
     assert metrics(unbroken) == written

@@ -283,7 +283,7 @@ def test_ends_are_drawn_anew_and_beside_what_was_drawn(mean, monkeypatch):
     )
     monkeypatch.setattr(
         step,
-        "image_losses",
+        "compute_image_losses",
         lambda run, params, batch, teacher: jnp.stack([batch["time"], batch["until"]], axis=-1),
     )
     time, until = np.asarray(compute_validation_losses(mean, {}, batch, jnp.int32(0)))
@@ -320,7 +320,7 @@ def test_images_in_steps_whose_length_is_told(mean, solver):
         )
         x = np.float32(x + (after - t) * (negative + 2 * (positive - negative)))
     assert np.abs(x - noise).max() > 0.1
-    (found,) = pipeline.values(prompts, seeds, 8, 8, settings)
+    (found,) = pipeline.generate_arrays(prompts, seeds, 8, 8, settings)
     np.testing.assert_allclose(found, x, atol=2e-3)
     whole = generate_images(
         params, seeds, TextCondition(text, lengths), TextCondition(none, no_lengths), model=run.model, compute=run.compute, settings=settings,

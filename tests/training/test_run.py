@@ -12,7 +12,7 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import CheckpointError, OutputError, TrainingError
 from radiance.evaluation.report import write_report
-from radiance.training import loop
+from radiance.training import inputs, seeds
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.initialization import load_pretrained_params
 from radiance.training.step import init_state
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def final_state(run):
     like = jax.eval_shape(lambda: init_state(run))
-    checkpoints = Checkpoints(run.directory / "checkpoints")
+    checkpoints = Checkpoints(run.run_dir / "checkpoints")
     state = checkpoints.restore(checkpoints.latest_step, like)
     checkpoints.close()
     return state
@@ -41,7 +41,7 @@ def unbroken(tmp_path_factory, data_directory):
 
 def test_the_run_directory(unbroken):
     run, output = unbroken
-    d = run.directory
+    d = run.run_dir
     assert config.from_json(config.Config, (d / "config.json").read_text()) == run
     assert "radiance" in (d / "command.txt").read_text()
     environment = json.loads((d / "environment.json").read_text())
@@ -62,7 +62,7 @@ def test_the_run_directory(unbroken):
 
 
 def reached(run, step, process):
-    file = run.directory / "metrics.jsonl"
+    file = run.run_dir / "metrics.jsonl"
     for _ in range(3000):
         if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 9)):
             return
@@ -90,7 +90,7 @@ def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
     stopped = Checkpoints(run.run_dir / "checkpoints").latest_step
     assert 2 <= stopped < 8
     process = command(run)
-    assert f"going on from step {stopped}" in process.output
+    assert f"resumed from step {stopped}" in process.output
     assert same(final_state(run), final_state(unbroken[0]))
     assert metrics(run) == metrics(unbroken[0])
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_di
     assert train(run) == 4
     longer = config.override(run, ["train.steps=8", "mesh.data=2", "mesh.fsdp=2"])
     process = command(longer, devices=4)
-    assert process.returncode == 0 and "going on from step 4" in process.output, process.output
+    assert process.returncode == 0 and "resumed from step 4" in process.output, process.output
     for x, y in zip(
         jax.tree.leaves(final_state(longer).params),
         jax.tree.leaves(final_state(unbroken[0]).params),
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_di
 
 def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypatch):
     run, _ = unbroken
-    average = load_pretrained_params(str(run.directory), run)
+    average = load_pretrained_params(str(run.run_dir), run)
     assert same(average, final_state(run).ema["0.99"])
     file = tmp_path / "model.safetensors"
     checkpoint.write_checkpoint(file, run.model, average)
@@ -154,7 +154,7 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypat
     with pytest.raises(
         config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"
     ):
-        load_pretrained_params(str(run.directory), other)
+        load_pretrained_params(str(run.run_dir), other)
     with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_pretrained_params(str(file), other)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -170,18 +170,19 @@ def test_a_finished_run_stays_finished(unbroken):
     before = metrics(run)
     assert train(run) == 8
     assert metrics(run) == before
-    assert write_report(run.directory).is_file()
+    assert write_report(run.run_dir).is_file()
 
 
 def test_a_directory_of_another_config_is_refused(unbroken):
     with pytest.raises(
-        config.ConfigError, match="optimizer.learning_rate was 0.001, now 0.002.*another name="
+        config.ConfigError,
+        match="optimizer.learning_rate was 0.001, now 0.002.*choose another name=",
     ):
         train(config.override(unbroken[0], ["optimizer.learning_rate=2e-3"]))
 
 
 def test_other_data_is_refused(unbroken, monkeypatch):
-    monkeypatch.setattr(loop, "describe_source", lambda source, data, split: {"count": 1})
+    monkeypatch.setattr(inputs, "describe_source", lambda source, data, split: {"count": 1})
     with pytest.raises(config.ConfigError, match="holds a run on other data"):
         train(unbroken[0])
 
@@ -210,7 +211,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
         "train.checkpoint_every=2",
         **PLAIN,
     )
-    pure = loop.make_train_step
+    pure = seeds.make_train_step
 
     def broken(settings):
         step = pure(settings)
@@ -220,7 +221,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
             *rest,
         )
 
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    monkeypatch.setattr(seeds, "make_train_step", broken)
     with pytest.raises(
         TrainingError,
         match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good",

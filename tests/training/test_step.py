@@ -99,7 +99,7 @@ def test_a_velocity_can_be_judged_as_a_image_is():
 
 
 def test_parts_of_a_batch_add_up(plain):
-    batch = batch_of(plain) | {"weight": jnp.linspace(0, 2, plain.data.batch)}
+    batch = batch_of(plain) | {"weight": jnp.linspace(0, 2, plain.data.batch_size)}
     whole, m = step_of(plain)(start(plain), batch)
     parts, n = step_of(config.override(plain, ["optimizer.gradient_accumulation_steps=4"]))(
         start(plain), batch
@@ -113,7 +113,7 @@ def test_parts_of_a_batch_add_up(plain):
         m["loss"], losses[1:].mean(), rtol=1e-5
     )  # the first has no weight: it is not there
     np.testing.assert_allclose(m["gradient_norm"], n["gradient_norm"], rtol=1e-4)
-    first = lambda s: s.optimizer[1].mu
+    first = lambda s: s.optimizer_state[1].mu
     for x, y in zip(jax.tree.leaves(first(whole)), jax.tree.leaves(first(parts))):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_gradient_norms_by_part_make_up_the_whole(run):
     assert metrics["gradient_norms"].keys() == start(run).params.keys() - {"modulation", "head"}
     # The norms are of the gradient as it came, and the first moment holds it clipped.
     clip = min(1, 1 / float(metrics["gradient_norm"]))
-    for part, moment in state.optimizer[1].mu.items():
+    for part, moment in state.optimizer_state[1].mu.items():
         expected = np.sqrt(
             sum(float((np.asarray(x, np.float32) ** 2).sum()) for x in jax.tree.leaves(moment))
         ) / (0.1 * clip)
@@ -140,11 +140,13 @@ def test_gradient_norms_by_part_make_up_the_whole(run):
 
 def test_a_weight_of_zero_removes_a_image(plain):
     batch = batch_of(plain)
-    weight = jnp.ones(plain.data.batch).at[0].set(0)
+    weight = jnp.ones(plain.data.batch_size).at[0].set(0)
     changed = batch["image"].at[0].set(0.7)
     a, _ = step_of(plain)(start(plain), batch | {"weight": weight})
     b, _ = step_of(plain)(start(plain), batch | {"weight": weight, "image": changed})
-    for x, y in zip(jax.tree.leaves(a.optimizer[1].mu), jax.tree.leaves(b.optimizer[1].mu)):
+    for x, y in zip(
+        jax.tree.leaves(a.optimizer_state[1].mu), jax.tree.leaves(b.optimizer_state[1].mu)
+    ):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
@@ -154,15 +156,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(plain):
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, bad)
     assert same(
-        (after.params, after.ema, after.optimizer), (state.params, state.ema, state.optimizer)
+        (after.params, after.ema, after.optimizer_state),
+        (state.params, state.ema, state.optimizer_state),
     )
-    assert (int(after.step), int(after.skipped), int(metrics["consecutive_skipped_steps"])) == (
+    assert (
+        int(after.step),
+        int(after.skipped_steps),
+        int(metrics["consecutive_skipped_steps"]),
+    ) == (
         2,
         1,
         1,
     )
     good, metrics = step(after, batch)
-    assert int(good.skipped) == 1
+    assert int(good.skipped_steps) == 1
     assert int(metrics["consecutive_skipped_steps"]) == 0
     assert not same(good.params, after.params)
 
@@ -175,7 +182,7 @@ def test_frozen_parts_stay_and_cost_no_moments(run):
         assert same(state.params[part], before[part])
     assert same(state.params["double"]["image"], before["double"]["image"])
     assert not same(state.params["double"]["text"], before["double"]["text"])
-    for held in (state.optimizer[1].mu, state.ema["0.9"]):
+    for held in (state.optimizer_state[1].mu, state.ema["0.9"]):
         assert jax.tree.structure(held) == jax.tree.structure(
             split_frozen(before, frozen.optimizer.frozen)[0]
         )
@@ -187,16 +194,18 @@ def test_remat_and_head_tiles_change_nothing(run):
     other, _ = step_of(config.override(run, ["compute.remat=full", "compute.head_chunk_size=3"]))(
         start(run), batch
     )
-    for x, y in zip(jax.tree.leaves(plain.optimizer[1].mu), jax.tree.leaves(other.optimizer[1].mu)):
+    for x, y in zip(
+        jax.tree.leaves(plain.optimizer_state[1].mu), jax.tree.leaves(other.optimizer_state[1].mu)
+    ):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
 def test_bfloat16_keeps_float32_masters(plain):
     half = config.override(plain, ["compute.dtype=bfloat16"])
     state, metrics = step_of(half)(start(half), batch_of(plain))
-    assert {x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer[1].mu))} == {
-        jnp.dtype("float32")
-    }
+    assert {
+        x.dtype for x in jax.tree.leaves((state.params, state.ema, state.optimizer_state[1].mu))
+    } == {jnp.dtype("float32")}
     full = step_of(plain)(start(plain), batch_of(plain))[1]
     np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=0.05)
 
@@ -210,7 +219,7 @@ def test_bfloat16_states_keep_their_types_and_stay_near(run):
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
     assert (
         new.params["double"]["image"]["mlp"]["linear_in"]["kernel"].dtype
-        == new.optimizer[1].nu["patch_embed"]["bias"].dtype
+        == new.optimizer_state[1].nu["patch_embed"]["bias"].dtype
         == jnp.bfloat16
     )
     assert (
@@ -246,7 +255,7 @@ def test_times_weigh_as_the_law_says(run):
         run, ["flow.timestep_distribution=uniform", "flow.timestep_weighting=parabola"]
     )
     batch = add_noise_and_times(
-        weighed, batch_of(run) | {"weight": jnp.full(run.data.batch, 2.0)}, jax.random.key(2)
+        weighed, batch_of(run) | {"weight": jnp.full(run.data.batch_size, 2.0)}, jax.random.key(2)
     )
     np.testing.assert_allclose(
         batch["weight"], 2 * timesteps.timestep_density(run.flow, batch["time"], 4), rtol=1e-5
@@ -257,7 +266,7 @@ def test_validation_is_fixed_and_binned(run):
     validate = jax.jit(partial(compute_validation_losses, run))
     params, batch = toy_params(run.model), batch_of(run)
     losses = validate(params, batch, jnp.int32(0))
-    assert losses.shape == (run.data.batch, 10)
+    assert losses.shape == (run.data.batch_size, 10)
     assert np.isfinite(losses).all()
     assert np.array_equal(losses, validate(params, batch, jnp.int32(0)))
     assert not np.array_equal(losses, validate(params, batch, jnp.int32(1)))

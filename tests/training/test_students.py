@@ -22,7 +22,8 @@ from radiance.planning.plan import make_plan
 from radiance.planning.programs import prepare_training
 from radiance.training import initialization, loop, trajectories
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.initialization import find_reference_loss, load_frozen_params
+from radiance.training.initialization import load_frozen_params
+from radiance.training.loss_diagnosis import find_reference_loss
 from radiance.training.step import init_state
 from radiance.training.trajectories import open_trajectories
 from radiance.weights import checkpoint
@@ -83,7 +84,9 @@ def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
 
 def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
     """Whose teacher is well: painting takes long."""
-    monkeypatch.setattr(loop, "load_frozen_params", lambda *_, **__: pytest.fail("began to paint"))
+    monkeypatch.setattr(
+        initialization, "load_frozen_params", lambda *_, **__: pytest.fail("began to paint")
+    )
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     checkpoint.write_checkpoint(
         tmp_path / "other.safetensors", toy_model(**PLAIN), toy_params(toy_model(**PLAIN))
@@ -159,10 +162,10 @@ def unbroken(tmp_path_factory, data_directory):
 
 @pytest.mark.slow
 def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
-    kept = unbroken.directory / "trajectories"
+    kept = unbroken.run_dir / "trajectories"
     assert len(files(kept)) == 4
     assert len(validation(unbroken)) == 3
-    told = json.loads((unbroken.directory / "data.json").read_text())["trajectories"]
+    told = json.loads((unbroken.run_dir / "data.json").read_text())["trajectories"]
     assert told["segments"] == 2
     assert told["sample"]["steps"] == 4
     broken = config.override(
@@ -172,7 +175,7 @@ def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
     assert train(broken) == 3
     assert train(config.override(broken, ["train.steps=8"])) == 8
     assert files(kept) == before
-    assert not (broken.directory / "trajectories").exists()
+    assert not (broken.run_dir / "trajectories").exists()
     assert same(state_of(broken, 8), state_of(unbroken, 8))
     expected = [row for row in metrics(unbroken) if row["step"] > 3 and "loss" in row]
     assert [row for row in metrics(broken) if row["step"] > 3 and "loss" in row] == expected
@@ -190,13 +193,13 @@ def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
 @pytest.mark.slow
 def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
     before = metrics(unbroken)
-    shutil.copytree(unbroken.directory / "trajectories", tmp_path / "ways")
+    shutil.copytree(unbroken.run_dir / "trajectories", tmp_path / "ways")
     shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
     moved = config.override(
         unbroken,
         [f"init={tmp_path / 'moved.safetensors'}", f"distill.trajectory_dir={tmp_path / 'ways'}"],
     )
-    half_written = unbroken.directory / "trajectories" / ".train-000000.safetensors.1.part"
+    half_written = unbroken.run_dir / "trajectories" / ".train-000000.safetensors.1.part"
     half_written.touch()
     assert train(moved) == 8
     assert metrics(unbroken) == before
@@ -256,7 +259,9 @@ def test_students_learn(kind, tmp_path, data_directory):
 def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
     """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
     monkeypatch.setattr(
-        loop, "load_frozen_params", lambda *_, **__: pytest.fail("the base is there already")
+        initialization,
+        "_load_teacher_params",
+        lambda *_, **__: pytest.fail("the base is there already"),
     )
     changes = [
         "distill.sample.guidance_scale=1",
@@ -299,11 +304,11 @@ def test_a_latent_model_needs_no_images(tmp_path, data_directory):
 def test_a_students_loss_is_not_that_of_images(unbroken):
     """So that it tells nothing of weights that are trained on images next."""
     next_run = config.override(
-        unbroken, [f"init={unbroken.directory}", "distill.kind=none", "distill.segments=1"]
+        unbroken, [f"init={unbroken.run_dir}", "distill.kind=none", "distill.segments=1"]
     )
     assert validation(unbroken)
     assert find_reference_loss(next_run) is None
-    assert LOSS_KEY not in open_model(unbroken.directory).metadata
+    assert LOSS_KEY not in open_model(unbroken.run_dir).metadata
 
 
 @pytest.mark.slow
@@ -319,7 +324,7 @@ def test_it_is_evaluated_as_others_are(unbroken):
         ["flow.timestep_distribution=pure_noise"],
         ["distill.kind=none", "distill.segments=1"],
     ):
-        pipeline = load(unbroken.directory, run=config.override(unbroken, changes))
+        pipeline = load(unbroken.run_dir, run=config.override(unbroken, changes))
         found.append(evaluate.evaluate_loss(pipeline, source, 4, mesh))
     assert found[0] == found[1] == found[2]
     assert found[0]["loss"] > 0
