@@ -30,7 +30,10 @@ from radiance.training.loss_diagnosis import ReferenceLoss, find_reference_loss
 from radiance.training.run_directory import RunDirectory
 from radiance.training.seeds import InitParams, check_seeds, init_states
 from radiance.training.step import TrainState
-from radiance.training.trajectories import TrajectoryBatches
+from radiance.training.trajectory_batches import (
+    TrajectoryBatches,
+    make_fixed_trajectory_batches,
+)
 from radiance.training.validation import choose_prompts
 
 
@@ -207,7 +210,7 @@ def _make_validation_batches(
     """Return the validation batches, which every host has completely."""
     masking = run.model.masking
     if run.distill.kind == "trajectories":
-        return trajectories.make_fixed_trajectory_batches(
+        return make_fixed_trajectory_batches(
             trajectories.open_trajectories(run)["validation"],
             encoder,
             masking,

@@ -1,4 +1,7 @@
-"""TensorBoard and Weights & Biases, where `train.loggers` asks for them: the same numbers and images as in the run directory."""
+"""Report metrics and samples to TensorBoard and Weights & Biases, as `train.loggers` selects.
+
+They receive the same numbers and images as the run directory.
+"""
 
 import importlib
 import os
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,81 +21,133 @@ from radiance import config
 LOGGER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-def require_loggers(names: Iterable[str]):
-    """Raises ConfigError when one is not installed."""
+class Logger(Protocol):
+    """A service that receives the metrics and samples of a run."""
+
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Report numbers by name."""
+        ...
+
+    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]) -> None:
+        """Report a sheet of samples, one for each prompt."""
+        ...
+
+    def close(self) -> None:
+        """End the report."""
+        ...
+
+
+def require_loggers(names: Iterable[str]) -> None:
+    """Check that the packages of loggers are installed.
+
+    Args:
+        names: Keys of LOGGER_PACKAGES.
+
+    Raises:
+        ConfigError: A package is not installed.
+    """
     for name in names:
         try:
             importlib.import_module(LOGGER_PACKAGES[name])
         except ImportError:
             raise config.ConfigError(
-                f"train.loggers={name}, but {LOGGER_PACKAGES[name]} is not installed: pip install radiance[{name}], or leave it out."
+                f"train.loggers={name}, but {LOGGER_PACKAGES[name]} is not installed: "
+                f"pip install radiance[{name}], or remove {name} from train.loggers."
             ) from None
 
 
 class Loggers:
-    """Those that a run asks for. A failure of theirs never ends the run: the first of each is told, and the next call is tried again."""
+    """All loggers of a run, as one.
+
+    An error of a logger never stops the run. The first error of each logger is printed, and later
+    calls try again.
+
+    Args:
+        run: The run.
+        step: Step at which the run starts or resumes.
+    """
 
     def __init__(self, run: config.Config, step: int):
-        """step: after which this start goes on."""
-        self._loggers: dict[str, TensorBoardLogger | WandBLogger] = {}
+        self._loggers: dict[str, Logger] = {}
         self._failed_names: set[str] = set()
+        logger_classes = {"tensorboard": TensorBoardLogger, "wandb": WandBLogger}
         for name in run.train.loggers:
             with self._suppress_errors(name):
-                self._loggers[name] = {"tensorboard": TensorBoardLogger, "wandb": WandBLogger}[
-                    name
-                ](run, step)
+                self._loggers[name] = logger_classes[name](run, step)
 
-    def write_metrics(self, step: int, metrics: Mapping[str, Any]):
+    def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Report numbers by name; lists and objects are flattened."""
         for name, logger in self._loggers.items():
             with self._suppress_errors(name):
                 logger.write_metrics(step, flatten_metrics(metrics))
 
-    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]):
+    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]) -> None:
+        """Report a sheet of samples, one for each prompt."""
         for name, logger in self._loggers.items():
             with self._suppress_errors(name):
                 logger.write_samples(step, sheet, prompts)
 
-    def close(self):
+    def close(self) -> None:
+        """Close all loggers."""
         for name, logger in self._loggers.items():
             with self._suppress_errors(name):
                 logger.close()
 
     @contextmanager
     def _suppress_errors(self, name: str) -> Iterator[None]:
+        """Print the first error of a logger in place of raising it."""
         try:
             yield
-        except Exception as error:  # whatever it is: the run is worth more
+        except Exception as error:  # of any kind, because the run matters more
             if name not in self._failed_names:
                 first_line = (str(error).splitlines() or [""])[0]
                 tqdm.write(
-                    f"radiance: {name} failed ({type(error).__name__}: {first_line}); the run goes on, and this is told once.",
+                    f"radiance: {name} failed ({type(error).__name__}: {first_line}); "
+                    "the run continues, and further errors are not printed.",
                     sys.stderr,
                 )
             self._failed_names.add(name)
 
 
 class TensorBoardLogger:
-    """Event files in tensorboard/ of the run directory; what is done again after a kill replaces what was written before."""
+    """Event files in tensorboard/ of the run directory.
+
+    Steps that are repeated after a crash replace what was written before.
+
+    Args:
+        run: The run.
+        step: Step at which the run starts or resumes.
+    """
 
     def __init__(self, run: config.Config, step: int):
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=step + 1)
 
-    def write_metrics(self, step: int, metrics: Mapping[str, float]):
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report numbers by name."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]):
+    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]) -> None:
+        """Report a sheet of samples; prompts are not shown."""
         self._writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
-    def close(self):
+    def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
 class WandBLogger:
-    """A W&B run that every start of the same run directory goes on with: its id is kept in wandb/id.txt. The project is $WANDB_PROJECT, or radiance;
-    with WANDB_MODE=offline it stays in wandb/ until `wandb sync`. Steps that are done again after a kill are left as W&B has them.
+    """A W&B run that continues whenever the run directory's run resumes.
+
+    wandb/id.txt stores its id. The project is $WANDB_PROJECT, or radiance. With WANDB_MODE=offline,
+    the data stay in wandb/ until `wandb sync`. If steps are repeated after a crash, W&B keeps their
+    first values.
+
+    Args:
+        run: The run.
+        step: Step at which the run starts or resumes.
     """
 
     def __init__(self, run: config.Config, step: int):
@@ -106,21 +161,24 @@ class WandBLogger:
             resume="allow",
             dir=str(run.run_dir),
             config=config.to_dict(run),
-            allow_val_change=True,  # of what may change between a run and its continuation
+            allow_val_change=True,  # some settings may change when a run resumes
         )
 
-    def write_metrics(self, step: int, metrics: Mapping[str, float]):
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report numbers by name."""
         self._run.log(dict(metrics), step=step)
 
-    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]):
+    def write_samples(self, step: int, sheet: Image.Image, prompts: Sequence[str]) -> None:
+        """Report a sheet of samples with its prompts as caption."""
         self._run.log({"samples": self._image_class(sheet, caption="\n".join(prompts))}, step=step)
 
-    def close(self):
+    def close(self) -> None:
+        """Finish the W&B run."""
         self._run.finish()
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name; those of a list or an object as name/0 or name/key."""
+    """Return numbers by name; those of a list or an object become name/0 or name/key."""
     flat_metrics = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -133,6 +191,7 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _load_or_create_id(path: Path) -> str:
+    """Return the id that a file stores, or write a new one."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4) + "\n")

@@ -31,7 +31,7 @@ from radiance.weights.checkpoint import LOSS_KEY
 from tests.helpers.toy_models import toy_model, toy_params
 from tests.helpers.toy_runs import MEAN, PLAIN, metrics, same, state_of, toy_run, train
 
-pytestmark = pytest.mark.usefixtures("few_trajectories_a_file")
+pytestmark = pytest.mark.usefixtures("four_trajectories_per_file")
 
 
 def saved(folder, model, seed=0):

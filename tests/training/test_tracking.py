@@ -1,4 +1,4 @@
-"""Numbers and images also go to TensorBoard and W&B, and neither can end a run."""
+"""TensorBoard and W&B receive numbers and images, and their errors never stop a run."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ from tests.helpers.toy_runs import PLAIN, toy_run
 
 
 class StandIn(ModuleType):
-    """As much of wandb as is used. broken: the name of what raises."""
+    """The part of wandb that is used; the function named `broken` raises."""
 
     def __init__(self, broken: str = ""):
         super().__init__("wandb")
@@ -57,7 +57,10 @@ def wandb(monkeypatch):
 
 
 def events(folder) -> list[tuple[int, str, object]]:
-    """(step, tag, value) of TensorBoard's files; the format: length, its checksum, the event, its checksum."""
+    """Return (step, tag, value) of TensorBoard's files.
+
+    A record consists of a length, its checksum, an event and its checksum.
+    """
     found = []
     for file in sorted(folder.iterdir()):
         data = file.read_bytes()
@@ -73,7 +76,7 @@ def events(folder) -> list[tuple[int, str, object]]:
 
 
 @pytest.mark.slow
-def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(
+def test_loggers_receive_the_metrics_of_the_run_directory_also_after_resuming(
     tmp_path, data_directory, wandb
 ):
     module = wandb()
@@ -103,12 +106,12 @@ def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(
     assert second["resume"] == "allow"
     assert second["config"]["train"]["steps"] == 8
     assert first["name"] == "toy"
-    pictures = {step: row["samples"] for step, row in module.rows if "samples" in row}
+    images_by_step = {step: row["samples"] for step, row in module.rows if "samples" in row}
     for step in (4, 8):
         saved = Image.open(run.run_dir / "samples" / f"{step:08d}.png")
-        assert np.array_equal(np.asarray(pictures[step][0]), np.asarray(saved))
+        assert np.array_equal(np.asarray(images_by_step[step][0]), np.asarray(saved))
         assert (
-            pictures[step][1]
+            images_by_step[step][1]
             == "a handwritten one\nthe digit 2"
             == "\n".join(json.loads(saved.text["prompts"]))
         )
@@ -120,26 +123,25 @@ def test_both_get_what_the_run_directory_has_and_a_continuation_goes_on(
     )
     images = {step: image for step, tag, image in board if tag == "samples"}
     assert set(images) == {4, 8}
-    assert (images[4].width, images[4].height) == pictures[4][0].size
+    assert (images[4].width, images[4].height) == images_by_step[4][0].size
 
 
 @pytest.mark.parametrize(("broken", "calls"), [("init", 0), ("log", 1), ("finish", 1)])
-def test_a_failure_is_told_once_and_ends_nothing(tmp_path, capsys, wandb, broken, calls):
+def test_failure_is_printed_once_and_does_not_stop_the_run(tmp_path, capsys, wandb, broken, calls):
     module = wandb(broken)
-    trackers = Loggers(toy_run(tmp_path, "", "train.loggers=wandb"), 0)
+    loggers = Loggers(toy_run(tmp_path, "", "train.loggers=wandb"), 0)
     for step in (1, 2):
-        trackers.write_metrics(step, {"loss": 1.0})
-        trackers.write_samples(step, Image.new("RGB", (2, 2)), ["one"])
-    trackers.close()
+        loggers.write_metrics(step, {"loss": 1.0})
+        loggers.write_samples(step, Image.new("RGB", (2, 2)), ["one"])
+    loggers.close()
     assert capsys.readouterr().err == (
-        f"radiance: wandb failed (ConnectionError: {broken} cannot); the run goes on, and this is told once.\n"
+        f"radiance: wandb failed (ConnectionError: {broken} cannot); "
+        "the run continues, and further errors are not printed.\n"
     )
     assert len(module.starts) == calls
 
 
-def test_one_that_is_not_installed_is_named_before_any_work(
-    tmp_path, data_directory, monkeypatch, capsys
-):
+def test_missing_package_is_an_error_before_the_run(tmp_path, data_directory, monkeypatch, capsys):
     for module, name in (("tensorboardX", "tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
         command = [
@@ -155,7 +157,7 @@ def test_one_that_is_not_installed_is_named_before_any_work(
     require_loggers(())
 
 
-def test_names(tmp_path):
+def test_setting_accepts_known_names(tmp_path):
     assert toy_run(tmp_path, "").train.loggers == ()
     run = toy_run(tmp_path, "", "train.loggers=wandb,tensorboard")
     assert run.train.loggers == ("wandb", "tensorboard")
@@ -167,12 +169,16 @@ def test_names(tmp_path):
         toy_run(tmp_path, "", "train.loggers=wandb,wandb")
 
 
-def test_numbers_in_lists_and_objects_have_names():
+def test_lists_and_objects_are_flattened():
     numbers = {
         "loss": 1.0,
         "validation_bins": [2.0, 3.0],
         "gradient_norms": {"double": 4.0, "head": 5.0},
     }
     assert flatten_metrics(numbers) == {
-        "loss": 1.0, "validation_bins/0": 2.0, "validation_bins/1": 3.0, "gradient_norms/double": 4.0, "gradient_norms/head": 5.0,
-    }  # fmt: skip
+        "loss": 1.0,
+        "validation_bins/0": 2.0,
+        "validation_bins/1": 3.0,
+        "gradient_norms/double": 4.0,
+        "gradient_norms/head": 5.0,
+    }
