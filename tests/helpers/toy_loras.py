@@ -15,8 +15,8 @@ LATENT = toy_model(head="linear", patch=1, channels=8)
 BF16 = ml_dtypes.bfloat16
 
 
-def shapes_of(model, blocks_only=False):
-    """Native module → shape of its weight."""
+def module_shapes(model, blocks_only=False):
+    """Return the shape of each native module's weight."""
     shapes = {
         n.removesuffix(".weight"): s
         for n, s in native.native_layout(model)[0].items()
@@ -30,48 +30,48 @@ def shapes_of(model, blocks_only=False):
 
 
 def toy_lora(model=MODEL, modules=None, seed=0, size=0.1, scale=None):
-    """Pairs for `modules` (all when None), of ranks 1 to 4 and scales that are not 1."""
-    draw, shapes = np.random.default_rng(seed), shapes_of(model)
+    """Return pairs for `modules` (None: all), with ranks 1 to 4 and scales other than 1."""
+    rng, shapes = np.random.default_rng(seed), module_shapes(model)
     pairs = {}
     for i, module in enumerate(modules or shapes):
         out, rank, inputs = shapes[module][0], 1 + i % 4, int(np.prod(shapes[module][1:]))
         down, up = (
-            draw.standard_normal((rank, inputs), np.float32),
-            draw.standard_normal((out, rank), np.float32),
+            rng.standard_normal((rank, inputs), np.float32),
+            rng.standard_normal((out, rank), np.float32),
         )
         pairs[module] = LoraPair(size * down, size * up, (0.5 + i % 3) if scale is None else scale)
     return LoraWeights(model, pairs)
 
 
-def assert_same(found, expected):
-    assert found.pairs.keys() == expected.pairs.keys()
+def assert_equal_loras(lora, expected):
+    assert lora.pairs.keys() == expected.pairs.keys()
     for module, (down, up, scale) in expected.pairs.items():
-        np.testing.assert_array_equal(found.pairs[module].down, down, err_msg=module)
-        np.testing.assert_array_equal(found.pairs[module].up, up, err_msg=module)
-        assert found.pairs[module].scale == pytest.approx(scale, rel=1e-6)
+        np.testing.assert_array_equal(lora.pairs[module].down, down, err_msg=module)
+        np.testing.assert_array_equal(lora.pairs[module].up, up, err_msg=module)
+        assert lora.pairs[module].scale == pytest.approx(scale, rel=1e-6)
 
 
-def in_memory(model=MODEL, seed=0, dtype=np.float32, stored="F32"):
-    """A checkpoint of toy weights in a type, and how often each tensor was asked for."""
-    shapes, tensor = native.params_to_native(model, toy_params(model, seed))
-    asked = Counter()
+def make_checkpoint(model=MODEL, seed=0, dtype=np.float32, stored="F32"):
+    """Return a checkpoint of toy weights, and a counter of the reads of each tensor."""
+    shapes, get_tensor = native.params_to_native(model, toy_params(model, seed))
+    reads = Counter()
 
-    def counted(name):
-        asked[name] += 1
-        return tensor(name).astype(dtype)
+    def read_counted(name):
+        reads[name] += 1
+        return get_tensor(name).astype(dtype)
 
     return checkpoint.Checkpoint(
-        model, shapes, counted, dict.fromkeys(shapes, stored), "toy"
-    ), asked
+        model, shapes, read_counted, dict.fromkeys(shapes, stored), "toy"
+    ), reads
 
 
-def relative(found, expected):
-    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
-    return np.abs(found - expected).max() / np.abs(expected).max()
+def relative_difference(x, expected):
+    x, expected = (np.asarray(values, np.float64) for values in (x, expected))
+    return np.abs(x - expected).max() / np.abs(expected).max()
 
 
-def sentence(error):
-    """The message, which must be one line that ends."""
+def read_message(error):
+    """Return the message, which must be one line with a period."""
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith(".")

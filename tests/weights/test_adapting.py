@@ -1,4 +1,4 @@
-"""LoRAs and weights: merged, laid beside them, and extracted from their difference."""
+"""LoRAs are merged into weights, applied without merging, and extracted from a difference."""
 
 from dataclasses import replace
 
@@ -15,24 +15,32 @@ from radiance.weights import checkpoint, lora
 from radiance.weights.lora import LoraPair, LoraWeights
 from radiance.weights.lora_adapters import apply_loras
 from radiance.weights.lora_extraction import extract_lora
-from tests.helpers.toy_loras import BF16, MODEL, in_memory, relative, sentence, shapes_of, toy_lora
+from tests.helpers.toy_loras import (
+    BF16,
+    MODEL,
+    make_checkpoint,
+    module_shapes,
+    read_message,
+    relative_difference,
+    toy_lora,
+)
 from tests.helpers.toy_models import apply, rows_of, toy_inputs, toy_model, toy_params
 
-# --- merging ------------------------------------------------------------------------------------------------------------
+# --- merging --------------------------------------------------------------------------------------
 
 
 def test_merging_adds_the_product():
-    whole, asked = in_memory()
-    added = toy_lora(modules=[m for i, m in enumerate(shapes_of(MODEL)) if i % 2])
-    changed = lora.merge_lora(whole, added, -0.7)
-    assert not asked  # nothing is read before it is asked for
+    base, reads = make_checkpoint()
+    added = toy_lora(modules=[m for i, m in enumerate(module_shapes(MODEL)) if i % 2])
+    changed = lora.merge_lora(base, added, -0.7)
+    assert not reads  # tensors are read on demand
     assert (changed.model, changed.shapes, changed.dtypes) == (
-        whole.model,
-        whole.shapes,
-        whole.dtypes,
+        base.model,
+        base.shapes,
+        base.dtypes,
     )
-    for name, shape in whole.shapes.items():
-        before, after = whole.get_tensor(name), changed.get_tensor(name)
+    for name, shape in base.shapes.items():
+        before, after = base.get_tensor(name), changed.get_tensor(name)
         down, up, scale = added.pairs.get(
             name.removesuffix(".weight"), (np.zeros((1, 1)), np.zeros((1, 1)), 1.0)
         )
@@ -42,7 +50,7 @@ def test_merging_adds_the_product():
         np.testing.assert_allclose(
             after, before + (delta.reshape(shape) if delta.size > 1 else 0), rtol=1e-6, atol=1e-6
         )
-    assert max(asked.values()) == 2
+    assert max(reads.values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -55,14 +63,14 @@ def test_merging_adds_the_product():
         (ml_dtypes.float8_e4m3fn, "F8_E4M3", "BF16", 8e-3),
     ],
 )
-def test_the_opposite_strength_takes_it_out(dtype, stored, result, bound):
-    whole, added = in_memory(dtype=dtype, stored=stored)[0], toy_lora()
-    changed = lora.merge_lora(whole, added, 1.5)
+def test_opposite_strength_removes_the_lora(dtype, stored, result, bound):
+    base, added = make_checkpoint(dtype=dtype, stored=stored)[0], toy_lora()
+    changed = lora.merge_lora(base, added, 1.5)
     back = lora.merge_lora(changed, added, -1.5)
-    for name in whole.shapes:
+    for name in base.shapes:
         expected = result if name.removesuffix(".weight") in added.pairs else stored
         assert changed.dtypes[name] == expected
-        before, after = whole.get_tensor(name).astype(np.float32), back.get_tensor(name)
+        before, after = base.get_tensor(name).astype(np.float32), back.get_tensor(name)
         assert after.dtype == (
             checkpoint.DTYPES["bfloat16"] if expected == "BF16" else np.dtype(dtype)
         )
@@ -74,13 +82,13 @@ def test_the_opposite_strength_takes_it_out(dtype, stored, result, bound):
             assert np.abs(after.astype(np.float32) - before).max() <= bound * largest, name
 
 
-def test_a_sum_that_its_type_cannot_hold():
-    whole, added = in_memory(dtype=np.float16, stored="F16")[0], toy_lora(size=1000.0)
+def test_sum_that_its_type_cannot_hold_is_an_error():
+    base, added = make_checkpoint(dtype=np.float16, stored="F16")[0], toy_lora(size=1000.0)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
-        lora.merge_lora(whole, added).get_tensor("txt_in.weight")
+        lora.merge_lora(base, added).get_tensor("txt_in.weight")
 
 
-# --- beside the weights -------------------------------------------------------------------------------------------------
+# --- without merging ------------------------------------------------------------------------------
 
 
 CASES = {
@@ -102,7 +110,7 @@ CASES = {
         dict(),
         ["single_blocks.0.linear1", "single_blocks.2.linear1"],
     ),
-    "one way back": (dict(), ["single_blocks.1.linear2", "double_blocks.1.txt_attn.proj"]),
+    "output projections": (dict(), ["single_blocks.1.linear2", "double_blocks.1.txt_attn.proj"]),
     "conv_half": (
         dict(patch=8, patch_embed="conv_half"),
         ["img_in_patch", "nerf_blocks.1.param_generator", "nerf_final_layer_conv.conv"],
@@ -111,28 +119,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_applied_is_merged(case):
+def test_applied_lora_equals_merged_lora(case):
     changes, modules = CASES[case]
     model = toy_model(**changes)
     inputs = rows_of(toy_inputs(model), slice(2))
     first, second = toy_lora(model, modules), toy_lora(model, seed=1)
-    whole = in_memory(model)[0]
-    params = whole.load_params()
+    base = make_checkpoint(model)[0]
+    params = base.load_params()
     plain = apply(model, params, inputs)
     both = [[(first, 0.8), (second, -0.5)]] if case in ("pixels", "latent", "flux") else []
     for loras in ([(first, 0.8)], *both):
-        changed = whole
+        changed = base
         for one, strength in loras:
             changed = lora.merge_lora(changed, one, strength)
         expected = apply(model, changed.load_params(), inputs)
-        found = apply(model, apply_loras(params, model, loras), inputs)
-        assert relative(found, expected) < 2e-5
-        assert relative(plain, expected) > 1e-2
+        adapted = apply(model, apply_loras(params, model, loras), inputs)
+        assert relative_difference(adapted, expected) < 2e-5
+        assert relative_difference(plain, expected) > 1e-2
     back = apply(model, apply_loras(params, model, [(first, 0.0)]), inputs)
     np.testing.assert_array_equal(back, plain)
 
 
-def test_what_is_applied_lies_beside_the_weights():
+def test_applying_does_not_copy_the_weights():
     params = toy_params(MODEL)
     rank3 = LoraPair(np.ones((3, 48), np.float32), np.ones((3 * 48 + 192, 3), np.float32), 2.0)
     rank1 = LoraPair(np.ones((1, 48), np.float32), np.ones((3 * 48 + 192, 1), np.float32))
@@ -168,10 +176,10 @@ def test_what_is_applied_lies_beside_the_weights():
         apply_loras(changed, MODEL, [(added, 1.0)])
 
 
-@pytest.mark.parametrize("store", ["int8", "q8_0", "float8_e4m3fn"])
-def test_applied_to_quantized_weights(store):
+@pytest.mark.parametrize("weight_format", ["int8", "q8_0", "float8_e4m3fn"])
+def test_lora_applies_to_quantized_weights(weight_format):
     model = toy_model(hidden=64, rope_axes=(8, 12, 12))  # 32 divides the inputs, as q8_0 needs
-    params = in_memory(model)[0].load_params(weight_format=store)
+    params = make_checkpoint(model)[0].load_params(weight_format=weight_format)
     added, inputs = toy_lora(model), rows_of(toy_inputs(model), slice(2))
     changed = apply_loras(params, model, [(added, 0.8)])
     kernel = changed["single"]["mlp"]["linear_out"]["kernel"]
@@ -185,64 +193,67 @@ def test_applied_to_quantized_weights(store):
     expected = lora.merge_lora(
         checkpoint.checkpoint_from_params(model, expanded, "expanded"), added, 0.8
     ).load_params()
-    assert relative(apply(model, changed, inputs), apply(model, expected, inputs)) < 2e-5
+    assert relative_difference(apply(model, changed, inputs), apply(model, expected, inputs)) < 2e-5
 
 
-def test_applied_in_bfloat16():
+def test_lora_applies_to_bfloat16_weights():
     compute = config.Compute(dtype="bfloat16")
-    whole, added, inputs = in_memory()[0], toy_lora(), rows_of(toy_inputs(MODEL), slice(2))
-    params = whole.load_params("bfloat16")
+    base, added, inputs = make_checkpoint()[0], toy_lora(), rows_of(toy_inputs(MODEL), slice(2))
+    params = base.load_params("bfloat16")
     changed = apply_loras(params, MODEL, [(added, 0.8)])
     assert changed["double"]["image"]["mlp"]["linear_in"]["kernel"].base.dtype == jnp.bfloat16
     assert changed["text_embed"]["kernel"].dtype == jnp.bfloat16
-    exact = apply(MODEL, lora.merge_lora(whole, added, 0.8).load_params(), inputs)
+    exact = apply(MODEL, lora.merge_lora(base, added, 0.8).load_params(), inputs)
     merged = apply(
-        MODEL, lora.merge_lora(whole, added, 0.8).load_params("bfloat16"), inputs, compute
+        MODEL, lora.merge_lora(base, added, 0.8).load_params("bfloat16"), inputs, compute
     )
-    beside = apply(MODEL, changed, inputs, compute)
-    assert relative(beside, exact) < 1.5 * relative(merged, exact)
+    unmerged = apply(MODEL, changed, inputs, compute)
+    assert relative_difference(unmerged, exact) < 1.5 * relative_difference(merged, exact)
 
 
-# --- extraction ---------------------------------------------------------------------------------------------------------
+# --- extraction -----------------------------------------------------------------------------------
 
 
 def difference(a, b, module):
-    return (b.get_tensor(f"{module}.weight").astype(np.float64) - a.get_tensor(f"{module}.weight")).reshape(
-        len(b.get_tensor(f"{module}.weight")), -1
-    )
+    return (
+        b.get_tensor(f"{module}.weight").astype(np.float64) - a.get_tensor(f"{module}.weight")
+    ).reshape(len(b.get_tensor(f"{module}.weight")), -1)
 
 
 @pytest.mark.parametrize("rank", [1000, 5])
-def test_extraction_is_the_nearest_of_its_rank(rank):
-    a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
-    seen = []
-    found, kept, in_all, left = extract_lora(a, b, rank, on_progress=seen.append)
-    assert found.pairs.keys() == shapes_of(MODEL, blocks_only=True).keys()
-    assert found.model == MODEL
-    part = whole = 0
-    for module, pair in found.pairs.items():
+def test_extracted_lora_is_the_nearest_of_its_rank(rank):
+    a, b = make_checkpoint(seed=0)[0], make_checkpoint(seed=1)[0]
+    counts = []
+    result = extract_lora(a, b, rank, on_progress=counts.append)
+    extracted = result.lora
+    assert extracted.pairs.keys() == module_shapes(MODEL, blocks_only=True).keys()
+    assert extracted.model == MODEL
+    explained = total = 0
+    for module, pair in extracted.pairs.items():
         u, s, v = np.linalg.svd(difference(a, b, module), full_matrices=False)
         nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
         assert len(pair.down) == min(rank, len(s))
         assert pair.scale == 1
         assert np.abs(pair.compute_delta() - nearest).max() < 1e-6 * s[0]
         np.testing.assert_allclose(np.linalg.norm(pair.down), np.linalg.norm(pair.up), rtol=1e-5)
-        assert kept[module] == pytest.approx(
+        assert result.explained_fractions[module] == pytest.approx(
             np.square(s[:rank]).sum() / np.square(s).sum(), abs=1e-7
         )
-        part, whole = part + np.square(s[:rank]).sum(), whole + np.square(s).sum()
-    assert in_all == pytest.approx(part / whole, abs=1e-7)
-    assert sum(seen) == sum(int(np.prod(shape)) for shape in a.shapes.values())
-    # All that differs is in the one or the other.
-    assert left.keys() == {n for n in a.shapes if n.removesuffix(".weight") not in found.pairs}
+        explained, total = explained + np.square(s[:rank]).sum(), total + np.square(s).sum()
+    assert result.total_explained_fraction == pytest.approx(explained / total, abs=1e-7)
+    assert sum(counts) == sum(int(np.prod(shape)) for shape in a.shapes.values())
+    # Each changed tensor is in the LoRA or in the remaining changes.
+    assert result.remaining_changes.keys() == {
+        name for name in a.shapes if name.removesuffix(".weight") not in extracted.pairs
+    }
     bias = a.get_tensor("txt_in.bias")
-    assert left["txt_in.bias"] == pytest.approx(
+    assert result.remaining_changes["txt_in.bias"] == pytest.approx(
         np.linalg.norm(b.get_tensor("txt_in.bias") - bias) / np.linalg.norm(bias), rel=1e-5
     )
     if rank == 1000:
-        assert in_all == pytest.approx(1, abs=1e-12)
-        changed = lora.merge_lora(a, found)
-        for module in found.pairs:
+        assert result.total_explained_fraction == pytest.approx(1, abs=1e-12)
+        changed = lora.merge_lora(a, extracted)
+        for module in extracted.pairs:
             np.testing.assert_allclose(
                 changed.get_tensor(f"{module}.weight"),
                 b.get_tensor(f"{module}.weight"),
@@ -251,33 +262,36 @@ def test_extraction_is_the_nearest_of_its_rank(rank):
             )
 
 
-def test_what_was_merged_is_extracted():
-    a, added = in_memory()[0], toy_lora(modules=[*shapes_of(MODEL, blocks_only=True)][::3])
-    found, kept, in_all, left = extract_lora(a, lora.merge_lora(a, added, 0.5), 8)
-    assert found.pairs.keys() == added.pairs.keys() == kept.keys()
-    assert not left
+def test_merged_lora_is_extracted():
+    a, added = (
+        make_checkpoint()[0],
+        toy_lora(modules=[*module_shapes(MODEL, blocks_only=True)][::3]),
+    )
+    result = extract_lora(a, lora.merge_lora(a, added, 0.5), 8)
+    assert result.lora.pairs.keys() == added.pairs.keys() == result.explained_fractions.keys()
+    assert not result.remaining_changes
     for module, pair in added.pairs.items():
         np.testing.assert_allclose(
-            found.pairs[module].compute_delta(), pair.compute_delta(0.5), rtol=0, atol=1e-6
+            result.lora.pairs[module].compute_delta(), pair.compute_delta(0.5), rtol=0, atol=1e-6
         )
-    assert in_all == pytest.approx(1, abs=1e-9)
+    assert result.total_explained_fraction == pytest.approx(1, abs=1e-9)
 
 
-def test_modules_of_choice_but_never_the_approximator(tmp_path):
-    a, b = in_memory(seed=0)[0], in_memory(seed=1)[0]
-    found = extract_lora(a, b, 1000, select_module=lambda module: True)
+def test_selected_modules_are_extracted_but_never_the_approximator(tmp_path):
+    a, b = make_checkpoint(seed=0)[0], make_checkpoint(seed=1)[0]
+    result = extract_lora(a, b, 1000, select_module=lambda module: True)
     expected = {
         m
-        for m in shapes_of(MODEL)
+        for m in module_shapes(MODEL)
         if not m.startswith(("distilled_guidance_layer", "nerf_image_embedder"))
     }
-    assert found.lora.pairs.keys() == expected
+    assert result.lora.pairs.keys() == expected
     assert "img_in_patch" in expected
     assert {
         "distilled_guidance_layer.in_proj.weight",
         "nerf_image_embedder.embedder.0.weight",
-    } <= found.remaining_changes.keys()
-    lora.write_lora(tmp_path / "lora.safetensors", found.lora, dtype="float32")
+    } <= result.remaining_changes.keys()
+    lora.write_lora(tmp_path / "lora.safetensors", result.lora, dtype="float32")
     changed = lora.merge_lora(a, lora.read_lora(tmp_path / "lora.safetensors", MODEL))
     for module in expected:
         np.testing.assert_allclose(
@@ -288,22 +302,22 @@ def test_modules_of_choice_but_never_the_approximator(tmp_path):
         )
 
 
-def test_extraction_of_what_cannot_be():
-    a = in_memory()[0]
+def test_invalid_extraction_is_an_error():
+    a = make_checkpoint()[0]
     broken = replace(
         a, get_tensor=lambda name: a.get_tensor(name) * (np.nan if name == "txt_in.weight" else 1)
     )
     cases = [
         (
-            in_memory(toy_model(masking="strict"))[0],
+            make_checkpoint(toy_model(masking="strict"))[0],
             4,
             "different models .*masking is 'one_pad' and 'strict'",
         ),
-        (in_memory()[0], 4, "nothing to extract"),
-        (in_memory(seed=1)[0], 0, "rank 0"),
+        (make_checkpoint()[0], 4, "nothing to extract"),
+        (make_checkpoint(seed=1)[0], 0, "rank 0"),
         (broken, 4, "txt_in.weight holds values that are not finite"),
     ]
     for b, rank, expected in cases:
         with pytest.raises(CheckpointError, match=expected) as error:
             extract_lora(a, b, rank)
-        sentence(error)
+        read_message(error)

@@ -1,7 +1,8 @@
-"""How other tools tell what a file is, as a table over what we export, at the published sizes and as files.
+"""Other tools identify our exports correctly, at the published sizes and as files.
 
-The rules are those of ComfyUI (`comfy/model_detection.py`), ComfyUI-GGUF (`tools/convert.py`, `loader.py`) and stable-diffusion.cpp
-(`model_loader.cpp`, `flux.hpp`), written anew as predicates over names and shapes. diffusers is asked itself (test_diffusers.py).
+The rules are those of ComfyUI (`comfy/model_detection.py`), ComfyUI-GGUF (`tools/convert.py`,
+`loader.py`) and stable-diffusion.cpp (`model_loader.cpp`, `flux.hpp`), rewritten as predicates over
+names and shapes. test_diffusers.py runs diffusers itself.
 """
 
 import gguf
@@ -19,42 +20,45 @@ from tests.helpers.toy_models import toy_model
 PIXELS = toy_model(hidden=64, rope_axes=(4, 14, 14), patch=16, prediction="x0")
 
 
-def count(shapes, prefix: str) -> int:
+def count_blocks(shapes, prefix: str) -> int:
     return len(
         {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
     )
 
 
-def comfyui(shapes) -> dict | None:
-    """What it builds, or None where it gives up; raises AssertionError where its fixed sizes would not fit the tensors."""
+def detect_by_comfyui(shapes) -> dict | None:
+    """Return the model that ComfyUI builds, or None if it builds none.
+
+    Raises AssertionError if the tensors do not fit its fixed sizes.
+    """
     if "double_blocks.0.img_attn.norm.key_norm.scale" not in shapes:
         return None
     if "img_in.weight" not in shapes and "distilled_guidance_layer.norms.0.scale" not in shapes:
         return None
     hidden, context = shapes["txt_in.weight"]
-    depths = count(shapes, "double_blocks."), count(shapes, "single_blocks.")
-    found = dict(kind="flux", hidden=hidden, context=context, heads=hidden // 128, depths=depths)
+    depths = count_blocks(shapes, "double_blocks."), count_blocks(shapes, "single_blocks.")
+    model = dict(kind="flux", hidden=hidden, context=context, heads=hidden // 128, depths=depths)
     if "distilled_guidance_layer.norms.0.scale" not in shapes:
-        return found
-    found["kind"] = "chroma"
+        return model
+    model["kind"] = "chroma"
     # Fixed: an approximator of 64 → 5120, five layers, 3072 and 344 rows.
     assert shapes["distilled_guidance_layer.in_proj.weight"] == (5120, 64)
-    assert count(shapes, "distilled_guidance_layer.layers.") == 5
+    assert count_blocks(shapes, "distilled_guidance_layer.layers.") == 5
     assert shapes["distilled_guidance_layer.out_proj.weight"] == (3072, 5120)
     assert hidden == 3072
     assert 3 * depths[1] + 12 * depths[0] + 2 == 344
     if "nerf_blocks.0.norm.scale" not in shapes:
-        return found
+        return model
     head = "conv" if "nerf_final_layer_conv.norm.scale" in shapes else "linear"
     assert shapes["nerf_image_embedder.embedder.0.weight"] == (64, 3 + 8 * 8)
-    assert count(shapes, "nerf_blocks.") == 4
-    return found | dict(
+    assert count_blocks(shapes, "nerf_blocks.") == 4
+    return model | dict(
         kind="radiance", head=head, patch=shapes["img_in_patch.weight"][-1], x0="__x0__" in shapes
     )
 
 
-def stable_diffusion_cpp(shapes) -> dict | None:
-    """It puts the prefix before the names of what is passed as a diffusion model."""
+def detect_by_stable_diffusion_cpp(shapes) -> dict | None:
+    """Return the model that stable-diffusion.cpp detects; it adds a prefix to all names."""
     names = {f"model.diffusion_model.{name}" for name in shapes}
     if not any("model.diffusion_model.double_blocks." in name for name in names):
         return None
@@ -70,7 +74,8 @@ def stable_diffusion_cpp(shapes) -> dict | None:
     return dict(kind="radiance", patch=patch, x0=any("__x0__" in name for name in names))
 
 
-def comfyui_gguf(shapes, architecture: str | None = "flux") -> str | None:
+def detect_by_comfyui_gguf(shapes, architecture: str | None = "flux") -> str | None:
+    """Return the architecture that ComfyUI-GGUF detects."""
     if architecture not in (
         "flux",
         "sd1",
@@ -87,7 +92,7 @@ def comfyui_gguf(shapes, architecture: str | None = "flux") -> str | None:
     ):
         return None
     if any("transformer_blocks.0.attn.norm_added_k.weight" in name for name in shapes):
-        return None  # diffusers' layout is banned
+        return None  # it does not accept the layout of diffusers
     if any(len(name) > 127 or len(shape) > 4 for name, shape in shapes.items()):
         return None
     return architecture if "double_blocks.0.img_attn.proj.weight" in shapes else None
@@ -105,7 +110,7 @@ TABLE = {
         FLUX | dict(kind="radiance", head="conv", patch=16, x0=True),
         dict(kind="radiance", patch=16, x0=True),
     ),
-    # ComfyUI knows no half kernels and takes it for patch 16, as it does the authors' own file.
+    # ComfyUI knows no half kernels and detects patch 16, as for the authors' own file.
     "chroma1-radiance-x0-patch32": (
         FLUX | dict(kind="radiance", head="conv", patch=16, x0=True),
         dict(kind="radiance", patch=32, x0=True),
@@ -114,26 +119,26 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_published_sizes(name):
+def test_published_models_are_detected(name):
     shapes = native.native_layout(config.MODELS[name])[0]
-    assert comfyui(shapes) == TABLE[name][0]
-    assert stable_diffusion_cpp(shapes) == TABLE[name][1]
-    assert comfyui_gguf(shapes) == "flux"
+    assert detect_by_comfyui(shapes) == TABLE[name][0]
+    assert detect_by_stable_diffusion_cpp(shapes) == TABLE[name][1]
+    assert detect_by_comfyui_gguf(shapes) == "flux"
 
 
 @pytest.mark.parametrize("name", sorted(set(config.MODELS) - set(TABLE)))
-def test_research_sizes(name):
-    """ComfyUI's are fixed: what can be trained here and not run there is why `convert --to torch` exists."""
+def test_comfyui_cannot_run_other_sizes(name):
+    """ComfyUI has fixed sizes; `convert --to torch` exists for all others."""
     with pytest.raises(AssertionError):
-        comfyui(native.native_layout(config.MODELS[name])[0])
+        detect_by_comfyui(native.native_layout(config.MODELS[name])[0])
 
 
 @pytest.mark.parametrize("to", ["native", "gguf"])
 @pytest.mark.parametrize(
     ("model", "kind"), [(PIXELS, "radiance"), (LATENT, "chroma")], ids=["pixels", "latent"]
 )
-def test_files(to, model, kind, tmp_path):
-    """The same names, bare, in both formats, and an architecture by which ComfyUI-GGUF knows the file."""
+def test_files_are_detected(to, model, kind, tmp_path):
+    """Both formats have the same names without prefix; GGUF names an architecture."""
     path = tmp_path / f"out.{'gguf' if to == 'gguf' else 'safetensors'}"
     convert_checkpoint(
         open_checkpoint(save(tmp_path / "in.safetensors", published(model), model)),
@@ -142,25 +147,28 @@ def test_files(to, model, kind, tmp_path):
         "q8_0" if to == "gguf" else None,
     )
     shapes = open_tensors(path).shapes
-    assert stable_diffusion_cpp(shapes)["kind"] == kind
-    assert comfyui_gguf(shapes) == "flux"
+    assert detect_by_stable_diffusion_cpp(shapes)["kind"] == kind
+    assert detect_by_comfyui_gguf(shapes) == "flux"
     if to == "gguf":
         reader = gguf.GGUFReader(path)
-        assert comfyui_gguf(shapes, reader.fields["general.architecture"].contents()) == "flux"
+        assert (
+            detect_by_comfyui_gguf(shapes, reader.fields["general.architecture"].contents())
+            == "flux"
+        )
         kinds = {x.name: x.tensor_type.name for x in reader.tensors}
         assert kinds["double_blocks.0.img_attn.proj.weight"] == "Q8_0"
         assert all(kinds[name] == "F32" for name, shape in shapes.items() if len(shape) == 1)
         assert kinds.get("nerf_image_embedder.embedder.0.weight", "F32") == "F32"
 
 
-def test_ggml_reads_no_empty_tensors(tmp_path):
-    """Its loader ends the program at one; the option gives every marker one value."""
+def test_option_writes_no_empty_tensors(tmp_path):
+    """The loader of ggml aborts at empty tensors; the option gives every marker one value."""
     source = open_checkpoint(save(tmp_path / "in.safetensors", published(PIXELS), PIXELS))
     convert_checkpoint(source, tmp_path / "out.gguf", "gguf", empty_markers=False)
-    found = gguf.GGUFReader(tmp_path / "out.gguf").tensors
-    assert all(x.n_elements > 0 for x in found)
-    assert stable_diffusion_cpp({x.name: tuple(x.shape)[::-1] for x in found})["x0"]
+    tensors = gguf.GGUFReader(tmp_path / "out.gguf").tensors
+    assert all(x.n_elements > 0 for x in tensors)
+    assert detect_by_stable_diffusion_cpp({x.name: tuple(x.shape)[::-1] for x in tensors})["x0"]
 
 
-def test_the_successor_is_named():
-    assert any(sign == "dec_net." and "Zeta-Chroma" in told for sign, told in OTHER_FILE_KINDS)
+def test_successor_is_named():
+    assert any(prefix == "dec_net." and "Zeta-Chroma" in kind for prefix, kind in OTHER_FILE_KINDS)

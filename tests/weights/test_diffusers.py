@@ -1,8 +1,8 @@
-"""Our files in diffusers, and its files here: the same output in float32, through every way a file can take.
+"""diffusers reads our files and we read its files, with the same output in float32.
 
-Their transformer is right when its mask is made of booleans (their pipeline makes it of floats, which are added to the logits) and
-without gradient checkpointing. The one change to it: the approximator's norms have the epsilon of the authors' code, 1e-6, where
-theirs is 1.2e-7.
+Its transformer is correct if the mask has booleans (its pipeline uses floats, which are added to
+the logits), and without gradient checkpointing. The tests change one thing: the approximator's
+norms get the epsilon of the authors' code, 1e-6, in place of 1.2e-7.
 """
 
 import types
@@ -18,7 +18,7 @@ from tests.helpers.toy_files import LATENT, published, save, stored
 from tests.helpers.toy_models import apply, toy_inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-theirs = pytest.importorskip("diffusers", reason="diffusers is not installed")
+diffusers_package = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytestmark = pytest.mark.reference
 
 INPUTS = toy_inputs(LATENT, lengths=(1, 3, 6))
@@ -30,7 +30,7 @@ def native_file(tmp_path):
     return save(tmp_path / "native.safetensors", published(LATENT, "float32"), LATENT)
 
 
-def written_folder(file, folder):
+def write_folder(file, folder):
     convert_checkpoint(checkpoint.open_checkpoint(file), folder, export_format="diffusers")
     return folder
 
@@ -39,46 +39,50 @@ def relative_difference(a, b) -> float:
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
 
 
-def ours(file):
-    """The output of what is read from the file, under a guidance of 0, which is all that theirs know."""
+def compute_our_output(file):
+    """Return our output for a file at guidance 0, the only one that diffusers supports."""
     model, params = checkpoint.read_checkpoint(file)
     return np.asarray(apply(model, params, INPUTS | dict(guidance=None)))
 
 
-def run(transformer) -> np.ndarray:
-    """Their output on our inputs: text first, and one padding token is seen."""
+def compute_diffusers_output(transformer) -> np.ndarray:
+    """Return the output of diffusers: text is first, and one padding token is visible."""
     for norm in transformer.distilled_guidance_layer.norms:
         norm.eps = 1e-6
     image, text = INPUTS["image"], INPUTS["text"]
     b, rows, columns, channels = image.shape
-    at = np.stack([np.zeros((rows, columns)), *np.mgrid[:rows, :columns]], axis=-1).reshape(-1, 3)
-    seen = np.arange(text.shape[1]) <= INPUTS["lengths"][:, None]
-    mask = np.concatenate([seen, np.ones((b, rows * columns), bool)], axis=1)
+    positions = np.stack([np.zeros((rows, columns)), *np.mgrid[:rows, :columns]], axis=-1).reshape(
+        -1, 3
+    )
+    visible = np.arange(text.shape[1]) <= INPUTS["lengths"][:, None]
+    mask = np.concatenate([visible, np.ones((b, rows * columns), bool)], axis=1)
     with torch.no_grad():
         y = transformer(
             hidden_states=torch.from_numpy(image.reshape(b, -1, channels)),
             encoder_hidden_states=torch.from_numpy(text),
             timestep=torch.from_numpy(INPUTS["time"]),
-            img_ids=torch.from_numpy(at.astype(np.float32)),
+            img_ids=torch.from_numpy(positions.astype(np.float32)),
             txt_ids=torch.zeros(text.shape[1], 3),
             attention_mask=torch.from_numpy(mask),
         ).sample
     return y.numpy().reshape(image.shape)
 
 
-def test_a_folder_loads_with_from_pretrained(native_file, tmp_path):
-    folder = written_folder(native_file, tmp_path / "folder")
-    transformer, report = theirs.ChromaTransformer2DModel.from_pretrained(
+def test_from_pretrained_loads_our_folder(native_file, tmp_path):
+    folder = write_folder(native_file, tmp_path / "folder")
+    transformer, report = diffusers_package.ChromaTransformer2DModel.from_pretrained(
         folder, output_loading_info=True
     )
     assert not any(report.values()), report
-    difference = relative_difference(ours(native_file), run(transformer))
+    difference = relative_difference(
+        compute_our_output(native_file), compute_diffusers_output(transformer)
+    )
     print(f"from_pretrained: {difference:.1e}")
     assert difference < BOUND
 
 
-def test_a_native_file_loads_with_from_single_file(native_file, tmp_path, monkeypatch):
-    """Their converter of single files splits matrices at 3072, the hidden size of the published models: here at ours."""
+def test_from_single_file_loads_our_native_file(native_file, tmp_path, monkeypatch):
+    """Its converter splits matrices at 3072, the published hidden size; the test sets ours."""
     from diffusers.loaders import single_file_model, single_file_utils
 
     convert_ = single_file_utils.convert_chroma_transformer_checkpoint_to_diffusers
@@ -92,7 +96,7 @@ def test_a_native_file_loads_with_from_single_file(native_file, tmp_path, monkey
         small,
     )
 
-    folder = written_folder(native_file, tmp_path / "folder")
+    folder = write_folder(native_file, tmp_path / "folder")
     converted = small({name: torch.from_numpy(x) for name, x in load_file(native_file).items()})
     written = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert {name: x.numpy().tobytes() for name, x in converted.items()} == {
@@ -102,18 +106,20 @@ def test_a_native_file_loads_with_from_single_file(native_file, tmp_path, monkey
     exported = tmp_path / "exported.safetensors"
     convert_checkpoint(checkpoint.open_checkpoint(folder), exported)
     assert single_file_utils.infer_diffusers_model_type(load_file(exported)) == "chroma"
-    transformer = theirs.ChromaTransformer2DModel.from_single_file(
+    transformer = diffusers_package.ChromaTransformer2DModel.from_single_file(
         str(exported), config=str(folder), local_files_only=True
     )
-    difference = relative_difference(ours(exported), run(transformer))
+    difference = relative_difference(
+        compute_our_output(exported), compute_diffusers_output(transformer)
+    )
     print(f"from_single_file: {difference:.1e}")
     assert difference < BOUND
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_save_pretrained_writes_is_read(sharded, tmp_path):
+def test_files_of_save_pretrained_are_read(sharded, tmp_path):
     torch.manual_seed(0)
-    transformer = theirs.ChromaTransformer2DModel(
+    transformer = diffusers_package.ChromaTransformer2DModel(
         **{
             k: v
             for k, v in diffusers.make_transformer_config(LATENT).items()
@@ -124,14 +130,16 @@ def test_what_save_pretrained_writes_is_read(sharded, tmp_path):
         torch.nn.init.normal_(x, 1.0 if x.ndim == 1 else 0.0, 0.1)
     transformer.save_pretrained(tmp_path / "folder", max_shard_size="200KB" if sharded else "1GB")
     assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors").exists() != sharded
-    difference = relative_difference(ours(tmp_path / "folder"), run(transformer))
+    difference = relative_difference(
+        compute_our_output(tmp_path / "folder"), compute_diffusers_output(transformer)
+    )
     print(f"save_pretrained, {'several files' if sharded else 'one file'}: {difference:.1e}")
     assert difference < BOUND
 
 
-def test_the_table_names_all_their_tensors():
+def test_table_names_all_tensors_of_diffusers():
     with torch.device("meta"):
-        transformer = theirs.ChromaTransformer2DModel(
+        transformer = diffusers_package.ChromaTransformer2DModel(
             **{
                 k: v
                 for k, v in diffusers.make_transformer_config(LATENT).items()
@@ -140,23 +148,23 @@ def test_the_table_names_all_their_tensors():
         )
     shapes = {name: tuple(x.shape) for name, x in transformer.state_dict().items()}
     expected = {name: x.shape for name, x in published(LATENT).items()}
-    made = {
+    slices = {
         t: shape
         for name in expected
         for t, (_, shape) in diffusers.locate_diffusers_slices(name, expected[name], LATENT).items()
     }
-    assert made == shapes
-    back = {
+    assert slices == shapes
+    native_shapes = {
         name: concatenated_shape([shapes[t] for t in parts])
         for name, parts in diffusers.map_to_native(shapes).items()
     }
-    assert back == expected
+    assert native_shapes == expected
 
 
 def test_bfloat16_folders_hold_the_same_bytes(tmp_path):
     native = save(tmp_path / "x.safetensors", published(LATENT), LATENT)
-    folder = written_folder(native, tmp_path / "folder")
-    transformer = theirs.ChromaTransformer2DModel.from_pretrained(
+    folder = write_folder(native, tmp_path / "folder")
+    transformer = diffusers_package.ChromaTransformer2DModel.from_pretrained(
         folder, torch_dtype=torch.bfloat16
     )
     transformer.save_pretrained(tmp_path / "again")

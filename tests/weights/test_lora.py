@@ -1,4 +1,4 @@
-"""LoRA files: names that they come in, what is written, and what is refused."""
+"""LoRA files are read in all naming schemes and written in two; wrong files are errors."""
 
 from collections import Counter
 
@@ -16,17 +16,17 @@ from tests.helpers.toy_loras import (
     BF16,
     LATENT,
     MODEL,
-    assert_same,
-    in_memory,
-    sentence,
-    shapes_of,
+    assert_equal_loras,
+    make_checkpoint,
+    module_shapes,
+    read_message,
     toy_lora,
 )
 from tests.helpers.toy_models import toy_model, toy_params
 
-# --- names --------------------------------------------------------------------------------------------------------------
+# --- naming schemes -------------------------------------------------------------------------------
 
-# Module → keys of down and up.
+# keys of the down matrix and the up matrix of a module
 NAMINGS = {
     "ai-toolkit, diffusion-pipe": (
         "diffusion_model.{}.lora_A.weight",
@@ -48,25 +48,27 @@ NAMINGS = {
 }
 
 
-def spelt(key, module):
+def format_key(key, module):
     return key.replace("{_}", module.replace(".", "_")).replace("{}", module)
 
 
 @pytest.mark.parametrize("alpha", [True, False])
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_every_naming_gives_the_same(naming, alpha, tmp_path):
-    modules = [m for m, shape in shapes_of(MODEL).items() if len(shape) == 2]
+def test_naming_scheme_does_not_matter(naming, alpha, tmp_path):
+    modules = [m for m, shape in module_shapes(MODEL).items() if len(shape) == 2]
     expected = toy_lora(modules=modules, scale=None if alpha else 1.0)
     tensors = {}
     for module, (down, up, scale) in expected.pairs.items():
-        tensors |= {spelt(key, module): half for key, half in zip(NAMINGS[naming], (down, up))}
+        tensors |= {
+            format_key(key, module): matrix for key, matrix in zip(NAMINGS[naming], (down, up))
+        }
         if alpha:
             key = NAMINGS[naming][0].partition(".lora")[0] + ".alpha"
-            tensors[spelt(key, module)] = np.array(scale * len(down), np.float32).reshape(
+            tensors[format_key(key, module)] = np.array(scale * len(down), np.float32).reshape(
                 [(), (1,)][len(tensors) % 2]
             )
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert_same(lora.read_lora(tmp_path / "lora.safetensors", MODEL), expected)
+    assert_equal_loras(lora.read_lora(tmp_path / "lora.safetensors", MODEL), expected)
 
 
 @pytest.mark.parametrize(
@@ -90,26 +92,26 @@ def test_every_naming_gives_the_same(naming, alpha, tmp_path):
 )
 def test_underscored_names_are_not_ambiguous(changes):
     model = toy_model(**changes)
-    theirs = Counter()
-    for module in shapes_of(model):
+    spellings = Counter()
+    for module in module_shapes(model):
         try:
             names = diffusers.to_diffusers_names(f"{module}.weight")
         except KeyError:
             names = ()
         # `distilled_guidance_layer.in_proj` has the same name in both layouts.
-        theirs.update(
+        spellings.update(
             {
                 module.replace(".", "_"),
                 *(n.removesuffix(".weight").replace(".", "_") for n in names),
             }
         )
-    assert max(theirs.values()) == 1
-    assert lora._list_spellings(native.native_layout(model)[0]).keys() == theirs.keys()
+    assert max(spellings.values()) == 1
+    assert lora._list_spellings(native.native_layout(model)[0]).keys() == spellings.keys()
 
 
 D, MLP = LATENT.hidden, LATENT.mlp_hidden
-# Their module → native module and its rows.
-THEIRS = {
+# Module of diffusers → native module and its rows.
+DIFFUSERS_MODULES = {
     "transformer_blocks.1.attn.to_q": ("double_blocks.1.img_attn.qkv", 0, D),
     "transformer_blocks.1.attn.to_k": ("double_blocks.1.img_attn.qkv", D, 2 * D),
     "transformer_blocks.1.attn.to_v": ("double_blocks.1.img_attn.qkv", 2 * D, 3 * D),
@@ -136,48 +138,51 @@ THEIRS = {
     ],
 )
 def test_diffusers_parts_become_one_module(down_key, up_key, tmp_path):
-    draw, tensors, ranks = np.random.default_rng(0), {}, Counter()
-    deltas = {m: np.zeros(shape) for m, shape in shapes_of(LATENT).items()}
-    for i, (theirs, (module, a, b)) in enumerate(THEIRS.items()):
+    rng, tensors, ranks = np.random.default_rng(0), {}, Counter()
+    deltas = {m: np.zeros(shape) for m, shape in module_shapes(LATENT).items()}
+    for i, (diffusers_module, (module, a, b)) in enumerate(DIFFUSERS_MODULES.items()):
         rank = 1 + i % 3
         ranks[module] += rank
         down, up = (
-            draw.standard_normal((rank, deltas[module].shape[1]), np.float32),
-            draw.standard_normal((b - a, rank), np.float32),
+            rng.standard_normal((rank, deltas[module].shape[1]), np.float32),
+            rng.standard_normal((b - a, rank), np.float32),
         )
-        tensors |= {spelt(down_key, theirs): down, spelt(up_key, theirs): up}
+        tensors |= {
+            format_key(down_key, diffusers_module): down,
+            format_key(up_key, diffusers_module): up,
+        }
         if i % 2:
-            tensors[spelt(down_key.partition(".lora_")[0] + ".alpha", theirs)] = np.float32(
-                0.75 * rank
+            tensors[format_key(down_key.partition(".lora_")[0] + ".alpha", diffusers_module)] = (
+                np.float32(0.75 * rank)
             )
         deltas[module][a:b] = (0.75 if i % 2 else 1) * up.astype(float) @ down
     save_file({k: np.asarray(v) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
-    found = lora.read_lora(tmp_path / "lora.safetensors", LATENT)
-    assert {m: len(pair.down) for m, pair in found.pairs.items()} == ranks
-    for module, pair in found.pairs.items():
+    merged = lora.read_lora(tmp_path / "lora.safetensors", LATENT)
+    assert {m: len(pair.down) for m, pair in merged.pairs.items()} == ranks
+    for module, pair in merged.pairs.items():
         np.testing.assert_allclose(pair.compute_delta(), deltas[module], rtol=1e-5, atol=1e-6)
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [MODEL, LATENT], ids=["pixels", "latent"])
-@pytest.mark.parametrize("names", lora.NAMING_SCHEMES)
-def test_written_and_read_is_the_same(names, model, tmp_path):
+@pytest.mark.parametrize("naming", lora.NAMING_SCHEMES)
+def test_written_lora_is_read_back(naming, model, tmp_path):
     path, expected = tmp_path / "new" / "lora.safetensors", toy_lora(model)
-    lora.write_lora(path, expected, names, "float32")
-    assert_same(lora.read_lora(path, model), expected)
-    lora.write_lora(path, expected, names)
-    found = lora.read_lora(path, model)
+    lora.write_lora(path, expected, naming, "float32")
+    assert_equal_loras(lora.read_lora(path, model), expected)
+    lora.write_lora(path, expected, naming)
+    rounded = lora.read_lora(path, model)
     for module, pair in expected.pairs.items():
         np.testing.assert_array_equal(
-            found.pairs[module].up, pair.up.astype(BF16).astype(np.float32)
+            rounded.pairs[module].up, pair.up.astype(BF16).astype(np.float32)
         )
-        assert found.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
+        assert rounded.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_the_written_names(tmp_path):
+def test_written_names(tmp_path):
     path, model = (
         tmp_path / "lora.safetensors",
         toy_lora(modules=["double_blocks.1.img_mlp.0", "img_in_patch"]).model,
@@ -209,17 +214,17 @@ def test_the_written_names(tmp_path):
     }
     with pytest.raises(CheckpointError, match="choose one of peft, kohya") as error:
         lora.write_lora(path, written, "onnx")
-    sentence(error)
+    read_message(error)
     with pytest.raises(CheckpointError, match="is a LoRA: give it as --lora"):
         checkpoint.open_checkpoint(path)
 
 
-# --- files that are refused ---------------------------------------------------------------------------------------------
+# --- wrong files ----------------------------------------------------------------------------------
 
-GOOD = {"double_blocks.0.img_attn.proj.lora_A.weight": np.ones((2, 48), np.float32), "double_blocks.0.img_attn.proj.lora_B.weight": np.ones((48, 2), np.float32)}  # fmt: skip
-A, B = GOOD
 X = "double_blocks.0.img_attn.proj"
-REFUSED = {
+A, B = f"{X}.lora_A.weight", f"{X}.lora_B.weight"
+GOOD = {A: np.ones((2, 48), np.float32), B: np.ones((48, 2), np.float32)}
+WRONG_FILES = {
     "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this file a DoRA"),
     "DoRA of peft": (GOOD | {f"{X}.lora_magnitude_vector": np.ones(48)}, "DoRA"),
     "LoHa": (
@@ -256,23 +261,38 @@ REFUSED = {
         GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))},
         "img_mod_lin.*does not have: choose the model",
     ),
-    "half a pair": ({A: GOOD[A]}, rf"{A} without the up matrix"),
-    "the other half": (
+    "no up matrix": ({A: GOOD[A]}, rf"{A} without the up matrix"),
+    "no down matrix": (
         {B: GOOD[B], f"{X}.alpha": np.ones(())},
         rf"{X}\.\w+.* and {X}\.\w+.* without the down matrix",
     ),
     "alpha alone": (GOOD | {"txt_in.alpha": np.ones(())}, "txt_in.alpha without"),
-    "two ranks": (GOOD | {B: np.ones((48, 3))}, r"lora_B.weight has shape \[48, 3\].*rank 2.*\[48, 2\]"),
-    "another width": (GOOD | {A: np.ones((2, 64))}, r"lora_A.weight has shape \[2, 64\].*\[2, 48\]"),
-    "a convolution": (GOOD | {A: np.ones((2, 48, 3, 3))}, r"lora_A.weight has shape \[2, 48, 3, 3\]"),
-    "a convolution up": (GOOD | {B: np.ones((48, 2, 3, 3))}, r"lora_B.weight has shape \[48, 2, 3, 3\]"),
+    "two ranks": (
+        GOOD | {B: np.ones((48, 3))},
+        r"lora_B.weight has shape \[48, 3\].*rank 2.*\[48, 2\]",
+    ),
+    "another width": (
+        GOOD | {A: np.ones((2, 64))},
+        r"lora_A.weight has shape \[2, 64\].*\[2, 48\]",
+    ),
+    "a convolution": (
+        GOOD | {A: np.ones((2, 48, 3, 3))},
+        r"lora_A.weight has shape \[2, 48, 3, 3\]",
+    ),
+    "a convolution up": (
+        GOOD | {B: np.ones((48, 2, 3, 3))},
+        r"lora_B.weight has shape \[48, 2, 3, 3\]",
+    ),
     "no rank": ({A: np.ones((0, 48)), B: np.ones((48, 0))}, "rank 0"),
     "a number": (GOOD | {A: np.ones(())}, r"lora_A.weight has shape \[\]"),
     "a vector": (GOOD | {A: np.ones(2)}, r"lora_A.weight has shape \[2\]"),
     "alpha of many": (GOOD | {f"{X}.alpha": np.ones(2)}, r"alpha has shape \[2\]"),
     "not a number": (GOOD | {A: np.full((2, 48), np.nan)}, f"{A} holds values that are not finite"),
     "infinite": (GOOD | {f"{X}.alpha": np.array(np.inf)}, "alpha holds values that are not finite"),
-    "two adapters": (GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]}, "same matrix of one pair"),
+    "two adapters": (
+        GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]},
+        "same matrix of one pair",
+    ),
     "whole and in parts": (
         {
             "double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)),
@@ -285,46 +305,48 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case, tmp_path):
-    tensors, expected = REFUSED[case]
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_file_is_an_error(case, tmp_path):
+    tensors, expected = WRONG_FILES[case]
     save_file(
         {k: np.asarray(v, np.float32) for k, v in tensors.items()}, tmp_path / "lora.safetensors"
     )
     with pytest.raises(CheckpointError, match=expected) as error:
         lora.read_lora(tmp_path / "lora.safetensors", MODEL)
-    assert str(tmp_path / "lora.safetensors") in sentence(error)
+    assert str(tmp_path / "lora.safetensors") in read_message(error)
 
 
 def test_one_by_one_convolutions_are_linear(tmp_path):
     tensors = {A: GOOD[A].reshape(2, 48, 1, 1), B: GOOD[B].reshape(48, 2, 1, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert_same(
+    assert_equal_loras(
         lora.read_lora(tmp_path / "lora.safetensors", MODEL),
         LoraWeights(MODEL, {X: LoraPair(GOOD[A], GOOD[B])}),
     )
 
 
-def test_a_lora_of_another_model_is_not_used():
+def test_lora_of_another_model_is_an_error():
     wide = toy_lora(toy_model(hidden=96, heads=4), ["double_blocks.0.img_attn.proj"])
     more = toy_lora(toy_model(double_blocks=5), ["double_blocks.4.img_attn.proj"])
     for other in (wide, more):
         with pytest.raises(
-            CheckpointError, match="img_attn.proj of .* which this model does not have"
+            CheckpointError, match=r"img_attn\.proj of .* which this model does not have"
         ) as error:
-            lora.merge_lora(in_memory()[0], other)
-        sentence(error)
-        with pytest.raises(CheckpointError, match="img_attn.proj of .* which this model does not have"):
+            lora.merge_lora(make_checkpoint()[0], other)
+        read_message(error)
+        with pytest.raises(
+            CheckpointError, match=r"img_attn\.proj of .* which this model does not have"
+        ):
             apply_loras(toy_params(MODEL), MODEL, [(other, 1.0)])
-    # One of a model that differs in no module fits.
-    lora.merge_lora(in_memory(toy_model(prediction="x0"))[0], toy_lora())
+    # A LoRA of another model with the same modules fits.
+    lora.merge_lora(make_checkpoint(toy_model(prediction="x0"))[0], toy_lora())
 
 
-# --- with PyTorch -------------------------------------------------------------------------------------------------------
+# --- with PyTorch ---------------------------------------------------------------------------------
 
 
 @pytest.mark.reference
-def test_peft_reads_what_is_written(tmp_path):
+def test_peft_reads_written_file(tmp_path):
     torch = pytest.importorskip("torch", reason="compares with PEFT, which needs PyTorch")
     peft = pytest.importorskip("peft", reason="compares with PEFT")
     module = "single_blocks.2.linear1"
@@ -345,7 +367,7 @@ def test_peft_reads_what_is_written(tmp_path):
         peft.LoraConfig(r=rank, lora_alpha=alpha.item(), target_modules=[module]), net
     )
     assert not peft.set_peft_model_state_dict(net, tensors).unexpected_keys
-    found = net.single_blocks[2].linear1(x).detach().numpy()
+    adapted = net.single_blocks[2].linear1(x).detach().numpy()
     np.testing.assert_allclose(
-        found, plain + x.numpy() @ written.pairs[module].compute_delta().T, rtol=1e-4, atol=1e-5
+        adapted, plain + x.numpy() @ written.pairs[module].compute_delta().T, rtol=1e-4, atol=1e-5
     )
