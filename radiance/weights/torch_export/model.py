@@ -71,6 +71,7 @@ CHOICE_SETTINGS = {
     # output of the last layer; the module always returns the velocity
     "prediction": ("velocity", "x0"),
 }
+HEAD_CHUNK_SIZE = 512  # image tokens that the NeRF head processes at a time
 # `load` keeps these tensors in float32.
 FLOAT32_PREFIXES = ("__", "nerf_image_embedder.", "nerf_final_layer", "final_layer.linear.")
 
@@ -428,11 +429,11 @@ class Transformer(nn.Module):
 
     Args:
         config: The content of config.json.
-        head_chunk_size: Image tokens that the NeRF head processes at a time. The weights that a
-            token generates are far larger than the token.
+        head_chunk_size: Image tokens that the NeRF head processes at a time. A smaller number saves
+            memory, because the weights that a token generates are far larger than the token.
     """
 
-    def __init__(self, config: Mapping[str, Any], head_chunk_size: int = 512):
+    def __init__(self, config: Mapping[str, Any], head_chunk_size: int = HEAD_CHUNK_SIZE):
         super().__init__()
         cfg = self.settings = parse_settings(config)
         self.config = dict(config)
@@ -783,7 +784,7 @@ def load(
     folder: str | Path = ".",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    head_chunk_size: int = 512,
+    head_chunk_size: int = HEAD_CHUNK_SIZE,
 ) -> Transformer:
     """Load the model of `folder`/config.json with the weights of `folder`/model.safetensors.
 
