@@ -146,13 +146,10 @@ def fit_modulation(
             f"The modulation of {checkpoint.origin} is zero at every time, as in an untrained "
             "model: there is nothing to fit."
         )
-    # The second bound prevents a division by 0 for a vector of zeros.
-    min_variance = np.maximum(MIN_VARIANCE_FRACTION * mean_square, 1e-6 * mean_square.max())
-    weights = jnp.asarray(1 / np.maximum(variance, min_variance), jnp.float32)
+    weights = jnp.asarray(_vector_weights(mean_square, variance), jnp.float32)
     key, data_key = jax.random.split(jax.random.key(seed))
-    modulation = nnx.to_pure_dict(
-        nnx.state(make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key)))
-    )
+    network = make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))
+    modulation = nnx.to_pure_dict(nnx.state(network))
     state = modulation, _make_optimizer(model, steps).init(modulation)
     run_steps = partial(_run_steps, source=source, model=model, steps=steps)
     for first_step in range(0, steps, STEPS_PER_CALL):
@@ -170,6 +167,15 @@ def fit_modulation(
         parameters_after=sum(x.size for x in jax.tree.leaves(modulation)),
     )
     return ModulationFit(modulation, report)
+
+
+def _vector_weights(
+    mean_square: Float64[np.ndarray, " m"], variance: Float64[np.ndarray, " m"]
+) -> Float64[np.ndarray, " m"]:
+    """Return the weight of each vector in the loss: 1 / variance, bounded for small variances."""
+    # The second bound prevents a division by 0 for a vector of zeros.
+    min_variance = np.maximum(MIN_VARIANCE_FRACTION * mean_square, 1e-6 * mean_square.max())
+    return 1 / np.maximum(variance, min_variance)
 
 
 def _make_optimizer(model: config.Model, steps: int) -> optax.GradientTransformation:

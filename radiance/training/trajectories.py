@@ -225,10 +225,9 @@ def generate_missing_trajectories(
         OutputError: The disk has no room for the files.
         ConfigError: No caption fits the text encoder, or several hosts run.
     """
-    trajectories_by_split = open_trajectories(run)
     missing_shards = [
         (trajectories, shard)
-        for trajectories in trajectories_by_split.values()
+        for trajectories in open_trajectories(run).values()
         for shard in trajectories.missing_shards
     ]
     if not missing_shards:
@@ -241,21 +240,17 @@ def generate_missing_trajectories(
     metadata = resolve_segments(folder, metadata)
     captions = {
         split: choose_captions(
-            sources[split],
-            teacher.encoder,
-            run.data,
-            trajectories_by_split[split].num_shards * SHARD_SIZE,
+            sources[split], teacher.encoder, run.data, trajectories.num_shards * SHARD_SIZE
         )
-        for split in {trajectories.split for trajectories, _ in missing_shards}
+        for split, trajectories in open_trajectories(run).items()
+        if any(missing.split == split for missing, _ in missing_shards)
     }
     if not (folder / METADATA_FILE).is_file():
         with replace_atomically(folder / METADATA_FILE) as temp_path:
             temp_path.write_text(json.dumps(metadata._asdict(), indent=2) + "\n")
 
-    print(
-        f"{folder}: {len(missing_shards) * SHARD_SIZE} trajectories are generated first.",
-        flush=True,
-    )
+    num_missing = len(missing_shards) * SHARD_SIZE
+    print(f"{folder}: {num_missing} trajectories are generated first.", flush=True)
     with closing(Progress(0, len(missing_shards), SHARD_SIZE, "file")) as progress:
         for num_done, (trajectories, shard) in enumerate(missing_shards, 1):
             if trajectories.shard_path(shard).is_file():  # another run wrote it

@@ -87,20 +87,21 @@ def extract_lora(
             "there is nothing to extract."
         )
     pairs = {module: result.pair for module, result in approximations.items()}
+    lora = LoraWeights(base.model, pairs, f"{tuned.origin} - {base.origin}")
+    return ExtractionResult(lora, *_explained_fractions(approximations), remaining_changes)
+
+
+def _explained_fractions(
+    approximations: Mapping[str, _LowRankApproximation],
+) -> tuple[dict[str, float], float]:
+    """Return the explained fraction of the squared difference, by module and in total."""
     fractions = {
         module: result.explained_square / result.total_square
         for module, result in approximations.items()
     }
-    explained_squares, total_squares = np.sum(
-        [(result.explained_square, result.total_square) for result in approximations.values()],
-        axis=0,
-    )
-    return ExtractionResult(
-        LoraWeights(base.model, pairs, f"{tuned.origin} - {base.origin}"),
-        fractions,
-        float(explained_squares / total_squares),
-        remaining_changes,
-    )
+    squares = [(result.explained_square, result.total_square) for result in approximations.values()]
+    explained, total = np.sum(squares, axis=0)
+    return fractions, float(explained / total)
 
 
 def _check_extraction(base: Checkpoint, tuned: Checkpoint, rank: int) -> None:
