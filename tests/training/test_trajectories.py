@@ -5,7 +5,7 @@ import shutil
 from collections import Counter, namedtuple
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -411,16 +411,15 @@ def test_rows_of_a_host_are_rows_of_the_global_batch(folder, encoder):
 
 
 def test_longest_caption_of_all_hosts_determines_the_text_length():
-    data, points = (
-        config.Data(batch_size=4, caption_dropout=0.0),
-        np.zeros((1, 8, 8, 3), np.float16),
-    )
-    stored = SimpleNamespace(
-        num_trajectories=8,
-        caption=lambda i: "word " * (20 if i == 5 else 3),
-        points=lambda i: points,
-        seed=lambda i: i,
-    )
+    class LongCaption(Trajectories):
+        def points(self, index):
+            return np.zeros((1, 8, 8, 3), np.float16)
+
+        def caption(self, index):
+            return "word " * (20 if index == 5 else 3)
+
+    stored = LongCaption(Path("unused"), "train", 8, 1)
+    data = config.Data(batch_size=4, caption_dropout=0.0)
     hosts = [
         TrajectoryBatches(stored, data, HashEncoder(16, 40), 0, 2, "one_pad", rows)
         for rows in (range(2), range(2, 4))

@@ -246,13 +246,13 @@ def sample(
     Raises:
         ValueError: The times do not fall, or guidance lacks a negative prompt.
     """
-    times, b = torch.as_tensor(times, dtype=torch.float32, device="cpu"), len(noise)
-    if times.diff().ge(0).any() or times[-1] < 0:
-        raise ValueError(f"times={times.tolist()} must fall from 1 (noise) to 0 (the image).")
+    schedule, b = torch.as_tensor(times, dtype=torch.float32, device="cpu"), len(noise)
+    if schedule.diff().ge(0).any() or schedule[-1] < 0:
+        raise ValueError(f"times={schedule.tolist()} must fall from 1 (noise) to 0 (the image).")
     x, batch = noise.float(), (text, lengths, pooled)
     if guidance_scale != 1:
         batch = join_negatives(batch, (negative_text, negative_lengths, negative_pooled))
-    for i, (time_now, time_next) in enumerate(pairwise(times)):
+    for i, (time_now, time_next) in enumerate(pairwise(schedule)):
         batch_time, divisor = (
             t.to(x.device).expand(2 * b) for t in (time_now, time_now.clamp(min=min_divisor))
         )
