@@ -1,0 +1,1 @@
+"""The method: rectified flow, its training objective and its sampling."""

@@ -3,50 +3,70 @@
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from radiance.config import Flow
+from radiance.flow.objective import Images
 
-# --- coupling ---------------------------------------------------------------------------------------------------------
 
-
-def coupling_costs(
-    image: Float32[Array, "b height width c"], noise: Float32[Array, "b height width c"]
-) -> Float32[Array, "b b"]:
-    """Return the cost of every (image, noise) pair: minus the cosine."""
-    x, y = image.reshape(len(image), -1), noise.reshape(len(noise), -1)
-    x, y = (z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12) for z in (x, y))
+def coupling_costs(image: Images, noise: Images) -> Float32[Array, "b b"]:
+    """Compute minus the cosine between every image (row) and every noise (column)."""
+    x, y = (_normalize_rows(rearrange(z, "b ... -> b (...)")) for z in (image, noise))
     return -jnp.matmul(x, y.T, precision="highest")
 
 
 def caption_distances(
     text: Float[Array, "b l e"], lengths: Int[Array, " b"]
 ) -> Float32[Array, "b b"]:
-    """Squared distance between the directions of captions' mean embeddings, from 0 for captions that are the same to 4."""
+    """Compute squared distances between the directions of captions' mean embeddings.
+
+    Args:
+        text: Embeddings of the captions' tokens.
+        lengths: Number of real tokens of each caption.
+
+    Returns:
+        Distances from 0, for equal captions, to 4.
+    """
     is_token = jnp.arange(text.shape[1]) < lengths[:, None]
     embedding_sums = jnp.where(is_token[..., None], text.astype(jnp.float32), 0).sum(axis=1)
-    directions = embedding_sums / jnp.maximum(
-        jnp.linalg.norm(embedding_sums, axis=1, keepdims=True), 1e-12
-    )
-    return jnp.square(directions[:, None] - directions).sum(
-        axis=-1
-    )  # not by products, whose rounding tells equal captions apart
+    directions = _normalize_rows(embedding_sums)
+    # Differences are 0 for equal captions; products would be so up to rounding only.
+    return jnp.square(directions[:, None] - directions).sum(axis=-1)
+
+
+def _normalize_rows(x: Float32[Array, "b d"]) -> Float32[Array, "b d"]:
+    """Divide rows by their norms, at least 1e-12."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def forbid_pairs(
     costs: Float32[Array, "b b"], forbidden_pairs: Bool[Array, "b b"]
 ) -> Float32[Array, "b b"]:
-    """Costs so that no assignment has a forbidden pair unless every one has."""
-    max_saving = len(costs) * (
-        costs.max() - costs.min()
-    )  # that all allowed pairs together can save
+    """Raise the costs of forbidden pairs above all that the allowed pairs together can save.
+
+    Args:
+        costs: Costs of (image, noise) pairs.
+        forbidden_pairs: Mask of the pairs to avoid.
+
+    Returns:
+        Costs; the cheapest assignment has a forbidden pair only if every assignment has one.
+    """
+    max_saving = len(costs) * (costs.max() - costs.min())
     return costs + jnp.where(forbidden_pairs, max_saving + 1e-3, 0)
 
 
 def assign_noise(costs: Float32[Array, "b b"]) -> Int[Array, " b"]:
-    """Which noise each image gets so that the sum of costs is least (minibatch optimal transport, arXiv 2302.00482).
+    """Find the assignment with the least sum of costs (minibatch OT, arXiv 2302.00482).
 
-    Exact (Hungarian algorithm), and over the whole batch it is given: under a mesh that is the global batch, alike on every host.
+    The Hungarian algorithm is exact. Under a mesh the costs are those of the global batch, and the
+    result is the same on every host.
+
+    Args:
+        costs: Costs of (image, noise) pairs.
+
+    Returns:
+        Index of the noise for each image.
     """
     rows, columns = optax.assignment.hungarian_algorithm(costs)
     return jnp.zeros_like(columns).at[rows].set(columns)
@@ -54,14 +74,25 @@ def assign_noise(costs: Float32[Array, "b b"]) -> Int[Array, " b"]:
 
 def couple_noise(
     flow: Flow,
-    image: Float32[Array, "b height width c"],
-    noise: Float32[Array, "b height width c"],
+    image: Images,
+    noise: Images,
     text: Float[Array, "b l e"],
     lengths: Int[Array, " b"],
 ) -> Int[Array, " b"]:
-    """Which noise each image gets by `flow.coupling`. Noise has the caption of the image that it was drawn with.
+    """Assign the noise of a batch to its images by `flow.coupling`.
 
-    Raises ValueError when the batch does not divide into groups of `flow.coupling_group_size`.
+    Args:
+        flow: Settings.
+        image: Images.
+        noise: Noise; row i has the caption of image i.
+        text: Embeddings of the captions' tokens.
+        lengths: Number of real tokens of each caption.
+
+    Returns:
+        Index of the noise for each image.
+
+    Raises:
+        ValueError: If the batch does not divide into groups of `flow.coupling_group_size`.
     """
 
     def couple_group(image, noise, text, lengths):
@@ -79,9 +110,13 @@ def couple_noise(
         return couple_group(image, noise, text, lengths)
     if batch_size % group_size:
         raise ValueError(
-            f"A batch of {batch_size} does not divide into groups of {group_size} (flow.coupling_group_size)."
+            f"A batch of {batch_size} does not divide into groups of {group_size} "
+            "(flow.coupling_group_size): change one of them."
         )
-    groups = (x.reshape(-1, group_size, *x.shape[1:]) for x in (image, noise, text, lengths))
-    return (
-        jax.vmap(couple_group)(*groups) + group_size * jnp.arange(batch_size // group_size)[:, None]
-    ).reshape(-1)
+    groups = (
+        rearrange(x, "(groups n) ... -> groups n ...", n=group_size)
+        for x in (image, noise, text, lengths)
+    )
+    first_indices = group_size * jnp.arange(batch_size // group_size)
+    indices = jax.vmap(couple_group)(*groups) + first_indices[:, None]
+    return rearrange(indices, "groups n -> (groups n)")

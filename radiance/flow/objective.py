@@ -1,44 +1,56 @@
-"""The method: rectified flow between an image (time 0) and noise (time 1). Pure functions on arrays; all float32.
+"""The training objective of rectified flow between images (time 0) and noise (time 1).
 
-x_t = (1 − t)·image + t·s·noise with noise scale s (1 for Chroma), velocity = s·noise − image.
+x_t = (1 − t)·image + t·s·noise with noise scale s (1 for Chroma); velocity = s·noise − image. Pure
+functions on float32 arrays.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from radiance.config import Flow
 
-# --- interpolation and loss -------------------------------------------------------------------------------------------
+Images = Float32[Array, "b height width c"]
 
 
-def mix(
-    image: Float32[Array, "b height width c"],
-    noise: Float32[Array, "b height width c"],
-    time: Float32[Array, " b"],
-) -> Float32[Array, "b height width c"]:
-    """The point at `time` on the line from the image to the (already scaled) noise."""
+def mix(image: Images, noise: Images, time: Float32[Array, " b"]) -> Images:
+    """Interpolate between images and scaled noise: (1 − time)·image + time·noise."""
     t = time[:, None, None, None]
     return (1 - t) * image + t * noise
 
 
 def velocity_divisor(flow: Flow, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
-    """What x_t − x̂ is divided by in training: t + ε (Radiance) or max(t, ε) (JiT, arXiv 2511.13720). Sampling divides by t."""
-    return (
-        time + flow.min_divisor
-        if flow.min_divisor_mode == "add"
-        else jnp.maximum(time, flow.min_divisor)
-    )
+    """Compute the divisor of x_t − x̂ in the training of x0 models.
+
+    Args:
+        flow: Settings; `min_divisor` is ε.
+        time: Times in [0, 1].
+
+    Returns:
+        t + ε (Radiance, `min_divisor_mode` "add") or max(t, ε) (JiT, arXiv 2511.13720). Sampling
+        divides by t.
+    """
+    if flow.min_divisor_mode == "add":
+        return time + flow.min_divisor
+    return jnp.maximum(time, flow.min_divisor)
 
 
 def velocity_target(
-    flow: Flow,
-    prediction: str,
-    image: Float32[Array, "b height width c"],
-    noise: Float32[Array, "b height width c"],
-    time: Float32[Array, " b"],
-) -> Float32[Array, "b height width c"]:
-    """What the model's velocity is compared with. For x0 models target and prediction are divided alike, so that the loss is
-    the error of x̂ with weight 1 / divisor².
+    flow: Flow, prediction: str, image: Images, noise: Images, time: Float32[Array, " b"]
+) -> Images:
+    """Compute the target of the model's velocity.
+
+    For x0 models target and prediction have the same divisor, so that the loss is the error of x̂
+    with weight 1 / divisor².
+
+    Args:
+        flow: Settings.
+        prediction: Output of the network's last layer, "velocity" or "x0".
+        image: Images.
+        noise: Scaled noise.
+        time: Times in [0, 1].
+
+    Returns:
+        Velocities.
     """
     if prediction == "velocity":
         return noise - image
@@ -46,8 +58,19 @@ def velocity_target(
 
 
 def loss_weights(flow: Flow, prediction: str, time: Float32[Array, " b"]) -> Float32[Array, " b"]:
-    """What squared errors of the velocity are multiplied by. An error of a velocity is one of x̂ over t: weighted by t² / divisor² it is over
-    the divisor of x0 models, which have it there already.
+    """Compute the weights of squared velocity errors.
+
+    An error of the velocity is an error of x̂ over t. With the weight t² / divisor², for
+    `flow.loss_weighting` "x0", it is one over the divisor of x0 models, whose targets have that
+    divisor already.
+
+    Args:
+        flow: Settings.
+        prediction: Output of the network's last layer, "velocity" or "x0".
+        time: Times in [0, 1].
+
+    Returns:
+        Weights of the images' losses.
     """
     if prediction == "velocity" and flow.loss_weighting == "x0":
         return jnp.square(time / velocity_divisor(flow, time))
@@ -55,14 +78,14 @@ def loss_weights(flow: Flow, prediction: str, time: Float32[Array, " b"]) -> Flo
 
 
 def mean_squared_errors(
-    velocity: Float32[Array, "b height width c"], target: Float32[Array, "b height width c"]
+    velocity: Float[Array, "b height width c"], target: Images
 ) -> Float32[Array, " b"]:
-    """Mean over the values of each image."""
+    """Compute the mean squared error of each image, in float32."""
     return jnp.square(velocity.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
 
 def weighted_mean(
     losses: Float32[Array, " b"], weights: Float32[Array, " b"]
 ) -> Float32[Array, ""]:
-    """Σ wᵢ·lossᵢ / b: an image of weight 2 pulls like two images, whatever else is in its batch."""
+    """Compute Σ wᵢ·lossᵢ / b: an image of weight 2 counts as two images in any batch."""
     return (weights * losses).mean()

@@ -1,10 +1,6 @@
-"""From noise to an image: schedules of times, solvers of the flow's equation, and guidance. One compiled scan.
-
-No solver evaluates the model at time 0, where x0 models divide by 0.
-"""
+"""Sampling: from noise to images along a time schedule, as one compiled scan."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +9,24 @@ from jaxtyping import Array, Float, Float32, Int
 
 from radiance.config import Compute, Model, Sample
 from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
-from radiance.flow.guidance import apply_guidance, make_guidance_mask
-from radiance.flow.objective import mix
+from radiance.flow.guidance import (
+    GuidedVelocity,
+    TextCondition,
+    make_guidance_mask,
+    stack_conditions,
+)
+from radiance.flow.inpainting import StartImage, start_from_image
+from radiance.flow.objective import Images
 from radiance.flow.schedules import compute_step_lengths, make_time_schedule
-from radiance.flow.solvers import ImageArray, TrajectoryArray, integrate_velocity
+from radiance.flow.solvers import Trajectory, integrate_velocity
 from radiance.model.modulation import ModulationVectors
-from radiance.model.transformer import Params, Transformer, bind_model, bind_modulation
-
-
-class TextCondition(NamedTuple):
-    """What an image is asked to show."""
-
-    text: Float[Array, "b l e"]
-    lengths: Int[Array, " b"]
-    pooled: Float[Array, "b p"] | None = None
-
-
-class StartImage(NamedTuple):
-    """What painting starts from beside noise."""
-
-    image: ImageArray
-    mask: Float32[Array, "b height width 1"]  # 1 where it is painted anew, 0 where it stays
+from radiance.model.transformer import (
+    Modulation,
+    Params,
+    Transformer,
+    bind_model,
+    bind_modulation,
+)
 
 
 @partial(
@@ -65,18 +58,35 @@ def generate_images(
     start_image: StartImage | None = None,
     strength: float = 1.0,
     return_trajectory: bool = False,
-) -> ImageArray | TrajectoryArray:
-    """Images from seeds. An image's noise depends on its seed and size alone, not on its neighbors in the batch.
+) -> Images | Trajectory:
+    """Generate images from seeds.
 
-    vectors: what `modulations` gave for these settings; `params` need no modulation then. known: images to start from, and strength, the time
-    at which: the nearer to 0, the less of them is lost. way: also what lies between noise and images.
+    The noise of an image depends on its seed and size alone, not on the rest of the batch.
+
+    Args:
+        params: Parameters; with `vectors` they need no modulation.
+        seeds: Seed of each image.
+        positive: Encoded prompts.
+        negative: Condition that guidance leads away from; see `sample_from_noise`.
+        model: Sizes of the network.
+        compute: Types and backends.
+        settings: Sampling settings.
+        noise_scale: Standard deviation of the noise.
+        height: Height, in pixels, or in tokens of a latent.
+        width: Width, in the same unit.
+        vectors: Output of `compute_modulations` for the same settings.
+        start_image: Images to start from.
+        strength: Time to start at with `start_image`: the nearer to 0, the more of it is kept.
+        return_trajectory: Whether to return the states at all times.
+
+    Returns:
+        Images, about in [-1, 1], or their trajectories.
     """
     noise = sample_noise(seeds, (height, width, model.channels))
     times = make_time_schedule(settings, (height // model.patch) * (width // model.patch), strength)
-    noise = constrain_sharding(noise_scale * noise, BATCH_AXES)
     return sample_from_noise(
         bind_model(model, compute, params),
-        noise,
+        constrain_sharding(noise_scale * noise, BATCH_AXES),
         times,
         settings,
         positive,
@@ -87,141 +97,106 @@ def generate_images(
     )
 
 
-def sample_noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> ImageArray:
-    """Standard normal noise; each image's follows from its seed and its shape [height, width, c]."""
+def sample_noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Images:
+    """Sample standard normal noise.
+
+    Args:
+        seeds: Seed of each image.
+        shape: Shape [height, width, c] of an image.
+
+    Returns:
+        Noise; each row depends on its seed and the shape alone.
+    """
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
 @partial(jax.jit, static_argnames=("model", "compute"))
 def compute_modulations(
     modulation: Params,
-    times: Float32[Array, " t"],
-    step_lengths: Float32[Array, " t"] | None = None,
+    times: Float32[Array | np.ndarray, " times"],
+    step_lengths: Float32[Array | np.ndarray, " times"] | None = None,
     *,
     model: Model,
     compute: Compute,
 ) -> ModulationVectors:
-    """The modulation of the network at each time, with a leading axis for the times; of models that read no pooled text.
+    """Compute the modulation vectors at each time, for models that read no pooled text.
 
-    lengths: of the steps, for `mean_flow` (`lengths_of`).
+    Args:
+        modulation: The subtree "modulation" of the parameters.
+        times: Times of the schedule.
+        step_lengths: Output of `compute_step_lengths`.
+        model: Sizes of the network.
+        compute: Types and backends.
+
+    Returns:
+        Vectors with a leading axis for the times, and one row for all samples.
     """
     network = bind_modulation(model, compute, modulation)
-    step_lengths = jnp.zeros_like(times) if step_lengths is None else step_lengths
-    return jax.lax.map(
-        lambda step_inputs: network(step_inputs[0][None], step_inputs[1][None], None),
-        (times, step_lengths),
-    )
+    return _compute_step_vectors(network, times, step_lengths)
+
+
+def _compute_step_vectors(
+    modulation: Modulation,
+    times: Float32[Array | np.ndarray, " times"],
+    step_lengths: Float32[Array | np.ndarray, " times"] | None,
+    pooled: Float[Array, "rows p"] | None = None,
+) -> ModulationVectors:
+    """Compute the modulation at each time: it depends on nothing else, except for pooled text."""
+    num_rows = 1 if pooled is None else len(pooled)
+    step_lengths = jnp.zeros(len(times)) if step_lengths is None else jnp.asarray(step_lengths)
+
+    def compute_vectors(step: tuple[jax.Array, jax.Array]) -> ModulationVectors:
+        time, step_length = step
+        return modulation(jnp.full((num_rows,), time), jnp.full((num_rows,), step_length), pooled)
+
+    return jax.lax.map(compute_vectors, (jnp.asarray(times), step_lengths))
 
 
 def sample_from_noise(
     model: Transformer,
-    noise: ImageArray,
-    times: Float32[np.ndarray, " steps+1"],
+    noise: Images,
+    times: Float32[np.ndarray, " times"],
     settings: Sample,
     positive: TextCondition,
     negative: TextCondition | None = None,
     vectors: ModulationVectors | None = None,
     start_image: StartImage | None = None,
     return_trajectory: bool = False,
-) -> ImageArray | TrajectoryArray:
-    """Images (about [-1, 1]) from `noise`, which is already scaled, along `times`; with `way` all of the way there.
+) -> Images | Trajectory:
+    """Integrate the flow from noise to images.
 
-    known: images that are mixed with the noise at the first time. Where their mask is 0 they follow the line between the two, whose velocity is
-    constant, so that every solver ends on them, and what is painted beside them sees them as noisy as itself.
+    Args:
+        model: The network.
+        noise: Scaled noise.
+        times: Times of the schedule.
+        settings: Sampling settings.
+        positive: Encoded prompts.
+        negative: Condition that guidance leads away from, with as many text tokens as `positive`;
+            needed unless `settings.guidance_scale` is 1.
+        vectors: Modulation vectors at each time, if they are known.
+        start_image: Images that are mixed with the noise at the first time.
+        return_trajectory: Whether to return the states at all times.
 
-    vectors: the modulation at each of the times, if it is at hand. negative: what guidance leads away from, with as many text tokens; needed unless `settings.guidance` is 1. Guidance is
-    v⁻ + g·(v⁺ − v⁻) (arXiv 2207.12598), both halves in one call of the model.
+    Returns:
+        Images, about in [-1, 1], or their trajectories.
+
+    Raises:
+        ValueError: If guidance is on and there is no negative condition.
     """
     guidance_mask = make_guidance_mask(times, settings)
-    if guidance_mask.any() and negative is None:
-        raise ValueError(
-            "Guidance other than 1 needs a negative condition: that of the empty prompt, for instance."
-        )
-    stacked_condition = (
-        TextCondition(
-            *(
-                None if positive_part is None else jnp.concatenate([positive_part, n])
-                for positive_part, n in zip(positive, negative)
+    condition = positive
+    if guidance_mask.any():
+        if negative is None:
+            raise ValueError(
+                "A guidance scale other than 1 needs a negative condition: give that of the empty "
+                "prompt, for instance."
             )
-        )
-        if guidance_mask.any()
-        else positive
-    )
-
-    # Modulation depends on nothing that changes from image to image (but a pooled text): one evaluation serves the run.
-    def compute_modulation(step_values):
-        num_rows = 1 if stacked_condition.pooled is None else len(stacked_condition.pooled)
-        return model.modulation(
-            jnp.full((num_rows,), step_values[0]),
-            jnp.full((num_rows,), step_values[1]),
-            stacked_condition.pooled,
-        )
-
+        condition = stack_conditions(positive, negative)
     if vectors is None:
         step_lengths = compute_step_lengths(settings, times)
-        vectors = jax.lax.map(
-            compute_modulation,
-            (
-                jnp.asarray(times),
-                jnp.zeros(len(times)) if step_lengths is None else jnp.asarray(step_lengths),
-            ),
-        )
-
-    def evaluate_model(x, t, condition, vectors):
-        time = jnp.full(len(x), t)
-        return model(
-            x,
-            condition.text,
-            condition.lengths,
-            time,
-            divisor=jnp.maximum(time, settings.min_divisor),
-            vectors=vectors,
-        )
-
-    def conditional_velocity(x, t, vectors):
-        return evaluate_model(x, t, positive, _take_first_rows(vectors, len(x)))
-
-    def guided_velocity(x, t, vectors):
-        return apply_guidance(
-            *jnp.split(evaluate_model(jnp.concatenate([x, x]), t, stacked_condition, vectors), 2),
-            settings,
-        )
-
-    def velocity(x, t, i, is_guided):
-        step_values = jax.tree.map(lambda v: v[i], vectors)
-        if guidance_mask.all() or not guidance_mask.any():
-            return (guided_velocity if guidance_mask.all() else conditional_velocity)(
-                x, t, step_values
-            )
-        return jax.lax.cond(is_guided, guided_velocity, conditional_velocity, x, t, step_values)
-
-    if start_image is None:
-        return integrate_velocity(
-            velocity, noise, times, settings.solver, guidance_mask, return_trajectory
-        )
-
-    def masked_velocity(*args):
-        return start_image.mask * velocity(*args) + (1 - start_image.mask) * (
-            noise - start_image.image
-        )
-
-    return integrate_velocity(
-        masked_velocity,
-        mix(start_image.image, noise, jnp.full(len(noise), times[0])),
-        times,
-        settings.solver,
-        guidance_mask,
-        return_trajectory,
-    )
-
-
-def _take_first_rows(vectors: ModulationVectors, num_rows: int) -> ModulationVectors:
-    """The rows of the conditional half, where there are two."""
-    if vectors.output.shape[0] == 1:
-        return vectors
-    return ModulationVectors(
-        vectors.double_image[:, :num_rows],
-        vectors.double_text[:, :num_rows],
-        vectors.single[:, :num_rows],
-        vectors.output[:num_rows],
-    )
+        vectors = _compute_step_vectors(model.modulation, times, step_lengths, condition.pooled)
+    velocity = GuidedVelocity(model, settings, positive, condition, vectors, guidance_mask)
+    x = noise
+    if start_image is not None:
+        velocity, x = start_from_image(velocity, noise, times, start_image)
+    return integrate_velocity(velocity, x, times, settings.solver, guidance_mask, return_trajectory)

@@ -1,0 +1,1 @@
+"""The network: blocks, attention, modulation, heads, and the autoencoder of latent models."""

@@ -1,7 +1,7 @@
-"""The kinds of transformer block: double (image and text with their own weights), single (one stream), and one of text alone.
+"""Transformer blocks: double (image and text with separate weights), single (one stream), text.
 
-A single block's fused matrices (`linear1`, `linear2` of the checkpoints) are kept here in their parts, so that heads and MLP
-channels can each be sharded; `weights/` joins and splits them.
+Single blocks keep the parts of the checkpoints' fused matrices (`linear1`, `linear2`) separate, so
+that heads and MLP channels can each be sharded; `weights/` joins and splits them.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,12 @@ from jaxtyping import Array, Float, Float32
 from radiance import config
 from radiance.model.rope import apply_rope
 
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array], jax.Array
-]  # queries, keys and values [b, n, h, k] to what they find
+# Queries, keys and values [b, n, h, k] to the attention's output [b, n, h, k].
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
-    """Layer norm without parameters, eps 1e-6, in float32."""
+    """Normalize each token without learned parameters, eps 1e-6, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
@@ -29,17 +28,19 @@ def layer_norm(x: Float[Array, "b n d"]) -> Float32[Array, "b n d"]:
 def modulate(
     x: Float[Array, "b n d"], shift: Float32[Array, "#b d"], scale: Float32[Array, "#b d"]
 ) -> Float[Array, "b n d"]:
+    """Normalize tokens, scale them by 1 + scale and shift them, in the type of `x`."""
     return ((1 + scale[:, None]) * layer_norm(x) + shift[:, None]).astype(x.dtype)
 
 
 def add_gated(
     x: Float[Array, "b n d"], gate: Float32[Array, "#b d"], update: Float[Array, "b n d"]
 ) -> Float[Array, "b n d"]:
+    """Add a residual update, multiplied by its gate."""
     return x + gate[:, None].astype(x.dtype) * update
 
 
 class SelfAttention(nnx.Module):
-    """Queries, keys and values of one stream, with the norms of the first two, and the way back."""
+    """Projections of one stream's attention: queries and keys with RMS norms, values, output."""
 
     def __init__(
         self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs, proj_bias: bool = True
@@ -53,21 +54,25 @@ class SelfAttention(nnx.Module):
         )
 
     def project_qkv(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
+        """Compute normalized queries, normalized keys, and values."""
         q, k, v = jnp.unstack(self.qkv(x), axis=2)
         return self.query_norm(q), self.key_norm(k), v
 
 
 class MLP(nnx.Module):
+    """Two linear layers with GELU (tanh form) between them."""
+
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.linear_in = nnx.Linear(model.hidden, model.mlp_hidden, dtype=dtype, rngs=rngs)
         self.linear_out = nnx.Linear(model.mlp_hidden, model.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the MLP to each token."""
         return self.linear_out(nnx.gelu(self.linear_in(x), approximate=True))
 
 
 class Stream(nnx.Module):
-    """One side of a double block."""
+    """Weights of one stream, image or text, of a double block."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention = SelfAttention(model, dtype, rngs)
@@ -76,6 +81,7 @@ class Stream(nnx.Module):
     def compute_qkv(
         self, x: Float[Array, "b n d"], vectors: Float32[Array, "#b 6 d"]
     ) -> tuple[Float[Array, "b n h k"], ...]:
+        """Compute queries, keys and values of the modulated stream."""
         return self.attention.project_qkv(modulate(x, vectors[:, 0], vectors[:, 1]))
 
     def add_updates(
@@ -84,12 +90,13 @@ class Stream(nnx.Module):
         attention_output: Float[Array, "b n h k"],
         vectors: Float32[Array, "#b 6 d"],
     ) -> Float[Array, "b n d"]:
+        """Add the gated updates of the attention, then of the MLP, to the stream."""
         x = add_gated(x, vectors[:, 2], self.attention.proj(attention_output))
         return add_gated(x, vectors[:, 5], self.mlp(modulate(x, vectors[:, 3], vectors[:, 4])))
 
 
 class DoubleBlock(nnx.Module):
-    """Image and text keep their own weights and meet in the attention (MMDiT, arXiv 2403.03206)."""
+    """MMDiT block (arXiv 2403.03206): separate weights for image and text, joint attention."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.image = Stream(model, dtype, rngs)
@@ -104,39 +111,36 @@ class DoubleBlock(nnx.Module):
         rope: Float32[Array, "2 joint 1 half"],
         attend: Attend,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b l d"]]:
-        stream_pairs = zip(
+        """Update image and text tokens."""
+        qkv_pairs = zip(
             self.image.compute_qkv(image, image_vectors), self.text.compute_qkv(text, text_vectors)
         )
-        q, k, v = (jnp.concatenate(stream_pair, axis=1) for stream_pair in stream_pairs)
-        attention_output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in qkv_pairs)
+        output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
         n = image.shape[1]
-        return self.image.add_updates(
-            image, attention_output[:, :n], image_vectors
-        ), self.text.add_updates(text, attention_output[:, n:], text_vectors)
+        image = self.image.add_updates(image, output[:, :n], image_vectors)
+        return image, self.text.add_updates(text, output[:, n:], text_vectors)
 
 
 class TextBlock(Stream):
-    """Attention, then MLP, of the text alone: a plain pre-norm block, which no time reaches."""
+    """A pre-norm block of text tokens alone, without modulation."""
 
     def __call__(
         self, text: Float[Array, "b l d"], rope: Float32[Array, "2 l 1 half"], attend: Attend
     ) -> Float[Array, "b l d"]:
-        identity_vectors = (
-            jnp.zeros((1, 6, text.shape[-1])).at[:, 2::3].set(1)
-        )  # but for the gates, which are open
-        q, k, v = self.compute_qkv(text, identity_vectors)
-        return self.add_updates(
-            text, attend(apply_rope(q, rope), apply_rope(k, rope), v), identity_vectors
-        )
+        """Update text tokens."""
+        # Shifts and scales of 0 and gates of 1 turn modulation off.
+        vectors = jnp.zeros((1, 6, text.shape[-1])).at[:, 2::3].set(1)
+        q, k, v = self.compute_qkv(text, vectors)
+        return self.add_updates(text, attend(apply_rope(q, rope), apply_rope(k, rope), v), vectors)
 
 
 class SingleBlock(nnx.Module):
-    """Attention and MLP side by side on the joint sequence (arXiv 2302.05442)."""
+    """A block with attention and MLP in parallel on the joint sequence (arXiv 2302.05442)."""
 
     def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention = SelfAttention(
-            model, dtype, rngs, proj_bias=False
-        )  # the fused matrix has one bias: the MLP's
+        # The checkpoints' fused output matrix has one bias; the MLP keeps it.
+        self.attention = SelfAttention(model, dtype, rngs, proj_bias=False)
         self.mlp = MLP(model, dtype, rngs)
 
     def __call__(
@@ -146,7 +150,8 @@ class SingleBlock(nnx.Module):
         rope: Float32[Array, "2 n 1 half"],
         attend: Attend,
     ) -> Float[Array, "b n d"]:
+        """Update the joint tokens."""
         y = modulate(x, vectors[:, 0], vectors[:, 1])
         q, k, v = self.attention.project_qkv(y)
-        attention_output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
-        return add_gated(x, vectors[:, 2], self.attention.proj(attention_output) + self.mlp(y))
+        output = attend(apply_rope(q, rope), apply_rope(k, rope), v)
+        return add_gated(x, vectors[:, 2], self.attention.proj(output) + self.mlp(y))

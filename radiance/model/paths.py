@@ -1,8 +1,14 @@
-"""Classify the leaves of the transformer's parameter tree by their paths."""
+"""Classify the leaves of the transformer's parameter tree by their paths, and count vectors."""
 
 import math
 
 BLOCK_STACKS = ("refiner", "double", "single")  # subtrees whose leaves have one row per block
+
+# Modulation vectors; a double block has 6 for each of its two streams.
+VECTORS_PER_STREAM = 6
+VECTORS_PER_SINGLE_BLOCK = 3
+OUTPUT_VECTORS = 2
+SHARED_VECTORS = 2 * VECTORS_PER_STREAM + VECTORS_PER_SINGLE_BLOCK + OUTPUT_VECTORS
 
 
 def is_in_blocks(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Products of float32 that are in float32: unless they are told to, a TPU multiplies in bfloat16 and a GPU in TF32."""
+"""Exact float32 products: by default a TPU multiplies float32 in bfloat16, and a GPU in TF32."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,15 +11,20 @@ EXACT_PRECISION = jax.lax.Precision.HIGHEST
 
 
 def exact_in_float32(method: Callable) -> Callable:
-    """A method of a module, all of whose products are exact where its `dtype` is float32."""
+    """Wrap a module's method so that its products are exact if the module's `dtype` is float32.
+
+    Args:
+        method: A method of an object with an attribute `dtype`.
+
+    Returns:
+        The method with the highest precision of matrix products for float32, and with JAX's
+        default precision for other types.
+    """
 
     @wraps(method)
     def wrapper(self, *args, **kwargs):
-        with (
-            jax.default_matmul_precision("highest")
-            if jnp.dtype(self.dtype) == jnp.float32
-            else nullcontext()
-        ):
+        is_float32 = jnp.dtype(self.dtype) == jnp.float32
+        with jax.default_matmul_precision("highest") if is_float32 else nullcontext():
             return method(self, *args, **kwargs)
 
     return wrapper

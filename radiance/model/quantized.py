@@ -1,7 +1,8 @@
-"""Weights that are kept small in memory and expanded where they are used, inside the loop over the blocks.
+"""Quantized kernels: small numbers with scales, which are dequantized block by block.
 
-A leaf of the parameter tree may be one of these in place of an array. What is expanded lives as long as one block's work. As in any
-pytree, the fields hold arrays, or whatever a transformation puts in their place.
+A leaf of the parameter tree may be a `QuantizedKernel` in place of an array. Its dequantized values
+live as long as the work of one block. As in any pytree, the fields hold arrays, or whatever a
+transformation puts in their place.
 """
 
 from dataclasses import dataclass, field
@@ -11,81 +12,52 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
 Q8_0_BLOCK = 32  # inputs that share a scale in Q8_0
 
-M = TypeVar("M")
+M = TypeVar("M", bound=nnx.Module)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class QuantizedKernel:
-    """A kernel as small numbers and scales: of 32 inputs of an output (q8_0), or of all of them (int8, fp8).
+    """A kernel as small numbers with one scale for 32 inputs (q8_0) or for all (int8, fp8).
 
-    shape: of the kernel of one block, which `values` has flattened to [in, out].
+    Attributes:
+        values: Values [*stack, in, out], int8 or fp8.
+        scales: Scales [*stack, in / block, out], float16 or float32.
+        shape: Shape of one block's kernel, which `values` has flattened to [in, out].
     """
 
-    values: Any  # [*stack, in, out], int8 or fp8
-    scales: Any  # [*stack, in / block, out], float16 or float32
+    values: Any
+    scales: Any
     shape: tuple[int, ...] = field(metadata=dict(static=True))
 
     def dequantize(self) -> Float[Array, "..."]:
-        *stack_shape, num_inputs, num_outputs = self.values.shape
-        num_groups = self.scales.shape[-2]
-        values = self.values.astype(jnp.float32).reshape(
-            *stack_shape, num_groups, num_inputs // num_groups, num_outputs
+        """Compute the kernel in float32, with its own shape behind the stack's axes."""
+        stack_shape = self.values.shape[:-2]
+        values = rearrange(
+            self.values.astype(jnp.float32),
+            "... (groups size) out -> ... groups size out",
+            groups=self.scales.shape[-2],
         )
-        return (values * self.scales.astype(jnp.float32)[..., None, :]).reshape(
-            *stack_shape, *self.shape
-        )
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up"], meta_fields=[])
-@dataclass(frozen=True)
-class LoraKernel:
-    """A kernel with a low-rank addition (LoRA, arXiv 2106.09685) that is not merged into it: base + down · up."""
-
-    base: Any  # an array or Quantized
-    down: Any  # [*stack, in, rank]
-    up: Any  # [*stack, rank, out], times strength · alpha / rank
-
-
-class LoraLinear:
-    """A linear layer whose kernel is Adapted: x · base + (x · down) · up. The addition is never as large as the kernel, nor is the
-    gradient that trains it.
-    """
-
-    def __init__(self, linear: nnx.Linear | nnx.LinearGeneral):
-        self.linear, self.kernel = linear, linear.kernel.get_value()
-        linear.kernel.set_value(self.kernel.base)
-
-    def __call__(self, x: Float[Array, "b n ..."]) -> Float[Array, "b n ..."]:
-        y = self.linear(x)
-        flat_x = x.reshape(*x.shape[:2], -1).astype(y.dtype)
-        return y + (
-            flat_x @ self.kernel.down.astype(y.dtype) @ self.kernel.up.astype(y.dtype)
-        ).reshape(y.shape)
+        scales = rearrange(self.scales.astype(jnp.float32), "... groups out -> ... groups 1 out")
+        return (values * scales).reshape(*stack_shape, *self.shape)
 
 
 def has_quantized_weights(module: nnx.Module) -> bool:
-    """Whether any of its weights are stored small."""
+    """Return whether any weight of the module is quantized."""
     return any(map(_is_quantized, jax.tree.leaves(module, is_leaf=_is_quantized)))
 
 
-def expand_weights(module: M) -> M:
-    """`module` with arrays in place of what is stored small, and layers that add in place of those with an addition."""
-    module = jax.tree.map(
+def dequantize_weights(module: M) -> M:
+    """Return a copy of the module with arrays in place of quantized kernels."""
+    return jax.tree.map(
         lambda x: x.dequantize() if _is_quantized(x) else x, module, is_leaf=_is_quantized
     )
-    for submodule in [submodule for _, submodule in nnx.iter_modules(module)]:
-        for name, layer in [*vars(submodule).items()]:
-            if isinstance(layer, (nnx.Linear, nnx.LinearGeneral)) and isinstance(
-                layer.kernel.get_value(), LoraKernel
-            ):
-                setattr(submodule, name, LoraLinear(layer))
-    return module
 
 
 def _is_quantized(x: Any) -> bool:
@@ -95,34 +67,43 @@ def _is_quantized(x: Any) -> bool:
 def quantize(
     matrix: Float[np.ndarray, "in out"], weight_format: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values and scales of a matrix. q8_0 rounds as ggml does; int8 and fp8 have one scale an output, of fp8 a power of two,
-    so that what was fp8 before stays as it is.
+    """Quantize a matrix.
 
-    Raises ValueError when q8_0's blocks do not divide the inputs.
+    "q8_0" rounds as ggml does. "int8" and "float8_e4m3fn" have one scale for each output; the
+    scales of fp8 are powers of two, so that values that were fp8 before do not change.
+
+    Args:
+        matrix: The kernel.
+        weight_format: One of `config.WEIGHT_FORMATS`.
+
+    Returns:
+        Values [in, out] and scales [in / block, out], as in `QuantizedKernel`.
+
+    Raises:
+        ValueError: If the number of inputs is not a multiple of q8_0's block.
     """
     matrix = np.asarray(matrix, np.float32)
     if weight_format == "q8_0":
-        if matrix.shape[0] % Q8_0_BLOCK:
-            raise ValueError(f"{matrix.shape[0]} inputs do not divide into blocks of {Q8_0_BLOCK}.")
-        blocks = matrix.reshape(-1, Q8_0_BLOCK, matrix.shape[1])
-        scales = np.abs(blocks).max(axis=1) / np.float32(127)
-        inverse_scales = np.where(scales > 0, 1 / np.where(scales > 0, scales, 1), 0).astype(
-            np.float32
-        )
-        scaled_blocks = blocks * inverse_scales[:, None]
-        values = np.trunc(scaled_blocks + np.copysign(np.float32(0.5), scaled_blocks)).astype(
-            np.int8
-        )
-        return values.reshape(matrix.shape), scales.astype(np.float16)
+        return _quantize_q8_0(matrix)
     max_magnitudes = np.abs(matrix).max(axis=0, keepdims=True)
     if weight_format == "int8":
-        scales = np.where(max_magnitudes > 0, max_magnitudes / np.float32(127), 1).astype(
-            np.float32
-        )
+        scales = np.where(max_magnitudes > 0, max_magnitudes / np.float32(127), 1)
+        scales = scales.astype(np.float32)
         return np.rint(matrix / scales).astype(np.int8), scales
     dtype = jnp.dtype(weight_format)
     max_value = float(jnp.finfo(dtype).max)
-    scales = np.exp2(
-        np.ceil(np.log2(np.where(max_magnitudes > 0, max_magnitudes, max_value) / max_value))
-    ).astype(np.float32)
+    magnitudes = np.where(max_magnitudes > 0, max_magnitudes, max_value)
+    scales = np.exp2(np.ceil(np.log2(magnitudes / max_value))).astype(np.float32)
     return (matrix / scales).astype(dtype), scales
+
+
+def _quantize_q8_0(matrix: Float[np.ndarray, "in out"]) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize blocks of 32 inputs to int8 with float16 scales, and round half away from zero."""
+    if matrix.shape[0] % Q8_0_BLOCK:
+        raise ValueError(f"{matrix.shape[0]} inputs do not divide into blocks of {Q8_0_BLOCK}.")
+    blocks = rearrange(matrix, "(groups size) out -> groups size out", size=Q8_0_BLOCK)
+    scales = np.abs(blocks).max(axis=1) / np.float32(127)
+    inverse_scales = np.where(scales > 0, 1 / np.where(scales > 0, scales, 1), 0)
+    scaled_blocks = blocks * inverse_scales.astype(np.float32)[:, None]
+    values = np.trunc(scaled_blocks + np.copysign(np.float32(0.5), scaled_blocks))
+    return values.astype(np.int8).reshape(matrix.shape), scales.astype(np.float16)

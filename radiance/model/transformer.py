@@ -1,13 +1,16 @@
-"""The network: an image, a text and a time in, a velocity out.
+"""The network: predicts the velocity of an image from the image, a text and a time.
 
-Axis letters: b batch, n image tokens, l text tokens, d hidden, h heads, k head size, p patch side, c channels.
-The parameters live outside the module, in a plain nested dict with the blocks of a kind stacked on axis 0:
-`abstract` shows it, `init` makes it, and `bind` puts it into a module that can be called.
+Axis letters: b batch, n image tokens, l text tokens, w registers and text tokens, d hidden,
+h heads, k head size, c channels. The parameters are kept outside the module, in a plain nested
+dict with the blocks of a kind stacked on axis 0: `make_abstract_params` gives its shapes,
+`init_params` its values, and `bind_model` a module that can be called.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +20,18 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from radiance import config
 from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
 from radiance.model.attention import attention
-from radiance.model.blocks import DoubleBlock, SingleBlock, TextBlock
+from radiance.model.blocks import Attend, DoubleBlock, SingleBlock, TextBlock
+from radiance.model.lora import replace_lora_layers
 from radiance.model.modulation import ModulationVectors, make_modulation
-from radiance.model.pixel_head import LinearHead, NerfHead, patchify
+from radiance.model.pixel_head import HEADS, patchify
 from radiance.model.precision import exact_in_float32
-from radiance.model.quantized import expand_weights, has_quantized_weights
+from radiance.model.quantized import dequantize_weights, has_quantized_weights
 from radiance.model.rope import position_ids, rope_table
 
 Params = dict[str, Any]  # nested; leaves are arrays
+
+Modulation = Callable[..., ModulationVectors]  # of (time, guidance, pooled)
+M = TypeVar("M", bound=nnx.Module)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -33,18 +40,12 @@ REMAT_POLICIES = {
 
 
 class Transformer(nnx.Module):
+    """Chroma's transformer with a head that predicts pixels or latents."""
+
     def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
         self.config, self.compute = model, compute
         dtype = self.dtype = jnp.dtype(compute.dtype)
-        patch_size = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
-        if model.patch_embed == "bottleneck":
-            self.patch_embed = BottleneckEmbed(
-                patch_size * patch_size * model.channels, model, dtype, rngs
-            )
-        else:
-            self.patch_embed = nnx.Linear(
-                patch_size * patch_size * model.channels, model.hidden, dtype=dtype, rngs=rngs
-            )
+        self.patch_embed = _make_patch_embed(model, dtype, rngs)
         self.text_embed = nnx.Linear(model.text_dim, model.hidden, dtype=dtype, rngs=rngs)
         if model.padding == "learned":
             self.padding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (model.text_dim,)))
@@ -53,14 +54,10 @@ class Transformer(nnx.Module):
                 0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden))
             )
         self.refiner = _stack_blocks(TextBlock, model.text_refiner_blocks, model, dtype, rngs)
-        self.modulation = make_modulation(model, dtype, rngs)
+        self.modulation: Any = make_modulation(model, dtype, rngs)
         self.double = _stack_blocks(DoubleBlock, model.double_blocks, model, dtype, rngs)
         self.single = _stack_blocks(SingleBlock, model.single_blocks, model, dtype, rngs)
-        self.head = (
-            LinearHead(model, rngs)
-            if model.head == "linear"
-            else NerfHead(model, compute.head_chunk_size, dtype, rngs)
-        )
+        self.head = HEADS[model.head](model, compute, rngs)
 
     @exact_in_float32
     def __call__(
@@ -75,58 +72,40 @@ class Transformer(nnx.Module):
         divisor: Float32[Array, " b"] | None = None,
         vectors: ModulationVectors | None = None,
     ) -> Float32[Array, "b height width c"]:
-        """Velocity (noise − image) at `image`, an image mixed with noise at `time` (1 is noise, 0 the image).
+        """Predict the velocity (noise − image) at an image that is mixed with noise.
 
-        image: in [-1, 1] at time 0; height and width must divide by the patch (ValueError otherwise).
-        text, lengths: the encoder's output and the number of real tokens of each row, end-of-sequence included; 0 is no text at all.
-        guidance: the guidance number that some models embed; 0 when None, as in all published Chroma training.
-        divisor: for x0 models, by what image − x̂ is divided; `time` when None, which must then not be 0.
-        vectors: what `modulation(time, guidance, pooled)` gave, if it is at hand; its b may be 1.
+        Args:
+            image: An image in [-1, 1] mixed with noise; height and width are multiples of the
+                patch size.
+            text: Output of the text encoder.
+            lengths: Number of real text tokens of each row, end-of-sequence included; 0 is no text.
+            time: Times; 1 is noise, 0 is the image.
+            guidance: Guidance scales that some models embed; 0 when None, as in all published
+                training of Chroma.
+            pooled: Pooled text vectors, for models that read them.
+            divisor: Divisor of image − x̂ for x0 models; `time` when None, which must then not be 0.
+            vectors: Output of `modulation(time, guidance, pooled)`, if it is known; its b may be 1.
+
+        Returns:
+            The velocity.
+
+        Raises:
+            ValueError: If height or width is not a multiple of the patch size.
         """
         model = self.config
         height, width = image.shape[1:3]
         if height % model.patch or width % model.patch:
             raise ValueError(
-                f"An image of {width}×{height} does not divide into patches of {model.patch}: pad it first."
+                f"An image of {width}×{height} does not divide into patches of {model.patch}: "
+                "pad it first."
             )
         image = image.astype(jnp.float32)
         if vectors is None:
-            vectors = self.modulation(time.astype(jnp.float32), guidance, pooled)
-
+            modulation: Modulation = self.modulation
+            vectors = modulation(time.astype(jnp.float32), guidance, pooled)
         x, y, rope, kv_len = self.embed_inputs(image, text, lengths)
-        n = x.shape[1]
-        attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
-
-        def apply_double_block(carry, scan_inputs):
-            block, image_vectors, text_vectors = scan_inputs
-            x, y = expand_weights(block)(*carry, image_vectors, text_vectors, rope, attend)
-            return (constrain_sharding(x, BATCH_AXES), constrain_sharding(y, BATCH_AXES)), None
-
-        def apply_single_block(x, scan_inputs):
-            block, vectors = scan_inputs
-            return constrain_sharding(
-                expand_weights(block)(x, vectors, rope, attend), BATCH_AXES
-            ), None
-
-        if model.double_blocks:
-            (x, y), _ = jax.lax.scan(
-                self.apply_remat(apply_double_block, self.double),
-                (x, y),
-                (self.double, vectors.double_image, vectors.double_text),
-            )
-        if model.single_blocks:
-            joint_tokens, _ = jax.lax.scan(
-                self.apply_remat(apply_single_block, self.single),
-                jnp.concatenate([x, y], axis=1),
-                (self.single, vectors.single),
-            )
-            x = joint_tokens[:, :n]
-
-        prediction = (
-            self.head(x, vectors.output, height, width)
-            if model.head == "linear"
-            else self.head(x, image)
-        )
+        x, _ = self.apply_blocks(x, y, vectors, rope, kv_len)
+        prediction = self.head(x, image, vectors.output)
         if model.prediction == "velocity":
             return prediction
         divisor = time if divisor is None else divisor
@@ -143,8 +122,16 @@ class Transformer(nnx.Module):
         Float32[Array, "2 joint 1 half"],
         Int[Array, " b"] | None,
     ]:
-        """What the blocks begin with: the image's tokens, registers and text, their rotary table, and how many of [image, registers, text]
-        are attended (None: all).
+        """Compute the inputs of the blocks.
+
+        Args:
+            image: As in `__call__`.
+            text: As in `__call__`.
+            lengths: As in `__call__`.
+
+        Returns:
+            Image tokens; registers and text tokens, refined; their joint rotary table; and the
+            number of visible tokens of [image, registers, text], None for all.
         """
         model, (height, width) = self.config, image.shape[1:3]
         x = constrain_sharding(self.embed_image(image), BATCH_AXES)
@@ -165,29 +152,28 @@ class Transformer(nnx.Module):
         return x, y, rope, None if num_text_visible is None else n + num_text_visible
 
     def embed_image(self, image: Float32[Array, "b height width c"]) -> Float[Array, "b n d"]:
+        """Compute image tokens from the pixels of the patches."""
         patch_size = self.config.patch
         if self.config.patch_embed == "conv_half":
             image, patch_size = image[:, ::2, ::2], patch_size // 2
         patches = patchify(image, patch_size)
-        return self.patch_embed(patches.reshape(*patches.shape[:2], -1))
+        return self.patch_embed(einops.rearrange(patches, "b n pixels c -> b n (pixels c)"))
 
     def embed_text(
         self, text: Float[Array, "b l e"], lengths: Int[Array, " b"]
     ) -> tuple[Float[Array, "b w d"], Int[Array, " b"]]:
-        """Registers and text tokens, and how many of the text tokens are visible."""
+        """Compute registers and text tokens, and the number of visible text tokens."""
         num_visible = visible_lengths(lengths, text.shape[1], self.config.masking)
-        # What is hidden is also erased: even a NaN there must not pass through a product with 0.
-        num_real, padding = (
-            (lengths, self.padding[...].astype(text.dtype))
-            if self.config.padding == "learned"
-            else (num_visible, 0)
-        )
+        # Hidden tokens are also erased: a NaN there would pass through a product with 0.
+        if self.config.padding == "learned":
+            num_real, padding = lengths, self.padding[...].astype(text.dtype)
+        else:
+            num_real, padding = num_visible, 0
         text = jnp.where((jnp.arange(text.shape[1]) < num_real[:, None])[..., None], text, padding)
         y = self.text_embed(text)
         if self.config.registers:
-            registers = jnp.broadcast_to(
-                self.registers[...].astype(y.dtype), (y.shape[0], *self.registers.shape)
-            )
+            registers = self.registers[...].astype(y.dtype)
+            registers = jnp.broadcast_to(registers, (y.shape[0], *registers.shape))
             y = jnp.concatenate([registers, y], axis=1)
         return y, num_visible
 
@@ -197,7 +183,7 @@ class Transformer(nnx.Module):
         rope: Float32[Array, "2 w 1 half"],
         kv_len: Int[Array, " b"] | None,
     ) -> Float[Array, "b w d"]:
-        """The text after the blocks of its own."""
+        """Apply the text refiner blocks."""
         attend = partial(attention, kv_len=kv_len, backend=self.compute.attention)
 
         def apply_text_block(y, block):
@@ -205,23 +191,97 @@ class Transformer(nnx.Module):
 
         return jax.lax.scan(self.apply_remat(apply_text_block, self.refiner), y, self.refiner)[0]
 
-    def apply_remat(self, apply_block, blocks: nnx.Module):
-        """One block's work, of which the backward pass recomputes what the config says, and always what was stored small: all blocks' matrices
-        would be kept expanded until then.
+    def apply_blocks(
+        self,
+        x: Float[Array, "b n d"],
+        y: Float[Array, "b w d"],
+        vectors: ModulationVectors,
+        rope: Float32[Array, "2 joint 1 half"],
+        kv_len: Int[Array, " b"] | None,
+        attend: Callable[..., tuple[jax.Array, Any]] | None = None,
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """Apply the double and the single blocks.
+
+        Args:
+            x: Image tokens.
+            y: Registers and text tokens.
+            vectors: Modulation vectors.
+            rope: Rotary table of [image, registers, text].
+            kv_len: Number of visible tokens of [image, registers, text]; None for all.
+            attend: Function of (q, k, v, kv_len) that returns the attention's output and a record,
+                a tree of arrays; `attention` without a record when None.
+
+        Returns:
+            Image tokens, and the records of all blocks, stacked on axis 0, double blocks first.
         """
-        policy = REMAT_POLICIES.get(
-            self.compute.remat,
-            jax.checkpoint_policies.dots_saveable if has_quantized_weights(blocks) else None,
-        )
-        return (
-            apply_block
-            if policy is None
-            else jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-        )
+        model, n, records = self.config, x.shape[1], []
+
+        def attend_without_record(q, k, v, kv_len):
+            return attention(q, k, v, kv_len, backend=self.compute.attention), None
+
+        def record_attention(records: list) -> Attend:
+            def attend_and_record(q, k, v):
+                output, record = (attend or attend_without_record)(q, k, v, kv_len)
+                records.append(record)
+                return output
+
+            return attend_and_record
+
+        def apply_double_block(carry, scan_inputs):
+            block, image_vectors, text_vectors = scan_inputs
+            attend_and_record = record_attention(block_records := [])
+            x, y = expand_weights(block)(
+                *carry, image_vectors, text_vectors, rope, attend_and_record
+            )
+            carry = constrain_sharding(x, BATCH_AXES), constrain_sharding(y, BATCH_AXES)
+            return carry, block_records[0]
+
+        def apply_single_block(x, scan_inputs):
+            block, vectors = scan_inputs
+            attend_and_record = record_attention(block_records := [])
+            x = expand_weights(block)(x, vectors, rope, attend_and_record)
+            return constrain_sharding(x, BATCH_AXES), block_records[0]
+
+        if model.double_blocks:
+            (x, y), double_records = jax.lax.scan(
+                self.apply_remat(apply_double_block, self.double),
+                (x, y),
+                (self.double, vectors.double_image, vectors.double_text),
+            )
+            records.append(double_records)
+        if model.single_blocks:
+            joint_tokens, single_records = jax.lax.scan(
+                self.apply_remat(apply_single_block, self.single),
+                jnp.concatenate([x, y], axis=1),
+                (self.single, vectors.single),
+            )
+            x = joint_tokens[:, :n]
+            records.append(single_records)
+        return x, jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *records)
+
+    def apply_remat(self, apply_block: Callable, blocks: nnx.Module | None) -> Callable:
+        """Apply the rematerialization policy `compute.remat` to the function of one block.
+
+        Blocks with quantized weights are always rematerialized: otherwise the dequantized weights
+        of all blocks would be saved for the backward pass.
+
+        Args:
+            apply_block: The body of the scan over blocks.
+            blocks: The stacked blocks.
+
+        Returns:
+            The body, wrapped by `jax.checkpoint` unless everything is saved.
+        """
+        policy = REMAT_POLICIES.get(self.compute.remat)
+        if policy is None:
+            if blocks is None or not has_quantized_weights(blocks):
+                return apply_block
+            policy = jax.checkpoint_policies.dots_saveable
+        return jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
 
 
 class BottleneckEmbed(nnx.Module):
-    """A patch's values to few numbers, and those to the width of the network, with nothing in between (JiT, arXiv 2511.13720)."""
+    """Two linear layers with few channels and no activation between (JiT, arXiv 2511.13720)."""
 
     def __init__(self, patch_dim: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.linear_in = nnx.Linear(
@@ -230,13 +290,22 @@ class BottleneckEmbed(nnx.Module):
         self.linear_out = nnx.Linear(model.bottleneck, model.hidden, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
+        """Embed the values of each patch."""
         return self.linear_out(self.linear_in(patches))
 
 
-def visible_lengths(
-    lengths: Int[Array | np.ndarray, " b"], max_length: int, masking: str
-) -> Int[Array | np.ndarray, " b"]:
-    """Text tokens that take part in the attention: the real ones and one padding token (Chroma), the real ones, or all. Of NumPy's arrays too."""
+def visible_lengths(lengths: Int[Array | np.ndarray, " b"], max_length: int, masking: str) -> Any:
+    """Compute how many text tokens take part in the attention.
+
+    Args:
+        lengths: Number of real tokens of each row.
+        max_length: Number of tokens of each row, padding included.
+        masking: "one_pad" adds one padding token to the real ones (Chroma), "strict" none, and
+            "off" all.
+
+    Returns:
+        Number of visible text tokens [b] of each row; a NumPy array for a NumPy array.
+    """
     return {
         "one_pad": (lengths + 1).clip(max=max_length),
         "strict": lengths,
@@ -244,10 +313,24 @@ def visible_lengths(
     }[masking]
 
 
+def expand_weights(module: M) -> M:
+    """Return a copy of the module that can compute: dequantized, with layers for LoRA kernels."""
+    return replace_lora_layers(dequantize_weights(module))
+
+
+def _make_patch_embed(model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    """Make the layer from the pixels of a patch to its token."""
+    patch_size = model.patch // 2 if model.patch_embed == "conv_half" else model.patch
+    patch_dim = patch_size * patch_size * model.channels
+    if model.patch_embed == "bottleneck":
+        return BottleneckEmbed(patch_dim, model, dtype, rngs)
+    return nnx.Linear(patch_dim, model.hidden, dtype=dtype, rngs=rngs)
+
+
 def _stack_blocks(
     block_class: type, num_blocks: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.Module | None:
-    """`count` blocks as one module whose arrays have a leading axis; None for no blocks."""
+    """Make blocks as one module whose arrays have a leading axis; None for no blocks."""
     if num_blocks == 0:
         return None
     return jax.vmap(lambda key: block_class(model, dtype, nnx.Rngs(key)))(
@@ -255,13 +338,14 @@ def _stack_blocks(
     )
 
 
-# --- parameters as a plain tree ---------------------------------------------------------------------------------------
+# --- parameters as a plain tree -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def _split_abstract_model(
     model: config.Model, compute: config.Compute, with_modulation: bool = True
 ):
+    """Split a network without arrays into its graph and its parameters' shapes."""
     module = jax.eval_shape(
         lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0)
     )
@@ -271,23 +355,41 @@ def _split_abstract_model(
 
 
 def make_abstract_params(model: config.Model) -> Params:
-    """The parameter tree with shapes and types in place of arrays; costs no memory."""
+    """Make the parameter tree with shapes and types in place of arrays; it takes no memory."""
     return nnx.to_pure_dict(_split_abstract_model(model, config.Compute())[1])
 
 
 @partial(jax.jit, static_argnames="model")
 def init_params(model: config.Model, key: PRNGKeyArray) -> Params:
-    """Fresh float32 parameters."""
+    """Initialize the parameters, in float32."""
     return nnx.to_pure_dict(nnx.state(Transformer(model, config.Compute(), nnx.Rngs(key))))
 
 
 def bind_model(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
-    """The module that computes with `params`; inside `jax.jit` this is free. Without `modulation` among them it must be given `vectors`."""
+    """Bind parameters to a module that can be called; inside `jax.jit` this costs nothing.
+
+    Args:
+        model: Sizes of the network.
+        compute: Types and backends.
+        params: The parameter tree. Without the key "modulation" each call needs `vectors`.
+
+    Returns:
+        The network.
+    """
     return nnx.merge(_split_abstract_model(model, compute, "modulation" in params)[0], params)
 
 
-def bind_modulation(model: config.Model, compute: config.Compute, params: Params) -> nnx.Module:
-    """The part of the network that makes the modulation, with its parameters alone."""
+def bind_modulation(model: config.Model, compute: config.Compute, params: Params) -> Any:
+    """Bind the parameters of the modulation alone to its module.
+
+    Args:
+        model: Sizes of the network.
+        compute: Types and backends.
+        params: The subtree "modulation" of the parameters.
+
+    Returns:
+        The module, a function of (time, guidance, pooled) that returns `ModulationVectors`.
+    """
     module = jax.eval_shape(
         lambda key: make_modulation(model, jnp.dtype(compute.dtype), nnx.Rngs(key)),
         jax.random.key(0),

@@ -1,0 +1,1 @@
+"""Text encoders, and embeddings that are stored on disk."""

@@ -1,0 +1,1 @@
+"""Training: optimizer, steps, run directories, checkpoints."""

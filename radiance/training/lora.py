@@ -14,8 +14,8 @@ from jaxtyping import PRNGKeyArray
 
 from radiance import config
 from radiance.base.trees import flatten_tree
+from radiance.model.lora import LoraKernel
 from radiance.model.paths import count_inputs, is_block_matrix
-from radiance.model.quantized import LoraKernel
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.parameter_groups import is_under
 from radiance.weights.lora import LoraWeights

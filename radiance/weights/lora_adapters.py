@@ -12,8 +12,8 @@ from scipy.linalg import block_diag
 
 from radiance import config
 from radiance.base.trees import flatten_tree, leaf_path
+from radiance.model.lora import LoraKernel
 from radiance.model.paths import count_inputs, is_block_matrix
-from radiance.model.quantized import LoraKernel
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.weights import native
 from radiance.weights.lora import LoraPair, LoraWeights, check_lora_fits

@@ -10,14 +10,10 @@ from flax import nnx
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
+from radiance.model.lora import LoraKernel
 from radiance.model.paths import is_block_matrix
-from radiance.model.quantized import (
-    LoraKernel,
-    QuantizedKernel,
-    expand_weights,
-    quantize,
-)
-from radiance.model.transformer import bind_model
+from radiance.model.quantized import QuantizedKernel, quantize
+from radiance.model.transformer import bind_model, expand_weights
 from radiance.training.lora import attach_adapters, init_adapters
 from radiance.weights.checkpoint import checkpoint_from_params
 from tests.helpers.toy_models import apply, toy_inputs, toy_model, toy_params

@@ -11,8 +11,8 @@ import radiance
 from radiance import config
 from radiance.base.trees import flatten_tree
 from radiance.cli import main
+from radiance.model.lora import LoraKernel
 from radiance.model.paths import is_block_matrix
-from radiance.model.quantized import LoraKernel
 from radiance.training.lora import attach_adapters, init_adapters, to_lora_weights
 from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora

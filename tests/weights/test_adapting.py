@@ -10,7 +10,8 @@ import pytest
 
 from radiance import config
 from radiance.base.errors import CheckpointError
-from radiance.model.quantized import LoraKernel, QuantizedKernel
+from radiance.model.lora import LoraKernel
+from radiance.model.quantized import QuantizedKernel
 from radiance.weights import checkpoint, lora
 from radiance.weights.lora import LoraPair, LoraWeights
 from radiance.weights.lora_adapters import apply_loras
