@@ -27,7 +27,9 @@ InitParams = Callable[[jax.Array], Params]  # initial weights from a random key
 
 
 def check_seeds(runs: Sequence[config.Config]):
-    """Raise ConfigError if the runs cannot be trained together."""
+    """Raise ConfigError if several runs cannot be trained together."""
+    if len(runs) == 1:
+        return
     first = runs[0]
     for run in runs[1:]:
         shared = replace(run, name=first.name, train=replace(run.train, seed=first.train.seed))
