@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from radiance import config
 from radiance.cli.arguments import add_model_arguments, get_model_overrides, parse_path_with_number
 from radiance.config.experiments import load_experiment
+from radiance.weights.formats import DTYPE_ALIASES, EXPORT_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from radiance.weights.checkpoint import Checkpoint
 
-FORMATS = ("native", "diffusers", "gguf", "torch")
 LORA_NAMES = ("peft", "kohya")
 
 
@@ -30,7 +30,7 @@ def add_parser(subparsers):
         "out", type=Path, metavar="OUT", help="a file (.safetensors or .gguf), or a new folder"
     )
     parser.add_argument(
-        "--to", choices=[*FORMATS, *LORA_NAMES], help="by default what the name of OUT says"
+        "--to", choices=[*EXPORT_FORMATS, *LORA_NAMES], help="by default what the name of OUT says"
     )
     parser.add_argument(
         "--dtype",
@@ -109,7 +109,6 @@ def main(options: argparse.Namespace) -> int:
     from radiance.training.run_directory import RunDirectory, is_run_directory
     from radiance.weights import lora, surgery
     from radiance.weights.convert import (
-        DTYPE_ALIASES,
         check_export,
         convert_checkpoint,
         infer_format,
@@ -261,7 +260,6 @@ def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", naming: s
     from radiance.loading import trained_lora
     from radiance.training.run_directory import RunDirectory, is_run_directory
     from radiance.weights import lora
-    from radiance.weights.convert import DTYPE_ALIASES
     from radiance.weights.lora_extraction import extract_lora
 
     dtype = DTYPE_ALIASES.get(options.dtype, options.dtype) or "bfloat16"

@@ -17,7 +17,7 @@ def is_in_blocks(path: str) -> bool:
 
 
 def is_block_matrix(path: str) -> bool:
-    """Return True for the matrices of the blocks: 90 % of all weights, the ones that are quantized."""
+    """Return True for the matrices of the blocks: 90 % of all weights, and quantizable."""
     return is_in_blocks(path) and path.endswith("/kernel")
 
 

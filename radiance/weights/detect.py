@@ -1,22 +1,25 @@
-"""Which model a file holds, by the names and shapes of its tensors."""
+"""Detect the model in a file by the names and shapes of its native tensors."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.weights.heads import infer_head
+from radiance.weights.native_rules import count_blocks
 from radiance.weights.tensors import TensorShapes
 
-MODEL_KEY = "radiance.model"
-# Empty tensors by which readers know the variant, and the setting that each stands for.
+MODEL_KEY = "radiance.model"  # of the metadata
+# Empty tensors by which readers recognize a variant, and the setting that each stands for.
 MARKERS = {"__x0__": "prediction", "__32x32__": "patch", "__sequential__": "text_ids"}
 KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "params.")
-# Tensors that give away what else a file may be.
+# Substrings of tensor names, and the kind of file that contains them.
 OTHER_FILE_KINDS = (
     (
         "dec_net.",
-        "a Zeta-Chroma checkpoint: Chroma's successor on another network (Z-Image), which this version does not run",
+        "a Zeta-Chroma checkpoint: Chroma's successor uses another network (Z-Image), which is not "
+        "supported",
     ),
     ("SelfAttention.q.", "a T5 text encoder: give it as --text-encoder"),
     ("enc.blk.0.", "a T5 text encoder: give it as --text-encoder"),
@@ -26,10 +29,11 @@ OTHER_FILE_KINDS = (
     ("input_blocks.", "a Stable Diffusion checkpoint, which is another network"),
     ("transformer_blocks.", "a transformer in the layout of diffusers, but not Chroma's"),
 )
+MAX_PLAUSIBLE_DEPTH = 64  # blocks; metadata with more must come with as many tensors
 
 
 def model_markers(model: config.Model) -> list[str]:
-    """The markers of a model."""
+    """Return the markers of a model."""
     flags = (
         model.prediction == "x0",
         model.patch == 32 or model.patch_embed == "conv_half",
@@ -39,7 +43,16 @@ def model_markers(model: config.Model) -> list[str]:
 
 
 def check_shapes(expected: TensorShapes, actual: TensorShapes, origin: object):
-    """Raises one CheckpointError that names every difference; markers may be there or not."""
+    """Check that tensors are those of a model; markers are optional.
+
+    Args:
+        expected: Shapes by name.
+        actual: Shapes by name, in the file.
+        origin: The file that errors name.
+
+    Raises:
+        CheckpointError: If there are differences, all of which are named.
+    """
     expected, actual = (
         {n: s for n, s in shapes.items() if n not in MARKERS} for shapes in (expected, actual)
     )
@@ -59,39 +72,54 @@ def check_shapes(expected: TensorShapes, actual: TensorShapes, origin: object):
 
 
 def canonical_names(keys: Mapping[str, object]) -> dict[str, str]:
-    """Native name → key in the file: known prefixes are taken off, and norms that newer tools call `.weight` are `.scale`."""
+    """Return the key in the file for every native name.
+
+    Known prefixes are removed, and `.weight` of norms, as newer tools call it, becomes `.scale`.
+
+    Args:
+        keys: The keys of a file.
+
+    Raises:
+        CheckpointError: If two keys have the same native name.
+    """
     prefix = next((p for p in KEY_PREFIXES if any(k.startswith(p) for k in keys)), "")
-    names = {}
+    names: dict[str, str] = {}
     for key in keys:
         if not key.startswith(prefix) and key not in MARKERS:
             continue
         name = key.removeprefix(prefix)
-        components = name.split(".")
-        if (
-            len(components) > 1
-            and components[-1] == "weight"
-            and (components[-2].endswith("norm") or components[-3:-2] == ["norms"])
-        ):
+        *parents, last = name.split(".")
+        is_norm = parents and (parents[-1].endswith("norm") or parents[-2:-1] == ["norms"])
+        if last == "weight" and is_norm:
             name = name.removesuffix("weight") + "scale"
         if name in names:
             raise CheckpointError(
-                f"The tensors {names[name]} and {key} are both {name}: the file holds more than one model."
+                f"The tensors {names[name]} and {key} are both {name}: the file contains more than "
+                f"one model."
             )
         names[name] = key
     return names
 
 
 def check_architecture(shapes: TensorShapes, origin: object):
-    """Raises CheckpointError that says what else the file is, when its names are not those of a Chroma, Radiance or FLUX model."""
-    if "txt_in.weight" in shapes and any(
-        n.startswith(("double_blocks.0.", "single_blocks.0.")) for n in shapes
-    ):
+    """Check that a file is a checkpoint of a supported architecture.
+
+    Args:
+        shapes: Shapes by native name.
+        origin: The file that errors name.
+
+    Raises:
+        CheckpointError: If it is not, with the kind of file that it seems to be.
+    """
+    has_blocks = any(n.startswith(("double_blocks.0.", "single_blocks.0.")) for n in shapes)
+    if "txt_in.weight" in shapes and has_blocks:
         return
     for pattern, description in OTHER_FILE_KINDS:
         if any(pattern in name for name in shapes):
             raise CheckpointError(f"{origin} is {description}.")
     raise CheckpointError(
-        f"{origin} is not a Chroma, Radiance or FLUX checkpoint: it has no txt_in.weight or no blocks."
+        f"{origin} is not a Chroma, Radiance or FLUX checkpoint: it has no txt_in.weight or no "
+        f"blocks."
     )
 
 
@@ -101,124 +129,150 @@ def detect_model(
     origin: object = "The checkpoint",
     **known_fields,
 ) -> config.Model:
-    """The model whose native tensors have these names and shapes.
+    """Return the model of a file, from the metadata of our exports or from its tensors.
 
-    Our own exports say it in their metadata. `known` gives fields that shapes cannot tell (rope_axes, rope_theta, patch, …).
-    Raises CheckpointError when the tensors are not those of a Chroma, Radiance or FLUX model.
+    Args:
+        shapes: Shapes by native name.
+        metadata: Metadata of the file.
+        origin: The file that errors name.
+        **known_fields: Fields of the model that shapes do not determine (rope_axes, rope_theta,
+            patch, …).
+
+    Raises:
+        CheckpointError: If the tensors are not those of a Chroma, Radiance or FLUX model.
     """
-    if MODEL_KEY in (metadata or {}):
-        try:
-            model = replace(config.from_json(config.Model, metadata[MODEL_KEY]), **known_fields)
-        except (
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ) as error:  # numbers without end, lists without end
-            reason = str(error).rstrip(".")
-            raise CheckpointError(
-                f"{origin} describes its model in a way this version does not know: {reason}."
-            ) from None
-        # Before the model is laid out, block by block.
-        depths = (
-            model.text_refiner_blocks,
-            model.double_blocks,
-            model.single_blocks,
-            model.approximator_depth,
-            model.nerf_depth,
-        )
-        if max(depths) > max(len(shapes), 64):
-            raise CheckpointError(
-                f"{origin} describes a model that is deeper than its {len(shapes)} tensors can be: it is damaged."
-            )
-        return model
+    if metadata and MODEL_KEY in metadata:
+        return _parse_model(metadata[MODEL_KEY], len(shapes), origin, known_fields)
     check_architecture(shapes, origin)
     try:
         return _infer_model(shapes, known_fields)
     except KeyError as error:
         raise CheckpointError(
-            f"{origin} looks like a Chroma checkpoint, but has no {error.args[0]}: the file is not whole."
+            f"{origin} looks like a Chroma checkpoint, but has no {error.args[0]}: the file is "
+            f"incomplete."
         ) from None
     except config.ConfigError as error:
         raise CheckpointError(
-            f"{origin}: the sizes of its tensors do not make a model. {error}"
+            f"{origin} has tensors whose sizes do not make a model. {error}"
         ) from None
     except (ValueError, IndexError, ArithmeticError):  # a tensor with more, fewer or empty axes
         raise CheckpointError(
-            f"{origin} has the names of a Chroma checkpoint, but its tensors are of other kinds (quantized?)."
+            f"{origin} has the names of a Chroma checkpoint, but its tensors are of other kinds "
+            f"(quantized?)."
         ) from None
 
 
-def _infer_model(shapes: TensorShapes, known_fields: Mapping) -> config.Model:
-    def count_blocks(pattern: str) -> int:
-        return next(i for i in range(len(shapes) + 1) if pattern.format(i=i) not in shapes)
+def _parse_model(
+    text: str, num_tensors: int, origin: object, known_fields: Mapping[str, Any]
+) -> config.Model:
+    """Return the model that the metadata of our exports describe."""
+    try:
+        model = replace(config.from_json(config.Model, text), **known_fields)
+    # Numbers without end overflow, and lists without end exceed the recursion limit.
+    except (ValueError, OverflowError, RecursionError) as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(
+            f"{origin} describes its model in a way that this version does not know: {reason}."
+        ) from None
+    # The layout of a model is made block by block, which must not take forever.
+    depths = (
+        model.text_refiner_blocks,
+        model.double_blocks,
+        model.single_blocks,
+        model.approximator_depth,
+        model.nerf_depth,
+    )
+    if max(depths) > max(num_tensors, MAX_PLAUSIBLE_DEPTH):
+        raise CheckpointError(
+            f"{origin} describes a model that is deeper than its {num_tensors} tensors allow: it "
+            f"is damaged."
+        )
+    return model
 
-    num_double_blocks, num_single_blocks = (
-        count_blocks("double_blocks.{i}.img_attn.qkv.weight"),
-        count_blocks("single_blocks.{i}.linear1.weight"),
-    )
+
+def _infer_model(shapes: TensorShapes, known_fields: dict[str, Any]) -> config.Model:
+    """Return the model whose native tensors have these shapes."""
+    fields = {
+        **_infer_trunk(shapes, known_fields),
+        **_infer_modulation(shapes),
+        **_infer_input(shapes, known_fields),
+        **({"head": "linear"} if _is_latent(shapes) else infer_head(shapes)),
+    }
+    return config.Model(**(fields | known_fields))
+
+
+def _is_latent(shapes: TensorShapes) -> bool:
+    """Return True for models of latents, whose input is a linear layer."""
+    return "img_in.weight" in shapes
+
+
+def _infer_trunk(shapes: TensorShapes, known_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return widths and depths of the blocks, and the settings that markers stand for."""
+    num_double_blocks = count_blocks(shapes, "double_blocks.{i}.img_attn.qkv.weight")
     hidden, text_dim = shapes["txt_in.weight"]
-    norm_prefix = "double_blocks.0.img_attn.norm" if num_double_blocks else "single_blocks.0.norm"
-    head_dim = shapes[f"{norm_prefix}.query_norm.scale"][0]
-    mlp_dim = (
-        shapes["double_blocks.0.img_mlp.0.weight"][0]
-        if num_double_blocks
-        else shapes["single_blocks.0.linear1.weight"][0] - 3 * hidden
-    )
+    if num_double_blocks:
+        head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        mlp_dim = shapes["double_blocks.0.img_mlp.0.weight"][0]
+    else:  # linear1 is queries, keys and values, then the MLP
+        head_dim = shapes["single_blocks.0.norm.query_norm.scale"][0]
+        mlp_dim = shapes["single_blocks.0.linear1.weight"][0] - 3 * hidden
     if head_dim != 128 and "rope_axes" not in known_fields:
         raise config.ConfigError(
-            f"Heads of {head_dim} channels are in no published model, and the file does not say how they are rotated."
+            f"Heads of {head_dim} channels are in no published model, and the file does not give "
+            f"their rotary axes."
         )
-    fields = dict(
-        hidden=hidden, text_dim=text_dim, heads=hidden // head_dim, double_blocks=num_double_blocks, single_blocks=num_single_blocks,
-        mlp_ratio=mlp_dim / hidden, rope_axes=(16, 56, 56), text_ids="sequential" if "__sequential__" in shapes else "zero",
-        prediction="x0" if "__x0__" in shapes else "velocity", registers=shapes.get("registers", (0,))[0],
-        text_refiner_blocks=count_blocks("text_blocks.{i}.txt_attn.qkv.weight"),
-    )  # fmt: skip
+    fields = {
+        "hidden": hidden,
+        "text_dim": text_dim,
+        "heads": hidden // head_dim,
+        "double_blocks": num_double_blocks,
+        "single_blocks": count_blocks(shapes, "single_blocks.{i}.linear1.weight"),
+        "text_refiner_blocks": count_blocks(shapes, "text_blocks.{i}.txt_attn.qkv.weight"),
+        "mlp_ratio": mlp_dim / hidden,
+        "rope_axes": (16, 56, 56),
+        "text_ids": "sequential" if "__sequential__" in shapes else "zero",
+        "prediction": "x0" if "__x0__" in shapes else "velocity",
+        "registers": shapes.get("registers", (0,))[0],
+    }
     if "txt_padding" in shapes:
-        fields |= dict(padding="learned", masking="off")
+        fields |= {"padding": "learned", "masking": "off"}
+    return fields
 
+
+def _infer_modulation(shapes: TensorShapes) -> dict[str, Any]:
+    """Return the kind of modulation and its settings."""
     if "distilled_guidance_layer.in_proj.weight" in shapes:
         approximator_hidden, approximator_dim = shapes["distilled_guidance_layer.in_proj.weight"]
-        depth = count_blocks("distilled_guidance_layer.layers.{i}.in_layer.weight")
-        fields |= dict(
-            approximator_hidden=approximator_hidden,
-            approximator_dim=approximator_dim,
-            approximator_depth=depth,
-        )
-    elif "final_layer.modulation_offset" in shapes:
-        fields["modulation"] = "none"
-    else:
-        fields |= dict(
-            modulation="per_block", masking="off", guidance_embed="guidance_in.in_layer.weight" in shapes,
-            pooled_dim=shapes.get("vector_in.in_layer.weight", (0, 0))[1],
-        )  # fmt: skip
+        return {
+            "approximator_hidden": approximator_hidden,
+            "approximator_dim": approximator_dim,
+            "approximator_depth": count_blocks(
+                shapes, "distilled_guidance_layer.layers.{i}.in_layer.weight"
+            ),
+        }
+    if "final_layer.modulation_offset" in shapes:
+        return {"modulation": "none"}
+    return {
+        "modulation": "per_block",
+        "masking": "off",
+        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+        "pooled_dim": shapes.get("vector_in.in_layer.weight", (0, 0))[1],
+    }
 
-    if "img_in.weight" in shapes:
-        return config.Model(
-            **(
-                fields
-                | dict(patch=1, head="linear", channels=shapes["img_in.weight"][1])
-                | known_fields
-            )
-        )
+
+def _infer_input(shapes: TensorShapes, known_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return channels, patch size and patch embedding."""
+    if _is_latent(shapes):
+        return {"patch": 1, "channels": shapes["img_in.weight"][1]}
     bottleneck_shape = shapes.get("img_in_bottleneck.in_layer.weight")
     _, channels, kernel_size, _ = bottleneck_shape or shapes["img_in_patch.weight"]
-    patch = known_fields.get(
-        "patch", 32 if "__32x32__" in shapes and kernel_size == 16 else kernel_size
-    )
-    fields |= dict(
-        channels=channels, patch=patch, patch_embed="conv" if patch == kernel_size else "conv_half"
-    )
+    patch = 32 if "__32x32__" in shapes and kernel_size == 16 else kernel_size
+    patch = known_fields.get("patch", patch)
+    fields = {
+        "channels": channels,
+        "patch": patch,
+        "patch_embed": "conv" if patch == kernel_size else "conv_half",
+    }
     if bottleneck_shape:
-        fields |= dict(patch_embed="bottleneck", bottleneck=bottleneck_shape[0])
-    if "nerf_image_embedder.embedder.0.weight" in shapes:
-        nerf_hidden, num_features = shapes["nerf_image_embedder.embedder.0.weight"]
-        num_generated = shapes["nerf_blocks.0.param_generator.weight"][0]
-        fields |= dict(
-            head="nerf_conv" if "nerf_final_layer_conv.norm.scale" in shapes else "nerf_linear",
-            nerf_hidden=nerf_hidden, nerf_freqs=math.isqrt(num_features - channels), nerf_depth=count_blocks("nerf_blocks.{i}.param_generator.weight"),
-            nerf_mlp_ratio=num_generated // (3 * nerf_hidden**2),
-        )  # fmt: skip
-    else:
-        fields["head"] = "linear"
-    return config.Model(**(fields | known_fields))
+        fields |= {"patch_embed": "bottleneck", "bottleneck": bottleneck_shape[0]}
+    return fields

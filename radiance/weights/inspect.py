@@ -1,4 +1,4 @@
-"""What a file holds, told without reading its values."""
+"""Describe a checkpoint or a model without reading values."""
 
 import math
 from collections import defaultdict
@@ -10,41 +10,37 @@ from radiance import config
 from radiance.base.tables import format_table
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
-from radiance.weights.convert import find_network_part
+from radiance.weights.conversion_report import find_network_part
 from radiance.weights.detect import MODEL_KEY, OTHER_FILE_KINDS, canonical_names
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import Tensors, TensorShapes
 
-MAX_METADATA_LENGTH = 200  # characters of a metadata value
+MAX_METADATA_LENGTH = 200  # characters of a value that are shown
 
 
 def inspect_file(path: str | Path) -> str:
-    """Variant, sizes, parameters by part and type, metadata. Raises CheckpointError when the file is damaged."""
+    """Return a description of a file: its model, its parameters by part and type, its metadata.
+
+    Args:
+        path: A weights file or folder of any format.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
     file = open_tensors(path)
-    is_model = any(
-        name.endswith(diffusers.SIGNATURE_TENSOR) for name in file.shapes
-    ) or "txt_in.weight" in canonical_names(file.shapes)
-    if not is_model:
-        file_kind = next(
-            (
-                description.partition(":")[0]
-                for pattern, description in OTHER_FILE_KINDS
-                if any(pattern in name for name in file.shapes)
-            ),
-            "not a model known here",
-        )
+    is_diffusers = any(name.endswith(diffusers.SIGNATURE_TENSOR) for name in file.shapes)
+    if not is_diffusers and "txt_in.weight" not in canonical_names(file.shapes):
         return "\n".join(
             [
-                f"{file.path} is {file_kind}.",
+                f"{file.path} is {_describe_other_file(file)}.",
                 _format_counts(dict.fromkeys(file.shapes, "tensors"), file.shapes, file.dtypes),
                 *_format_metadata(file),
             ]
         )
     checkpoint = open_checkpoint(path)
-    summary = f"{file.path}: {checkpoint.format}, {len(file.shapes)} tensors."
     return "\n".join(
         [
-            summary,
+            f"{file.path}: {checkpoint.format}, {len(file.shapes)} tensors.",
             _describe_model(checkpoint.model),
             _format_parts(checkpoint.shapes, checkpoint.dtypes),
             *_format_metadata(file),
@@ -53,13 +49,21 @@ def inspect_file(path: str | Path) -> str:
 
 
 def inspect_model(model: config.Model) -> str:
-    """The same of a model that is known by its settings."""
+    """Return the description of a model without weights."""
     shapes = native.native_layout(model)[0]
     return "\n".join([_describe_model(model), _format_parts(shapes, dict.fromkeys(shapes, "F32"))])
 
 
+def _describe_other_file(file: Tensors) -> str:
+    """Return the kind of a file that is no checkpoint of ours."""
+    for pattern, description in OTHER_FILE_KINDS:
+        if any(pattern in name for name in file.shapes):
+            return description.partition(":")[0]
+    return "not a known model"
+
+
 def _describe_model(model: config.Model) -> str:
-    """The nearest named model, and every setting in which this one differs from it."""
+    """Return the most similar named model and every setting that differs from it."""
     name = min(config.MODELS, key=lambda name: len(config.differences(config.MODELS[name], model)))
     changes = config.differences(config.MODELS[name], model)
     if not changes:
@@ -73,34 +77,32 @@ def _describe_model(model: config.Model) -> str:
 
 
 def _format_parts(shapes: TensorShapes, dtypes: Mapping[str, str]) -> str:
+    """Return the table of the network's parts."""
     return _format_counts({name: find_network_part(name) for name in shapes}, shapes, dtypes)
 
 
 def _format_counts(
     parts: Mapping[str, str], shapes: TensorShapes, dtypes: Mapping[str, str]
 ) -> str:
-    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    """Return the table of tensors and parameters by part and type."""
+    shapes_by_row: dict[tuple[str, str], list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in shapes.items():
-        count = counts[parts[name], dtypes[name]]
-        count[0], count[1] = count[0] + 1, count[1] + math.prod(shape)
-    rows = [
-        (part, dtype, f"{num_tensors}", f"{num_params:,}")
-        for (part, dtype), (num_tensors, num_params) in counts.items()
-    ]
-    total = (
-        "together",
-        "",
-        f"{sum(x for x, _ in counts.values())}",
-        f"{sum(x for _, x in counts.values()):,}",
-    )
-    return format_table(
-        [("part", "type", "tensors", "parameters"), *rows, total], num_text_columns=2
-    )
+        shapes_by_row[parts[name], dtypes[name]].append(shape)
+    num_params = {row: sum(map(math.prod, row_shapes)) for row, row_shapes in shapes_by_row.items()}
+    cells = [("part", "type", "tensors", "parameters")]
+    for (part, dtype), row_shapes in shapes_by_row.items():
+        cells.append((part, dtype, f"{len(row_shapes)}", f"{num_params[part, dtype]:,}"))
+    cells.append(("total", "", f"{len(shapes)}", f"{sum(num_params.values()):,}"))
+    return format_table(cells, num_text_columns=2)
 
 
 def _format_metadata(file: Tensors) -> list[str]:
-    metadata = {key: str(value) for key, value in file.metadata.items() if key != MODEL_KEY}
-    return [
-        f"{key}: {value if len(value) <= MAX_METADATA_LENGTH else value[:MAX_METADATA_LENGTH] + '…'}"
-        for key, value in metadata.items()
-    ]
+    """Return one line for each metadata value; long values are cut."""
+    lines = []
+    for key, value in file.metadata.items():
+        text = str(value)
+        if len(text) > MAX_METADATA_LENGTH:
+            text = text[:MAX_METADATA_LENGTH] + "…"
+        if key != MODEL_KEY:
+            lines.append(f"{key}: {text}")
+    return lines

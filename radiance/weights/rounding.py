@@ -1,7 +1,6 @@
-"""In what type a tensor is written: copied where its file has it so already, rounded else, and how far off that is."""
+"""Choose the type in which a tensor is written, and copy or round its values to it."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,8 +8,8 @@ import numpy as np
 
 from radiance.base.errors import CheckpointError
 from radiance.model.quantized import Q8_0_BLOCK, quantize
+from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, FileTensors
-from radiance.weights.detect import MARKERS
 from radiance.weights.gguf import (
     QUANTIZED_DTYPES,
     GgufTensors,
@@ -19,106 +18,122 @@ from radiance.weights.gguf import (
 )
 from radiance.weights.tensors import DTYPES, cast_array, is_finite
 
-# What may be stored coarsely. All else is a small share of the weights and a large one of the damage: norms, biases, input and
-# text projections, the approximator, everything NeRF.
-BLOCK_MATRIX = re.compile(
-    r"((text|double)_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])\.weight$"
-)
-CHUNK_SIZE = 1 << 22  # values that are rounded at a time: the largest matrix has 151 million
+CHUNK_SIZE = 1 << 22  # values that are rounded at once; the largest matrix has 151 million
 
 
 class WrittenTensor(NamedTuple):
-    """A tensor as it goes into a file."""
+    """A tensor as it is written to a file, and the error of its rounding."""
 
+    name: str
     values: np.ndarray
-    scales: np.ndarray | None = None  # that its rows are multiplied by
-    sum_squares: float = 0.0  # the sum of the squares of what was rounded
-    sum_squared_errors: float = 0.0  # and of what that changed
+    scales: np.ndarray | None = None  # of the rows
+    sum_squares: float = 0.0  # of the values that were rounded; 0 if they are exact
+    sum_squared_errors: float = 0.0
 
 
 def choose_dtype(
     name: str,
     shape: tuple[int, ...],
-    file_dtype: str,
+    stored_dtype: str,
     dtype: str | None,
     is_gguf: bool,
     copyable_format: str | None = None,
 ) -> str:
-    """The type in which a tensor is written: `dtype`, or its own when None, but never one that is too coarse for it.
+    """Return the type in which a tensor is written, which is never too coarse for it.
 
-    small: its own type where that is `copyable`.
+    Args:
+        name: Native name.
+        shape: Shape of the tensor.
+        stored_dtype: Type in which the tensor is stored now (F32, BF16, …).
+        dtype: The requested type, or None to keep the tensor's own.
+        is_gguf: The target is a GGUF file, in which vectors are float32.
+        copyable_format: The tensor's own quantized type, if it can be copied.
     """
-    if name in MARKERS or name.startswith("nerf_image_embedder.") or (is_gguf and len(shape) == 1):
+    if native.is_float32_tensor(name) or (is_gguf and len(shape) == 1):
         return "float32"
     if dtype is None:
-        return copyable_format or {"F32": "float32", "F64": "float32", "F16": "float16"}.get(
-            file_dtype, "bfloat16"
-        )
+        plain_dtypes = {"F32": "float32", "F64": "float32", "F16": "float16"}
+        return copyable_format or plain_dtypes.get(stored_dtype, "bfloat16")
     if dtype in QUANTIZED_DTYPES:
-        return dtype if BLOCK_MATRIX.match(name) and shape[-1] % Q8_0_BLOCK == 0 else "bfloat16"
+        is_divisible = shape[-1] % Q8_0_BLOCK == 0
+        return dtype if native.is_quantizable(name) and is_divisible else "bfloat16"
     if dtype == "int8" or DTYPES[dtype].itemsize == 1:
-        return dtype if BLOCK_MATRIX.match(name) else "bfloat16"
+        return dtype if native.is_quantizable(name) else "bfloat16"
     return dtype
 
 
 def find_copyable_format(checkpoint: Checkpoint, name: str, export_format: str) -> str | None:
-    """The small type that a tensor has in its file, if a file of the format `to` can have it bit for bit.
+    """Return the quantized type of a tensor if the target can store it bit for bit.
 
-    Quantized tensors stay what they are from GGUF to GGUF. Among safetensors int8 and fp8 do, with scales in native files alone.
+    GGUF files can store any quantized type of a GGUF file. Safetensors files can store int8 and
+    fp8; scales need a native file.
+
+    Args:
+        checkpoint: The source.
+        name: Native name.
+        export_format: native, diffusers, gguf or torch.
     """
-    tensors = checkpoint.get_tensor
-    if not isinstance(tensors, FileTensors) or name not in tensors.keys:
+    tensors = checkpoint.file_tensors
+    if tensors is None or name not in tensors.keys:
         return None
     if export_format == "gguf":
         key, *other_keys = tensors.keys[name]
-        has_row_blocks = (
+        can_copy = (
             isinstance(tensors.file, GgufTensors)
             and not other_keys
             and tensors.file.has_row_blocks(key)
         )
-        return checkpoint.dtypes[name].lower() if has_row_blocks else None
-    weight_format = checkpoint.weight_format(name)
+        return checkpoint.dtypes[name].lower() if can_copy else None
+    weight_format = tensors.weight_format(name)
     has_scales = any(tensors.file.scale_shape(key) is not None for key in tensors.keys[name])
-    return (
-        None
-        if weight_format == "q8_0" or (has_scales and export_format != "native")
-        else weight_format
-    )
+    if weight_format == "q8_0" or (has_scales and export_format != "native"):
+        return None
+    return weight_format
 
 
 def export_scale_shape(checkpoint: Checkpoint, name: str, is_copy: bool) -> tuple[int, ...] | None:
-    """Of the scales beside a matrix of int8 or fp8 in a native file: one of each row, unless a copied one has but one in all."""
-    row_scale_shape = (checkpoint.shapes[name][0], 1)
-    if not is_copy:
-        return row_scale_shape
-    file_scale_shapes = [
-        checkpoint.get_tensor.file.scale_shape(key) for key in checkpoint.get_tensor.keys[name]
-    ]
-    return (
-        file_scale_shapes[0]
-        if len(file_scale_shapes) == 1 or not any(shape is not None for shape in file_scale_shapes)
-        else row_scale_shape
-    )
+    """Return the shape of the scales of an int8 or fp8 matrix in a native file.
+
+    Args:
+        checkpoint: The source.
+        name: Native name.
+        is_copy: The matrix is copied; it keeps its own scales if the source has it as one tensor.
+            Otherwise every row has a scale.
+    """
+    tensors = checkpoint.file_tensors
+    if is_copy and tensors is not None:
+        scale_shapes = [tensors.file.scale_shape(key) for key in tensors.keys[name]]
+        if len(scale_shapes) == 1 or all(shape is None for shape in scale_shapes):
+            return scale_shapes[0]
+    return (checkpoint.shapes[name][0], 1)
 
 
-def copy_tensor(checkpoint: Checkpoint, name: str, export_format: str) -> WrittenTensor:
-    """A `copyable` tensor. Raises CheckpointError when values are not finite."""
-    tensors = checkpoint.get_tensor
-    if export_format == "gguf":
-        result = WrittenTensor(tensors.file.read_quantized_rows(tensors.keys[name][0]))
-        is_valid = all(
-            is_finite(tensors.file.dequantize_rows(chunk, checkpoint.dtypes[name]))
-            for chunk in _split_chunks(result.values)
-        )
+def copy_tensor(
+    tensors: FileTensors, name: str, export_format: str, scale_shape: tuple[int, ...] | None
+) -> WrittenTensor:
+    """Return a quantized tensor exactly as stored.
+
+    Args:
+        tensors: The source.
+        name: Native name.
+        export_format: native, diffusers, gguf or torch.
+        scale_shape: Shape of the scales in the target; None without scales.
+
+    Raises:
+        CheckpointError: If values are not finite.
+    """
+    if export_format == "gguf" and isinstance(tensors.file, GgufTensors):
+        (key,) = tensors.keys[name]
+        result = WrittenTensor(name, tensors.file.read_quantized_rows(key))
+        dtype = tensors.file.dtypes[key]
+        chunks = _split_chunks(result.values)
+        is_valid = all(is_finite(tensors.file.dequantize_rows(chunk, dtype)) for chunk in chunks)
     else:
-        quantized, shape = (
-            tensors.read_quantized(name),
-            export_scale_shape(checkpoint, name, is_copy=True),
-        )
-        result = WrittenTensor(
-            quantized.values,
-            None if shape is None else quantized.scales[: math.prod(shape)].reshape(shape),
-        )
+        quantized = tensors.read_quantized(name)
+        scales = None
+        if scale_shape is not None:
+            scales = quantized.scales[: math.prod(scale_shape)].reshape(scale_shape)
+        result = WrittenTensor(name, quantized.values, scales)
         is_valid = quantized.is_finite()
     if not is_valid:
         raise CheckpointError(
@@ -128,51 +143,52 @@ def copy_tensor(checkpoint: Checkpoint, name: str, export_format: str) -> Writte
 
 
 def round_tensor(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> WrittenTensor:
-    """Values in a type, a few rows at a time. Raises CheckpointError when they are not finite, or would not be."""
+    """Return values in another type, rounded a few rows at a time.
+
+    Args:
+        values: Values of a tensor.
+        dtype: The type to round to.
+        name: Native name.
+        is_gguf: Values are encoded for a GGUF file.
+
+    Raises:
+        CheckpointError: If values are not finite, or too large for the type.
+    """
     if is_exact_cast(values.dtype, dtype):
-        return WrittenTensor(
-            encode_gguf_values(values, dtype, name)
-            if is_gguf
-            else cast_array(values, DTYPES[dtype], name)
-        )
+        return WrittenTensor(name, _encode(values, dtype, name, is_gguf))
     chunks = [_round_chunk(chunk, dtype, name, is_gguf) for chunk in _split_chunks(values)]
-    scales = (
-        None if chunks[0].scales is None else np.concatenate([chunk.scales for chunk in chunks])
-    )
-    sum_squares, sum_squared_errors = (
+    scales = [chunk.scales for chunk in chunks if chunk.scales is not None]
+    return WrittenTensor(
+        name,
+        np.concatenate([chunk.values for chunk in chunks]),
+        np.concatenate(scales) if scales else None,
         sum(chunk.sum_squares for chunk in chunks),
         sum(chunk.sum_squared_errors for chunk in chunks),
-    )
-    return WrittenTensor(
-        np.concatenate([chunk.values for chunk in chunks]), scales, sum_squares, sum_squared_errors
     )
 
 
 def _round_chunk(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> WrittenTensor:
+    """Return a few rows in another type, and the error of rounding them."""
     scales = None
-    if dtype == "int8":
-        rounded_values, scales = (
-            x.T for x in quantize(cast_array(values, DTYPES["float32"], name).T, "int8")
-        )
-        decoded_values = rounded_values * scales
+    if dtype == "int8":  # one scale per row
+        transposed = cast_array(values, DTYPES["float32"], name).T
+        encoded, scales = (x.T for x in quantize(transposed, "int8"))
+        decoded = encoded * scales
     else:
-        rounded_values = (
-            encode_gguf_values(values, dtype, name)
-            if is_gguf
-            else cast_array(values, DTYPES[dtype], name)
-        )
-        decoded_values = (
-            decode_gguf_values(rounded_values, dtype)
-            if dtype in QUANTIZED_DTYPES
-            else rounded_values.view(DTYPES[dtype]).astype(np.float32)
-        )
-    float32_values = values.astype(np.float32)
-    return WrittenTensor(
-        rounded_values,
-        scales,
-        _sum_squares(float32_values),
-        _sum_squares(float32_values - decoded_values),
-    )
+        encoded = _encode(values, dtype, name, is_gguf)
+        if dtype in QUANTIZED_DTYPES:
+            decoded = decode_gguf_values(encoded, dtype)
+        else:
+            decoded = encoded.view(DTYPES[dtype]).astype(np.float32)
+    exact = values.astype(np.float32)
+    return WrittenTensor(name, encoded, scales, _sum_squares(exact), _sum_squares(exact - decoded))
+
+
+def _encode(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> np.ndarray:
+    """Return values as the writer of the target expects them."""
+    if is_gguf:
+        return encode_gguf_values(values, dtype, name)
+    return cast_array(values, DTYPES[dtype], name)
 
 
 def _sum_squares(x: np.ndarray) -> float:
@@ -180,14 +196,19 @@ def _sum_squares(x: np.ndarray) -> float:
 
 
 def is_exact_cast(source_dtype: np.dtype, target_dtype: str) -> bool:
-    """Whether no value can be rounded on the way."""
-    return target_dtype in DTYPES and (
-        source_dtype == DTYPES[target_dtype]
-        or (target_dtype == "float32" and np.can_cast(source_dtype, np.float32))
-    )
+    """Return True if the cast rounds no value.
+
+    Args:
+        source_dtype: NumPy type of the values.
+        target_dtype: Name of a type; quantized types are never exact.
+    """
+    if target_dtype not in DTYPES:
+        return False
+    is_widened = target_dtype == "float32" and np.can_cast(source_dtype, np.float32)
+    return source_dtype == DTYPES[target_dtype] or is_widened
 
 
 def _split_chunks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Few rows at a time, so that the largest matrices are never held in float32."""
+    """Yield a few rows at a time, so that the largest matrices are never in float32 as a whole."""
     chunk_rows = max(1, CHUNK_SIZE // max(1, math.prod(values.shape[1:])))
     return (values[begin : begin + chunk_rows] for begin in range(0, len(values), chunk_rows))

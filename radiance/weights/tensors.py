@@ -1,6 +1,7 @@
-"""Files of named tensors: opened with one clear sentence when they cannot be, read and written tensor by tensor, never left by halves.
+"""Read files of named tensors: shapes and types at once, values one tensor at a time.
 
-Reading is plain reading. A memory map would be shorter, but its pages count as resident memory, and a 19 GB file has many.
+Values are read with ordinary reads. A memory map would be shorter, but its pages count as resident
+memory, and a 19 GB file has many of them.
 """
 
 import hashlib
@@ -24,55 +25,72 @@ DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
+# Dtypes by the codes of safetensors headers.
 DTYPES_BY_CODE = {
-    "F64": np.dtype(np.float64), "F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"],
-    "F8_E4M3": DTYPES["float8_e4m3fn"], "F8_E5M2": DTYPES["float8_e5m2"], "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
-}  # fmt: skip
+    "F64": np.dtype(np.float64),
+    "F32": DTYPES["float32"],
+    "F16": DTYPES["float16"],
+    "BF16": DTYPES["bfloat16"],
+    "F8_E4M3": DTYPES["float8_e4m3fn"],
+    "F8_E5M2": DTYPES["float8_e5m2"],
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
-# Scaled fp8 and int8 files keep beside a weight what it is multiplied by; their other notes are for computing in fp8.
+# Scaled fp8 and int8 files store the scales of a weight in a tensor of its own. Their other extra
+# tensors are hints for computing in fp8, which we do not do.
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 METADATA_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
-# What a matrix of a stored type can stay in memory as (`model/stored.py`): int8 where the file has scales of it.
+# The formats in which matrices of a stored type stay in memory without being rounded again. They
+# are those of config.WEIGHT_FORMATS, and float8_e5m2, which we read but do not make.
 WEIGHT_FORMATS_BY_CODE = {
     "Q8_0": "q8_0",
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-MAX_AXES = 8  # of a tensor at most
-FINGERPRINT_SAMPLE_BYTES = (
-    16_384  # bytes, of which four are taken from every large tensor for a fingerprint
-)
+MAX_AXES = 8
+MAX_ELEMENTS = 1 << 48  # of one tensor
+FINGERPRINT_SAMPLE_BYTES = 16_384  # of each of the four samples of a large tensor
 
 
 class TensorLocation(NamedTuple):
-    """Where the values of a tensor lie."""
+    """The place of a tensor's values in a file."""
 
     file: Path
-    offset: int
-    nbytes: int  # bytes
+    offset: int  # bytes
+    nbytes: int
     shape: tuple[int, ...]
     dtype: str  # as stored: F32, BF16, F8_E4M3, Q8_0, …
 
 
 class QuantizedTensor(NamedTuple):
-    """A matrix as a file keeps it small: numbers, and what those of a row, or of a block of it, are multiplied by."""
+    """A quantized matrix: values, and the scales of its rows or of blocks of its rows."""
 
     values: np.ndarray  # [out, in], int8 or fp8
-    scales: np.ndarray  # [out, in / block], float16 of Q8_0, or [out, 1], float32
+    scales: np.ndarray  # [out, in / block], float16 for Q8_0; or [out, 1], float32
 
     def is_finite(self) -> bool:
+        """Return True if all values are finite after multiplication by their scales."""
         max_value = (
             127 if self.values.dtype == np.int8 else float(ml_dtypes.finfo(self.values.dtype).max)
         )
         with np.errstate(over="ignore", invalid="ignore"):
-            return is_finite(self.values) and bool(
-                np.isfinite(self.scales.astype(np.float32) * np.float32(max_value)).all()
-            )
+            max_values = self.scales.astype(np.float32) * np.float32(max_value)
+        return is_finite(self.values) and bool(np.isfinite(max_values).all())
 
     def slice_axis(self, axis: int, begin: int, end: int) -> "QuantizedTensor":
-        """Rows (axis 0) or inputs (axis 1), of the latter whole blocks."""
+        """Return a range of rows (axis 0) or inputs (axis 1).
+
+        Args:
+            axis: 0 or 1.
+            begin: First index of the range.
+            end: Index after the last one. A range of inputs must contain complete blocks.
+        """
         if axis == 0:
             return QuantizedTensor(self.values[begin:end], self.scales[begin:end])
         if self.scales.shape[1] == 1:
@@ -84,43 +102,71 @@ class QuantizedTensor(NamedTuple):
 
 
 class Tensors:
-    """Open tensors: names, shapes and stored types without reading; values one at a time."""
+    """The tensors of an open file: names, shapes and stored types; values are read on demand.
+
+    Args:
+        path: The file (or index) that errors name.
+        locations: Location of every tensor. Scales and hints of quantized matrices are not listed
+            among the tensors.
+        metadata: Text metadata of the file.
+
+    Raises:
+        CheckpointError: If a shape is impossible, or a matrix is quantized in an unsupported way.
+    """
 
     def __init__(
         self, path: Path, locations: Mapping[str, TensorLocation], metadata: Mapping[str, str]
     ):
-        self.path, self.metadata, self.locations = path, metadata, dict(locations)
-        self._scale_locations: dict[str, TensorLocation] = {}
+        self.path = path
+        self.metadata = metadata
         for key, location in locations.items():
-            # What has no values may claim any shape; NumPy must be able to make it all the same.
-            if (
-                len(location.shape) > MAX_AXES
-                or math.prod(max(1, n) for n in location.shape) >= 1 << 48
-            ):
-                raise CheckpointError(
-                    f"{path} holds {key} of shape {list(location.shape)}: it is damaged."
-                )
-            weight_key = key[: key.rfind(".")] + ".weight"
-            if key.endswith(SCALE_SUFFIXES) and weight_key in locations:
-                self._scale_locations[weight_key] = self.locations.pop(key)
-                leading_shape = locations[weight_key].shape[:1]
-                if math.prod(location.shape) not in (1, *leading_shape):
-                    raise CheckpointError(
-                        f"{path} holds {key} of shape {list(location.shape)}, and one scale of all or of each of the {list(leading_shape)} rows is "
-                        f"read: convert the file to BF16 first."
-                    )
-            if key.endswith(".comfy_quant") and _is_rotated(self.read_raw(location)):
-                raise CheckpointError(
-                    f"{path} holds {weight_key} rotated (ConvRot), which is not read: convert another file of the model."
-                )
+            self._check_shape(key, location)
+            if key.endswith(".comfy_quant"):
+                self._check_rotation(key, location)
+        scale_keys = [
+            key
+            for key in locations
+            if key.endswith(SCALE_SUFFIXES) and _weight_key(key) in locations
+        ]
+        for key in scale_keys:
+            self._check_scales(key, locations[key], locations[_weight_key(key)])
+        self._scale_locations = {_weight_key(key): locations[key] for key in scale_keys}
         self.locations = {
-            k: loc for k, loc in self.locations.items() if not k.endswith(METADATA_SUFFIXES)
+            key: location
+            for key, location in locations.items()
+            if key not in scale_keys and not key.endswith(METADATA_SUFFIXES)
         }
         self.shapes: TensorShapes = {k: loc.shape for k, loc in self.locations.items()}
         self.dtypes: Mapping[str, str] = {k: loc.dtype for k, loc in self.locations.items()}
 
+    def _check_shape(self, key: str, location: TensorLocation):
+        """Reject shapes that NumPy cannot make, which damaged headers have for empty tensors."""
+        num_elements = math.prod(max(1, n) for n in location.shape)
+        if len(location.shape) > MAX_AXES or num_elements >= MAX_ELEMENTS:
+            raise CheckpointError(
+                f"{self.path} has a tensor {key} of shape {list(location.shape)}: it is damaged."
+            )
+
+    def _check_rotation(self, key: str, location: TensorLocation):
+        """Reject matrices whose inputs are rotated, which would be read as noise."""
+        if _is_rotated(self.read_raw(location)):
+            raise CheckpointError(
+                f"{self.path} stores {_weight_key(key)} rotated (ConvRot), which is not supported: "
+                f"convert another file of the model."
+            )
+
+    def _check_scales(self, key: str, scales: TensorLocation, weight: TensorLocation):
+        """Reject scales of blocks of rows, which are not supported."""
+        num_rows = weight.shape[:1]
+        if math.prod(scales.shape) not in (1, *num_rows):
+            raise CheckpointError(
+                f"{self.path} has scales {key} of shape {list(scales.shape)}, but only one scale, "
+                f"or one for each of the {list(num_rows)} rows, is supported: convert the file to "
+                f"BF16 first."
+            )
+
     def __getitem__(self, key: str) -> np.ndarray:
-        """The values, in their stored type; quantized and scaled ones as float32."""
+        """Return the values in their stored type; quantized and scaled ones as float32."""
         values = self.read_values(self.locations[key])
         if key not in self._scale_locations:
             return values
@@ -129,35 +175,33 @@ class Tensors:
         return np.multiply(values, scale, dtype=np.float32)
 
     def weight_format(self, key: str) -> str | None:
-        """As what a matrix stays in memory just as it is in the file; None for types of which there is no such thing."""
+        """Return the format in which a matrix can stay in memory exactly as stored, if any."""
         code = self.dtypes[key]
-        return (
-            None
-            if code == "I8" and key not in self._scale_locations
-            else WEIGHT_FORMATS_BY_CODE.get(code)
-        )
+        if code == "I8" and key not in self._scale_locations:
+            return None
+        return WEIGHT_FORMATS_BY_CODE.get(code)
 
     def scale_shape(self, key: str) -> tuple[int, ...] | None:
-        """Of the scales that lie beside a tensor: one number, or one of each row."""
+        """Return the shape of a weight's scales: one number, or one per row; None without any."""
         return self._scale_locations[key].shape if key in self._scale_locations else None
 
     def read_quantized(self, key: str) -> QuantizedTensor:
-        """The values of a tensor that has a `store`, as they lie in the file."""
+        """Return a matrix that has a weight format, as stored."""
         values = self.read_values(self.locations[key])
-        scales = (
-            self.read_values(self._scale_locations[key]).astype(np.float32)
-            if key in self._scale_locations
-            else np.ones(1, np.float32)
-        )
+        scales = np.ones(1, np.float32)
+        if key in self._scale_locations:
+            scales = self.read_values(self._scale_locations[key]).astype(np.float32)
         return QuantizedTensor(values, np.broadcast_to(scales.reshape(-1, 1), (len(values), 1)))
 
     def fingerprint(self, keys: Mapping[str, str] | None = None) -> str:
-        """A hash of all names, shapes, types and small tensors, and of samples of the large ones: 14 MB of a file of 10 GB.
+        """Return a hash of names, shapes, types, small tensors, and samples of large tensors.
 
-        keys: the names to hash, and whose tensors they are; the file's own when None. Files of other containers have the same one when
-        their tensors are stored alike.
+        It reads 14 MB of a file of 10 GB. Files of different containers that store their tensors
+        alike have the same fingerprint.
+
+        Args:
+            keys: The file's key for every name that is hashed; by default all of the file's own.
         """
-        digest = hashlib.blake2b(digest_size=16)
         keys = keys or {key: key for key in self.locations}
         named_locations = [
             (name, locations[key])
@@ -165,33 +209,26 @@ class Tensors:
             for name, key in keys.items()
             if key in locations
         ]
+        digest = hashlib.blake2b(digest_size=16)
         for name, location in sorted(named_locations, key=lambda pair: pair[0]):
             digest.update(repr((name, location.shape, location.dtype)).encode())
-            is_small = location.nbytes <= 4 * FINGERPRINT_SAMPLE_BYTES
-            for begin in (
-                (0,)
-                if is_small
-                else np.linspace(0, location.nbytes - FINGERPRINT_SAMPLE_BYTES, 4).astype(int)
-            ):
-                digest.update(
-                    np.fromfile(
-                        location.file,
-                        np.uint8,
-                        location.nbytes if is_small else FINGERPRINT_SAMPLE_BYTES,
-                        offset=location.offset + int(begin),
-                    ).tobytes()
-                )
+            for begin, count in _sample_ranges(location.nbytes):
+                offset = location.offset + begin
+                sample = np.fromfile(location.file, np.uint8, count, offset=offset)
+                digest.update(sample.tobytes())
         return digest.hexdigest()
 
     def read_values(self, location: TensorLocation) -> np.ndarray:
+        """Return the values at a location of this file, without their scales."""
         if location.dtype not in DTYPES_BY_CODE:
             raise CheckpointError(
-                f"{self.path} holds values of type {location.dtype}, which is not read: convert the file to BF16 first."
+                f"{self.path} has values of type {location.dtype}, which is not supported: convert "
+                f"the file to BF16 first."
             )
         return self.read_raw(location).view(DTYPES_BY_CODE[location.dtype]).reshape(location.shape)
 
     def read_raw(self, location: TensorLocation) -> np.ndarray:
-        """The stored bytes."""
+        """Return the stored bytes at a location of this file."""
         data = np.fromfile(location.file, np.uint8, location.nbytes, offset=location.offset)
         if len(data) < location.nbytes:
             raise CheckpointError(
@@ -200,8 +237,13 @@ class Tensors:
         return data
 
 
+def _weight_key(key: str) -> str:
+    """Return the weight that a tensor with one of the suffixes above belongs to."""
+    return key[: key.rfind(".")] + ".weight"
+
+
 def _is_rotated(metadata_bytes: np.ndarray) -> bool:
-    """Whether ComfyUI's mark beside a matrix says that its inputs are rotated."""
+    """Return True if ComfyUI's description of a matrix says that its inputs are rotated."""
     try:
         quantization = json.loads(metadata_bytes.tobytes())
     except (ValueError, RecursionError):
@@ -209,8 +251,25 @@ def _is_rotated(metadata_bytes: np.ndarray) -> bool:
     return isinstance(quantization, dict) and bool(quantization.get("convrot"))
 
 
+def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:
+    """Return the (begin, count) byte ranges of a tensor that its fingerprint hashes."""
+    if nbytes <= 4 * FINGERPRINT_SAMPLE_BYTES:
+        return [(0, nbytes)]
+    begins = np.linspace(0, nbytes - FINGERPRINT_SAMPLE_BYTES, 4).astype(int)
+    return [(int(begin), FINGERPRINT_SAMPLE_BYTES) for begin in begins]
+
+
 def cast_array(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
-    """`array` as `dtype`. Raises CheckpointError when values are not finite, or would not be."""
+    """Return an array in another type.
+
+    Args:
+        array: The values.
+        dtype: The type to cast to.
+        key: Name of the tensor in errors.
+
+    Raises:
+        CheckpointError: If values are not finite, before or after the cast.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype, copy=False)
     if not is_finite(result):
@@ -225,8 +284,8 @@ def cast_array(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all values are finite; of bfloat16 by its bits, which is ten times as fast."""
-    if array.dtype == DTYPES["bfloat16"]:
+    """Return True if all values are finite."""
+    if array.dtype == DTYPES["bfloat16"]:  # testing the exponent's bits is ten times as fast
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 

@@ -443,7 +443,7 @@ def test_what_is_inspected(capsys, tmp_path, trained):
     assert source("experiments/quickstart.py") == source("experiments.quickstart") == ("digits", "")
 
     assert main(["inspect", str(trained)]) == 0
-    assert "together" in capsys.readouterr().out
+    assert "total" in capsys.readouterr().out
     assert "--write is for data" in told(capsys, "inspect", trained, "--write", "kept.jsonl")
     assert "data.resolution=8 is for data" in told(
         capsys, "inspect", "chroma1-base", "data.resolution=8"
@@ -557,9 +557,9 @@ def test_prompts(capsys, trained, tmp_path):
 def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
     whole = (GOLDEN / "radiance_v.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-100])
-    assert "not a whole safetensors file" in told(capsys, "verify", tmp_path / "short.safetensors")
+    assert "not a complete safetensors file" in told(capsys, "verify", tmp_path / "short.safetensors")
     (tmp_path / "foreign.safetensors").write_bytes(b"hello world, this is no checkpoint at all")
-    assert "not a whole safetensors file" in told(
+    assert "not a complete safetensors file" in told(
         capsys, "verify", tmp_path / "foreign.safetensors"
     )
     assert "There is no file" in told(capsys, "verify", tmp_path / "missing.safetensors")

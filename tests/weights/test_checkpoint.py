@@ -11,10 +11,9 @@ from safetensors.numpy import load_file, save_file
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
-from radiance.weights import checkpoint, diffusers
+from radiance.weights import checkpoint, diffusers, native
 from radiance.weights.detect import MODEL_KEY
 from radiance.weights.opening import open_tensors
-from radiance.weights.rounding import BLOCK_MATRIX
 from tests.helpers.toy_files import KNOWN, LATENT, PIXELS, published, save, sentence, stored
 from tests.helpers.toy_models import toy_model, toy_params
 
@@ -215,7 +214,7 @@ def test_a_file_that_says_which_model_it_holds_is_believed(tmp_path):
     model = toy_model(masking="strict", rope_theta=5.0)
     checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
     with pytest.raises(
-        CheckpointError, match="another model .*rope_theta is 5.0 there, 10000.0 here"
+        CheckpointError, match="another model .*rope_theta is 5.0 in the file and 10000.0 here"
     ):
         checkpoint.read_checkpoint(tmp_path / "x.safetensors", toy_model(masking="strict"))
 
@@ -269,7 +268,7 @@ def test_scaled_fp8_as_comfyui_has_it(tmp_path):
     """Matrices of the blocks in fp8 with a scale each, the rest in bfloat16, and a marker that is no weight."""
     tensors = published(LATENT)
     expected = dict(tensors)
-    for name in [name for name in tensors if BLOCK_MATRIX.match(name)]:
+    for name in [name for name in tensors if native.is_quantizable(name)]:
         scale = np.float32(np.abs(tensors[name].astype(np.float32)).max() / 448)
         small = (tensors[name].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn)
         tensors |= {
@@ -337,7 +336,7 @@ def test_a_bad_config_beside_diffusers_weights(text, told, tmp_path):
     [
         (
             {"transformer_blocks.0.attn.to_k.weight": np.zeros((64, 63), np.float32)},
-            r"whose shapes do not fit, of shapes \[64, 64\], \[64, 63\]",
+            r"whose shapes do not fit: \[64, 64\], \[64, 63\]",
         ),
         (
             {"transformer_blocks.0.attn.to_k.bias": np.zeros((), np.float32)},

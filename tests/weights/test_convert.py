@@ -15,10 +15,11 @@ from radiance import config
 from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
-from radiance.weights.convert import EXPORT_FORMATS, convert_checkpoint, find_network_part
+from radiance.weights.conversion_report import find_network_part
+from radiance.weights.convert import convert_checkpoint
 from radiance.weights.detect import MARKERS
+from radiance.weights.formats import EXPORT_FORMATS
 from radiance.weights.opening import open_tensors
-from radiance.weights.rounding import BLOCK_MATRIX
 from radiance.weights.surgery import merge_checkpoints
 from tests.helpers.toy_files import LATENT, PIXELS, published, save, sentence, stored
 from tests.helpers.toy_models import toy_model
@@ -139,7 +140,7 @@ def test_quantized_ggufs_stay_as_they_are(kind, tmp_path):
     writer.add_string("radiance.model", json.dumps(config.to_dict(model)))
     rows = {}
     for name, x in tensors.items():
-        if BLOCK_MATRIX.match(name):
+        if native.is_quantizable(name):
             blocks = draw.integers(0, 256, (*x.shape[:-1], x.shape[-1] // block, size), np.uint8)
             blocks[..., -2 if kind == "Q6_K" else 0 :][..., :2] = np.frombuffer(
                 np.float16(1e-3).tobytes(), np.uint8
@@ -177,7 +178,7 @@ def test_small_safetensors_stay_as_they_are(dtype, scales, tmp_path):
     if dtype == "int8" and not scales:
         return
     tensors = published(PIXELS)
-    for name in filter(BLOCK_MATRIX.match, list(tensors)):
+    for name in filter(native.is_quantizable, list(tensors)):
         x = tensors[name].astype(np.float32)
         scale = (
             np.float32(0.01)
@@ -327,7 +328,7 @@ def test_errors_are_what_theory_says(dtype, tmp_path):
     report = convert_checkpoint(
         open_checkpoint(source), path, "gguf" if dtype.startswith("q") else "native", dtype
     )
-    names = [name for name in tensors if BLOCK_MATRIX.match(name)]
+    names = [name for name in tensors if native.is_quantizable(name)]
     blocks = np.concatenate([tensors[name].reshape(-1, 32) for name in names])
     found = open_checkpoint(path)
     error = (
@@ -353,7 +354,7 @@ def test_int8_is_as_far_off_as_theory_says(tmp_path):
     tensors = published(LATENT, "float32")
     source, path = save(tmp_path / "in.safetensors", tensors, LATENT), tmp_path / "out.safetensors"
     report = convert_checkpoint(open_checkpoint(source), path, dtype="int8")
-    matrices = {name: x for name, x in tensors.items() if BLOCK_MATRIX.match(name)}
+    matrices = {name: x for name, x in tensors.items() if native.is_quantizable(name)}
     found, file = open_checkpoint(path), load_file(path)
     errors = sum(
         np.square(found.get_tensor(name) - x).sum(dtype=np.float64) for name, x in matrices.items()
@@ -425,7 +426,7 @@ def test_what_must_stay_precise(dtype, tmp_path):
         == vectors
     )
     coarse = {name for name, kind in found.items() if kind == names[dtype]}
-    assert coarse == {name for name in found if BLOCK_MATRIX.match(name)}
+    assert coarse == {name for name in found if native.is_quantizable(name)}
 
 
 def test_a_matrix_that_blocks_do_not_divide_stays_whole(tmp_path):
@@ -522,7 +523,7 @@ def test_what_cannot_be_written(to, dtype, told, tmp_path):
     ("changes", "told"),
     [
         (dict(padding="learned"), "padding=learned .only encoder"),
-        (dict(text_refiner_blocks=1), "refiner=1 .only 0"),
+        (dict(text_refiner_blocks=1), "text_refiner_blocks=1 .only 0"),
     ],
 )
 def test_diffusers_has_no_place_for_our_text(changes, told, tmp_path):

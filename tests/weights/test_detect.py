@@ -86,7 +86,7 @@ def test_a_checkpoint_without_blocks_or_parts():
         "nerf_blocks.0.param_generator.weight",
         "double_blocks.0.img_mlp.0.weight",
     ):
-        with pytest.raises(CheckpointError, match=f"has no {gone}: the file is not whole") as error:
+        with pytest.raises(CheckpointError, match=f"has no {gone}: the file is incomplete") as error:
             detect.detect_model({k: v for k, v in shapes.items() if k != gone})
         sentence(error)
 
@@ -122,7 +122,7 @@ def test_what_else_a_file_is(name, told):
 )  # fmt: skip
 def test_metadata_of_another_version(told):
     with pytest.raises(
-        CheckpointError, match="describes its model in a way this version does not know"
+        CheckpointError, match="describes its model in a way that this version does not know"
     ) as error:
         detect.detect_model({"txt_in.weight": (3, 2)}, {detect.MODEL_KEY: told})
     sentence(error)
@@ -153,6 +153,6 @@ def test_empty_axes():
 
 def test_two_models_in_one_file():
     with pytest.raises(
-        CheckpointError, match="are both norm.scale: the file holds more than one model"
+        CheckpointError, match="are both norm.scale: the file contains more than one model"
     ):
         detect.canonical_names({"norm.scale": (), "norm.weight": ()})

@@ -95,7 +95,7 @@ def test_what_the_package_cannot_expand_is_told(kind, tmp_path):
     rows = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     tensors = open_gguf(theirs(tmp_path / "x.gguf", {"x": (kind, rows)}))
     with pytest.raises(
-        CheckpointError, match=f"of type {kind.name}, which the gguf package cannot expand"
+        CheckpointError, match=f"of type {kind.name}, which the gguf package cannot dequantize"
     ) as error:
         tensors["x"]
     sentence(error)
@@ -150,31 +150,31 @@ def test_shapes_that_comfyui_folded(tmp_path):
 
 SHAPE = "comfy.gguf.orig_shape.x"
 BAD = {
-    "version 1": (dict(version=1), "of version 1, and 2 and 3 are read"),
+    "version 1": (dict(version=1), "of version 1, but only versions 2 and 3"),
     "big-endian": (dict(version=3 << 24), "little-endian"),
-    "tensors without end": (dict(counts=(1 << 60, 0)), "cut short or absurd"),
-    "pairs without end": (dict(counts=(0, 1 << 60)), "cut short or absurd"),
-    "a text without end": (dict(pairs=[struct.pack("<Q", 1 << 62)]), "cut short or absurd"),
-    "an array without end": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 12, 1 << 61)]), "cut short or absurd"),
+    "tensors without end": (dict(counts=(1 << 60, 0)), "truncated or damaged"),
+    "pairs without end": (dict(counts=(0, 1 << 60)), "truncated or damaged"),
+    "a text without end": (dict(pairs=[struct.pack("<Q", 1 << 62)]), "truncated or damaged"),
+    "an array without end": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 12, 1 << 61)]), "truncated or damaged"),
     "an array of arrays": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 9, 1)]), r"of an unknown type \(9, 9\)"),
     "a value of no type": (dict(pairs=[text("a") + struct.pack("<IIQ", 13, 1, 1)]), "of an unknown type"),
-    "alignment 0": (dict(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]), "aligned to 0"),
-    "alignment word": (dict(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("a")]), "aligned to a"),
+    "alignment 0": (dict(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]), "alignment of 0"),
+    "alignment word": (dict(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("a")]), "alignment of a"),
     "many axes": (dict(infos=[text("x") + struct.pack("<I", 9) + bytes(100)]), "of 9 axes"),
-    "axes without end": (dict(infos=[info(shape=(1 << 63, 1 << 63))]), "overlaps another tensor or lies beyond the end"),
+    "axes without end": (dict(infos=[info(shape=(1 << 63, 1 << 63))]), "overlaps another tensor or extends beyond the end"),
     "empty axes without end": (dict(infos=[info(shape=(0, 1 << 63))]), "it is damaged"),
-    "beyond the end": (dict(infos=[info(shape=(33,))]), "x overlaps another tensor or lies beyond the end"),
-    "offset beyond the end": (dict(infos=[info(offset=1 << 63)]), "lies beyond the end"),
+    "beyond the end": (dict(infos=[info(shape=(33,))]), "x overlaps another tensor or extends beyond the end"),
+    "offset beyond the end": (dict(infos=[info(offset=1 << 63)]), "extends beyond the end"),
     "overlap": (dict(infos=[info("a", (20,)), info("b", (4,), offset=64)]), "b overlaps another"),
     "one name twice": (dict(infos=[info("a", (4,)), info("a", (4,), offset=64)]), "a overlaps another"),
     "no such type": (dict(infos=[info(kind=99)]), r"in a type \(99\) that the gguf package does not know"),
     "removed type": (dict(infos=[info(kind=4)]), r"in a type \(4\)"),
-    "part of a block": (dict(infos=[info(shape=(31,), kind=8)]), r"shape \[31\] in blocks of 32, which do not fit"),
-    "a block without axes": (dict(infos=[info(shape=(), kind=8)]), r"shape \[\] in blocks of 32"),
-    "original shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, 4, 9)]), r"has the shape \[4, 9\], which"),
-    "negative shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, -4, -8)]), r"has the shape \[-4, -8\]"),
+    "part of a block": (dict(infos=[info(shape=(31,), kind=8)]), r"shape \[31\], which blocks of 32 do not divide"),
+    "a block without axes": (dict(infos=[info(shape=(), kind=8)]), r"shape \[\], which blocks of 32"),
+    "original shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, 4, 9)]), r"the original shape \[4, 9\], which"),
+    "negative shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, -4, -8)]), r"the original shape \[-4, -8\]"),
     "original words": (dict(infos=[info(shape=(1,))], pairs=[text(SHAPE) + struct.pack("<IIQ", 9, 8, 1) + text("a")]), r"shape \['a'\]"),
-    "original number": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<II", 4, 32)]), "has the shape 32"),
+    "original number": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<II", 4, 32)]), "the original shape 32"),
 }  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def write(path, values):
         path,
         SHAPES,
         TYPES,
-        lambda name: encode_gguf_values(values[name], TYPES[name], name),
+        ((name, encode_gguf_values(values[name], TYPES[name], name)) for name in SHAPES),
         {"radiance.note": "zwölf"},
     )
     return path

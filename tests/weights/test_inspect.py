@@ -19,7 +19,7 @@ def test_a_published_size():
     told = inspect_model(config.MODELS["chroma1-radiance-x0"])
     assert told.splitlines()[0] == "The model is chroma1-radiance-x0."
     together = told.splitlines()[-1].split()
-    assert together[0] == "together"
+    assert together[0] == "total"
     assert together[-2] == "659"
     assert together[-1].startswith("9,50")
     assert "NeRF head" in told
@@ -47,7 +47,7 @@ def test_a_file(to, dtype, expected, tmp_path):
         line.startswith("double blocks") and expected in line.split() for line in told.splitlines()
     )
     assert any(
-        line.startswith("together") and line.endswith(f"{count:,}") for line in told.splitlines()
+        line.startswith("total") and line.endswith(f"{count:,}") for line in told.splitlines()
     )
     assert f"radiance.origin: {source}" in told
 
@@ -69,7 +69,7 @@ def test_long_metadata_is_cut(tmp_path):
     [
         (torch_tensors(), "a T5 text encoder."),
         ({"dec_net.cond_embed.weight": np.ones((2, 2), np.float32)}, "Zeta-Chroma"),
-        ({"conv.weight": np.ones((2, 2), np.float32)}, "not a model known here."),
+        ({"conv.weight": np.ones((2, 2), np.float32)}, "not a known model."),
         ({"x.lora_A.weight": np.ones((2, 2), np.float32)}, "a LoRA."),
     ],
 )
@@ -77,13 +77,13 @@ def test_other_files(tensors, told, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     text = inspect_file(tmp_path / "x.safetensors")
     assert told in text
-    assert "together" in text
+    assert "total" in text
     assert f"{sum(x.size for x in tensors.values()):,}" in text
 
 
 def test_a_damaged_file(tmp_path):
     path = save(tmp_path / "x.safetensors", published(LATENT), LATENT)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="not a whole safetensors file") as error:
+    with pytest.raises(CheckpointError, match="not a complete safetensors file") as error:
         inspect_file(path)
     sentence(error)

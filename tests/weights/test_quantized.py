@@ -12,11 +12,10 @@ from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
 from radiance.model.paths import count_inputs, is_block_matrix
 from radiance.model.quantized import QuantizedKernel, quantize
-from radiance.weights import diffusers
+from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
 from radiance.weights.gguf import open_gguf
-from radiance.weights.rounding import BLOCK_MATRIX
 from tests.helpers.toy_files import LATENT, PIXELS, published, save, sentence
 from tests.helpers.toy_models import toy_model
 
@@ -34,7 +33,7 @@ def small(x):
 def scaled(tensors, store, rows, suffix=".weight_scale"):
     """The blocks' matrices as numbers with a scale of all, or one of each row, that is no power of two."""
     out = dict(tensors)
-    for name in filter(BLOCK_MATRIX.match, tensors):
+    for name in filter(native.is_quantizable, tensors):
         x = tensors[name].astype(np.float32)
         largest = np.abs(x).max(axis=1, keepdims=True) if rows else np.abs(x).max(keepdims=True)
         scale = largest / np.float32(
@@ -81,7 +80,7 @@ def test_with_scales(store, rows, tmp_path):
 @pytest.mark.parametrize("store", ["float8_e4m3fn", "float8_e5m2"])
 def test_fp8_without_scales(store, tmp_path):
     tensors = {
-        name: x.astype(NUMBERS[store]) if BLOCK_MATRIX.match(name) else x
+        name: x.astype(NUMBERS[store]) if native.is_quantizable(name) else x
         for name, x in published(PIXELS).items()
     }
     assert_is_the_file(open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS)), store)
@@ -118,7 +117,7 @@ def test_parts_that_lie_one_below_the_other(tmp_path):
         for t, (rows, _) in diffusers.locate_diffusers_slices(n, tensors[n].shape, LATENT).items()
     }
     matrices = {
-        t for n in filter(BLOCK_MATRIX.match, tensors) for t in diffusers.to_diffusers_names(n)
+        t for n in filter(native.is_quantizable, tensors) for t in diffusers.to_diffusers_names(n)
     }
     for i, name in enumerate(sorted(matrices)):
         scale = np.float32(0.003 + 0.0001 * i)

@@ -61,7 +61,7 @@ def test_an_unknown_type_is_seen_when_it_is_read(tmp_path):
     tensors = open_tensors(raw(tmp_path / "x.safetensors", {"x": entry}, bytes(4)))
     assert tensors.shapes == {"x": (4, 2)}
     with pytest.raises(
-        CheckpointError, match="of type F4, which is not read: convert the file to BF16"
+        CheckpointError, match="of type F4, which is not supported: convert the file to BF16"
     ) as error:
         tensors["x"]
     sentence(error)
@@ -165,8 +165,8 @@ def test_a_pipelines_folder(sharded, tmp_path):
         '{"weight_map": 3}': "no weight_map",
         '{"weight_map": {"a": "absent.safetensors"}}': "names absent.safetensors, which is not beside it",
         '{"weight_map": {"a": "../../etc/passwd"}}': "names passwd, which is not beside it",
-        '{"weight_map": {"a": "m-00002-of-00002.safetensors"}}': "promises a, which the files do not hold",
-        '{"weight_map": {"a\\nb": "m-00001-of-00002.safetensors"}}': r"promises a\\nb, which",
+        '{"weight_map": {"a": "m-00002-of-00002.safetensors"}}': "lists a, which its files do not contain",
+        '{"weight_map": {"a\\nb": "m-00001-of-00002.safetensors"}}': r"lists a\\nb, which",
         "[" * 100_000: "no weight_map",
         '{"weight_map": {"a": 5}}': "names 5|no weight_map",
     }.items(),
@@ -185,7 +185,7 @@ def test_folders_that_say_too_little(tmp_path):
         (tmp_path / name).write_bytes(b"")
     for name, told in {
         "absent.safetensors": "There is no file",
-        "empty": "holds no safetensors",
+        "empty": "contains no safetensors",
         ".": "one.gguf, two.gguf: name one",
     }.items():
         with pytest.raises(CheckpointError, match=told) as error:
@@ -202,11 +202,11 @@ def test_files_that_cannot_be_read(tmp_path):
     whole = path.read_bytes()
     start = struct.unpack("<Q", whole[:8])[0]
     cases = {
-        "end cut off": (whole[:-5], "not a whole safetensors"),
-        "header cut off": (whole[: start // 2], "not a whole safetensors"),
-        "bytes too many": (whole + b"\0" * 8, "not a whole safetensors"),
-        "header is no JSON": (whole[:8] + b"}" * start + whole[8 + start :], "not a whole safetensors"),
-        "text": (b"<!DOCTYPE html><html>404 not found</html>\n" * 20, "not a whole safetensors"),
+        "end cut off": (whole[:-5], "not a complete safetensors"),
+        "header cut off": (whole[: start // 2], "not a complete safetensors"),
+        "bytes too many": (whole + b"\0" * 8, "not a complete safetensors"),
+        "header is no JSON": (whole[:8] + b"}" * start + whole[8 + start :], "not a complete safetensors"),
+        "text": (b"<!DOCTYPE html><html>404 not found</html>\n" * 20, "not a complete safetensors"),
         "an entry that is a list": (raw(path, '{"a": ["F32", [1], [0, 4]]}', bytes(4)).read_bytes(), "its header is unusual"),
         "too many axes": (raw(path, {"a": {"dtype": "F32", "shape": [1] * 41, "data_offsets": [0, 4]}}, bytes(4)).read_bytes(), "it is damaged"),
         "absurd empty axes": (
@@ -214,8 +214,8 @@ def test_files_that_cannot_be_read(tmp_path):
         ),
         "zip pickle": (b"PK\x03\x04" + bytes(100), "pickle"),
         "old pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(100), "pickle"),
-        "empty": (b"", "not a whole safetensors"),
-        "short": (b"\x01\x02", "not a whole safetensors"),
+        "empty": (b"", "not a complete safetensors"),
+        "short": (b"\x01\x02", "not a complete safetensors"),
     }  # fmt: skip
     for name, (content, told) in cases.items():
         path.write_bytes(content)
