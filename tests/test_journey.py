@@ -1,4 +1,4 @@
-"""The fine-tuner's journey at toy size: a checkpoint file and a folder of images in, a file that PyTorch opens out."""
+"""Fine-tuning at toy size, from a checkpoint file and a folder of images to a PyTorch export."""
 
 import importlib
 import json
@@ -35,26 +35,32 @@ MODEL = toy_model(
     text_dim=TOY.hidden,
 )
 TOY_RUN = [
-    *(f"model.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for key, value in config.to_dict(MODEL).items()),
-    "compute.dtype=float32", "compute.remat=none", "text.dtype=float32", "text.max_length=16", "data.resolution=16", "data.batch_size=4", "data.num_threads=1",
-    "data.validation_fraction=0.3", "optimizer.gradient_accumulation_steps=1", "optimizer.ema_decays=0.9999,0.5", "optimizer.learning_rate=1e-3", "train.steps=4",
-    "train.validate_every=4", "train.validation_images=2", "train.sample_every=4", "train.checkpoint_every=4", "sample.steps=2",
+    *(
+        f"model.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in config.to_dict(MODEL).items()
+    ),
+    "compute.dtype=float32", "compute.remat=none", "text.dtype=float32", "text.max_length=16",
+    "data.resolution=16", "data.batch_size=4", "data.num_threads=1",
+    "data.validation_fraction=0.3", "optimizer.gradient_accumulation_steps=1",
+    "optimizer.ema_decays=0.9999,0.5", "optimizer.learning_rate=1e-3", "train.steps=4",
+    "train.validate_every=4", "train.validation_images=2", "train.sample_every=4",
+    "train.checkpoint_every=4", "sample.steps=2",
     "train.sample_prompts=a red cat",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(12):
-        Image.fromarray(draw.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(CAPTIONS[i % len(CAPTIONS)])
     return folder
 
 
 @pytest.fixture(scope="module")
 def tuned(images, tmp_path_factory):
-    """The run directory, and what the command line printed."""
+    """Return the run directory of a fine-tuned toy."""
     folder = tmp_path_factory.mktemp("journey")
     file = folder / "published.safetensors"
     checkpoint.write_checkpoint(file, MODEL, toy_params(MODEL))
@@ -71,18 +77,18 @@ def tuned(images, tmp_path_factory):
     return folder / "finetune"
 
 
-def test_the_run_starts_from_the_file_and_learns(tuned):
+def test_run_starts_from_the_file_and_learns(tuned):
     rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0
     assert rows[0]["validation_loss"] > rows[-1]["validation_loss"]
-    told = json.loads((tuned / "data.json").read_text())
-    assert told["train"]["count"] + told["validation"]["count"] == 12
-    assert told["text"]["encoder"] == "t5"
+    metadata = json.loads((tuned / "data.json").read_text())
+    assert metadata["train"]["count"] + metadata["validation"]["count"] == 12
+    assert metadata["text"]["encoder"] == "t5"
     assert (tuned / "samples" / "00000004.png").is_file()
 
 
 @pytest.mark.reference
-def test_its_export_opens_in_pytorch_and_paints_the_same_image(tuned, tmp_path, monkeypatch):
+def test_export_samples_the_same_image_in_pytorch(tuned, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(tuned), str(out), "--weights", "ema=0.5", "--dtype", "bf16"]) == 0
@@ -95,7 +101,7 @@ def test_its_export_opens_in_pytorch_and_paints_the_same_image(tuned, tmp_path, 
     monkeypatch.syspath_prepend(tmp_path / "torch")
     for name in ("model", "sample"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    theirs = importlib.import_module("model").load(tmp_path / "torch")  # strict
+    network = importlib.import_module("model").load(tmp_path / "torch")  # strict
 
     pipeline = radiance.load(out, text_encoder=str(tuned.parent / "t5"), dtype="float32")
     positive, negative = encode_prompts(
@@ -105,10 +111,10 @@ def test_its_export_opens_in_pytorch_and_paints_the_same_image(tuned, tmp_path, 
         MODEL.masking,
     )
     negative = type(negative)(np.repeat(negative.text, 2, axis=0), np.repeat(negative.lengths, 2))
-    settings = config.override(pipeline.run.sample, ["guidance=2", "steps=4"])
+    settings = config.override(pipeline.run.sample, ["guidance_scale=2", "steps=4"])
     times = make_time_schedule(settings, 16)
     noise = np.random.default_rng(1).standard_normal((2, 16, 24, 3), np.float32)
-    ours = sample_from_noise(
+    expected = sample_from_noise(
         bind_model(MODEL, pipeline.run.compute, pipeline.params),
         jax.numpy.asarray(noise),
         times,
@@ -126,22 +132,22 @@ def test_its_export_opens_in_pytorch_and_paints_the_same_image(tuned, tmp_path, 
         )
     )
     text, lengths, negative_text, negative_lengths = map(torch.tensor, inputs)
-    painted = importlib.import_module("sample").sample(
-        theirs,
+    samples = importlib.import_module("sample").sample(
+        network,
         torch.tensor(noise).permute(0, 3, 1, 2),
         text,
         lengths,
         negative_text,
         negative_lengths,
         times=times.tolist(),
-        guidance=2.0,
+        guidance_scale=2.0,
     )
-    painted = painted.permute(0, 2, 3, 1).numpy()
-    assert np.abs(painted - ours).max() <= 1e-4 * np.abs(ours).max()
+    samples = samples.permute(0, 2, 3, 1).numpy()
+    assert np.abs(samples - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.reference
-def test_the_exported_folder_paints_by_itself(tuned, tmp_path):
+def test_exported_folder_samples_by_itself(tuned, tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     assert main(["convert", str(tuned), str(tmp_path / "torch"), "--to", "torch"]) == 0
     done = subprocess.run(
@@ -155,8 +161,8 @@ def test_the_exported_folder_paints_by_itself(tuned, tmp_path):
     assert Image.open(next((tmp_path / "torch" / "images").glob("*.png"))).size == (16, 16)
 
 
-def test_a_loss_far_off_names_what_is_probably_wrong(tuned, images, tmp_path, capsys):
-    """The same weights, taken for a model that predicts velocity."""
+def test_high_initial_loss_names_the_likely_cause(tuned, images, tmp_path, capsys):
+    """The same weights are loaded as a model that predicts velocity."""
     out, wrong = tmp_path / "out.safetensors", tmp_path / "wrong.safetensors"
     assert main(["convert", str(tuned), str(out)]) == 0
     assert main(["convert", str(out), str(wrong), "--prediction", "velocity"]) == 0

@@ -1,5 +1,7 @@
-"""Every experiment and every arm is a config that can be, and takes a step at the size of its arm for a CPU. Found by looking, so that a new
-file is covered."""
+"""Every experiment and every variant is a valid config, and takes a step at toy size.
+
+Experiments are found by listing the folder, so that a new file is covered.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,60 +21,62 @@ from radiance.text.factory import make_encoder
 from radiance.training.step import init_state, make_train_step
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-SMALL = ("toy", "rehearsal")  # arms for a CPU
-SMALL_FIRST = ("few_steps",)  # before other arms, which change what it says
-FOR_A_CPU = ("quickstart", "dilation", "one_shape", "latent_source")  # as they are
+TOYS = ("toy", "rehearsal")  # variants for a CPU
+TOY_FIRST = ("few_steps",)  # the toy comes before other variants, which change its settings
+CPU_EXPERIMENTS = ("quickstart", "dilation", "one_shape", "latent_source")
 
 
-def arms(path: Path) -> list[str]:
+def list_variants(path: Path) -> list[str]:
     return list(getattr(load_module(str(path)), "VARIANTS", {}))
 
 
-def small(path: Path) -> list[str]:
-    """The experiment for a CPU, as it is and behind each of its arms."""
-    if path.stem in FOR_A_CPU:
-        return [str(path), *(f"{path}:{arm}" for arm in arms(path))]
-    found = []
-    for small in set(SMALL) & set(arms(path)):
-        others = [name for name in arms(path) if name != small]
-        pairs = [(small, name) if path.stem in SMALL_FIRST else (name, small) for name in others]
-        found += [f"{path}:{':'.join(names)}" for names in [(small,), *pairs]]
-    return found
+def list_toys(path: Path) -> list[str]:
+    """Return names of the experiment for a CPU, alone and combined with each variant."""
+    if path.stem in CPU_EXPERIMENTS:
+        return [str(path), *(f"{path}:{name}" for name in list_variants(path))]
+    names = []
+    for toy in set(TOYS) & set(list_variants(path)):
+        others = [name for name in list_variants(path) if name != toy]
+        pairs = [(toy, name) if path.stem in TOY_FIRST else (name, toy) for name in others]
+        names += [f"{path}:{':'.join(variants)}" for variants in [(toy,), *pairs]]
+    return names
 
 
-def distinct(names: list[str]) -> list[str]:
-    """Those that differ in more than their name and what they start from."""
+def drop_duplicates(names: list[str]) -> list[str]:
+    """Keep configs that differ in more than name and init."""
     return list(
         {replace(load_experiment(name), name="run", init="none"): name for name in names}.values()
     )
 
 
 PATHS = sorted(FOLDER.glob("*.py"))
-NAMES = [str(path) + arm for path in PATHS for arm in ("", *(f":{name}" for name in arms(path)))]
-STEPS = distinct([name for path in PATHS for name in small(path)])
+NAMES = [
+    str(path) + arm for path in PATHS for arm in ("", *(f":{name}" for name in list_variants(path)))
+]
+STEPS = drop_duplicates([name for path in PATHS for name in list_toys(path)])
 COMPILED = [
     next((name for name in STEPS if name.startswith(str(path))), "") for path in PATHS
-]  # of the others the step is traced alone
+]  # the steps of the others are only traced
 
 
-def short(name: str) -> str:
+def file_name(name: str) -> str:
     return Path(name).name
 
 
-@pytest.mark.parametrize("name", NAMES, ids=short)
-def test_it_builds(name):
+@pytest.mark.parametrize("name", NAMES, ids=file_name)
+def test_config_is_valid(name):
     run = load_experiment(name)
     assert run.name.replace("-", ":", 1).partition(":")[0] == Path(name.partition(":")[0]).stem
     assert config.from_json(config.Config, config.to_json(run)) == run
     assert all(
         x.size for x in jax.tree.leaves(make_abstract_params(run.model))
-    )  # checkpoints cannot hold an empty array
+    )  # checkpoints cannot store empty arrays
     make_mesh(run.mesh)  # fits one device
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS, ids=short)
-def test_it_takes_a_step(name):
+@pytest.mark.parametrize("name", STEPS, ids=file_name)
+def test_train_step(name):
     run = load_experiment(name)
     run = replace(
         run,
@@ -80,13 +84,13 @@ def test_it_takes_a_step(name):
         data=replace(run.data, batch_size=2 * run.optimizer.gradient_accumulation_steps),
     )
     assert run.text.encoder == "hash"
-    draw, count = np.random.default_rng(0), run.data.batch_size
+    rng, count = np.random.default_rng(0), run.data.batch_size
     text, lengths = make_encoder(run.text, run.model.text_dim)(["a red cat"] * count)
     if run.data.dropped_caption == "masked":
         lengths[0] = 0
-    ways = (run.distill.segments,) if run.distill.kind == "trajectories" else ()
-    image = draw.uniform(
-        -1, 1, (count, *ways, run.data.resolution, run.data.resolution, run.model.channels)
+    segments = (run.distill.segments,) if run.distill.kind == "trajectories" else ()
+    image = rng.uniform(
+        -1, 1, (count, *segments, run.data.resolution, run.data.resolution, run.model.channels)
     ).astype(np.float32)
     batch = {
         "image": image,
@@ -96,20 +100,20 @@ def test_it_takes_a_step(name):
         "seed": np.arange(count),
     }
 
-    def weights(wanted: bool):
+    def random_params(needed: bool):
         return (
             jax.tree.map(
-                lambda x: 0.05 * draw.standard_normal(x.shape, np.float32),
+                lambda x: 0.05 * rng.standard_normal(x.shape, np.float32),
                 make_abstract_params(run.model),
             )
-            if wanted
+            if needed
             else None
         )
 
     others = (
-        weights(run.lora.rank > 0),
+        random_params(run.lora.rank > 0),
         None,
-        Teacher(weights(run.distill.needs_teacher), TextCondition(text[:1], lengths[:1])),
+        Teacher(random_params(run.distill.needs_teacher), TextCondition(text[:1], lengths[:1])),
     )
     if name not in COMPILED:
         jax.eval_shape(
@@ -128,14 +132,14 @@ def test_it_takes_a_step(name):
             ]
         )
 
-    metrics, moved = first(
-        weights(not run.lora.rank), batch, *others
-    )  # fresh ones have gates of 0, behind which nothing learns
+    metrics, has_changed = first(
+        random_params(not run.lora.rank), batch, *others
+    )  # fresh params have gates of 0 and would not train
     assert np.isfinite(metrics["loss"])
     assert metrics["loss"] > 0
-    assert metrics["skipped"] == 0
-    assert moved.any(), "no parameter has moved"
+    assert metrics["skipped_steps"] == 0
+    assert has_changed.any(), "no parameter has changed"
 
 
-def test_every_experiment_but_the_quickstart_has_an_arm_for_a_cpu():
+def test_every_experiment_has_a_toy():
     assert {Path(name.partition(":")[0]).name for name in STEPS} == {path.name for path in PATHS}

@@ -38,7 +38,7 @@ def test_a_fault_is_run_script(name, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH)
 def test_a_fault_of_the_installed_package_is_run_script(name, capsys, monkeypatch):
-    """The size depends on random weights. An effect of 0 means that the package was fixed: note it in the table."""
+    """An effect of 0 means that the package was fixed: note it in the table."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     monkeypatch.syspath_prepend(str(FOLDER))
