@@ -1,6 +1,5 @@
 """The results of a suite in a page of Markdown and a figure: each arm against the base, seed by seed."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,8 @@ import scipy.stats
 from radiance.ablation.results import Result, abbreviate
 from radiance.ablation.suite import Suite
 from radiance.base.errors import ConfigError
-from radiance.evaluation.charts import format_number, linear_ticks
+from radiance.base.tables import format_number
+from radiance.evaluation.figures import plot_intervals, render_svg
 from radiance.evaluation.statistics import (
     CONFIDENCE,
     Interval,
@@ -306,56 +306,24 @@ def format_percent(interval: Interval) -> str:
     return f"{interval.mean:+.1%} ({interval.low:+.1%} … {interval.high:+.1%})"
 
 
-# --- the figure ---------------------------------------------------------------------------------------------------------
-
-LEFT_MARGIN, WIDTH, ROW_HEIGHT, TOP_MARGIN = 150, 640, 26, 34
+# --- the figure ---------------------------------------------------------------------------------
 
 
 def draw_figure(suite: Suite, results: Mapping[str, Result]) -> str:
-    """SVG: each arm's paired difference to the base with its interval, over the margin of equality in grey. Those that diverged have none."""
-    comparisons = compare_arms(suite, results)
-    comparisons = {
-        arm: comparison for arm, comparison in comparisons.items() if comparison.difference
+    """Return an SVG document with each arm's paired difference from the base and its interval.
+
+    The band is the margin of equality, and the control is gray. Arms that diverged are left out.
+    """
+    percentages = {
+        arm: Interval(*(100 * end for end in comparison.difference))
+        for arm, comparison in compare_arms(suite, results).items()
+        if comparison.difference
     }
-    ends = [end for comparison in comparisons.values() for end in comparison.difference] + [
-        -suite.margin,
-        suite.margin,
-    ]
-    low, high = min(ends) * 100, max(ends) * 100
-    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
-    height = TOP_MARGIN + ROW_HEIGHT * len(comparisons) + 40
-
-    def to_x(fraction: float) -> float:
-        return LEFT_MARGIN + (WIDTH - LEFT_MARGIN - 16) * (100 * fraction - low) / (high - low)
-
-    bottom = height - 36
-    elements = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12" fill="#222">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
-        f'<text x="8" y="18" font-weight="bold">{html.escape(suite.name)}: {suite.metric} against {html.escape(suite.base)}, %</text>',
-        f'<rect x="{to_x(-suite.margin):.1f}" y="{TOP_MARGIN}" width="{to_x(suite.margin) - to_x(-suite.margin):.1f}" height="{bottom - TOP_MARGIN}" fill="#ddd"/>',
-    ]
-    for tick in linear_ticks(low, high):
-        position = to_x(tick / 100)
-        elements.append(
-            f'<path d="M{position:.1f} {TOP_MARGIN}V{bottom}" stroke="{"#222" if tick == 0 else "#ccc"}"/>'
-        )
-        elements.append(
-            f'<text x="{position:.1f}" y="{bottom + 16}" text-anchor="middle">{format_number(tick)}</text>'
-        )
-    for row, (arm, comparison) in enumerate(comparisons.items()):
-        position, interval = TOP_MARGIN + ROW_HEIGHT * (row + 0.5), comparison.difference
-        color = "#888" if arm == suite.control else "#2a6fbb"
-        elements.append(
-            f'<text x="{LEFT_MARGIN - 8}" y="{position + 4:.1f}" text-anchor="end">{html.escape(arm)}</text>'
-        )
-        elements.append(
-            f'<path d="M{to_x(interval.low):.1f} {position:.1f}H{to_x(interval.high):.1f}" stroke="{color}" stroke-width="2"/>'
-        )
-        elements.append(
-            f'<circle cx="{to_x(interval.mean):.1f}" cy="{position:.1f}" r="4" fill="{color}"/>'
-        )
-    elements.append(
-        f'<text x="{LEFT_MARGIN}" y="{height - 6}">mean and {CONFIDENCE:.0%} interval over seeds; grey: margin of equality</text></svg>'
+    figure = plot_intervals(
+        f"{suite.name}: {suite.metric} against {suite.base}",
+        f"difference in %: mean and {CONFIDENCE:.0%} interval over seeds; band: margin of equality",
+        percentages,
+        100 * suite.margin,
+        gray_names=[suite.control],
     )
-    return "\n".join(elements) + "\n"
+    return render_svg(figure)

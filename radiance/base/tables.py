@@ -38,3 +38,11 @@ def format_table(
         preserve_whitespace=style == "plain",
     )
     return "\n".join(line.rstrip() for line in table.split("\n"))
+
+
+def format_number(x: float) -> str:
+    """Format a number with four significant digits and a suffix k, M or G: 0.002, 20k, 1.5M."""
+    for size, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / divisor:.4g}{suffix}"
+    return f"{x:.4g}".replace("e-0", "e-")

@@ -100,7 +100,7 @@ def main(options: argparse.Namespace) -> int:
 def _inspect_modulation(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from radiance.evaluation import modulation_variance
+    from radiance.evaluation import modulation_report, modulation_variance
     from radiance.training.run_directory import is_run_directory
     from radiance.weights.checkpoint import open_checkpoint
 
@@ -122,10 +122,10 @@ def _inspect_modulation(options: argparse.Namespace) -> int:
         )
     )
     page_path = options.write or Path("modulation.html")
-    modulation_variance.write_modulation_report(page_path, Path(options.what).name, vectors, grid)
-    print(
-        f"{modulation_variance.format_summary(vectors, grid)}\n\n{modulation_variance.format_vector_table(vectors)}\n\n{page_path} shows every block."
-    )
+    modulation_report.write_modulation_report(page_path, Path(options.what).name, vectors, grid)
+    summary = modulation_report.format_summary(vectors, grid)
+    table = modulation_report.format_vector_table(vectors)
+    print(f"{summary}\n\n{table}\n\n{page_path} shows every block.")
     return 0
 
 

@@ -17,7 +17,8 @@ from radiance.weights.opening import open_tensors
 class ClipScorer:
     """A CLIP of transformers from a local folder: config.json, safetensors, tokenizer and image settings, as `save_pretrained` writes them.
 
-    Nothing is downloaded. Raises ImportError without transformers and torch, and CheckpointError for a folder that holds no CLIP.
+    Nothing is downloaded. Raises ImportError without transformers and torch, and CheckpointError
+    for a folder that holds no CLIP.
     """
 
     def __init__(self, folder: str | Path):
@@ -25,7 +26,8 @@ class ClipScorer:
             from transformers import CLIPConfig, CLIPModel, CLIPProcessor
         except ImportError:
             raise ImportError(
-                "The CLIP score needs PyTorch and transformers: install torch and 'radiance[reference]'."
+                "The CLIP score needs PyTorch and transformers: install torch and "
+                "'radiance[reference]'."
             ) from None
         folder = Path(folder).expanduser()
         file = open_tensors(folder)
@@ -41,22 +43,26 @@ class ClipScorer:
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{folder} holds no whole CLIP of transformers ({str(error).splitlines()[0]}): copy it again."
+                f"{folder} holds no whole CLIP of transformers ({str(error).splitlines()[0]}): "
+                "copy it again."
             ) from None
         if loading_info["missing_keys"]:  # which transformers would draw at random
             raise CheckpointError(
-                f"{folder} holds no whole CLIP: its weights lack {', '.join(sorted(loading_info['missing_keys'])[:3])}."
+                f"{folder} holds no whole CLIP: its weights lack "
+                f"{', '.join(sorted(loading_info['missing_keys'])[:3])}."
             )
         self.identity = hash_parts("clip", file.fingerprint(), self.model.config.to_json_string())
 
     def __call__(self, images: Images, captions: Sequence[str]) -> Float32[np.ndarray, " b"]:
         """The score of every image in [-1, 1] with its caption: 100 max(cos, 0) of their embeddings. What is over 77 tokens is cut off.
 
-        (The paper multiplies by 2.5 in place of 100.) Raises DataError for another number of captions than images.
+        (The paper multiplies by 2.5 in place of 100.) Raises DataError for another number of
+        captions than images.
         """
         if len(images) != len(captions):
             raise DataError(
-                f"There are {len(images)} images and {len(captions)} captions: every image needs its own."
+                f"There are {len(images)} images and {len(captions)} captions: every image needs "
+                "its own."
             )
         import torch
 

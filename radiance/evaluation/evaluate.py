@@ -53,8 +53,8 @@ def evaluate_loss(
 ) -> dict[str, Any]:
     """The velocity loss of the first images of the validation split, over uniform time and in bins of it.
 
-    Each image is seen at one time in each bin; times and noise follow from train.seed and the image's place in its batch. It is the plain loss,
-    also of a model that was taught by another.
+    Each image is seen at one time in each bin; times and noise follow from train.seed and the
+    image's place in its batch. It is the plain loss, also of a model that was taught by another.
     """
     run = replace(
         pipeline.run,
@@ -92,11 +92,13 @@ def check_images(source: Source, indices: Sequence[int], resolution: int):
     """Raises DataError when there are too few, and when scenes cannot be read at that side."""
     if len(indices) < MIN_IMAGES:
         raise DataError(
-            f"{len(indices)} images of the validation split can be painted, and comparing takes {MIN_IMAGES}: ask for more."
+            f"{len(indices)} images of the validation split can be painted, and comparing takes "
+            f"{MIN_IMAGES}: ask for more."
         )
     if load_scene_descriptions(source, indices) and resolution % GRID_SIZE:
         raise DataError(
-            f"Images of data.resolution={resolution} do not divide into {GRID_SIZE}×{GRID_SIZE} cells, and cannot be read: make it a multiple of {GRID_SIZE}."
+            f"Images of data.resolution={resolution} do not divide into {GRID_SIZE}×{GRID_SIZE} "
+            f"cells, and cannot be read: make it a multiple of {GRID_SIZE}."
         )
 
 
@@ -201,7 +203,8 @@ class SampleMetrics:
         """Raises DataError for an image that is not finite."""
         if nonfinite_rows := np.flatnonzero(~np.isfinite(samples).all(axis=(1, 2, 3))).tolist():
             raise DataError(
-                f"Image {self.num_images + nonfinite_rows[0]} has values that are not finite: look at the run's losses, or at its weights."
+                f"Image {self.num_images + nonfinite_rows[0]} has values that are not finite: look "
+                "at the run's losses, or at its weights."
             )
         images = np.stack([to_signed(np.asarray(to_image(sample))) for sample in samples])
         self.clipping_sum += len(samples) * clipping_fraction(samples)
@@ -226,6 +229,7 @@ def load_real_images(source: Source, indices: Sequence[int], resolution: int) ->
         )
         for index, reason in batch.broken.items():
             raise DataError(
-                f"{source.name(index)!r} of the validation split cannot be decoded ({reason}): put a whole one there."
+                f"{source.name(index)!r} of the validation split cannot be decoded ({reason}): put "
+                "a whole one there."
             )
         yield to_signed(batch.image)

@@ -1,7 +1,7 @@
 """Feature extractors: what images are turned into before sets of them are compared, and where the features of real ones are kept.
 
-An extractor goes by its name in every result, `FD(pixels16)`, for a distance without its features is no number. The two here need no
-file; `evaluation/inception.py` has the one of the literature.
+An extractor goes by its name in every result, `FD(pixels16)`, for a distance without its features
+is no number. The two here need no file; `evaluation/inception.py` has the one of the literature.
 """
 
 import json
@@ -63,8 +63,9 @@ def _downsample(
 class RandomNetworkExtractor:
     """A convolutional network with random weights that are never trained: textures and edges as it happens to see them.
 
-    Four 3×3 convolutions of stride 2, each with a ReLU; the features are the means of their channels over the image. Such networks
-    tell sets of images apart without the bias of a training set (arXiv 2002.09797), but they are no judge of what people see.
+    Four 3×3 convolutions of stride 2, each with a ReLU; the features are the means of their
+    channels over the image. Such networks tell sets of images apart without the bias of a training
+    set (arXiv 2002.09797), but they are no judge of what people see.
     """
 
     name = "random-network"
@@ -109,12 +110,14 @@ def extract_features(batches: Iterable[Images], extractor: Extractor) -> Feature
     for images in batches:
         if np.ndim(images) != 4:
             raise DataError(
-                f"Batches of images have 4 axes, and this one is of shape {np.shape(images)}: give a list of batches."
+                f"Batches of images have 4 axes, and this one is of shape {np.shape(images)}: give "
+                "a list of batches."
             )
         features = extractor(images)
         if nonfinite_rows := np.flatnonzero(~np.isfinite(features).all(axis=1)).tolist():
             raise DataError(
-                f"Image {sum(map(len, feature_batches)) + nonfinite_rows[0]} has {extractor.name} features that are not finite: look at its values."
+                f"Image {sum(map(len, feature_batches)) + nonfinite_rows[0]} has {extractor.name} "
+                "features that are not finite: look at its values."
             )
         feature_batches.append(features)
     if not feature_batches:
@@ -131,8 +134,9 @@ def load_or_extract_features(
 ) -> Features:
     """The features of `count` real images: from `folder` where they were taken before, else from `batches`, and then kept there.
 
-    fingerprint: a hash of the images as they are given, so also of their size and crop. A file is used only when it says that it was
-    made by this extractor from these images; any other is made anew. Raises DataError when the batches hold another number of images.
+    fingerprint: a hash of the images as they are given, so also of their size and crop. A file is
+        used only when it says that it was made by this extractor from these images; any other is
+        made anew. Raises DataError when the batches hold another number of images.
     """
     provenance = {
         "extractor": extractor.name,

@@ -15,15 +15,17 @@ ROUNDING_POWER = (2 / 255) ** 2 / 12  # the power of rounding to 8 bits
 def radial_spectrum(images: Images) -> Float64[np.ndarray, " frequencies"]:
     """Mean power of all images and channels by distance from frequency 0.
 
-    Entry i stands for (i + 1) cycles along the shorter side, ± ½, up to half a cycle per pixel; frequency 0, the mean of a channel, is left
-    out, and so are the corners beyond. White noise of variance σ² has the power σ² everywhere. A Hann window keeps the step between
-    opposite edges, which is no part of an image, from drowning the high frequencies.
+    Entry i stands for (i + 1) cycles along the shorter side, ± ½, up to half a cycle per pixel;
+    frequency 0, the mean of a channel, is left out, and so are the corners beyond. White noise of
+    variance σ² has the power σ² everywhere. A Hann window keeps the step between opposite edges,
+    which is no part of an image, from drowning the high frequencies.
     """
     _, height, width, _ = images.shape
     min_size = min(height, width)
     if min_size < 4:
         raise DataError(
-            f"Images of {width}×{height} are too small for a spectrum: both sides must be at least 4 pixels."
+            f"Images of {width}×{height} are too small for a spectrum: both sides must be at least "
+            "4 pixels."
         )
     window = np.outer(_hann_window(height), _hann_window(width))[..., None]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)) * min_size
@@ -83,7 +85,8 @@ def seam_differences(images: Images, patch_size: int) -> Float64[np.ndarray, " 2
     _, height, width, _ = images.shape
     if not 2 <= patch_size < max(height, width):
         raise DataError(
-            f"Patches of {patch_size} pixels have no seams to measure in images of {_format_size(images)}."
+            f"Patches of {patch_size} pixels have no seams to measure in images of "
+            f"{_format_size(images)}."
         )
     totals, counts = np.zeros(2), np.zeros(2)  # inside, across
     for axis in (1, 2):

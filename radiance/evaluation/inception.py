@@ -1,14 +1,17 @@
 """The Inception network of the Fréchet inception distance (arXiv 1706.08500), with weights from a user's file.
 
-FD(inception) is what the literature calls FID. The weights are those of the TensorFlow graph of 2015-12-05 in their PyTorch form, as
-pytorch-fid and torch-fidelity name them. The network is Inception v3 (arXiv 1512.00567) as torchvision has it, but for:
+FD(inception) is what the literature calls FID. The weights are those of the TensorFlow graph of
+2015-12-05 in their PyTorch form, as pytorch-fid and torch-fidelity name them. The network is
+Inception v3 (arXiv 1512.00567) as torchvision has it, but for:
 
-- the average pools of the blocks 5b to 7b divide by the number of places inside the image, where torchvision counts the padding too;
+- the average pools of the blocks 5b to 7b divide by the number of places inside the image, where
+torchvision counts the padding too;
 - the last block, 7c, has a maximum pool in place of the average;
 - there are 1008 classes, whose layer is not used here, and no auxiliary classifier.
 
-Images are rounded to 8 bits, enlarged as TensorFlow 1 did, and scaled to (x − 128) / 128, as in the original, in ADM's suite and in
-torch-fidelity. (pytorch-fid enlarges between pixel centers and scales to x / 127.5 − 1: its numbers differ a little from these.)
+Images are rounded to 8 bits, enlarged as TensorFlow 1 did, and scaled to (x − 128) / 128, as in the
+original, in ADM's suite and in torch-fidelity. (pytorch-fid enlarges between pixel centers and
+scales to x / 127.5 − 1: its numbers differ a little from these.)
 """
 
 from collections.abc import Callable
@@ -85,8 +88,9 @@ def _interpolation_weights(n: int) -> Float32[np.ndarray, "299 n"]:
     return weights
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
-# Written once, over a `conv`, so that one pass of shapes alone tells what the file must hold. Names are those of the file.
+# --- the network ---------------------------------------------------------------------------------
+# Written once, over a `conv`, so that one pass of shapes alone tells what the file must hold. Names
+# are those of the file.
 
 
 def inception_v3(conv: Conv, x: Float32[Array, "b 299 299 3"]) -> Float32[Array, "b 2048"]:
@@ -226,7 +230,7 @@ def convolve(
     )
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 
 @cache
@@ -265,14 +269,15 @@ def check_inception_file(file: Tensors):
     """Raises CheckpointError, also for torchvision's weights, which have the same names and shapes but for the classes."""
     if FIRST_KERNEL not in file.shapes:
         raise CheckpointError(
-            f"{file.path} holds no Inception v3 (it has no {FIRST_KERNEL}): give the weights of FID, pt_inception-2015-12-05."
+            f"{file.path} holds no Inception v3 (it has no {FIRST_KERNEL}): give the weights of "
+            "FID, pt_inception-2015-12-05."
         )
     if file.shapes.get(CLASS_WEIGHT, (1008,))[0] != 1008 or any(
         key.startswith("AuxLogits.") for key in file.shapes
     ):
         raise CheckpointError(
-            f"{file.path} holds the Inception v3 of torchvision, whose features are others: give the weights of FID, "
-            "pt_inception-2015-12-05, as safetensors."
+            f"{file.path} holds the Inception v3 of torchvision, whose features are others: give "
+            "the weights of FID, pt_inception-2015-12-05, as safetensors."
         )
     unused = (CLASS_WEIGHT, "fc.bias")
     used_shapes = {

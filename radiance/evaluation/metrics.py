@@ -19,7 +19,7 @@ NUM_NEIGHBORS = 3  # of precision and recall, as published
 NUM_SUBSETS = 10  # of KID
 
 
-# --- Fréchet distance -------------------------------------------------------------------------------------------------
+# --- Fréchet distance ----------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
@@ -56,10 +56,12 @@ def compute_moments(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½): the squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; arXiv 1706.08500, eq. 6).
 
-    Estimated from few images it is too large, and the more so the fewer they are: compare only values of one count.
+    Estimated from few images it is too large, and the more so the fewer they are: compare only
+    values of one count.
     """
-    # The trace of (Σa Σb)^½ is the sum of the singular values of Σa^½ Σb^½. No root is taken of a rounding error of the product, so
-    # that covariances of fewer vectors than features, which have no full rank, do as well as others.
+    # The trace of (Σa Σb)^½ is the sum of the singular values of Σa^½ Σb^½. No root is taken of a
+    # rounding error of the product, so that covariances of fewer vectors than features, which have
+    # no full rank, do as well as others.
     root_product_trace = scipy.linalg.svdvals(
         _matrix_sqrt(a.covariance) @ _matrix_sqrt(b.covariance)
     ).sum()
@@ -80,7 +82,7 @@ def _matrix_sqrt(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, 
     return (eigenvectors * np.sqrt(np.maximum(eigenvalues, 0))) @ eigenvectors.T
 
 
-# --- kernel distance --------------------------------------------------------------------------------------------------
+# --- kernel distance -----------------------------------------------------------------------------
 
 
 class KernelDistance(NamedTuple):
@@ -94,16 +96,19 @@ def kernel_distance(
     num_subsets: int = NUM_SUBSETS,
     seed: int = 0,
 ) -> KernelDistance:
-    """KID: the squared maximum mean discrepancy under (x·y / d + 1)³, unbiased at any count, so that it may fall below 0
-    (arXiv 1801.01401, §4).
+    """KID: the squared maximum mean discrepancy under (x·y / d + 1)³, unbiased at any count, so
+    that it may fall below 0 (arXiv 1801.01401, §4).
 
-    Both sets are shuffled and cut into `subsets` parts; the value is the mean over the pairs of parts. They share no vector, so the
-    values of parts are independent and their scatter gives the standard error. (The customary 100 draws of 1000 vectors overlap: they
-    have the same expectation, but their scatter tells nothing of the error.) Raises DataError for less than two vectors a part.
+    Both sets are shuffled and cut into `subsets` parts; the value is the mean over the pairs of
+    parts. They share no vector, so the values of parts are independent and their scatter gives the
+    standard error. (The customary 100 draws of 1000 vectors overlap: they have the same
+    expectation, but their scatter tells nothing of the error.) Raises DataError for less than two
+    vectors a part.
     """
     if min(len(x), len(y)) < 2 * num_subsets:
         raise DataError(
-            f"KID by {num_subsets} parts needs at least {2 * num_subsets} images of each kind, and there are {len(x)} and {len(y)}."
+            f"KID by {num_subsets} parts needs at least {2 * num_subsets} images of each kind, and "
+            f"there are {len(x)} and {len(y)}."
         )
     permutations = (
         random_permutation(
@@ -134,7 +139,7 @@ def _cubic_kernel(
     return (np.asarray(x, np.float64) @ np.asarray(y, np.float64).T / x.shape[1] + 1) ** 3
 
 
-# --- precision and recall ---------------------------------------------------------------------------------------------
+# --- precision and recall ------------------------------------------------------------------------
 
 
 class PrecisionRecall(NamedTuple):
@@ -149,12 +154,13 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Improved precision and recall (arXiv 1904.06991, §2).
 
-    A vector lies among the others when it is no farther from one of them than that one's k-th nearest neighbor of its own kind.
-    Raises DataError when there are no k others.
+    A vector lies among the others when it is no farther from one of them than that one's k-th
+    nearest neighbor of its own kind. Raises DataError when there are no k others.
     """
     if min(len(generated), len(real)) <= num_neighbors:
         raise DataError(
-            f"Precision and recall by {num_neighbors} neighbors need more images than that, and there are {len(generated)} and {len(real)}."
+            f"Precision and recall by {num_neighbors} neighbors need more images than that, and "
+            f"there are {len(generated)} and {len(real)}."
         )
     fractions = (
         _is_in_manifold(x, y, num_neighbors).mean()
@@ -190,7 +196,8 @@ def _iterate_distance_blocks(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
 ) -> Iterator[tuple[int, Float64[np.ndarray, "b m"]]]:
     """Squared distances of every x to every y, some rows at a time, with the number of the first row."""
-    # About the mean, so that |x|² + |y|² − 2 x·y loses no digits to what all vectors have in common.
+    # About the mean, so that |x|² + |y|² − 2 x·y loses no digits to what all vectors have in
+    # common.
     center = np.mean(y, axis=0, dtype=np.float64)
     y = np.asarray(y, np.float64) - center
     squared_norms = np.square(y).sum(axis=1)

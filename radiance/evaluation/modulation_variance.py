@@ -1,15 +1,16 @@
-"""How much of a FLUX-style model's modulation is a function of time alone: a checkpoint read layer by layer, no image painted.
+"""Measure how much of a FLUX-style model's modulation is a function of time alone.
 
-FLUX's blocks make their shifts, scales and gates from time, a pooled text vector and, in dev, guidance; the layers that do are 3.2 of its
-11.9 B parameters. Chroma made all of it a function of time (and of a guidance that is always 0). What that gave up is measured here, on a
-grid of all times × pooled vectors × guidances, on which the variance of a vector falls into parts that add up (analysis of variance):
-of time alone, of the pooled vector alone, of guidance alone, and of those together, which no sum of functions of one of them has.
+FLUX's blocks compute their shifts, scales and gates from time, a pooled text vector and, in dev,
+guidance; the layers that do so are 3.2 of its 11.9 B parameters. Chroma made the modulation a
+function of time (and of a guidance that is always 0). This module measures what Chroma gave up,
+from a checkpoint alone and one layer at a time. On a grid of all times × pooled vectors × guidance
+scales, the variance of a vector is the sum of independent parts (analysis of variance): those of
+time alone, of the pooled vector alone, of guidance alone, and their interaction, which no sum of
+functions of one input has.
 """
 
-import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,12 +19,7 @@ from jaxtyping import Float, Float32
 from scipy.special import expit
 
 from radiance import config
-from radiance.base.errors import CheckpointError
-from radiance.base.files import replace_atomically
-from radiance.base.tables import format_table as text_table
-from radiance.data.datasets import DataError
-from radiance.evaluation.charts import COLORS, Line, render_line_chart
-from radiance.evaluation.report import format_html_table, render_page
+from radiance.base.errors import CheckpointError, DataError
 from radiance.model.modulation import (
     DOUBLE_VECTOR_NAMES,
     SINGLE_VECTOR_NAMES,
@@ -34,26 +30,32 @@ from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import is_finite
 
-NUM_TIMES = 32  # evenly over [0, 1], in the middle of as many intervals
-NUM_RANDOM_POOLED = 32  # Gaussian vectors, where there are no prompts' own
-MAX_POOLED_VECTORS = 128  # of the prompts' vectors, evenly out of the file
-GUIDANCE_SCALES = (1.0, 3.5, 6.0)  # of models that embed it
-CONSTANT_THRESHOLD = 1e-12  # variance over mean square of what only rounding moves
+NUM_TIMES = 32  # evenly spaced: the centers of as many intervals of [0, 1]
+NUM_RANDOM_POOLED = 32  # Gaussian vectors, used if there are no pooled vectors of prompts
+MAX_POOLED_VECTORS = 128  # of prompts, evenly spaced in the file
+GUIDANCE_SCALES = (1.0, 3.5, 6.0)  # for models that embed it
+CONSTANT_THRESHOLD = 1e-12  # variance over mean square that is due to rounding alone
 
 
 class ConditionGrid(NamedTuple):
-    """What the modulation is asked for: every combination."""
+    """Inputs of the modulation; it is computed for all their combinations."""
 
     time: Float32[np.ndarray, " t"]
-    pooled: Float32[np.ndarray, "p w"]  # [1, 0] for models that read none
-    guidance: Float32[np.ndarray, " g"]  # [1], of 0, for models that read none
-    pooled_description: str  # what the pooled vectors are
+    pooled: Float32[np.ndarray, "p w"]  # [1, 0] for models without this input
+    guidance: Float32[np.ndarray, " g"]  # [0.0] for models without this input
+    pooled_description: str  # origin of the pooled vectors
+
+    @property
+    def other_inputs(self) -> list[str]:
+        """Names of the inputs besides time."""
+        names = ["the pooled vector"] if self.pooled.shape[1] else []
+        return [*names, "guidance"] if len(self.guidance) > 1 else names
 
 
 class VarianceComponents(NamedTuple):
-    """The mean square of a vector's channels over the grid, part by part."""
+    """The mean square of a modulation vector over the grid, summed over channels, by component."""
 
-    constant: float
+    constant: float  # square of the mean
     time: float
     pooled: float
     guidance: float
@@ -61,128 +63,143 @@ class VarianceComponents(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """Without rounding: 0 for what is constant."""
-        total = sum(self[1:])
+        """The total variance; 0 if it is due to rounding alone."""
+        total = self.time + self.pooled + self.guidance + self.interaction
         return total if total > CONSTANT_THRESHOLD * self.constant else 0.0
 
     @property
     def r2_time(self) -> float:
-        """R² of the best function of time. NaN for a constant, as of the other."""
+        """R² of the best function of time; NaN if the vector is constant."""
         return self.time / self.variance if self.variance else float("nan")
 
     @property
     def r2_additive(self) -> float:
-        """R² of the best function of time plus one of the pooled vector plus one of guidance."""
+        """R² of the best sum of functions of time, pooled vector and guidance; NaN if constant."""
         return 1 - self.interaction / self.variance if self.variance else float("nan")
 
 
 class ModulationVector(NamedTuple):
-    layer_type: str  # image, text, single, output
+    """A measured vector."""
+
+    layer_type: str  # image, text, single or output
     block: int
-    name: str  # shift, attention gate, …
+    name: str  # such as shift or attention gate
     components: VarianceComponents
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 def explain_trivial_case(model: config.Model) -> str | None:
-    """Why there is nothing to measure, for models whose modulation cannot read anything but time (or not even that); None for others.
+    """Return why there is nothing to measure, or None.
 
-    Raises ConfigError for those that have no layers of their own in the blocks.
+    There is nothing to measure if the modulation has no input besides time.
+
+    Raises:
+        ConfigError: The modulation reads other inputs, but not through layers in every block.
     """
     if model.modulation == "approximator":
         return (
-            "R² of time is 1 by construction: this model's approximator reads time, the number of the vector, and a guidance that all "
-            "published training and sampling leaves at 0. No text reaches its modulation."
+            "R² of time is 1 by construction: this model's approximator reads time, the index of "
+            "the vector, and a guidance that is 0 in all published training and sampling. No text "
+            "reaches its modulation."
         )
     if model.modulation == "none":
-        return "The modulation of this model is learned vectors, which are the same at every time: there is no variance to explain."
-    if not model.pooled_dim and not model.guidance_embed:
         return (
-            "R² of time is 1 by construction: nothing but time enters the modulation of this model."
+            "The modulation of this model is learned vectors, which are the same at every time: "
+            "there is no variance to explain."
         )
+    if not model.pooled_dim and not model.guidance_embed:
+        return "R² of time is 1 by construction: time is the only input of this model's modulation."
     if model.modulation != "per_block":
         raise config.ConfigError(
-            f"The modulation of this model is {model.modulation}, and layers of each block are measured: only per_block."
+            f"The modulation of this model is {model.modulation}, and only per_block can be "
+            "measured: it has layers in every block."
         )
     return None
 
 
 def make_grid(model: config.Model, pooled_path: Path | None = None) -> ConditionGrid:
-    """The grid for a model. prompts: a safetensors file with their pooled vectors. Raises DataError when it holds something else."""
+    """Return the inputs on which a model is measured.
+
+    Args:
+        model: Settings of the model.
+        pooled_path: A safetensors file with one tensor [prompts, width], the pooled vectors of
+            prompts; random vectors if None.
+
+    Raises:
+        DataError: The file has no such tensor, or more than one.
+    """
     time = (np.arange(NUM_TIMES, dtype=np.float32) + np.float32(0.5)) / np.float32(NUM_TIMES)
     guidance = np.array(GUIDANCE_SCALES if model.guidance_embed else (0,), np.float32)
-    pooled, pooled_description = (
-        _load_pooled_vectors(pooled_path, model.pooled_dim)
-        if pooled_path
-        else _random_pooled_vectors(model.pooled_dim)
-    )
-    return ConditionGrid(time, pooled, guidance, pooled_description)
+    if pooled_path:
+        pooled, description = _load_pooled_vectors(pooled_path, model.pooled_dim)
+    else:
+        pooled, description = _random_pooled_vectors(model.pooled_dim)
+    return ConditionGrid(time, pooled, guidance, description)
 
 
 def _load_pooled_vectors(path: Path, width: int) -> tuple[Float32[np.ndarray, "p w"], str]:
     if not width:
         raise DataError(f"This model reads no pooled vectors: leave {path} out.")
     file = open_tensors(path)
-    matching_names = [
+    names = [
         name
         for name, shape in file.shapes.items()
-        if len(shape) == 2 and shape[1] == width and shape[0] > 1
+        if len(shape) == 2 and shape[0] > 1 and shape[1] == width
     ]
-    if len(matching_names) != 1:
+    if len(names) != 1:
         raise DataError(
-            f"{path} has {len(matching_names)} tensors of shape [prompts, {width}] with two prompts or more: make a file with one."
+            f"{path} has {len(names)} tensors of shape [prompts, {width}] with two prompts or "
+            "more: give a file with one."
         )
-    vectors = file[matching_names[0]].astype(np.float32)
+    vectors = file[names[0]].astype(np.float32)
     if not np.isfinite(vectors).all():
-        raise DataError(
-            f"{matching_names[0]} of {path} holds values that are not finite: make it anew."
-        )
-    subset = vectors[
-        np.linspace(0, len(vectors) - 1, min(len(vectors), MAX_POOLED_VECTORS)).round().astype(int)
-    ]
-    return subset, f"{len(subset)} of the {len(vectors)} pooled vectors of {path}"
+        raise DataError(f"{names[0]} of {path} has values that are not finite: write it again.")
+    count = min(len(vectors), MAX_POOLED_VECTORS)
+    indices = np.linspace(0, len(vectors) - 1, count).round().astype(int)
+    return vectors[indices], f"{count} of the {len(vectors)} pooled vectors of {path}"
 
 
 def _random_pooled_vectors(width: int) -> tuple[Float32[np.ndarray, "p w"], str]:
     if not width:
         return np.zeros((1, 0), np.float32), "no pooled vectors, which this model does not read"
-    description = f"{NUM_RANDOM_POOLED} Gaussian vectors of norm about {width**0.5:.1f} in place of prompts' pooled vectors (real ones: --pooled FILE)"
-    return np.random.default_rng(0).standard_normal(
-        (NUM_RANDOM_POOLED, width), np.float32
-    ), description
+    description = (
+        f"{NUM_RANDOM_POOLED} Gaussian vectors of norm about {width**0.5:.1f} in place of pooled "
+        "vectors of prompts (those: --pooled FILE)"
+    )
+    shape = (NUM_RANDOM_POOLED, width)
+    return np.random.default_rng(0).standard_normal(shape, np.float32), description
 
 
 def measure_variance(checkpoint: Checkpoint, grid: ConditionGrid) -> Iterator[ModulationVector]:
-    """Every vector of a `per_block` model, block by block: one layer of one block is in memory at a time."""
+    """Yield every modulation vector of a `per_block` model, block by block.
+
+    One layer of one block is in memory at a time.
+
+    Raises:
+        CheckpointError: A weight has values that are not finite.
+    """
     embeddings = embed_conditions(checkpoint, grid)
     shape, d = embeddings.shape, checkpoint.model.hidden
     x = embeddings.reshape(-1, d)  # NumPy multiplies stacks of short matrices one by one
     for layer_type, block, native_name, vector_names in _iterate_layers(checkpoint.model):
-        weight, bias = (
-            _read_tensor(checkpoint, f"{native_name}.weight"),
-            _read_tensor(checkpoint, f"{native_name}.bias").astype(np.float32),
-        )
+        weight = _read_tensor(checkpoint, f"{native_name}.weight")
+        bias = _read_tensor(checkpoint, f"{native_name}.bias").astype(np.float32)
         for i, name in enumerate(vector_names):
             rows = slice(i * d, (i + 1) * d)
-            yield ModulationVector(
-                layer_type,
-                block,
-                name,
-                decompose_variance(
-                    (x @ weight[rows].astype(np.float32).T + bias[rows]).reshape(shape)
-                ),
-            )
+            values = x @ weight[rows].astype(np.float32).T + bias[rows]
+            components = decompose_variance(values.reshape(shape))
+            yield ModulationVector(layer_type, block, name, components)
 
 
 def count_vectors(model: config.Model) -> int:
-    """Vectors that `measure` gives."""
+    """Return the number of vectors that `measure_variance` yields."""
     return sum(len(names) for *_, names in _iterate_layers(model))
 
 
 def _iterate_layers(model: config.Model) -> Iterator[tuple[str, int, str, Sequence[str]]]:
-    """The layers of blocks, in their native names, and the vectors that lie in them one below the other."""
+    """Yield type, block, native name and vectors of each modulation layer.
+
+    The rows of a layer's matrix compute its vectors one after the other.
+    """
     for block in range(model.double_blocks):
         yield "image", block, f"double_blocks.{block}.img_mod.lin", DOUBLE_VECTOR_NAMES
         yield "text", block, f"double_blocks.{block}.txt_mod.lin", DOUBLE_VECTOR_NAMES
@@ -193,7 +210,7 @@ def _iterate_layers(model: config.Model) -> Iterator[tuple[str, int, str, Sequen
 
 
 def embed_conditions(checkpoint: Checkpoint, grid: ConditionGrid) -> Float32[np.ndarray, "t p g d"]:
-    """SiLU of the sum of the embeddings, which every layer reads."""
+    """Return SiLU of the sum of all inputs' embeddings, which every modulation layer reads."""
 
     def embed(prefix: str, x: Float[np.ndarray, "n w"]) -> Float32[np.ndarray, "n d"]:
         for layer in ("in_layer", "out_layer"):
@@ -204,20 +221,20 @@ def embed_conditions(checkpoint: Checkpoint, grid: ConditionGrid) -> Float32[np.
             x = (silu(x) if layer == "out_layer" else x) @ weight.T + bias
         return x
 
-    x = embed(
-        "time_in", np.asarray(sinusoidal_embedding(jnp.asarray(grid.time), TIME_EMBEDDING_DIM))
-    )[:, None, None]
+    x = embed("time_in", _sinusoidal_embedding(grid.time))[:, None, None]
     if checkpoint.model.pooled_dim:
         x = x + embed("vector_in", grid.pooled)[:, None]
     if checkpoint.model.guidance_embed:
-        x = x + embed(
-            "guidance_in",
-            np.asarray(sinusoidal_embedding(jnp.asarray(grid.guidance), TIME_EMBEDDING_DIM)),
-        )
+        x = x + embed("guidance_in", _sinusoidal_embedding(grid.guidance))
     return silu(x)
 
 
+def _sinusoidal_embedding(x: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, "n w"]:
+    return np.asarray(sinusoidal_embedding(jnp.asarray(x), TIME_EMBEDDING_DIM))
+
+
 def silu(x: Float32[np.ndarray, "*n"]) -> Float32[np.ndarray, "*n"]:
+    """Return x · sigmoid(x)."""
     return x * expit(x)
 
 
@@ -225,138 +242,22 @@ def _read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     values = checkpoint.get_tensor(name)
     if not is_finite(values):
         raise CheckpointError(
-            f"{checkpoint.origin}: {name} holds values that are not finite: the file is damaged."
+            f"{checkpoint.origin}: {name} has values that are not finite: the file is damaged."
         )
     return values
 
 
 def decompose_variance(values: Float[np.ndarray, "t p g d"]) -> VarianceComponents:
-    """Sums over the channels."""
+    """Return the components of the variance over a grid, summed over the channels d."""
     x = values.astype(np.float64)
     mean = x.mean(axis=(0, 1, 2))
     x -= mean
-    components = [
-        np.square(x.mean(axis=other_axes)).sum(-1).mean() for other_axes in ((1, 2), (0, 2), (0, 1))
+    main_effects = [
+        float(np.square(x.mean(axis=other_axes)).sum(-1).mean())
+        for other_axes in ((1, 2), (0, 2), (0, 1))
     ]
-    total = np.square(x).sum(-1).mean()
-    return VarianceComponents(
-        float(np.square(mean).sum()),
-        *map(float, components),
-        max(0.0, float(total - sum(components))),
-    )
-
-
-# --- telling ----------------------------------------------------------------------------------------------------------
-
-
-def format_summary(vectors: Sequence[ModulationVector], grid: ConditionGrid) -> str:
-    """What was measured, and one number of it."""
-    guidance = (
-        f" × guidances {', '.join(f'{g:g}' for g in grid.guidance)}"
-        if len(grid.guidance) > 1
-        else ""
-    )
-    varying_components = [v.components for v in vectors if v.components.variance]
-    lines = [
-        f"{len(grid.time)} times, evenly over 0 (image) to 1 (noise), × {grid.pooled_description}{guidance}."
-    ]
-    if num_constant := len(vectors) - len(varying_components):
-        lines.append(f"{num_constant} of the {len(vectors)} vectors are constant.")
-    if varying_components:
-        lines.append(
-            f"Of the variance of a vector, time alone explains {fmean(s.r2_time for s in varying_components):.1%} in the mean over {len(varying_components)} vectors, "
-            f"and a function of time plus one of {' plus one of '.join(_other_input_names(grid))} {fmean(s.r2_additive for s in varying_components):.1%}; time alone "
-            f"explains 99% or more of {sum(s.r2_time >= 0.99 for s in varying_components)} vectors."
-        )
-    return "\n".join(lines)
-
-
-def _other_input_names(grid: ConditionGrid) -> list[str]:
-    return ["the pooled vector"] * (grid.pooled.shape[1] > 0) + ["guidance"] * (
-        len(grid.guidance) > 1
-    )
-
-
-def format_vector_table(vectors: Sequence[ModulationVector]) -> str:
-    """A table of medians and minima over the blocks."""
-    rows = [("layers", "vector", "blocks", "R² time", "lowest", "R² sum", "lowest", "constant")]
-    for layer_type, name in dict.fromkeys((v.layer_type, v.name) for v in vectors):
-        components = [v.components for v in vectors if (v.layer_type, v.name) == (layer_type, name)]
-        rows.append(
-            (
-                layer_type,
-                name,
-                f"{len(components)}",
-                *_format_median_and_minimum([s.r2_time for s in components]),
-                *_format_median_and_minimum([s.r2_additive for s in components]),
-                _format_constant_fraction(components),
-            )
-        )
-    return text_table(rows, num_text_columns=2)
-
-
-def _format_median_and_minimum(values: Sequence[float]) -> tuple[str, str]:
-    """Median and minimum of those that are numbers."""
-    valid = [x for x in values if x == x]
-    return (f"{median(valid):.3f}", f"{min(valid):.3f}") if valid else ("–", "–")
-
-
-def _format_constant_fraction(components: Sequence[VarianceComponents]) -> str:
-    """The median share of the mean square that no input moves."""
-    constants_and_totals = [(s.constant, s.constant + s.variance) for s in components]
-    return f"{median(constant / total if total else 1.0 for constant, total in constants_and_totals):.1%}"
-
-
-def write_modulation_report(
-    path: Path, title: str, vectors: Sequence[ModulationVector], grid: ConditionGrid
-):
-    """R² of every vector over the blocks, as a page without script or network."""
-    charts = []
-    for layer_type, part in dict.fromkeys(
-        (v.layer_type, v.name.rpartition(" ")[0]) for v in vectors if v.layer_type != "output"
-    ):
-        lines = []
-        for color, name in zip(COLORS, SINGLE_VECTOR_NAMES):
-            block_vectors = [
-                v
-                for v in vectors
-                if v.layer_type == layer_type and v.name == f"{part} {name}".strip()
-            ]
-            lines.append(
-                Line(name, [(v.block, v.components.r2_time) for v in block_vectors], color)
-            )
-            lines.append(
-                Line(
-                    "",
-                    [(v.block, v.components.r2_additive) for v in block_vectors],
-                    color,
-                    "dashed",
-                )
-            )
-        charts.append(
-            render_line_chart(f"{layer_type} {part}".strip(), "R²", lines, x_label="block")
-        )
-    rows = [
-        (
-            v.layer_type,
-            v.block,
-            v.name,
-            f"{v.components.r2_time:.4f}",
-            f"{v.components.r2_additive:.4f}",
-            _format_constant_fraction([v.components]),
-        )
-        for v in vectors
-    ]
-    html_parts = [
-        f"<h1>Modulation of {html.escape(title)}</h1>",
-        *(f"<p>{html.escape(line)}</p>" for line in format_summary(vectors, grid).splitlines()),
-    ]
-    html_parts.append(
-        "<p>Solid: R² of time alone. Dashed: of a function of time plus a function of each other input.</p>"
-    )
-    html_parts.append(f'<div class="charts">{"".join(charts)}</div><h2>Every vector</h2>')
-    html_parts.append(
-        format_html_table(("layers", "block", "vector", "R² time", "R² sum", "constant"), rows)
-    )
-    with replace_atomically(path) as part:
-        part.write_text(render_page(f"Modulation of {title}", html_parts), "utf-8")
+    total = float(np.square(x).sum(-1).mean())
+    interaction = max(0.0, total - sum(main_effects))
+    time, pooled, guidance = main_effects
+    constant = float(np.square(mean).sum())
+    return VarianceComponents(constant, time, pooled, guidance, interaction)

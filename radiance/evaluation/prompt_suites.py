@@ -57,7 +57,8 @@ class PromptSuite(NamedTuple):
             )
         except OSError as error:
             raise config.ConfigError(
-                f"{prompts_path} cannot be read ({error.strerror}): give the prompts of suite {suite_name}."
+                f"{prompts_path} cannot be read ({error.strerror}): give the prompts of suite "
+                f"{suite_name}."
             ) from None
         except (ValueError, TypeError, KeyError) as error:
             raise config.ConfigError(
@@ -79,11 +80,13 @@ class PromptSuite(NamedTuple):
                 list(suite_prompt.seeds),
             ):
                 raise config.ConfigError(
-                    f"{folder / self.last_file(suite_prompt)} is of another prompt or seed: give another --out."
+                    f"{folder / self.last_file(suite_prompt)} is of another prompt or seed: give "
+                    "another --out."
                 )
             elif self.next_file and (folder / self.next_file(suite_prompt)).exists():
                 raise config.ConfigError(
-                    f"{folder / self.next_file(suite_prompt)} is of more seeds than these, and would be scored with them: give another --out."
+                    f"{folder / self.next_file(suite_prompt)} is of more seeds than these, and "
+                    "would be scored with them: give another --out."
                 )
         return pending
 

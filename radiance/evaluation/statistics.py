@@ -1,4 +1,4 @@
-"""How far a mean over a few training seeds can be trusted."""
+"""Confidence intervals of a mean over a few training seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,6 +12,8 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval."""
+
     mean: float
     low: float
     high: float
@@ -21,31 +23,43 @@ class Interval(NamedTuple):
 
 
 def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The mean with Student's two-sided interval, which holds for values that scatter normally. Raises ConfigError for fewer than two."""
-    values = _check_values(values)
-    mean, standard_error = values.mean(), scipy.stats.sem(values)
-    margin = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * standard_error
-    return Interval(float(mean), float(mean - margin), float(mean + margin))
+    """Return the mean of normally distributed values with Student's two-sided interval.
+
+    Args:
+        values: At least two finite values.
+        confidence: Probability that the interval contains the true mean.
+
+    Raises:
+        ConfigError: There are fewer than two values, or one is not finite.
+    """
+    samples = np.asarray(values, np.float64)
+    if len(samples) < 2 or not np.isfinite(samples).all():
+        raise ConfigError(
+            "An interval needs finite values of at least two seeds, not "
+            f"{', '.join(map(str, values)) or 'none'}."
+        )
+    mean = float(samples.mean())
+    if np.ptp(samples) == 0:  # SciPy's test divides by the standard error
+        return Interval(mean, mean, mean)
+    low, high = scipy.stats.ttest_1samp(samples, 0).confidence_interval(confidence)
+    return Interval(mean, float(low), float(high))
 
 
 def paired_differences(
     arm_values: Mapping[int, float], control_values: Mapping[int, float]
 ) -> list[float]:
-    """Ours − theirs by seed: what two arms of a seed have in common, their data and first weights, cancels.
+    """Return arm − control by seed, so that effects of data and initial weights cancel.
 
-    Raises ConfigError when the seeds are not the same.
+    Args:
+        arm_values: Values by seed.
+        control_values: Values of the same seeds.
+
+    Raises:
+        ConfigError: The seeds differ.
     """
     if unpaired_seeds := sorted(arm_values.keys() ^ control_values.keys()):
         raise ConfigError(
-            f"Seeds {', '.join(map(str, unpaired_seeds))} have no partner: paired differences need both arms of every seed."
+            f"Seeds {', '.join(map(str, unpaired_seeds))} have no partner: paired differences need "
+            "both arms of every seed."
         )
     return [arm_values[seed] - control_values[seed] for seed in sorted(arm_values)]
-
-
-def _check_values(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, np.float64)
-    if len(array) < 2 or not np.isfinite(array).all():
-        raise ConfigError(
-            f"An interval needs the finite values of at least two seeds, and these were given: {', '.join(map(str, values))}."
-        )
-    return array

@@ -2,10 +2,11 @@
 
 A user's check of an installation, a device or an attention backend; and our tests'.
 
-One evaluation of the network agrees to a few units in the last place. Six guided steps of an x0 model with random weights are
-another matter: they are so ill-conditioned that one unit in the last place of the noise moves the image by 1e-4, and the
-stored reference, itself computed in float32, is as far from the exact (float64) result. So beside every error stands how far
-rounding alone moves that output, measured on the spot, and of a sampled image no more than that is asked.
+One evaluation of the network agrees to a few units in the last place. Six guided steps of an x0
+model with random weights are another matter: they are so ill-conditioned that one unit in the last
+place of the noise moves the image by 1e-4, and the stored reference, itself computed in float32, is
+as far from the exact (float64) result. So beside every error stands how far rounding alone moves
+that output, measured on the spot, and of a sampled image no more than that is asked.
 """
 
 import json
@@ -60,7 +61,8 @@ def verify_golden_file(
     file = open_tensors(path)
     if "config" not in file.metadata or "velocity" not in file.shapes:
         raise CheckpointError(
-            f"{path} is not a golden file: it has no config in its metadata or no velocity to compare with."
+            f"{path} is not a golden file: it has no config in its metadata or no velocity to "
+            "compare with."
         )
     reference_config = json.loads(file.metadata["config"])
     shapes = {

@@ -59,9 +59,7 @@ def test_features_are_those_of_single_images(extractor):
         {"pixels16": 768, "random-network": 480}[extractor.name],
     )
     for i in range(5):
-        np.testing.assert_allclose(
-            found[i], extractor(images[i : i + 1])[0], rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(found[i], extractor(images[i : i + 1])[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 20)])

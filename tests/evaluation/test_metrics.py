@@ -155,9 +155,7 @@ def test_parts_are_drawn_by_the_seed_and_use_all_vectors(monkeypatch):
     x, y = np.arange(25.0)[:, None], -np.arange(31.0)[:, None]
     assert kernel_distance(x, y) == kernel_distance(x, y) != kernel_distance(x, y, seed=1)
     seen = []
-    monkeypatch.setattr(
-        metrics, "squared_mmd", lambda a, b: seen.append((a, b)) or len(seen) ** 2
-    )
+    monkeypatch.setattr(metrics, "squared_mmd", lambda a, b: seen.append((a, b)) or len(seen) ** 2)
     found = kernel_distance(x, y)
     assert len(seen) == 10
     assert found == (

@@ -148,7 +148,9 @@ def test_layer_by_layer(tmp_path):
     """A layer is read when its vectors are asked for, and nothing else of the file is."""
     checkpoint, read = open_checkpoint(save(tmp_path / "x.safetensors", published(FLUX), FLUX)), []
     vectors = measure_variance(
-        replace(checkpoint, get_tensor=lambda name: read.append(name) or checkpoint.get_tensor(name)),
+        replace(
+            checkpoint, get_tensor=lambda name: read.append(name) or checkpoint.get_tensor(name)
+        ),
         GRID,
     )
     next(vectors)

@@ -1,4 +1,4 @@
-"""Intervals against tables, SciPy's own tests, and how often they hold the truth."""
+"""Intervals against printed tables, SciPy's paired test, and how often they contain the truth."""
 
 import numpy as np
 import pytest
@@ -7,48 +7,55 @@ import scipy.stats
 from radiance.base.errors import ConfigError
 from radiance.evaluation.statistics import paired_differences, student_interval
 
-# Two-sided quantiles of Student's t as printed in tables, by the number of values.
+# Two-sided quantiles of Student's t from printed tables: number of values, confidence, quantile.
 TABLE = [(2, 0.95, 12.706), (3, 0.95, 4.303), (8, 0.95, 2.365), (8, 0.99, 3.499), (31, 0.90, 1.697)]
 
 
 @pytest.mark.parametrize(("count", "confidence", "quantile"), TABLE)
-def test_the_table_of_student(count, confidence, quantile):
+def test_interval_agrees_with_printed_tables(count, confidence, quantile):
     values = np.random.default_rng(0).normal(3, 2, count)
-    found = student_interval(values, confidence)
-    half = quantile * np.std(values, ddof=1) / np.sqrt(count)
-    assert found == pytest.approx(
-        (values.mean(), values.mean() - half, values.mean() + half), rel=1e-3
-    )
+    interval = student_interval(values, confidence)
+    margin = quantile * np.std(values, ddof=1) / np.sqrt(count)
+    mean = values.mean()
+    assert interval == pytest.approx((mean, mean - margin, mean + margin), rel=1e-3)
 
 
-def test_scipy_gives_the_same_for_pairs():
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+def test_interval_agrees_with_the_t_quantile(scale):
+    values = np.random.default_rng(0).normal(1, scale, 5)
+    margin = scipy.stats.t.ppf(0.975, 4) * scipy.stats.sem(values)
+    mean = values.mean()
+    expected = (mean, mean - margin, mean + margin)
+    assert student_interval(values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_interval_of_differences_agrees_with_the_paired_test():
     a, b = np.random.default_rng(0).normal(0, 1, (2, 8))
-    found = student_interval(
+    interval = student_interval(
         paired_differences(dict(enumerate(a)), dict(reversed(list(enumerate(b)))))
     )
-    assert found[1:] == pytest.approx(
-        tuple(scipy.stats.ttest_rel(a, b).confidence_interval(0.95)), rel=1e-9
-    )
+    expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert interval[1:] == pytest.approx(tuple(expected), rel=1e-9)
 
 
-def test_the_truth_lies_inside_as_often_as_promised():
+def test_interval_contains_the_truth_as_often_as_its_confidence():
     draws = np.random.default_rng(0).normal(1, 2, (500, 3))
-    inside = [low <= 1 <= high for _, low, high in map(student_interval, draws)]
-    assert 0.93 < np.mean(inside) < 0.97
+    contains = [low <= 1 <= high for _, low, high in map(student_interval, draws)]
+    assert 0.93 < np.mean(contains) < 0.97
 
 
-def test_no_scatter():
+def test_interval_of_equal_values_is_a_point():
     assert student_interval([2.0] * 4) == (2, 2, 2)
     assert str(student_interval([2.0] * 4)) == "2 (2 … 2)"
 
 
-@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")]])
-def test_what_has_no_interval(values):
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")]])
+def test_interval_needs_two_finite_values(values):
     with pytest.raises(ConfigError, match="at least two seeds"):
         student_interval(values)
 
 
-def test_pairs_are_of_one_seed():
+def test_pairs_have_the_same_seed():
     assert paired_differences({3: 5.0, 1: 2.0}, {1: 0.5, 3: 1.0}) == [1.5, 4.0]
     with pytest.raises(ConfigError, match="Seeds 2, 4 have no partner"):
         paired_differences({1: 0.0, 2: 0.0}, {1: 0.0, 4: 0.0})
