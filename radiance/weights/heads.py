@@ -13,7 +13,7 @@ class HeadFormat(NamedTuple):
     """The native tensors of a head."""
 
     rules: list[NativeRule]
-    signature: tuple[str, ...]  # a file has the first head in HEADS whose signature it contains
+    signature: tuple[str, ...]  # a file has the first head whose signature it contains
     infer_fields: Callable[[TensorShapes], dict[str, Any]]  # shapes → settings of the head
 
 
@@ -36,7 +36,7 @@ NERF_RULES = [
     leaf_rule("nerf_blocks.{i}.norm.scale", "head/blocks/norm/scale"),
 ]
 
-HEADS = {
+HEAD_FORMATS = {
     "nerf_conv": HeadFormat(
         rules=[
             *NERF_RULES,
@@ -71,7 +71,7 @@ def head_rules() -> list[NativeRule]:
 
     return [
         rule._replace(applies_to=has_head(head))
-        for head, head_format in HEADS.items()
+        for head, head_format in HEAD_FORMATS.items()
         for rule in head_format.rules
     ]
 
@@ -85,7 +85,7 @@ def infer_head(shapes: TensorShapes) -> dict[str, Any]:
     Raises:
         KeyError: If a tensor of the head is missing.
     """
-    for head, head_format in HEADS.items():
+    for head, head_format in HEAD_FORMATS.items():
         if all(name in shapes for name in head_format.signature):
             return {"head": head, **head_format.infer_fields(shapes)}
     raise AssertionError("The last head's signature is empty.")

@@ -30,7 +30,7 @@ FLUX = toy_model(
 )
 
 
-def assert_same(params, expected):
+def assert_equal(params, expected):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -43,17 +43,17 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("model", [X0_PATCH32, FLUX], ids=["x0_patch32", "flux"])
-def test_a_half_precision_file_comes_back_byte_for_byte(model, dtype, tmp_path):
-    """The first file is made without our writer."""
-    theirs = save(tmp_path / "theirs.safetensors", published(model, dtype))
-    _, params = checkpoint.read_checkpoint(theirs, model)
+def test_a_half_precision_file_is_written_back_byte_for_byte(model, dtype, tmp_path):
+    """The source is made without our writer."""
+    source = save(tmp_path / "source.safetensors", published(model, dtype))
+    _, params = checkpoint.read_checkpoint(source, model)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
     checkpoint.write_checkpoint(tmp_path / "ours.safetensors", model, params, dtype)
-    assert stored(tmp_path / "ours.safetensors") == stored(theirs)
+    assert stored(tmp_path / "ours.safetensors") == stored(source)
 
 
-def test_types_and_sizes_of_leaves(tmp_path):
-    """Everything in bfloat16 but the pixel embedder, as published."""
+def test_leaves_have_the_requested_type(tmp_path):
+    """All but the pixel embedder are bfloat16, as in the published files."""
     tensors = published(PIXELS, "float32")
     opened = checkpoint.open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
     assert (opened.model, opened.format, opened.dtypes["txt_in.bias"]) == (PIXELS, "native", "F32")
@@ -62,13 +62,17 @@ def test_types_and_sizes_of_leaves(tmp_path):
         x.dtype == ("float32" if path.startswith("head/embedder") else "bfloat16")
         for path, x in leaves.items()
     )
-    same = np.testing.assert_array_equal
-    same(leaves["text_embed/kernel"], tensors["txt_in.weight"].T.astype(ml_dtypes.bfloat16))
-    same(leaves["head/embedder/kernel"], tensors["nerf_image_embedder.embedder.0.weight"].T)
+    assert_array_equal = np.testing.assert_array_equal
+    assert_array_equal(
+        leaves["text_embed/kernel"], tensors["txt_in.weight"].T.astype(ml_dtypes.bfloat16)
+    )
+    assert_array_equal(
+        leaves["head/embedder/kernel"], tensors["nerf_image_embedder.embedder.0.weight"].T
+    )
 
 
-def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
-    """What is cut off the end of the file is missed by nobody who does not read it."""
+def test_tensors_are_read_on_demand(tmp_path):
+    """A file that lost its end still yields all tensors before it."""
     path = save(tmp_path / "x.safetensors", published(PIXELS), PIXELS)
     opened = checkpoint.open_checkpoint(path)
     last = max(opened.shapes, key=lambda name: open_tensors(path).locations[name].offset)
@@ -82,21 +86,21 @@ def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
         opened.get_tensor(last)
 
 
-def test_read_to_shardings(written):
+def test_parameters_are_read_to_shardings(written):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = toy_params(MODEL)
-    _, again = checkpoint.read_checkpoint(
+    _, read_params = checkpoint.read_checkpoint(
         written, shardings=jax.tree.map(lambda _: sharding, params)
     )
-    assert_same(again, params)
-    assert all(x.sharding == sharding for x in jax.tree.leaves(again))
+    assert_equal(read_params, params)
+    assert all(x.sharding == sharding for x in jax.tree.leaves(read_params))
 
 
-# --- other tools' files -------------------------------------------------------------------------------------------------
+# --- other tools' files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "params."])
-def test_prefixes_and_norm_weights(prefix, written, tmp_path):
+def test_prefixes_and_weights_of_norms_are_renamed(prefix, written, tmp_path):
     renamed = {}
     for name, tensor in load_file(written).items():
         *_, parent, last = name.split(".")
@@ -106,16 +110,16 @@ def test_prefixes_and_norm_weights(prefix, written, tmp_path):
     if prefix:
         renamed["vae.decoder.weight"] = np.zeros(
             3, np.float32
-        )  # a checkpoint of everything holds other networks too
+        )  # complete checkpoints contain other networks too
     save_file(renamed, tmp_path / "renamed.safetensors")
     _, params = checkpoint.read_checkpoint(tmp_path / "renamed.safetensors", MODEL)
-    assert_same(params, toy_params(MODEL))
+    assert_equal(params, toy_params(MODEL))
 
 
-def test_one_error_names_every_misfit(written, tmp_path):
+def test_one_error_names_every_difference(written, tmp_path):
     tensors = load_file(written)
-    gone = ["txt_in.bias", "single_blocks.2.linear2.weight"]
-    for name in gone:
+    removed = ["txt_in.bias", "single_blocks.2.linear2.weight"]
+    for name in removed:
         del tensors[name]
     tensors["double_blocks.9.extra"] = tensors["strange"] = np.zeros(2, np.float32)
     tensors["img_in_patch.bias"] = np.zeros(7, np.float32)
@@ -127,45 +131,45 @@ def test_one_error_names_every_misfit(written, tmp_path):
     missing, extra, wrong = (
         text.index(word) for word in ("missing", "not expected", "of another shape")
     )
-    assert all(missing < text.index(name) < extra for name in gone)
+    assert all(missing < text.index(name) < extra for name in removed)
     assert all(extra < text.index(name) < wrong for name in ("double_blocks.9.extra", "strange"))
     assert "img_in_patch.bias is [7], not [48]" in text[wrong:]
     assert "nerf_blocks.1.norm.scale is [8, 1], not [8]" in text[wrong:]
-    assert "txt_in.weight" not in text  # what fits is not named
+    assert "txt_in.weight" not in text
 
 
-def plain(path):
-    """Takes our metadata off: a file as other tools write it."""
+def remove_metadata(path):
+    """Rewrite a file without our metadata, as other tools write it."""
     save(path, load_file(path))
 
 
-def test_markers_contradict_what_is_asked_for(tmp_path):
+def test_markers_that_contradict_the_requested_model_are_errors(tmp_path):
     for changes, marker in (
         (dict(prediction="x0"), "__x0__"),
         (dict(text_ids="sequential"), "__sequential__"),
     ):
         model, path = toy_model(**changes), tmp_path / "marked.safetensors"
         checkpoint.write_checkpoint(path, model, toy_params(model))
-        plain(path)
+        remove_metadata(path)
         with pytest.raises(CheckpointError, match=marker) as error:
             checkpoint.read_checkpoint(path, MODEL)
         sentence(error)
         checkpoint.write_checkpoint(path, MODEL, toy_params(MODEL))
-        plain(path)
-        assert_same(
+        remove_metadata(path)
+        assert_equal(
             checkpoint.read_checkpoint(path, model)[1], toy_params(MODEL)
-        )  # files without markers are about, so a user may say it
+        )  # some files lack their markers, so a request without them is accepted
 
 
-def test_a_patch32_file_is_not_read_as_patch16(tmp_path):
+def test_a_file_of_patch_32_is_not_read_as_patch_16(tmp_path):
     model = toy_model(patch=8, patch_embed="conv_half")
     checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
-    plain(tmp_path / "x.safetensors")
+    remove_metadata(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="__32x32__"):
         checkpoint.read_checkpoint(tmp_path / "x.safetensors", MODEL)
 
 
-def test_a_marker_beside_prefixed_names_is_seen(tmp_path):
+def test_a_marker_without_the_prefix_of_other_names_is_detected(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
     checkpoint.write_checkpoint(path, model, toy_params(model))
     save_file(
@@ -187,7 +191,7 @@ FOREIGN = {
     "flat quantized weights": lambda tensors: (
         {k: v.reshape(-1) for k, v in tensors.items()},
         None,
-    ),  # ValueError in _detect
+    ),  # ValueError in _infer_model
     "float8": lambda tensors: (
         tensors | {"txt_in.bias": tensors["txt_in.bias"].astype(ml_dtypes.float8_e4m3fn)},
         OURS,
@@ -198,7 +202,7 @@ OURS = {MODEL_KEY: json.dumps(config.to_dict(MODEL))}
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
+def test_foreign_files_are_rejected_with_a_message(case, written, tmp_path):
     tensors, metadata = FOREIGN[case](load_file(written))
     save_file(tensors, tmp_path / "foreign.safetensors", metadata)
     try:
@@ -207,30 +211,32 @@ def test_more_files_that_deserve_a_sentence(case, written, tmp_path):
         return
     except Exception as error:
         pytest.fail(f"{type(error).__name__}: {error}")
-    assert case == "float8"  # which could be read as well
+    assert case == "float8"  # which can be read
 
 
-def test_a_file_that_says_which_model_it_holds_is_believed(tmp_path):
+def test_a_file_with_metadata_of_another_model_is_rejected(tmp_path):
     model = toy_model(masking="strict", rope_theta=5.0)
     checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
     with pytest.raises(
-        CheckpointError, match="another model .*rope_theta is 5.0 in the file and 10000.0 here"
+        CheckpointError, match=r"another model .*rope_theta is 5.0 in the file and 10000.0 here"
     ):
         checkpoint.read_checkpoint(tmp_path / "x.safetensors", toy_model(masking="strict"))
 
 
-# --- their formats ------------------------------------------------------------------------------------------------------
+# --- other formats --------------------------------------------------------------------------------
 
 
-def gguf_file(path, tensors, kinds=None):
-    """As ComfyUI-GGUF's converter: bare names, vectors in float32, no metadata of ours."""
+def write_gguf_file(path, tensors, type_names=None):
+    """Write a file like ComfyUI-GGUF's converter: float32 vectors and no metadata of ours."""
     writer = gguf.GGUFWriter(path, "flux")
     for name, x in tensors.items():
-        kind = (kinds or {}).get(name) or (
+        ggml_type = (type_names or {}).get(name) or (
             "F32" if x.ndim == 1 or x.dtype == np.float32 else "BF16"
         )
-        kind = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, gguf.quants.quantize(x.astype(np.float32), kind), raw_dtype=kind)
+        ggml_type = gguf.GGMLQuantizationType[ggml_type]
+        writer.add_tensor(
+            name, gguf.quants.quantize(x.astype(np.float32), ggml_type), raw_dtype=ggml_type
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -238,13 +244,13 @@ def gguf_file(path, tensors, kinds=None):
     return path
 
 
-def test_gguf_of_other_tools(tmp_path):
+def test_gguf_files_of_other_tools_are_read(tmp_path):
     model = replace(PIXELS, prediction="x0", text_ids="sequential", approximator_depth=2)
     tensors = published(model)
     ones = {
         name: np.zeros(1, np.float32) for name in ("__x0__", "__sequential__")
-    }  # ggml refuses tensors without values
-    path = gguf_file(
+    }  # ggml rejects tensors without values
+    path = write_gguf_file(
         tmp_path / "x.gguf", tensors | ones, {"single_blocks.1.linear2.weight": "Q8_0"}
     )
     opened = checkpoint.open_checkpoint(path, **KNOWN)
@@ -264,18 +270,18 @@ def test_gguf_of_other_tools(tmp_path):
     )
 
 
-def test_scaled_fp8_as_comfyui_has_it(tmp_path):
-    """Matrices of the blocks in fp8 with a scale each, the rest in bfloat16, and a marker that is no weight."""
+def test_scaled_fp8_files_of_comfyui_are_read(tmp_path):
+    """Block matrices are fp8 with a scale each, the rest is bfloat16, and a marker is no weight."""
     tensors = published(LATENT)
     expected = dict(tensors)
     for name in [name for name in tensors if native.is_quantizable(name)]:
         scale = np.float32(np.abs(tensors[name].astype(np.float32)).max() / 448)
-        small = (tensors[name].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn)
+        quantized = (tensors[name].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn)
         tensors |= {
-            name: small,
+            name: quantized,
             name.replace(".weight", ".scale_weight"): np.full(1, scale, np.float32),
         }
-        expected[name] = small.astype(np.float32) * scale
+        expected[name] = quantized.astype(np.float32) * scale
     tensors["scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
     save(
         tmp_path / "x.safetensors",
@@ -287,10 +293,10 @@ def test_scaled_fp8_as_comfyui_has_it(tmp_path):
     assert all(opened.get_tensor(name).tobytes() == x.tobytes() for name, x in expected.items())
 
 
-def diffusers_folder(folder, **changes):
-    """A small model in diffusers' layout, and its tensors in the native one."""
+def write_diffusers_folder(folder, **changes):
+    """Write a quantized model in diffusers' layout and return its native tensors."""
     tensors = published(LATENT)
-    theirs = {
+    diffusers_tensors = {
         t: tensors[name][rows]
         for name in tensors
         for t, (rows, _) in diffusers.locate_diffusers_slices(
@@ -298,23 +304,23 @@ def diffusers_folder(folder, **changes):
         ).items()
     }
     folder.mkdir(exist_ok=True)
-    save(folder / "diffusion_pytorch_model.safetensors", theirs | changes)
+    save(folder / "diffusion_pytorch_model.safetensors", diffusers_tensors | changes)
     (folder / "config.json").write_text(json.dumps(diffusers.make_transformer_config(LATENT)))
     return tensors
 
 
-def test_diffusers_folders_and_pipelines(tmp_path):
+def test_folders_and_pipelines_of_diffusers_are_read(tmp_path):
     (tmp_path / "pipeline").mkdir()
-    tensors = diffusers_folder(tmp_path / "pipeline" / "transformer")
+    tensors = write_diffusers_folder(tmp_path / "pipeline" / "transformer")
     for path in (tmp_path / "pipeline", tmp_path / "pipeline" / "transformer"):
-        opened = checkpoint.open_checkpoint(path)  # config.json says how heads are rotated
+        opened = checkpoint.open_checkpoint(path)  # config.json has the rotary axes
         assert (opened.model.rope_axes, opened.format) == (LATENT.rope_axes, "diffusers")
         assert opened.shapes == {name: x.shape for name, x in tensors.items()}
         assert all(opened.get_tensor(name).tobytes() == x.tobytes() for name, x in tensors.items())
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     {
         "{": "is not JSON",
         "[" * 100_000: "is not JSON",
@@ -323,16 +329,16 @@ def test_diffusers_folders_and_pipelines(tmp_path):
     }.items(),
     ids=lambda x: x[:20],
 )
-def test_a_bad_config_beside_diffusers_weights(text, told, tmp_path):
-    diffusers_folder(tmp_path)
+def test_a_damaged_config_of_diffusers_is_rejected(text, message, tmp_path):
+    write_diffusers_folder(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.open_checkpoint(tmp_path)
     sentence(error)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"transformer_blocks.0.attn.to_k.weight": np.zeros((64, 63), np.float32)},
@@ -350,31 +356,31 @@ def test_a_bad_config_beside_diffusers_weights(text, told, tmp_path):
     ],
     ids=["width", "no axes", "gap", "extra"],
 )
-def test_diffusers_weights_that_do_not_fit(changes, told, tmp_path):
-    diffusers_folder(tmp_path, **changes)
-    with pytest.raises(CheckpointError, match=told) as error:
+def test_diffusers_weights_that_do_not_fit_are_rejected(changes, message, tmp_path):
+    write_diffusers_folder(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.open_checkpoint(tmp_path)
     sentence(error)
 
 
-def test_diffusers_weights_that_lack_a_part(tmp_path):
-    diffusers_folder(tmp_path)
+def test_diffusers_weights_without_a_part_are_incomplete(tmp_path):
+    write_diffusers_folder(tmp_path)
     tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     del tensors["single_transformer_blocks.1.attn.to_k.weight"]
     save(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
     with pytest.raises(
         CheckpointError,
-        match="has no single_transformer_blocks.1.attn.to_k.weight, so it is incomplete",
+        match=r"has no single_transformer_blocks.1.attn.to_k.weight, so it is incomplete",
     ) as error:
         checkpoint.open_checkpoint(tmp_path)
     sentence(error)
 
 
-# --- values that cannot be ----------------------------------------------------------------------------------------------
+# --- invalid values -------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_values_too_large_for_float16_are_not_written(tmp_path):
+def test_values_too_large_for_float16_are_rejected(tmp_path):
     params = toy_params(MODEL)
     params = params | dict(
         text_embed=params["text_embed"] | dict(bias=params["text_embed"]["bias"].at[0].set(1e6))
@@ -384,7 +390,7 @@ def test_values_too_large_for_float16_are_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite(value, written, tmp_path):
+def test_values_that_are_not_finite_are_rejected(value, written, tmp_path):
     tensors = load_file(written)
     tensors["single_blocks.1.linear2.weight"][3, 60] = value
     save_file(tensors, tmp_path / "bad.safetensors")

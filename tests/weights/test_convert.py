@@ -1,4 +1,4 @@
-"""Between formats and types: what must be exact is exact to the byte, and what is rounded is as far off as theory says."""
+"""Conversions that must be exact are exact to the byte; rounding errors agree with theory."""
 
 import json
 import math
@@ -56,11 +56,11 @@ TYPES = {
 WEIGHTS = {"native": "out.safetensors", "diffusers": "out", "gguf": "out.gguf", "torch": "out"}
 
 
-def written(folder, model=PIXELS, dtype="bfloat16"):
+def write_source(folder, model=PIXELS, dtype="bfloat16"):
     return save(folder / "in.safetensors", published(model, dtype), model)
 
 
-# --- exact --------------------------------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -74,15 +74,15 @@ def written(folder, model=PIXELS, dtype="bfloat16"):
     ],
     ids=lambda x: x,
 )
-def test_there_and_back_is_the_same_file(model, to, dtype, tmp_path):
-    source = written(tmp_path, MODELS[model], dtype)
-    there, back = tmp_path / WEIGHTS[to], tmp_path / "back.safetensors"
-    report = convert_checkpoint(open_checkpoint(source), there, to)
-    found = open_checkpoint(there)
-    assert found.model == MODELS[model]
-    assert found.metadata["radiance.origin"] == str(source)
-    convert_checkpoint(found, back)
-    if to == "gguf":  # where vectors are float32, which changes no value
+def test_converting_there_and_back_gives_the_same_file(model, to, dtype, tmp_path):
+    source = write_source(tmp_path, MODELS[model], dtype)
+    target, back = tmp_path / WEIGHTS[to], tmp_path / "back.safetensors"
+    report = convert_checkpoint(open_checkpoint(source), target, to)
+    converted = open_checkpoint(target)
+    assert converted.model == MODELS[model]
+    assert converted.metadata["radiance.origin"] == str(source)
+    convert_checkpoint(converted, back)
+    if to == "gguf":  # vectors are float32 there, which changes no value
         types = {name: x.dtype for name, x in load_file(source).items()}
         save(back, {name: x.astype(types[name]) for name, x in load_file(back).items()})
     assert stored(back) == stored(source)
@@ -91,62 +91,61 @@ def test_there_and_back_is_the_same_file(model, to, dtype, tmp_path):
 
 
 def test_a_file_may_be_converted_onto_itself(tmp_path):
-    source = written(tmp_path)
+    source = write_source(tmp_path)
     convert_checkpoint(open_checkpoint(source), source, dtype="float32")
     assert {x.dtype.name for x in load_file(source).values()} == {"float32"}
     assert open_checkpoint(source).model == PIXELS
 
 
-def test_markers(tmp_path):
-    source = written(tmp_path, X0_PATCH32)
+def test_markers_are_written_with_or_without_a_value(tmp_path):
+    source = write_source(tmp_path, X0_PATCH32)
     for to, empty, size in (("native", True, 0), ("gguf", True, 0), ("gguf", False, 1)):
         path = tmp_path / f"out{size}.{'gguf' if to == 'gguf' else 'safetensors'}"
         convert_checkpoint(open_checkpoint(source), path, to, empty_markers=empty)
         if to == "native":
-            found = {name: x.shape for name, x in load_file(path).items()}
+            converted = {name: x.shape for name, x in load_file(path).items()}
         else:
-            found = {x.name: tuple(map(int, x.shape)) for x in gguf.GGUFReader(path).tensors}
-        assert {name: found[name] for name in MARKERS} == dict.fromkeys(MARKERS, (size,))
+            converted = {x.name: tuple(map(int, x.shape)) for x in gguf.GGUFReader(path).tensors}
+        assert {name: converted[name] for name in MARKERS} == dict.fromkeys(MARKERS, (size,))
         assert open_checkpoint(path).model == X0_PATCH32
 
 
-def test_gguf_is_read_by_the_package_tensor_for_tensor(tmp_path):
+def test_the_gguf_package_reads_every_tensor_exactly(tmp_path):
     tensors = published(X0_PATCH32)
     convert_checkpoint(
         open_checkpoint(save(tmp_path / "in.safetensors", tensors, X0_PATCH32)),
         tmp_path / "out.gguf",
     )
-    # its own reader, and its own expansion
-    found = {
+    converted = {
         x.name: gguf.quants.dequantize(x.data, x.tensor_type)
         for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors
         if x.n_elements
     }
-    assert set(found) == {name for name, x in tensors.items() if x.size}
-    for name, x in found.items():
+    assert set(converted) == {name for name, x in tensors.items() if x.size}
+    for name, x in converted.items():
         np.testing.assert_array_equal(
             x.reshape(tensors[name].shape), tensors[name].astype(np.float32)
         )
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q6_K"])
-def test_quantized_ggufs_stay_as_they_are(kind, tmp_path):
-    """Blocks that no quantiser would make: what goes through float32 comes out otherwise."""
-    dtype = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[dtype]
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "Q6_K"])
+def test_quantized_gguf_tensors_are_copied(type_name, tmp_path):
+    """No quantizer makes these blocks, so they would change on the way through float32."""
+    ggml_type = gguf.GGMLQuantizationType[type_name]
+    block, size = gguf.GGML_QUANT_SIZES[ggml_type]
     model = toy_model(hidden=256, rope_axes=(16, 56, 56))
-    tensors, draw = published(model), np.random.default_rng(0)
+    tensors, rng = published(model), np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "in.gguf", "flux")
     writer.add_string("radiance.model", json.dumps(config.to_dict(model)))
     rows = {}
     for name, x in tensors.items():
         if native.is_quantizable(name):
-            blocks = draw.integers(0, 256, (*x.shape[:-1], x.shape[-1] // block, size), np.uint8)
-            blocks[..., -2 if kind == "Q6_K" else 0 :][..., :2] = np.frombuffer(
+            blocks = rng.integers(0, 256, (*x.shape[:-1], x.shape[-1] // block, size), np.uint8)
+            blocks[..., -2 if type_name == "Q6_K" else 0 :][..., :2] = np.frombuffer(
                 np.float16(1e-3).tobytes(), np.uint8
             )
             rows[name] = blocks.reshape(len(x), -1)
-            writer.add_tensor(name, rows[name], raw_dtype=dtype)
+            writer.add_tensor(name, rows[name], raw_dtype=ggml_type)
         else:
             writer.add_tensor(name, x.astype(np.float32))
     (
@@ -155,26 +154,26 @@ def test_quantized_ggufs_stay_as_they_are(kind, tmp_path):
         writer.write_tensors_to_file(),
         writer.close(),
     )
-    for more in ({}, {"dtype": kind.lower()}) if kind != "Q6_K" else ({},):
+    for options in ({}, {"dtype": type_name.lower()}) if type_name != "Q6_K" else ({},):
         report = convert_checkpoint(
-            open_checkpoint(tmp_path / "in.gguf"), tmp_path / "out.gguf", **more
+            open_checkpoint(tmp_path / "in.gguf"), tmp_path / "out.gguf", **options
         )
-        found = {x.name: x for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+        converted = {x.name: x for x in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
         for name, data in rows.items():
-            assert found[name].tensor_type == dtype
-            np.testing.assert_array_equal(found[name].data, data)
-        assert all("exact" in line for line in str(report).splitlines() if kind in line)
+            assert converted[name].tensor_type == ggml_type
+            np.testing.assert_array_equal(converted[name].data, data)
+        assert all("exact" in line for line in str(report).splitlines() if type_name in line)
 
 
-def test_ggufs_elsewhere_become_bfloat16(tmp_path):
-    convert_checkpoint(open_checkpoint(written(tmp_path)), tmp_path / "q8.gguf", dtype="q8_0")
+def test_quantized_gguf_tensors_become_bfloat16_in_other_formats(tmp_path):
+    convert_checkpoint(open_checkpoint(write_source(tmp_path)), tmp_path / "q8.gguf", dtype="q8_0")
     convert_checkpoint(open_checkpoint(tmp_path / "q8.gguf"), tmp_path / "out.safetensors")
     assert set(open_checkpoint(tmp_path / "out.safetensors").dtypes.values()) == {"F32", "BF16"}
 
 
 @pytest.mark.parametrize("scales", [None, "one", "rows"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-def test_small_safetensors_stay_as_they_are(dtype, scales, tmp_path):
+def test_quantized_safetensors_are_copied(dtype, scales, tmp_path):
     if dtype == "int8" and not scales:
         return
     tensors = published(PIXELS)
@@ -186,36 +185,38 @@ def test_small_safetensors_stay_as_they_are(dtype, scales, tmp_path):
             if scales
             else np.ones(1, np.float32)
         )
-        small = x / scale[:, None]
+        quantized = x / scale[:, None]
         tensors[name] = (
-            np.rint(small).clip(-127, 127).astype(np.int8)
+            np.rint(quantized).clip(-127, 127).astype(np.int8)
             if dtype == "int8"
-            else small.astype(TYPES[dtype])
+            else quantized.astype(TYPES[dtype])
         )
         if scales:
             tensors[name.replace(".weight", ".weight_scale")] = (
                 scale if scales == "rows" else scale.reshape(())
             )
     source = save(tmp_path / "in.safetensors", tensors, PIXELS)
-    for more in {}, {"dtype": dtype}:
-        report = convert_checkpoint(open_checkpoint(source), tmp_path / "out.safetensors", **more)
-        found, expected = raw(tmp_path / "out.safetensors"), raw(source)
-        marks = {name for name in found if name.endswith(".comfy_quant")}
-        assert {name: x for name, x in found.items() if name not in marks} == expected
-        assert len(marks) == sum(name.endswith("_scale") for name in expected)
+    for options in {}, {"dtype": dtype}:
+        report = convert_checkpoint(
+            open_checkpoint(source), tmp_path / "out.safetensors", **options
+        )
+        converted, expected = read_raw(tmp_path / "out.safetensors"), read_raw(source)
+        descriptions = {name for name in converted if name.endswith(".comfy_quant")}
+        assert {name: x for name, x in converted.items() if name not in descriptions} == expected
+        assert len(descriptions) == sum(name.endswith("_scale") for name in expected)
         assert str(report).count("exact") == len(report.rows)
-    # where there is no place for scales, values are bfloat16; and in a format without the type
+    # Values become bfloat16 in formats without scales or without the type.
     convert_checkpoint(open_checkpoint(source), tmp_path / "out", "torch")
     convert_checkpoint(open_checkpoint(source), tmp_path / "out.gguf")
     for name in ("out", "out.gguf"):
-        kinds = set(open_checkpoint(tmp_path / name).dtypes.values())
-        assert kinds == {"F32", "BF16"} | (
-            {KINDS[dtype]} if name == "out" and not scales else set()
+        dtypes = set(open_checkpoint(tmp_path / name).dtypes.values())
+        assert dtypes == {"F32", "BF16"} | (
+            {STORED_DTYPES[dtype]} if name == "out" and not scales else set()
         )
 
 
-def raw(path):
-    """Types, shapes and bytes, of types too that NumPy does not have."""
+def read_raw(path):
+    """Return types, shapes and bytes, also of types that NumPy does not have."""
     data = path.read_bytes()
     begin = 8 + int.from_bytes(data[:8], "little")
     entries = {
@@ -227,16 +228,16 @@ def raw(path):
     }
 
 
-KINDS = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+STORED_DTYPES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
-def test_what_was_changed_is_not_copied(tmp_path):
+def test_tensors_that_were_changed_are_not_copied(tmp_path):
     convert_checkpoint(
-        open_checkpoint(written(tmp_path)), tmp_path / "fp8.safetensors", dtype="float8_e4m3fn"
+        open_checkpoint(write_source(tmp_path)), tmp_path / "fp8.safetensors", dtype="float8_e4m3fn"
     )
-    found = open_checkpoint(tmp_path / "fp8.safetensors")
+    converted = open_checkpoint(tmp_path / "fp8.safetensors")
     changed = merge_checkpoints(
-        found,
+        converted,
         open_checkpoint(save(tmp_path / "b.safetensors", published(PIXELS, seed=1), PIXELS)),
         0.5,
     )
@@ -251,15 +252,15 @@ def test_what_was_changed_is_not_copied(tmp_path):
     ("ending", "dtype"),
     [("gguf", None), ("gguf", "q8_0"), ("safetensors", None), ("safetensors", "int8")],
 )
-def test_damaged_scales_are_not_copied(ending, dtype, tmp_path):
+def test_damaged_scales_are_rejected(ending, dtype, tmp_path):
     path, name = tmp_path / f"in.{ending}", "single_blocks.2.linear2.weight"
     convert_checkpoint(
-        open_checkpoint(written(tmp_path)), path, dtype="q8_0" if ending == "gguf" else "int8"
+        open_checkpoint(write_source(tmp_path)), path, dtype="q8_0" if ending == "gguf" else "int8"
     )
     file = open_tensors(path)
-    place = file.locations[name] if ending == "gguf" else file._scale_locations[name]
+    location = file.locations[name] if ending == "gguf" else file._scale_locations[name]
     with path.open("r+b") as out:
-        out.seek(place.offset)
+        out.seek(location.offset)
         out.write(b"\xff" * (2 if ending == "gguf" else 4))
     with pytest.raises(CheckpointError, match=f"{name} holds values that are not finite") as error:
         convert_checkpoint(open_checkpoint(path), tmp_path / f"out.{ending}", dtype=dtype)
@@ -268,7 +269,7 @@ def test_damaged_scales_are_not_copied(ending, dtype, tmp_path):
 
 
 def test_rounding_needs_little_memory(tmp_path):
-    """Of the largest matrix 2 bytes a weight are read, 2 made and 2 written together, and a piece is in float32 besides."""
+    """A weight needs 2 bytes each when read, made and written, and chunks are float32."""
     model = toy_model(
         hidden=768,
         heads=2,
@@ -297,31 +298,31 @@ def test_rounding_needs_little_memory(tmp_path):
     assert peak < 9 * largest
 
 
-# --- rounded ------------------------------------------------------------------------------------------------------------
+# --- rounding -------------------------------------------------------------------------------------
 
 
-def uniform(step, values) -> float:
-    """Of values that lie anywhere between two steps: relative root mean square."""
+def uniform_error(step, values) -> float:
+    """Return the relative RMS error of values distributed uniformly between two steps."""
     return float(np.sqrt(np.mean(np.square(step)) / 12) / np.sqrt(np.mean(np.square(values))))
 
 
-def steps_of_floats(values, mantissa: int, least: int):
-    """Between neighbors, for normal and (below 2**least) subnormal numbers."""
+def float_steps(values, mantissa: int, least: int):
+    """Return the distances to the next float, for normal and (below 2**least) subnormal values."""
     return np.exp2(np.maximum(np.floor(np.log2(np.abs(values))), least) - mantissa)
 
 
 THEORY = {
-    "bfloat16": lambda blocks: uniform(steps_of_floats(blocks, 7, -126), blocks),
-    "float16": lambda blocks: uniform(steps_of_floats(blocks, 10, -14), blocks),
-    "float8_e4m3fn": lambda blocks: uniform(steps_of_floats(blocks, 3, -6), blocks),
-    "q8_0": lambda blocks: uniform(np.abs(blocks).max(axis=-1) / 127, blocks),
-    "q4_0": lambda blocks: uniform(np.abs(blocks).max(axis=-1) / 8, blocks),
+    "bfloat16": lambda blocks: uniform_error(float_steps(blocks, 7, -126), blocks),
+    "float16": lambda blocks: uniform_error(float_steps(blocks, 10, -14), blocks),
+    "float8_e4m3fn": lambda blocks: uniform_error(float_steps(blocks, 3, -6), blocks),
+    "q8_0": lambda blocks: uniform_error(np.abs(blocks).max(axis=-1) / 127, blocks),
+    "q4_0": lambda blocks: uniform_error(np.abs(blocks).max(axis=-1) / 8, blocks),
 }
 
 
 @pytest.mark.parametrize("dtype", THEORY)
-def test_errors_are_what_theory_says(dtype, tmp_path):
-    """And what is told of them is so."""
+def test_rounding_errors_agree_with_theory(dtype, tmp_path):
+    """The reported errors are the measured ones."""
     tensors = published(LATENT, "float32")
     source = save(tmp_path / "in.safetensors", tensors, LATENT)
     path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
@@ -330,58 +331,59 @@ def test_errors_are_what_theory_says(dtype, tmp_path):
     )
     names = [name for name in tensors if native.is_quantizable(name)]
     blocks = np.concatenate([tensors[name].reshape(-1, 32) for name in names])
-    found = open_checkpoint(path)
+    converted = open_checkpoint(path)
     error = (
         np.concatenate(
-            [found.get_tensor(name).astype(np.float32).reshape(-1, 32) for name in names]
+            [converted.get_tensor(name).astype(np.float32).reshape(-1, 32) for name in names]
         )
         - blocks
     )
     measured = float(np.linalg.norm(error) / np.linalg.norm(blocks))
-    # 4 bits lie on one side of zero once more than on the other: half of the largest values are one step off the last.
+    # 4 bits have one more value on one side of zero: half of the largest values are clipped.
     assert measured == pytest.approx(THEORY[dtype](blocks), rel=0.15 if dtype == "q4_0" else 0.03)
-    lines = [
+    rows = [
         line
         for line in report.rows.values()
         if line.part in ("double blocks", "single blocks") and line.target_dtype == dtype
     ]
-    told = np.sqrt(sum(x.sum_squared_errors for x in lines) / sum(x.sum_squares for x in lines))
-    assert told == pytest.approx(measured, rel=0.02)  # it counts the blocks' few vectors too
+    reported = np.sqrt(sum(x.sum_squared_errors for x in rows) / sum(x.sum_squares for x in rows))
+    assert reported == pytest.approx(measured, rel=0.02)  # which includes the blocks' vectors
     print(f"{dtype}: relative rms error {measured:.2e}, in theory {THEORY[dtype](blocks):.2e}")
 
 
-def test_int8_is_as_far_off_as_theory_says(tmp_path):
+def test_int8_errors_agree_with_theory(tmp_path):
     tensors = published(LATENT, "float32")
     source, path = save(tmp_path / "in.safetensors", tensors, LATENT), tmp_path / "out.safetensors"
     report = convert_checkpoint(open_checkpoint(source), path, dtype="int8")
     matrices = {name: x for name, x in tensors.items() if native.is_quantizable(name)}
-    found, file = open_checkpoint(path), load_file(path)
+    converted, file = open_checkpoint(path), load_file(path)
     errors = sum(
-        np.square(found.get_tensor(name) - x).sum(dtype=np.float64) for name, x in matrices.items()
+        np.square(converted.get_tensor(name) - x).sum(dtype=np.float64)
+        for name, x in matrices.items()
     )
     squares = sum(np.square(x).sum(dtype=np.float64) for x in matrices.values())
     theory = sum(
         x.shape[1] * np.square(np.abs(x).max(axis=1) / 127).sum() / 12 for x in matrices.values()
     )
     assert errors == pytest.approx(theory, rel=0.05)
-    lines = [line for line in report.rows.values() if line.target_dtype == "int8"]
+    rows = [line for line in report.rows.values() if line.target_dtype == "int8"]
     assert np.sqrt(
-        sum(x.sum_squared_errors for x in lines) / sum(x.sum_squares for x in lines)
+        sum(x.sum_squared_errors for x in rows) / sum(x.sum_squares for x in rows)
     ) == pytest.approx(np.sqrt(errors / squares), rel=1e-4)
-    assert sum(x.num_bytes for x in lines) == sum(x.size + 4 * len(x) for x in matrices.values())
-    # as other tools have it: numbers, a scale of each row, and ComfyUI's mark
+    assert sum(x.num_bytes for x in rows) == sum(x.size + 4 * len(x) for x in matrices.values())
+    # As in files of other tools: values, a scale per row, and ComfyUI's description.
     for name, x in matrices.items():
-        scale, mark = (
+        scale, description = (
             file[name.replace(".weight", end)] for end in (".weight_scale", ".comfy_quant")
         )
         assert (file[name].dtype, scale.shape, scale.dtype) == (np.int8, (len(x), 1), np.float32)
-        assert json.loads(mark.tobytes()) == {"format": "int8_tensorwise"}
+        assert json.loads(description.tobytes()) == {"format": "int8_tensorwise"}
         assert np.abs(file[name]).max(axis=1).tolist() == [127] * len(x)
-        np.testing.assert_array_equal(found.get_tensor(name), file[name] * scale)
+        np.testing.assert_array_equal(converted.get_tensor(name), file[name] * scale)
     assert len(file) == len(tensors) + 2 * len(matrices)
 
 
-# name → the type it has in files of coarse ones
+# Types in quantized files; None stands for the quantized type.
 PRECISE = {
     "__x0__": "float32",
     "nerf_image_embedder.embedder.0.weight": "float32",
@@ -397,15 +399,15 @@ PRECISE = {
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "float8_e4m3fn", "int8"])
-def test_what_must_stay_precise(dtype, tmp_path):
+def test_sensitive_tensors_are_not_quantized(dtype, tmp_path):
     path = tmp_path / ("out.gguf" if dtype.startswith("q") else "out.safetensors")
     convert_checkpoint(
-        open_checkpoint(written(tmp_path, X0_PATCH32)),
+        open_checkpoint(write_source(tmp_path, X0_PATCH32)),
         path,
         "gguf" if dtype.startswith("q") else "native",
         dtype,
     )
-    found = open_checkpoint(path).dtypes
+    converted = open_checkpoint(path).dtypes
     names = {
         "float32": "F32",
         "bfloat16": "BF16",
@@ -414,46 +416,44 @@ def test_what_must_stay_precise(dtype, tmp_path):
         "float8_e4m3fn": "F8_E4M3",
         "int8": "I8",
     }
-    assert {name: found[name] for name in PRECISE} == {
-        name: names[kind or dtype] for name, kind in PRECISE.items()
+    assert {name: converted[name] for name in PRECISE} == {
+        name: names[dtype_name or dtype] for name, dtype_name in PRECISE.items()
     }
-    vectors = (
-        "F32" if dtype.startswith("q") else "BF16"
-    )  # of one axis: float32 in GGUF, as its readers expect
+    vectors = "F32" if dtype.startswith("q") else "BF16"  # readers of GGUF expect float32 vectors
     assert (
-        found["double_blocks.0.img_attn.qkv.bias"]
-        == found["single_blocks.0.norm.query_norm.scale"]
+        converted["double_blocks.0.img_attn.qkv.bias"]
+        == converted["single_blocks.0.norm.query_norm.scale"]
         == vectors
     )
-    coarse = {name for name, kind in found.items() if kind == names[dtype]}
-    assert coarse == {name for name in found if native.is_quantizable(name)}
+    quantized_names = {name for name, dtype_name in converted.items() if dtype_name == names[dtype]}
+    assert quantized_names == {name for name in converted if native.is_quantizable(name)}
 
 
-def test_a_matrix_that_blocks_do_not_divide_stays_whole(tmp_path):
-    model = toy_model(hidden=48)  # and 192 in the MLP
+def test_a_matrix_that_blocks_do_not_divide_is_not_quantized(tmp_path):
+    model = toy_model(hidden=48)  # the MLP has 192
     convert_checkpoint(
-        open_checkpoint(written(tmp_path, model)), tmp_path / "out.gguf", "gguf", "q8_0"
+        open_checkpoint(write_source(tmp_path, model)), tmp_path / "out.gguf", "gguf", "q8_0"
     )
-    found = open_checkpoint(tmp_path / "out.gguf").dtypes
-    assert found["double_blocks.0.img_mlp.0.weight"] == "BF16"
-    assert found["double_blocks.0.img_mlp.2.weight"] == "Q8_0"
+    converted = open_checkpoint(tmp_path / "out.gguf").dtypes
+    assert converted["double_blocks.0.img_mlp.0.weight"] == "BF16"
+    assert converted["double_blocks.0.img_mlp.2.weight"] == "Q8_0"
 
 
-# --- what is told, and what is refused ------------------------------------------------------------------------------------
+# --- reports and errors ---------------------------------------------------------------------------
 
 
-def test_the_report_counts_everything(tmp_path):
-    done = []
+def test_the_report_counts_all_tensors(tmp_path):
+    progress = []
     report = convert_checkpoint(
-        open_checkpoint(written(tmp_path)),
+        open_checkpoint(write_source(tmp_path)),
         tmp_path / "out.safetensors",
         dtype="float8_e4m3fn",
-        on_progress=done.append,
+        on_progress=progress.append,
     )
     file = open_tensors(tmp_path / "out.safetensors")
     tensors = {name: file[name] for name in file.shapes}
     assert (
-        sum(done)
+        sum(progress)
         == sum(x.num_params for x in report.rows.values())
         == sum(x.size for x in tensors.values())
     )
@@ -477,7 +477,7 @@ def test_the_report_counts_everything(tmp_path):
     )
 
 
-def test_every_tensor_has_a_part():
+def test_every_tensor_belongs_to_a_part():
     assert (
         find_network_part("double_blocks.3.img_mod.lin.weight")
         == find_network_part("distilled_guidance_layer.norms.0.scale")
@@ -500,7 +500,7 @@ def test_every_tensor_has_a_part():
 
 
 @pytest.mark.parametrize(
-    ("to", "dtype", "told"),
+    ("to", "dtype", "message"),
     [
         ("onnx", None, "'onnx'.*native, diffusers, gguf, torch"),
         ("native", "int3", "'int3'.*q4_0"),
@@ -511,43 +511,45 @@ def test_every_tensor_has_a_part():
         ("diffusers", None, "diffusers"),
     ],
 )
-def test_what_cannot_be_written(to, dtype, told, tmp_path):
-    source = open_checkpoint(written(tmp_path))
-    with pytest.raises(CheckpointError, match=told) as error:
+def test_impossible_exports_are_rejected(to, dtype, message, tmp_path):
+    source = open_checkpoint(write_source(tmp_path))
+    with pytest.raises(CheckpointError, match=message) as error:
         convert_checkpoint(source, tmp_path / "out", to, dtype)
     sentence(error)
     assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (dict(padding="learned"), "padding=learned .only encoder"),
         (dict(text_refiner_blocks=1), "text_refiner_blocks=1 .only 0"),
     ],
 )
-def test_diffusers_has_no_place_for_our_text(changes, told, tmp_path):
+def test_diffusers_does_not_support_our_text_settings(changes, message, tmp_path):
     model = replace(LATENT, **changes)
-    with pytest.raises(CheckpointError, match=told) as error:
-        convert_checkpoint(open_checkpoint(written(tmp_path, model)), tmp_path / "out", "diffusers")
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert_checkpoint(
+            open_checkpoint(write_source(tmp_path, model)), tmp_path / "out", "diffusers"
+        )
     sentence(error)
 
 
 @pytest.mark.parametrize("to", EXPORT_FORMATS)
-def test_a_damaged_value_leaves_nothing(to, tmp_path):
+def test_a_damaged_value_leaves_no_file(to, tmp_path):
     tensors = published(LATENT, "float32")
-    tensors["single_blocks.2.linear1.weight"][3, 5] = np.nan  # one of the last
+    tensors["single_blocks.2.linear1.weight"][3, 5] = np.nan  # among the last
     source = open_checkpoint(save(tmp_path / "in.safetensors", tensors, LATENT))
     with pytest.raises(
-        CheckpointError, match="single_blocks.2.linear1.weight holds values that are not finite"
+        CheckpointError, match=r"single_blocks.2.linear1.weight holds values that are not finite"
     ) as error:
         convert_checkpoint(source, tmp_path / WEIGHTS[to], to)
     sentence(error)
     assert [x.name for x in tmp_path.iterdir()] == ["in.safetensors"]
 
 
-def test_a_folder_in_use_is_not_written_to(tmp_path):
-    source = open_checkpoint(written(tmp_path, LATENT))
+def test_a_folder_with_files_is_not_overwritten(tmp_path):
+    source = open_checkpoint(write_source(tmp_path, LATENT))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     for to in ("torch", "diffusers"):
@@ -556,7 +558,7 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
         sentence(error)
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     (tmp_path / "out" / "thesis.tex").unlink()
-    convert_checkpoint(source, tmp_path / "out", "torch")  # an empty one will do
+    convert_checkpoint(source, tmp_path / "out", "torch")  # an empty folder may exist
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.py",
@@ -567,9 +569,11 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["in.safetensors", "out"]
 
 
-def test_diffusers_config(tmp_path):
-    convert_checkpoint(open_checkpoint(written(tmp_path, LATENT)), tmp_path / "out", "diffusers")
-    told = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert told["_class_name"] == "ChromaTransformer2DModel"
-    assert told["num_layers"] == 2
-    assert told["axes_dims_rope"] == [4, 14, 14]
+def test_the_config_of_diffusers_is_written(tmp_path):
+    convert_checkpoint(
+        open_checkpoint(write_source(tmp_path, LATENT)), tmp_path / "out", "diffusers"
+    )
+    diffusers_config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert diffusers_config["_class_name"] == "ChromaTransformer2DModel"
+    assert diffusers_config["num_layers"] == 2
+    assert diffusers_config["axes_dims_rope"] == [4, 14, 14]

@@ -11,9 +11,19 @@ from tests.helpers.toy_models import toy_model
 
 MODEL = toy_model()
 WIDE = dict(
-    channels=3, hidden=256, heads=2, double_blocks=2, single_blocks=3, text_dim=96, approximator_hidden=40, approximator_depth=2,
-    nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=3,
-)  # fmt: skip
+    channels=3,
+    hidden=256,
+    heads=2,
+    double_blocks=2,
+    single_blocks=3,
+    text_dim=96,
+    approximator_hidden=40,
+    approximator_depth=2,
+    nerf_hidden=8,
+    nerf_mlp_ratio=2,
+    nerf_depth=2,
+    nerf_freqs=3,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,19 +61,19 @@ WIDE = dict(
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
-def test_detection_from_shapes(changes):
+def test_a_model_is_detected_from_shapes(changes):
     model = config.Model(**(WIDE | changes))
     if model.modulation in (
         "per_block",
         "none",
-    ):  # fields that no file of that kind speaks of are the defaults
+    ):  # such files do not determine these fields, which keep their defaults
         model = replace(model, approximator_hidden=5120, approximator_depth=5)
     if model.head == "linear":
         model = replace(model, nerf_hidden=64, nerf_mlp_ratio=4, nerf_depth=4, nerf_freqs=8)
     assert detect.detect_model(native.native_layout(model)[0]) == model
 
 
-def test_detection_needs_what_shapes_cannot_tell():
+def test_detection_needs_known_fields_that_shapes_do_not_determine():
     shapes = native.native_layout(MODEL)[0]
     with pytest.raises(CheckpointError, match="Heads of 24 channels") as error:
         detect.detect_model(shapes)
@@ -75,24 +85,26 @@ def test_detection_needs_what_shapes_cannot_tell():
     assert detect.detect_model(shapes, metadata, rope_theta=5.0) == replace(MODEL, rope_theta=5.0)
 
 
-def test_a_checkpoint_without_blocks_or_parts():
+def test_a_checkpoint_without_an_essential_tensor_is_incomplete():
     shapes = dict(native.native_layout(config.Model(**WIDE))[0])
-    for gone in ("distilled_guidance_layer.in_proj.bias", "nerf_blocks.0.param_generator.bias"):
-        assert detect.detect_model({k: v for k, v in shapes.items() if k != gone}) == config.Model(
-            **WIDE
-        )  # that is `check_shapes`' work
-    for gone in (
+    for removed in ("distilled_guidance_layer.in_proj.bias", "nerf_blocks.0.param_generator.bias"):
+        assert detect.detect_model(
+            {k: v for k, v in shapes.items() if k != removed}
+        ) == config.Model(**WIDE)  # check_shapes reports these
+    for removed in (
         "img_in_patch.weight",
         "nerf_blocks.0.param_generator.weight",
         "double_blocks.0.img_mlp.0.weight",
     ):
-        with pytest.raises(CheckpointError, match=f"has no {gone}: the file is incomplete") as error:
-            detect.detect_model({k: v for k, v in shapes.items() if k != gone})
+        with pytest.raises(
+            CheckpointError, match=f"has no {removed}: the file is incomplete"
+        ) as error:
+            detect.detect_model({k: v for k, v in shapes.items() if k != removed})
         sentence(error)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     {
         "dec_net.cond_embed.weight": "Zeta-Chroma",
         "encoder.block.0.layer.0.SelfAttention.q.weight": "--text-encoder",
@@ -106,40 +118,50 @@ def test_a_checkpoint_without_blocks_or_parts():
         "wte.weight": "not a Chroma, Radiance or FLUX checkpoint",
     }.items(),
 )
-def test_what_else_a_file_is(name, told):
-    with pytest.raises(CheckpointError, match=told) as error:
+def test_other_kinds_of_files_are_named(name, message):
+    with pytest.raises(CheckpointError, match=message) as error:
         detect.detect_model({name: (4, 4)}, origin="x.safetensors")
     assert sentence(error).startswith("x.safetensors is ")
 
 
 @pytest.mark.parametrize(
-    "told",
+    "metadata",
     [
-        '{"hiden": 3}', "[]", "{", '{"hidden": NaN}', '{"mlp_ratio": Infinity}', '{"mlp_ratio": NaN}', '{"hidden": 1' + "0" * 400 + "}",
-        '{"hidden": 1' + "0" * 5000 + "}", "[" * 100_000, '{"rope_axes": ["16", 56, 56]}', '{"patch": true}', '{"head": ["nerf_conv"]}',
+        '{"hiden": 3}',
+        "[]",
+        "{",
+        '{"hidden": NaN}',
+        '{"mlp_ratio": Infinity}',
+        '{"mlp_ratio": NaN}',
+        '{"hidden": 1' + "0" * 400 + "}",
+        '{"hidden": 1' + "0" * 5000 + "}",
+        "[" * 100_000,
+        '{"rope_axes": ["16", 56, 56]}',
+        '{"patch": true}',
+        '{"head": ["nerf_conv"]}',
     ],
     ids=lambda text: text[:20],
-)  # fmt: skip
-def test_metadata_of_another_version(told):
+)
+def test_metadata_that_cannot_be_parsed_are_rejected(metadata):
     with pytest.raises(
         CheckpointError, match="describes its model in a way that this version does not know"
     ) as error:
-        detect.detect_model({"txt_in.weight": (3, 2)}, {detect.MODEL_KEY: told})
+        detect.detect_model({"txt_in.weight": (3, 2)}, {detect.MODEL_KEY: metadata})
     sentence(error)
 
 
 @pytest.mark.parametrize(
     "field", ["double_blocks", "single_blocks", "nerf_depth", "approximator_depth"]
 )
-def test_metadata_of_a_model_too_deep_for_the_file(field):
-    """Laying that out block by block would never end."""
-    told = json.dumps(config.to_dict(replace(MODEL, **{field: 10**12})))
+def test_metadata_of_a_model_too_deep_for_the_file_are_rejected(field):
+    """Making the layout of such a model block by block would never end."""
+    metadata = json.dumps(config.to_dict(replace(MODEL, **{field: 10**12})))
     with pytest.raises(CheckpointError, match="deeper than its") as error:
-        detect.detect_model(native.native_layout(MODEL)[0], {detect.MODEL_KEY: told})
+        detect.detect_model(native.native_layout(MODEL)[0], {detect.MODEL_KEY: metadata})
     sentence(error)
 
 
-def test_empty_axes():
+def test_tensors_with_empty_axes_are_rejected():
     shapes = native.native_layout(config.Model(**WIDE))[0]
     for name in (
         "double_blocks.0.img_attn.norm.query_norm.scale",
@@ -151,8 +173,8 @@ def test_empty_axes():
         sentence(error)
 
 
-def test_two_models_in_one_file():
+def test_two_models_in_one_file_are_rejected():
     with pytest.raises(
-        CheckpointError, match="are both norm.scale: the file contains more than one model"
+        CheckpointError, match=r"are both norm.scale: the file contains more than one model"
     ):
         detect.canonical_names({"norm.scale": (), "norm.weight": ()})

@@ -1,7 +1,10 @@
-"""Damaged and hostile files: every reader either reads them or says in one sentence why not, in little memory.
+"""Readers either read damaged and hostile files or reject them in one sentence, in little memory.
 
-RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py    runs that many inputs in all instead of two thousand; the first
-of each target are the same. RADIANCE_FUZZ_SEED=1 draws others, and RADIANCE_FUZZ_KEEP=FOLDER keeps an input that breaks a reader.
+    RADIANCE_FUZZ=100000 python -m pytest tests/weights/test_fuzz.py
+
+tests that many inputs instead of two thousand; the first inputs of each target are the same.
+RADIANCE_FUZZ_SEED=1 makes other inputs. RADIANCE_FUZZ_KEEP=FOLDER saves an input that breaks a
+reader.
 """
 
 import gc
@@ -37,14 +40,14 @@ from tests.helpers.toy_files import save as save_model
 from tests.helpers.toy_models import noisy_autoencoder
 from tests.helpers.toy_t5 import TOY, torch_tensors, train_tokenizer
 
-INPUTS = int(os.environ.get("RADIANCE_FUZZ", "2000"))
+NUM_INPUTS = int(os.environ.get("RADIANCE_FUZZ", "2000"))
 SEED = [int(x) for x in os.environ.get("RADIANCE_FUZZ_SEED", "").split()]
-EXPECTED = (CheckpointError, config.ConfigError, TextError)
-LONGEST = 5.0  # seconds for one input: a hang, not a speed
-MEMORY = 600_000_000  # bytes that a reader may add to the process's peak
+EXPECTED_ERRORS = (CheckpointError, config.ConfigError, TextError)
+MAX_SECONDS = 5.0  # for one input; more is a hang
+MAX_MEMORY = 600_000_000  # bytes that a reader may add to the peak of the process
 
-# Numbers that make parsers stumble.
-ODD = [
+# Numbers that break careless parsers.
+ODD_NUMBERS = [
     0,
     1,
     2,
@@ -64,11 +67,28 @@ ODD = [
     2**63,
     2**64 - 1,
 ]
-WORDS = [
-    b"-1", b"1e999", b"null", b"[]", b"{}", b'""', b"true", b"99999999999999999999", b"[[[[[[", b'"F4"', b'"Q8_0"', b'"BF16"', b"NaN",
-    b"\\ud800", b"\x00", b"\xff\xfe", b'"data_offsets":[0,0]', b'"shape":[0]', b'"shape":[4294967296,4294967296]',
-]  # fmt: skip
-VALUES = [
+ODD_WORDS = [
+    b"-1",
+    b"1e999",
+    b"null",
+    b"[]",
+    b"{}",
+    b'""',
+    b"true",
+    b"99999999999999999999",
+    b"[[[[[[",
+    b'"F4"',
+    b'"Q8_0"',
+    b'"BF16"',
+    b"NaN",
+    b"\\ud800",
+    b"\x00",
+    b"\xff\xfe",
+    b'"data_offsets":[0,0]',
+    b'"shape":[0]',
+    b'"shape":[4294967296,4294967296]',
+]
+ODD_VALUES = [
     None,
     True,
     -1,
@@ -91,62 +111,64 @@ VALUES = [
 ]
 
 
-def mutate(data: bytes, head: int, draw: np.random.Generator) -> bytes:
-    """One to four changes, most of them in the first `head` bytes, where the structure is."""
+def mutate(data: bytes, header_size: int, rng: np.random.Generator) -> bytes:
+    """Make one to four changes, most of them in the header, where the structure is."""
     out = bytearray(data)
-    for _ in range(draw.integers(1, 5)):
+    for _ in range(rng.integers(1, 5)):
         at = int(
-            draw.integers(
-                0, max(min(head, len(out)), 1) if draw.random() < 0.9 else max(len(out), 1)
+            rng.integers(
+                0, max(min(header_size, len(out)), 1) if rng.random() < 0.9 else max(len(out), 1)
             )
         )
-        match draw.integers(0, 8):
+        match rng.integers(0, 8):
             case 0 if out:
-                out[min(at, len(out) - 1)] ^= 1 << int(draw.integers(0, 8))
+                out[min(at, len(out) - 1)] ^= 1 << int(rng.integers(0, 8))
             case 1 if out:
-                out[min(at, len(out) - 1)] = int(draw.integers(0, 256))
+                out[min(at, len(out) - 1)] = int(rng.integers(0, 256))
             case 2:
-                out[at : at + 8] = struct.pack("<Q", ODD[draw.integers(len(ODD))])
+                out[at : at + 8] = struct.pack("<Q", ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))])
             case 3:
-                out[at : at + 4] = struct.pack("<I", ODD[draw.integers(len(ODD))] % 2**32)
+                out[at : at + 4] = struct.pack(
+                    "<I", ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))] % 2**32
+                )
             case 4:
                 del out[at:]
             case 5:
-                del out[at : at + int(draw.integers(1, 64))]
+                del out[at : at + int(rng.integers(1, 64))]
             case 6:
-                other = int(draw.integers(0, max(len(out), 1)))
-                out[at:at] = out[other : other + int(draw.integers(1, 64))]
+                other = int(rng.integers(0, max(len(out), 1)))
+                out[at:at] = out[other : other + int(rng.integers(1, 64))]
             case _:
-                word = WORDS[draw.integers(len(WORDS))]
-                out[at : at + (len(word) if draw.random() < 0.5 else 0)] = word
+                word = ODD_WORDS[rng.integers(len(ODD_WORDS))]
+                out[at : at + (len(word) if rng.random() < 0.5 else 0)] = word
     return bytes(out)
 
 
-def mutate_header(data: bytes, _: int, draw: np.random.Generator) -> bytes:
-    """A safetensors file whose header stays JSON of the right length, with other names, shapes, offsets and types."""
+def mutate_header(data: bytes, _: int, rng: np.random.Generator) -> bytes:
+    """Change names, shapes, offsets and types in a header that stays JSON of the right length."""
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    for _ in range(draw.integers(1, 4)):
-        name = list(header)[draw.integers(len(header))]
+    for _ in range(rng.integers(1, 4)):
+        name = list(header)[rng.integers(len(header))]
         entry = header[name]
-        if name == "__metadata__" or draw.random() < 0.2:
-            match draw.integers(0, 4):
+        if name == "__metadata__" or rng.random() < 0.2:
+            match rng.integers(0, 4):
                 case 0:
                     header.pop(name)
                 case 1:
-                    header[name[: int(draw.integers(0, len(name)))] + "x"] = header.pop(name)
+                    header[name[: int(rng.integers(0, len(name)))] + "x"] = header.pop(name)
                 case 2:
                     header["__metadata__"] = {
                         MODEL_KEY: mutate(
-                            json.dumps(config.to_dict(PIXELS)).encode(), 400, draw
+                            json.dumps(config.to_dict(PIXELS)).encode(), 400, rng
                         ).decode("latin-1")
                     }
                 case _:
-                    header["__metadata__"] = [None, 3, {"a": 1}, {"a": None}][draw.integers(4)]
+                    header["__metadata__"] = [None, 3, {"a": 1}, {"a": None}][rng.integers(4)]
             if not header:
                 header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
             continue
-        match draw.integers(0, 4):
+        match rng.integers(0, 4):
             case 0:
                 entry["dtype"] = [
                     "F4",
@@ -159,7 +181,7 @@ def mutate_header(data: bytes, _: int, draw: np.random.Generator) -> bytes:
                     "",
                     3,
                     None,
-                ][draw.integers(10)]
+                ][rng.integers(10)]
             case 1:
                 shape = list(entry["shape"]) if isinstance(entry.get("shape"), list) else []
                 entry["shape"] = [
@@ -168,44 +190,47 @@ def mutate_header(data: bytes, _: int, draw: np.random.Generator) -> bytes:
                     [*shape, 1],
                     shape[:-1],
                     [0],
-                    [ODD[draw.integers(len(ODD))]],
+                    [ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))]],
                     [1] * 70,
-                ][draw.integers(7)]
+                ][rng.integers(7)]
             case 2:
-                entry["data_offsets"] = [ODD[draw.integers(len(ODD))], ODD[draw.integers(len(ODD))]]
+                entry["data_offsets"] = [
+                    ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))],
+                    ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))],
+                ]
             case _:
-                entry.pop(list(entry)[draw.integers(len(entry))], None) if entry else None
+                entry.pop(list(entry)[rng.integers(len(entry))], None) if entry else None
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
-def mutate_json(data: bytes, head: int, draw: np.random.Generator) -> bytes:
-    """JSON in which some values are others, or not there; a third of the time no JSON, perhaps."""
-    if draw.random() < 0.3:
-        return mutate(data, head, draw)
+def mutate_json(data: bytes, header_size: int, rng: np.random.Generator) -> bytes:
+    """Change or remove values of JSON; in a third of the cases change bytes."""
+    if rng.random() < 0.3:
+        return mutate(data, header_size, rng)
     tree = json.loads(data)
-    for _ in range(draw.integers(1, 4)):
+    for _ in range(rng.integers(1, 4)):
         node = tree
         while isinstance(node, (dict, list)) and node:
             keys = list(node) if isinstance(node, dict) else range(len(node))
-            key = keys[draw.integers(len(keys))]
-            if not isinstance(node[key], (dict, list)) or not node[key] or draw.random() < 0.3:
-                match draw.integers(0, 4):
+            key = keys[rng.integers(len(keys))]
+            if not isinstance(node[key], (dict, list)) or not node[key] or rng.random() < 0.3:
+                match rng.integers(0, 4):
                     case 0:
                         del node[key]
                     case 1:
-                        node[key] = VALUES[draw.integers(len(VALUES))]
+                        node[key] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
                     case 2 if isinstance(node, list):
                         node[key : key + 1] = 2 * [node[key]]
                     case _:
-                        node[key] = ODD[draw.integers(len(ODD))]
+                        node[key] = ODD_NUMBERS[rng.integers(len(ODD_NUMBERS))]
                 break
             node = node[key]
     return json.dumps(tree).encode()
 
 
-def everything(file):
-    """All values."""
+def read_values(file):
+    """Read all values."""
     for name in file.shapes:
         file[name]
 
@@ -216,8 +241,8 @@ def read_model(path: Path):
         opened.get_tensor(name)
 
 
-def read_small(path: Path):
-    """What stays as it is in memory."""
+def read_quantized(path: Path):
+    """Read a model and keep its quantized matrices as stored."""
     opened = open_checkpoint(path, **KNOWN)
     opened.load_params("bfloat16", "file")
 
@@ -245,7 +270,7 @@ def read_tokenizer(path: Path):
 
 
 def tokenizer_json(spiece: Path) -> bytes:
-    """The same model as Hugging Face writes it."""
+    """Return a tokenizer as Hugging Face writes it."""
     model = SentencePieceProcessor(model_file=str(spiece))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     tokenizer = tokenizers.Tokenizer(
@@ -267,13 +292,13 @@ def tokenizer_json(spiece: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict:
-    """Target → (a good file's name and content, bytes of its structure, the reader)."""
-    folder = tmp_path_factory.mktemp("good")
+    """Return (name and content of a valid file, size of its header, its reader) by target."""
+    folder = tmp_path_factory.mktemp("valid")
 
     def header(data: bytes) -> int:
         return 8 + struct.unpack("<Q", data[:8])[0]
 
-    found = {}
+    targets = {}
     native = save_model(folder / "native.safetensors", published(PIXELS), PIXELS).read_bytes()
     bare = save_model(folder / "bare.safetensors", published(LATENT)).read_bytes()
     convert_checkpoint(
@@ -286,7 +311,7 @@ def files(tmp_path_factory) -> dict:
     convert_checkpoint(
         open_checkpoint(folder / "native.safetensors"), folder / "int8.safetensors", dtype="int8"
     )
-    theirs = (folder / "diffusers" / "diffusion_pytorch_model.safetensors").read_bytes()
+    diffusers_file = (folder / "diffusers" / "diffusion_pytorch_model.safetensors").read_bytes()
     names = {
         row.torch_name.format(i=i): row.gguf_name.format(i=i)
         for row in t5.T5_RULES
@@ -326,61 +351,68 @@ def files(tmp_path_factory) -> dict:
     ).encode()
     tokenizer = train_tokenizer(folder / "spiece.model").read_bytes()
 
-    found["tensors"] = (
+    targets["tensors"] = (
         "x.safetensors",
         small,
         len(small),
-        lambda path: everything(open_tensors(path)),
+        lambda path: read_values(open_tensors(path)),
     )
-    found["native"] = ("x.safetensors", native, header(native), read_model)
-    found["header"] = ("x.safetensors", native, 0, read_model)
-    found["bare header"] = ("x.safetensors", bare, 0, read_model)
-    found["diffusers"] = ("x.safetensors", theirs, 0, read_model)
-    found["inspect"] = ("x.safetensors", native, header(native), inspect_file)
-    found["gguf"] = ("x.gguf", quantized, 20_000, read_model)
-    found["t5 gguf"] = ("x.gguf", (folder / "plain.gguf").read_bytes(), 4_000, read_t5)
-    found["index"] = (
+    targets["native"] = ("x.safetensors", native, header(native), read_model)
+    targets["header"] = ("x.safetensors", native, 0, read_model)
+    targets["bare header"] = ("x.safetensors", bare, 0, read_model)
+    targets["diffusers"] = ("x.safetensors", diffusers_file, 0, read_model)
+    targets["inspect"] = ("x.safetensors", native, header(native), inspect_file)
+    targets["gguf"] = ("x.gguf", quantized, 20_000, read_model)
+    targets["t5 gguf"] = ("x.gguf", (folder / "plain.gguf").read_bytes(), 4_000, read_t5)
+    targets["index"] = (
         "x.safetensors.index.json",
         index,
         len(index),
-        lambda path: everything(open_tensors(path)),
+        lambda path: read_values(open_tensors(path)),
     )
-    found["lora"] = ("x.safetensors", (folder / "lora.safetensors").read_bytes(), 600, read_lora)
-    found["t5"] = ("x.safetensors", save(torch_tensors()), 0, read_t5)
-    found["autoencoder"] = ("x.safetensors", ae, 0, autoencoder_files.read_autoencoder)
-    found["cache"] = ("00000-x.safetensors", shard, len(shard), read_cache)
-    found["manifest"] = ("manifest.json", manifest, len(manifest), read_cache)
-    found["tokenizer"] = (
+    targets["lora"] = ("x.safetensors", (folder / "lora.safetensors").read_bytes(), 600, read_lora)
+    targets["t5"] = ("x.safetensors", save(torch_tensors()), 0, read_t5)
+    targets["autoencoder"] = ("x.safetensors", ae, 0, autoencoder_files.read_autoencoder)
+    targets["cache"] = ("00000-x.safetensors", shard, len(shard), read_cache)
+    targets["manifest"] = ("manifest.json", manifest, len(manifest), read_cache)
+    targets["tokenizer"] = (
         "spiece.model",
         tokenizer,
         len(tokenizer),
         lambda path: open_tokenizer(path)("a red cat"),
     )
-    found["lora header"] = (
+    targets["lora header"] = (
         "x.safetensors",
         (folder / "lora.safetensors").read_bytes(),
         0,
         read_lora,
     )
-    found["tokenizer.json"] = (
+    targets["tokenizer.json"] = (
         "tokenizer.json",
         tokenizer_json(folder / "spiece.model"),
         3_000,
         read_tokenizer,
     )
-    their_config = (folder / "diffusers" / "config.json").read_bytes()
-    found["config.json"] = (
+    diffusers_config = (folder / "diffusers" / "config.json").read_bytes()
+    targets["config.json"] = (
         "config.json",
-        their_config,
-        len(their_config),
+        diffusers_config,
+        len(diffusers_config),
         lambda path: open_checkpoint(path.parent),
     )
-    found["int8"] = ("x.safetensors", (folder / "int8.safetensors").read_bytes(), 0, read_small)
+    targets["int8"] = (
+        "x.safetensors",
+        (folder / "int8.safetensors").read_bytes(),
+        0,
+        read_quantized,
+    )
     beside = {
-        "index": {"small.safetensors": small}, "cache": {"manifest.json": manifest}, "manifest": {"00000-x.safetensors": shard},
-        "config.json": {"diffusion_pytorch_model.safetensors": theirs},
-    }  # fmt: skip
-    return found | {"beside": beside}
+        "index": {"small.safetensors": small},
+        "cache": {"manifest.json": manifest},
+        "manifest": {"00000-x.safetensors": shard},
+        "config.json": {"diffusion_pytorch_model.safetensors": diffusers_file},
+    }
+    return targets | {"beside": beside}
 
 
 CHANGES = dict.fromkeys(
@@ -389,18 +421,35 @@ CHANGES = dict.fromkeys(
 )
 CHANGES |= dict.fromkeys(("tokenizer.json", "config.json"), mutate_json)
 TARGETS = [
-    "tensors", "native", "header", "bare header", "diffusers", "inspect", "gguf", "t5 gguf", "index", "lora", "t5", "autoencoder", "cache",
-    "manifest", "tokenizer", "lora header", "tokenizer.json", "config.json", "int8",
-]  # fmt: skip
+    "tensors",
+    "native",
+    "header",
+    "bare header",
+    "diffusers",
+    "inspect",
+    "gguf",
+    "t5 gguf",
+    "index",
+    "lora",
+    "t5",
+    "autoencoder",
+    "cache",
+    "manifest",
+    "tokenizer",
+    "lora header",
+    "tokenizer.json",
+    "config.json",
+    "int8",
+]
 
 
-def peak() -> int:
-    """Resident bytes at their highest since `forget_peak`."""
+def peak_bytes() -> int:
+    """Return the highest number of resident bytes since `reset_peak`."""
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def forget_peak():
+def reset_peak():
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -408,36 +457,40 @@ def forget_peak():
 @pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"),
-    reason="the peak of memory is read from Linux' /proc",
+    reason="the peak of memory is read from /proc, which only Linux has",
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_readers_of_damaged_files(target, files, tmp_path):
-    name, good, head, read = files[target]
-    for other, content in files["beside"].get(target, {}).items():
-        (tmp_path / other).write_bytes(content)
+def test_readers_read_or_reject_damaged_files(target, files, tmp_path):
+    name, valid_content, header_size, read = files[target]
+    for other_name, content in files["beside"].get(target, {}).items():
+        (tmp_path / other_name).write_bytes(content)
     path = tmp_path / name
-    path.write_bytes(good)
-    read(path)  # the file is good
+    path.write_bytes(valid_content)
+    read(path)
     change = CHANGES.get(target, mutate)
-    draw = np.random.default_rng([TARGETS.index(target), *SEED])
-    forget_peak()
-    before, refused = peak(), 0
-    for i in range(INPUTS // len(TARGETS)):
-        data = change(good, head, draw)
+    rng = np.random.default_rng([TARGETS.index(target), *SEED])
+    reset_peak()
+    before, num_rejected = peak_bytes(), 0
+    for i in range(NUM_INPUTS // len(TARGETS)):
+        data = change(valid_content, header_size, rng)
         path.write_bytes(data)
-        began = time.monotonic()
+        start_time = time.monotonic()
+        message = None
         try:
             read(path)
-        except EXPECTED as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) > 20, f"input {i}"
+        except EXPECTED_ERRORS as error:
+            message = str(error)
         except BaseException:
-            keep = (
+            failing_input = (
                 Path(os.environ.get("RADIANCE_FUZZ_KEEP", tmp_path))
                 / f"{target.replace(' ', '_')}-{i}-{name}"
             )
-            keep.write_bytes(data)
+            failing_input.write_bytes(data)
             raise
-        assert time.monotonic() - began < LONGEST, f"input {i}"
-    assert refused > INPUTS // len(TARGETS) // 10  # the mutations do reach the structure
-    assert peak() - before < MEMORY
+        assert time.monotonic() - start_time < MAX_SECONDS, f"input {i}"
+        if message is not None:
+            num_rejected += 1
+            assert "\n" not in message, f"input {i}"
+            assert len(message) > 20, f"input {i}"
+    assert num_rejected > NUM_INPUTS // len(TARGETS) // 10  # the mutations reach the structure
+    assert peak_bytes() - before < MAX_MEMORY

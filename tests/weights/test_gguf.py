@@ -19,17 +19,23 @@ from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import DTYPES_BY_CODE
 from tests.helpers.toy_files import sentence
 
-KINDS = gguf.GGMLQuantizationType
-TRAITS = {
-    kind: kind.name for kind in KINDS if kind.value not in UNQUANTIZED_TYPES
+QUANTIZATION_TYPES = gguf.GGMLQuantizationType
+QUANTIZED_TYPES = {
+    ggml_type: ggml_type.name
+    for ggml_type in QUANTIZATION_TYPES
+    if ggml_type.value not in UNQUANTIZED_TYPES
 }  # quantized types
-EXPANDED = [kind for kind in TRAITS if kind in gguf.quants._type_traits and kind.name != "Q1_0"]
+DEQUANTIZABLE = [
+    ggml_type
+    for ggml_type in QUANTIZED_TYPES
+    if ggml_type in gguf.quants._type_traits and ggml_type.name != "Q1_0"
+]
 
 
-def theirs(path, tensors, **texts):
-    """A file by the package's writer; tensors are arrays, or (kind, bytes of rows)."""
+def write_with_package(path, tensors, **metadata):
+    """Write a file with the package; tensors are arrays, or (type, bytes of rows)."""
     writer = gguf.GGUFWriter(path, "flux")
-    for key, value in texts.items():
+    for key, value in metadata.items():
         writer.add_string(key, value)
     for name, x in tensors.items():
         if isinstance(x, tuple):
@@ -47,30 +53,34 @@ def text(word: str) -> bytes:
     return struct.pack("<Q", len(word.encode())) + word.encode()
 
 
-def info(name="x", shape=(32,), kind=0, offset=0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset)
+def info(name="x", shape=(32,), ggml_type=0, offset=0) -> bytes:
+    return text(name) + struct.pack(
+        f"<I{len(shape)}QIQ", len(shape), *shape[::-1], ggml_type, offset
+    )
 
 
-def raw(path, infos=(), pairs=(), data=b"", version=3, counts=None, alignment=32):
-    """A file byte by byte; counts: of tensors and pairs, where they shall be wrong."""
+def write_raw(path, infos=(), pairs=(), data=b"", version=3, counts=None, alignment=32):
+    """Write a file byte by byte. `counts` are wrong numbers of tensors and metadata pairs."""
     counts = counts or (len(infos), len(pairs))
     header = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(pairs) + b"".join(infos)
     path.write_bytes(header + bytes(-len(header) % alignment) + data)
     return path
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", EXPANDED, ids=lambda kind: kind.name)
-def test_every_quantized_type_is_expanded(kind, tmp_path):
-    """Random bytes are blocks of some weights, though not of good ones."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    rows = np.random.default_rng(kind.value).integers(0, 256, (6, 3 * size), np.uint8)
+@pytest.mark.parametrize("ggml_type", DEQUANTIZABLE, ids=lambda ggml_type: ggml_type.name)
+def test_every_quantized_type_is_dequantized(ggml_type, tmp_path):
+    """Random bytes are blocks of some weights."""
+    block, size = gguf.GGML_QUANT_SIZES[ggml_type]
+    rows = np.random.default_rng(ggml_type.value).integers(0, 256, (6, 3 * size), np.uint8)
     tensors = open_gguf(
-        theirs(tmp_path / "x.gguf", {"a": np.ones(3, np.float32), "x.weight": (kind, rows)})
+        write_with_package(
+            tmp_path / "x.gguf", {"a": np.ones(3, np.float32), "x.weight": (ggml_type, rows)}
+        )
     )
-    assert tensors.dtypes == {"a": "F32", "x.weight": kind.name}
+    assert tensors.dtypes == {"a": "F32", "x.weight": ggml_type.name}
     assert tensors.shapes["x.weight"] == (
         6,
         3 * block,
@@ -78,42 +88,48 @@ def test_every_quantized_type_is_expanded(kind, tmp_path):
     with np.errstate(all="ignore"):
         values = tensors["x.weight"]
         np.testing.assert_array_equal(
-            values, gguf.quants.dequantize(rows, kind)
+            values, gguf.quants.dequantize(rows, ggml_type)
         )  # NaN equals NaN here
     assert values.dtype == np.float32
 
 
-def test_all_types_that_the_package_expands_are_there():
-    assert len(EXPANDED) >= 22
-    assert {"Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"} <= {kind.name for kind in EXPANDED}
+def test_the_package_dequantizes_the_common_types():
+    assert len(DEQUANTIZABLE) >= 22
+    assert {"Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"} <= {
+        ggml_type.name for ggml_type in DEQUANTIZABLE
+    }
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in TRAITS if kind not in EXPANDED], ids=lambda kind: kind.name
+    "ggml_type",
+    [ggml_type for ggml_type in QUANTIZED_TYPES if ggml_type not in DEQUANTIZABLE],
+    ids=lambda ggml_type: ggml_type.name,
 )
-def test_what_the_package_cannot_expand_is_told(kind, tmp_path):
-    rows = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
-    tensors = open_gguf(theirs(tmp_path / "x.gguf", {"x": (kind, rows)}))
+def test_types_that_the_package_cannot_dequantize_are_rejected(ggml_type, tmp_path):
+    rows = np.zeros((2, gguf.GGML_QUANT_SIZES[ggml_type][1]), np.uint8)
+    tensors = open_gguf(write_with_package(tmp_path / "x.gguf", {"x": (ggml_type, rows)}))
     with pytest.raises(
-        CheckpointError, match=f"of type {kind.name}, which the gguf package cannot dequantize"
+        CheckpointError, match=f"of type {ggml_type.name}, which the gguf package cannot dequantize"
     ) as error:
         tensors["x"]
     sentence(error)
 
 
-@pytest.mark.parametrize("kind", UNQUANTIZED_TYPES)
-def test_plain_types(kind, tmp_path):
-    dtype = DTYPES_BY_CODE[UNQUANTIZED_TYPES[kind]]
+@pytest.mark.parametrize("ggml_type", UNQUANTIZED_TYPES)
+def test_unquantized_types_are_read_as_stored(ggml_type, tmp_path):
+    dtype = DTYPES_BY_CODE[UNQUANTIZED_TYPES[ggml_type]]
     values = np.arange(-6, 6).reshape(3, 4).astype(dtype)
-    path = raw(tmp_path / "x.gguf", [info(shape=(3, 4), kind=kind)], data=values.tobytes())
+    path = write_raw(
+        tmp_path / "x.gguf", [info(shape=(3, 4), ggml_type=ggml_type)], data=values.tobytes()
+    )
     tensors = open_tensors(path)
     assert tensors["x"].dtype == dtype
-    assert tensors.dtypes["x"] == KINDS(kind).name
+    assert tensors.dtypes["x"] == QUANTIZATION_TYPES(ggml_type).name
     np.testing.assert_array_equal(tensors["x"], values)
 
 
-def test_version_2_and_metadata(tmp_path):
-    """Of long arrays only the beginning is kept, and what lies behind them is found all the same."""
+def test_version_2_and_all_metadata_types_are_read(tmp_path):
+    """Only the first items of long arrays are kept; the tensors behind them are still found."""
     pairs = [
         text("words")
         + struct.pack("<IIQ", 9, 8, 100)
@@ -126,7 +142,7 @@ def test_version_2_and_metadata(tmp_path):
     ]
     infos = [info("far", (2,), offset=64), info("near", (1, 1)), info("empty", (0,), offset=64)]
     data = np.float32(7).tobytes() + bytes(60) + np.array([1, 2], np.float32).tobytes()
-    tensors = open_gguf(raw(tmp_path / "x.gguf", infos, pairs, data, version=2, alignment=64))
+    tensors = open_gguf(write_raw(tmp_path / "x.gguf", infos, pairs, data, version=2, alignment=64))
     assert tensors.metadata == {
         "name": "zwölf",
         "half": "0.5",
@@ -138,71 +154,118 @@ def test_version_2_and_metadata(tmp_path):
     assert tensors["empty"].shape == (0,)
 
 
-def test_shapes_that_comfyui_folded(tmp_path):
-    """Its converter lays a convolution's axes together so that blocks fit, and notes what they were."""
+def test_original_shapes_of_merged_axes_are_restored(tmp_path):
+    """ComfyUI's converter merges axes of convolutions and stores the original shape."""
     original = text("comfy.gguf.orig_shape.x") + struct.pack("<IIQ4i", 9, 5, 4, 2, 3, 4, 4)
     values = np.arange(96, dtype=np.float32)
-    path = raw(tmp_path / "x.gguf", [info(shape=(3, 32))], [original], values.tobytes())
+    path = write_raw(tmp_path / "x.gguf", [info(shape=(3, 32))], [original], values.tobytes())
     np.testing.assert_array_equal(open_gguf(path)["x"], values.reshape(2, 3, 4, 4))
 
 
-# --- files that are none ------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------
 
 SHAPE = "comfy.gguf.orig_shape.x"
-BAD = {
+DAMAGED = {
     "version 1": (dict(version=1), "of version 1, but only versions 2 and 3"),
     "big-endian": (dict(version=3 << 24), "little-endian"),
-    "tensors without end": (dict(counts=(1 << 60, 0)), "truncated or damaged"),
-    "pairs without end": (dict(counts=(0, 1 << 60)), "truncated or damaged"),
-    "a text without end": (dict(pairs=[struct.pack("<Q", 1 << 62)]), "truncated or damaged"),
-    "an array without end": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 12, 1 << 61)]), "truncated or damaged"),
-    "an array of arrays": (dict(pairs=[text("a") + struct.pack("<IIQ", 9, 9, 1)]), r"of an unknown type \(9, 9\)"),
-    "a value of no type": (dict(pairs=[text("a") + struct.pack("<IIQ", 13, 1, 1)]), "of an unknown type"),
-    "alignment 0": (dict(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]), "alignment of 0"),
-    "alignment word": (dict(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("a")]), "alignment of a"),
-    "many axes": (dict(infos=[text("x") + struct.pack("<I", 9) + bytes(100)]), "of 9 axes"),
-    "axes without end": (dict(infos=[info(shape=(1 << 63, 1 << 63))]), "overlaps another tensor or extends beyond the end"),
-    "empty axes without end": (dict(infos=[info(shape=(0, 1 << 63))]), "it is damaged"),
-    "beyond the end": (dict(infos=[info(shape=(33,))]), "x overlaps another tensor or extends beyond the end"),
+    "endless tensors": (dict(counts=(1 << 60, 0)), "truncated or damaged"),
+    "endless metadata": (dict(counts=(0, 1 << 60)), "truncated or damaged"),
+    "an endless text": (dict(pairs=[struct.pack("<Q", 1 << 62)]), "truncated or damaged"),
+    "an endless array": (
+        dict(pairs=[text("a") + struct.pack("<IIQ", 9, 12, 1 << 61)]),
+        "truncated or damaged",
+    ),
+    "an array of arrays": (
+        dict(pairs=[text("a") + struct.pack("<IIQ", 9, 9, 1)]),
+        r"of an unknown type \(9, 9\)",
+    ),
+    "metadata of unknown type": (
+        dict(pairs=[text("a") + struct.pack("<IIQ", 13, 1, 1)]),
+        "of an unknown type",
+    ),
+    "alignment 0": (
+        dict(pairs=[text("general.alignment") + struct.pack("<II", 4, 0)]),
+        "alignment of 0",
+    ),
+    "alignment word": (
+        dict(pairs=[text("general.alignment") + struct.pack("<I", 8) + text("a")]),
+        "alignment of a",
+    ),
+    "too many axes": (dict(infos=[text("x") + struct.pack("<I", 9) + bytes(100)]), "of 9 axes"),
+    "huge axes": (
+        dict(infos=[info(shape=(1 << 63, 1 << 63))]),
+        "overlaps another tensor or extends beyond the end",
+    ),
+    "huge empty axes": (dict(infos=[info(shape=(0, 1 << 63))]), "it is damaged"),
+    "beyond the end": (
+        dict(infos=[info(shape=(33,))]),
+        "x overlaps another tensor or extends beyond the end",
+    ),
     "offset beyond the end": (dict(infos=[info(offset=1 << 63)]), "extends beyond the end"),
     "overlap": (dict(infos=[info("a", (20,)), info("b", (4,), offset=64)]), "b overlaps another"),
-    "one name twice": (dict(infos=[info("a", (4,)), info("a", (4,), offset=64)]), "a overlaps another"),
-    "no such type": (dict(infos=[info(kind=99)]), r"in a type \(99\) that the gguf package does not know"),
-    "removed type": (dict(infos=[info(kind=4)]), r"in a type \(4\)"),
-    "part of a block": (dict(infos=[info(shape=(31,), kind=8)]), r"shape \[31\], which blocks of 32 do not divide"),
-    "a block without axes": (dict(infos=[info(shape=(), kind=8)]), r"shape \[\], which blocks of 32"),
-    "original shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, 4, 9)]), r"the original shape \[4, 9\], which"),
-    "negative shape": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, -4, -8)]), r"the original shape \[-4, -8\]"),
-    "original words": (dict(infos=[info(shape=(1,))], pairs=[text(SHAPE) + struct.pack("<IIQ", 9, 8, 1) + text("a")]), r"shape \['a'\]"),
-    "original number": (dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<II", 4, 32)]), "the original shape 32"),
-}  # fmt: skip
+    "duplicate name": (
+        dict(infos=[info("a", (4,)), info("a", (4,), offset=64)]),
+        "a overlaps another",
+    ),
+    "unknown type": (
+        dict(infos=[info(ggml_type=99)]),
+        r"in a type \(99\) that the gguf package does not know",
+    ),
+    "removed type": (dict(infos=[info(ggml_type=4)]), r"in a type \(4\)"),
+    "part of a block": (
+        dict(infos=[info(shape=(31,), ggml_type=8)]),
+        r"shape \[31\], which blocks of 32 do not divide",
+    ),
+    "a block without axes": (
+        dict(infos=[info(shape=(), ggml_type=8)]),
+        r"shape \[\], which blocks of 32",
+    ),
+    "original shape": (
+        dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, 4, 9)]),
+        r"the original shape \[4, 9\], which",
+    ),
+    "negative shape": (
+        dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<IIQ2i", 9, 5, 2, -4, -8)]),
+        r"the original shape \[-4, -8\]",
+    ),
+    "original words": (
+        dict(
+            infos=[info(shape=(1,))], pairs=[text(SHAPE) + struct.pack("<IIQ", 9, 8, 1) + text("a")]
+        ),
+        r"shape \['a'\]",
+    ),
+    "original number": (
+        dict(infos=[info()], pairs=[text(SHAPE) + struct.pack("<II", 4, 32)]),
+        "the original shape 32",
+    ),
+}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_files_that_cannot_be_read(case, tmp_path):
-    changes, told = BAD[case]
-    path = raw(tmp_path / "x.gguf", **({"data": bytes(128)} | changes))
-    with pytest.raises(CheckpointError, match=told) as error:
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_rejected(case, tmp_path):
+    changes, message = DAMAGED[case]
+    path = write_raw(tmp_path / "x.gguf", **({"data": bytes(128)} | changes))
+    with pytest.raises(CheckpointError, match=message) as error:
         open_tensors(path)
     assert str(path) in sentence(error)
 
 
-def test_a_file_cut_off_anywhere(tmp_path):
-    path = theirs(
+def test_a_file_cut_off_anywhere_is_rejected(tmp_path):
+    path = write_with_package(
         tmp_path / "x.gguf",
         {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.float16)},
         note="yes",
     )
-    whole = path.read_bytes()
+    content = path.read_bytes()
     end = open_gguf(path).locations["b"]
     for length in range(9, end.offset + end.nbytes):
-        path.write_bytes(whole[:length])
+        path.write_bytes(content[:length])
         with pytest.raises(CheckpointError) as error:
             open_tensors(path)
         sentence(error)
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 SHAPES = {
     "__x0__": (0,),
@@ -215,15 +278,21 @@ SHAPES = {
     "q4": (6, 96),
 }
 TYPES = {
-    "__x0__": "float32", "one": "float32", "bias": "float32", "conv": "float32", "half": "float16", "bf": "bfloat16", "q8": "q8_0",
+    "__x0__": "float32",
+    "one": "float32",
+    "bias": "float32",
+    "conv": "float32",
+    "half": "float16",
+    "bf": "bfloat16",
+    "q8": "q8_0",
     "q4": "q4_0",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def values():
-    draw = np.random.default_rng(0)
-    return {name: draw.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 
 
 def write(path, values):
@@ -237,15 +306,21 @@ def write(path, values):
     return path
 
 
-def test_the_packages_reader_reads_what_was_written(values, tmp_path):
+def test_the_package_reads_the_written_file(values, tmp_path):
     reader = gguf.GGUFReader(write(tmp_path / "new" / "x.gguf", values))
     assert reader.get_field("general.architecture").contents() == "flux"
     assert reader.get_field("general.quantization_version").contents() == gguf.GGML_QUANT_VERSION
     assert reader.get_field("radiance.note").contents() == "zwölf"
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+    type_names = {
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "q8_0": "Q8_0",
+        "q4_0": "Q4_0",
+    }
     assert [t.name for t in reader.tensors] == list(SHAPES)
     for t in reader.tensors:
-        assert t.tensor_type.name == kinds[TYPES[t.name]]
+        assert t.tensor_type.name == type_names[TYPES[t.name]]
         assert tuple(int(n) for n in t.shape)[::-1] == SHAPES[t.name]
         assert t.data_offset % 32 == 0
         read = gguf.quants.dequantize(t.data, t.tensor_type).reshape(SHAPES[t.name])
@@ -262,14 +337,14 @@ def test_the_packages_reader_reads_what_was_written(values, tmp_path):
             )
 
 
-def test_our_reader_reads_what_was_written(values, tmp_path):
+def test_our_reader_reads_the_written_file(values, tmp_path):
     path = write(tmp_path / "x.gguf", values)
     tensors = open_tensors(path)
     assert tensors.shapes == SHAPES
     assert tensors.metadata["radiance.note"] == "zwölf"
     for t in gguf.GGUFReader(path).tensors:
-        place = tensors.locations[t.name]
-        assert (place.offset, place.nbytes, place.dtype) == (
+        location = tensors.locations[t.name]
+        assert (location.offset, location.nbytes, location.dtype) == (
             t.data_offset,
             t.n_bytes,
             t.tensor_type.name,
@@ -301,17 +376,17 @@ def test_a_failed_write_leaves_nothing(failure, at, values, tmp_path, monkeypatc
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_full_disk_is_seen_before_writing(values, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(values, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "radiance.base.files.shutil.disk_usage", lambda directory: type("Usage", (), {"free": 100})
     )
-    with pytest.raises(OutputError, match="free.*needed") as error:
+    with pytest.raises(OutputError, match=r"free.*needed") as error:
         write(tmp_path / "x.gguf", dict.fromkeys(values))
     sentence(error)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_that_are_not_finite_are_not_written(values):
+def test_values_that_are_not_finite_are_rejected(values):
     for dtype in ("float32", "bfloat16", "float16", "q8_0", "q4_0"):
         with pytest.raises(CheckpointError, match="not finite"):
             encode_gguf_values(np.full((2, 32), np.inf, np.float32), dtype, "x")

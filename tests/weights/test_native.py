@@ -42,7 +42,7 @@ VARIANTS = {
 MODEL = toy_model()
 
 
-def assert_same(params, expected):
+def assert_equal(params, expected):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -54,14 +54,14 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_written_and_read_is_the_same(variant, tmp_path):
+def test_written_parameters_are_read_back_exactly(variant, tmp_path):
     model = toy_model(**VARIANTS[variant])
     params, path = toy_params(model), tmp_path / "new" / "model.safetensors"
     checkpoint.write_checkpoint(path, model, params)
-    for asked in (None, model):
-        found, again = checkpoint.read_checkpoint(path, asked)
-        assert found == model
-        assert_same(again, params)
+    for expected_model in (None, model):
+        read_model, read_params = checkpoint.read_checkpoint(path, expected_model)
+        assert read_model == model
+        assert_equal(read_params, params)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     stored = load_file(path)
     assert {k: v.shape for k, v in stored.items()} == native.native_layout(model)[0]
@@ -78,17 +78,17 @@ def test_written_and_read_is_the_same(variant, tmp_path):
 
 @pytest.mark.parametrize("modulation", ["shared", "none"])
 @pytest.mark.parametrize("absent", ["double_blocks", "single_blocks"])
-def test_learned_vectors_of_absent_blocks(modulation, absent, tmp_path):
+def test_learned_vectors_of_absent_blocks_are_written_and_read(modulation, absent, tmp_path):
     model = toy_model(modulation=modulation, **{absent: 0})
     checkpoint.write_checkpoint(tmp_path / "x.safetensors", model, toy_params(model))
-    assert_same(checkpoint.read_checkpoint(tmp_path / "x.safetensors")[1], toy_params(model))
+    assert_equal(checkpoint.read_checkpoint(tmp_path / "x.safetensors")[1], toy_params(model))
 
 
-def test_tensors_lie_as_published(written):
+def test_layouts_are_those_of_the_published_files(written):
     stored, p = load_file(written), jax.tree.map(np.asarray, toy_params(MODEL))
     d, image, single = MODEL.hidden, p["double"]["image"], p["single"]
     same = np.testing.assert_array_equal
-    # [3·h·k, d], (3, h, k) from slow to fast
+    # [3·h·k, d], with 3 as the slowest of the fused axes and k as the fastest.
     qkv = stored["double_blocks.1.img_attn.qkv.weight"].reshape(3, MODEL.heads, MODEL.head_dim, d)
     same(qkv[2, 1, 5], image["attention"]["qkv"]["kernel"][1, :, 2, 1, 5])
     # [d, h·k]
@@ -97,7 +97,7 @@ def test_tensors_lie_as_published(written):
         proj[7, 3 + MODEL.head_dim], p["double"]["text"]["attention"]["proj"]["kernel"][0, 1, 3, 7]
     )
     same(stored["double_blocks.0.img_mlp.2.weight"], image["mlp"]["linear_out"]["kernel"][0].T)
-    # linear1 is qkv, then the MLP; linear2 reads attention, then the MLP
+    # linear1 is qkv, then the MLP; the inputs of linear2 are attention, then the MLP.
     linear1, linear2 = (
         stored["single_blocks.2.linear1.weight"],
         stored["single_blocks.2.linear2.weight"],
@@ -107,7 +107,7 @@ def test_tensors_lie_as_published(written):
     same(linear2[:, :d], single["attention"]["proj"]["kernel"][2].reshape(-1, d).T)
     same(linear2[:, d:], single["mlp"]["linear_out"]["kernel"][2].T)
     same(stored["single_blocks.2.linear1.bias"][3 * d :], single["mlp"]["linear_in"]["bias"][2])
-    # convolutions: [out, in, row, column]
+    # Convolutions are [out, in, row, column].
     patch = p["patch_embed"]["kernel"].reshape(4, 4, 3, d)
     same(stored["img_in_patch.weight"][9, 2, 1, 3], patch[1, 3, 2, 9])
     same(
@@ -120,21 +120,21 @@ def test_tensors_lie_as_published(written):
     )
 
 
-def test_metadata_and_order(tmp_path):
+def test_metadata_and_the_published_order_are_written(tmp_path):
     model, path = toy_model(prediction="x0"), tmp_path / "x.safetensors"
     checkpoint.write_checkpoint(path, model, toy_params(model), metadata={"step": "7"})
-    header = header_of(path)
+    header = read_header(path)
     assert header["__metadata__"]["step"] == "7"
     assert [k for k in header if k != "__metadata__"] == list(native.native_layout(model)[0])
     assert next(k for k in header if k != "__metadata__") == "__x0__"
 
 
-def header_of(path):
+def read_header(path):
     data = path.read_bytes()
     return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
 
 
-def test_parameters_of_another_model_are_not_written(tmp_path):
+def test_parameters_of_another_model_are_rejected(tmp_path):
     with pytest.raises((KeyError, ValueError)):
         checkpoint.write_checkpoint(
             tmp_path / "x.safetensors", MODEL, toy_params(toy_model(hidden=96, heads=4))

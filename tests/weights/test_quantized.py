@@ -1,4 +1,4 @@
-"""What a file has small stays in memory as it lies there: no value is rounded again."""
+"""Quantized matrices stay in memory exactly as the file stores them."""
 
 import json
 
@@ -19,99 +19,109 @@ from radiance.weights.gguf import open_gguf
 from tests.helpers.toy_files import LATENT, PIXELS, published, save, sentence
 from tests.helpers.toy_models import toy_model
 
-NUMBERS = {
+VALUE_DTYPES = {
     "int8": np.int8,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
 
-def small(x):
+def is_quantized(x):
     return isinstance(x, QuantizedKernel)
 
 
-def scaled(tensors, store, rows, suffix=".weight_scale"):
-    """The blocks' matrices as numbers with a scale of all, or one of each row, that is no power of two."""
-    out = dict(tensors)
+def quantize_matrices(tensors, weight_format, rows, suffix=".weight_scale"):
+    """Return tensors with quantized blocks: one scale, or one per row, no power of two."""
+    quantized = dict(tensors)
     for name in filter(native.is_quantizable, tensors):
         x = tensors[name].astype(np.float32)
         largest = np.abs(x).max(axis=1, keepdims=True) if rows else np.abs(x).max(keepdims=True)
         scale = largest / np.float32(
-            127 if store == "int8" else ml_dtypes.finfo(NUMBERS[store]).max
+            127 if weight_format == "int8" else ml_dtypes.finfo(VALUE_DTYPES[weight_format]).max
         )
-        whole = np.rint(x / scale) if store == "int8" else x / scale
-        out[name] = whole.astype(NUMBERS[store])
-        out[name.replace(".weight", suffix)] = scale.ravel() if rows else scale.reshape(())
-    return out
+        exact = np.rint(x / scale) if weight_format == "int8" else x / scale
+        quantized[name] = exact.astype(VALUE_DTYPES[weight_format])
+        quantized[name.replace(".weight", suffix)] = scale.ravel() if rows else scale.reshape(())
+    return quantized
 
 
-def assert_is_the_file(found, store, leaves=None):
-    params = _leaves(found.load_params("float32", "file"))
-    whole = flatten_tree(found.load_params("float32"))
-    kept = {path for path, x in params.items() if small(x)}
-    assert kept == {
-        path for path in params if is_block_matrix(path) and (leaves is None or leaves(path))
+def assert_as_stored(checkpoint, weight_format, is_expected=None):
+    params = flatten_params(checkpoint.load_params("float32", "file"))
+    exact = flatten_tree(checkpoint.load_params("float32"))
+    quantized_paths = {path for path, x in params.items() if is_quantized(x)}
+    assert quantized_paths == {
+        path
+        for path in params
+        if is_block_matrix(path) and (is_expected is None or is_expected(path))
     }
     for path, x in params.items():
         np.testing.assert_array_equal(
-            np.asarray(x.dequantize() if small(x) else x), np.asarray(whole[path]), err_msg=path
+            np.asarray(x.dequantize() if is_quantized(x) else x),
+            np.asarray(exact[path]),
+            err_msg=path,
         )
-    assert {str(params[path].values.dtype) for path in kept} == {
-        "int8" if store == "q8_0" else store
+    assert {str(params[path].values.dtype) for path in quantized_paths} == {
+        "int8" if weight_format == "q8_0" else weight_format
     }
 
 
-def _leaves(params):
+def flatten_params(params):
     return {
         "/".join(key.key for key in path): x
-        for path, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=small)[0]
+        for path, x in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
     }
 
 
-@pytest.mark.parametrize("store", NUMBERS)
+@pytest.mark.parametrize("weight_format", VALUE_DTYPES)
 @pytest.mark.parametrize("rows", [False, True])
-def test_with_scales(store, rows, tmp_path):
-    found = open_checkpoint(
-        save(tmp_path / "x.safetensors", scaled(published(PIXELS), store, rows), PIXELS)
+def test_matrices_with_scales_stay_as_stored(weight_format, rows, tmp_path):
+    checkpoint = open_checkpoint(
+        save(
+            tmp_path / "x.safetensors",
+            quantize_matrices(published(PIXELS), weight_format, rows),
+            PIXELS,
+        )
     )
-    assert_is_the_file(found, store)
+    assert_as_stored(checkpoint, weight_format)
 
 
-@pytest.mark.parametrize("store", ["float8_e4m3fn", "float8_e5m2"])
-def test_fp8_without_scales(store, tmp_path):
+@pytest.mark.parametrize("weight_format", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_without_scales_stays_as_stored(weight_format, tmp_path):
     tensors = {
-        name: x.astype(NUMBERS[store]) if native.is_quantizable(name) else x
+        name: x.astype(VALUE_DTYPES[weight_format]) if native.is_quantizable(name) else x
         for name, x in published(PIXELS).items()
     }
-    assert_is_the_file(open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS)), store)
+    assert_as_stored(
+        open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS)), weight_format
+    )
 
 
-def test_q8_0(tmp_path):
+def test_q8_0_stays_as_stored(tmp_path):
     convert_checkpoint(
         open_checkpoint(save(tmp_path / "x.safetensors", published(PIXELS), PIXELS)),
         tmp_path / "x.gguf",
         dtype="q8_0",
     )
-    found = open_checkpoint(tmp_path / "x.gguf")
-    assert_is_the_file(found, "q8_0")
-    # and bit for bit what the values of the file are rounded to
-    leaves, whole = (
-        _leaves(found.load_params("float32", "file")),
-        flatten_tree(found.load_params("float32")),
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert_as_stored(checkpoint, "q8_0")
+    # Quantizing the file's values again gives the same bits.
+    leaves, exact = (
+        flatten_params(checkpoint.load_params("float32", "file")),
+        flatten_tree(checkpoint.load_params("float32")),
     )
     for path in filter(is_block_matrix, leaves):
-        blocks = np.asarray(whole[path]).reshape(
-            len(whole[path]), count_inputs(path, whole[path].shape), -1
+        blocks = np.asarray(exact[path]).reshape(
+            len(exact[path]), count_inputs(path, exact[path].shape), -1
         )
         values, scales = zip(*(quantize(block, "q8_0") for block in blocks))
         np.testing.assert_array_equal(leaves[path].values, values)
         np.testing.assert_array_equal(leaves[path].scales, scales)
 
 
-def test_parts_that_lie_one_below_the_other(tmp_path):
-    """diffusers has queries, keys and values apart, each with its scale here."""
+def test_concatenated_tensors_stay_as_stored(tmp_path):
+    """diffusers stores queries, keys and values separately, here each with a scale."""
     tensors = published(LATENT)
-    theirs = {
+    diffusers_tensors = {
         t: tensors[n][rows]
         for n in tensors
         for t, (rows, _) in diffusers.locate_diffusers_slices(n, tensors[n].shape, LATENT).items()
@@ -121,136 +131,148 @@ def test_parts_that_lie_one_below_the_other(tmp_path):
     }
     for i, name in enumerate(sorted(matrices)):
         scale = np.float32(0.003 + 0.0001 * i)
-        theirs |= {
-            name: (theirs[name].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn),
+        diffusers_tensors |= {
+            name: (diffusers_tensors[name].astype(np.float32) / scale).astype(
+                ml_dtypes.float8_e4m3fn
+            ),
             name[:-6] + "scale_weight": scale[None],
         }
-    found = open_checkpoint(save(tmp_path / "x.safetensors", theirs), rope_axes=LATENT.rope_axes)
-    assert found.format == "diffusers"
-    assert_is_the_file(found, "float8_e4m3fn")
+    checkpoint = open_checkpoint(
+        save(tmp_path / "x.safetensors", diffusers_tensors), rope_axes=LATENT.rope_axes
+    )
+    assert checkpoint.format == "diffusers"
+    assert_as_stored(checkpoint, "float8_e4m3fn")
 
 
-def test_some_blocks_in_other_types(tmp_path):
-    """Their leaf is one array, so these are rounded; as before, and alone."""
-    tensors = scaled(published(PIXELS), "int8", rows=True)
+def test_blocks_of_other_types_are_quantized_alone(tmp_path):
+    """A leaf is one array, so all of its blocks must have the same type."""
+    tensors = quantize_matrices(published(PIXELS), "int8", rows=True)
     name = "single_blocks.1.linear1.weight"
     tensors[name] = published(PIXELS)[name]
     del tensors[name.replace(".weight", ".weight_scale")]
-    found = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
-    leaf, whole = (
-        _leaves(found.load_params("float32", store))["single/attention/qkv/kernel"]
-        for store in ("file", None)
+    checkpoint = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
+    leaf, exact = (
+        flatten_params(checkpoint.load_params("float32", weight_format))[
+            "single/attention/qkv/kernel"
+        ]
+        for weight_format in ("file", None)
     )
     leaf = np.asarray(leaf.dequantize())
-    np.testing.assert_array_equal(leaf[[0, 2]], whole[np.array([0, 2])])
-    error = np.abs(leaf[1] - whole[1])
-    assert 0 < error.max() <= np.abs(whole[1]).max() / 127 / 2 * 1.01
+    np.testing.assert_array_equal(leaf[[0, 2]], exact[np.array([0, 2])])
+    error = np.abs(leaf[1] - exact[1])
+    assert 0 < error.max() <= np.abs(exact[1]).max() / 127 / 2 * 1.01
 
 
-def test_another_store_than_the_files(tmp_path):
-    found = open_checkpoint(
-        save(tmp_path / "x.safetensors", scaled(published(PIXELS), "int8", rows=True), PIXELS)
+def test_a_format_other_than_the_file_quantizes_again(tmp_path):
+    checkpoint = open_checkpoint(
+        save(
+            tmp_path / "x.safetensors",
+            quantize_matrices(published(PIXELS), "int8", rows=True),
+            PIXELS,
+        )
     )
-    leaves, whole = (
-        _leaves(found.load_params("float32", "q8_0")),
-        flatten_tree(found.load_params("float32")),
+    leaves, exact = (
+        flatten_params(checkpoint.load_params("float32", "q8_0")),
+        flatten_tree(checkpoint.load_params("float32")),
     )
     path = "double/image/mlp/linear_in/kernel"
     np.testing.assert_array_equal(
-        leaves[path].values[1], quantize(np.asarray(whole[path][1]), "q8_0")[0]
+        leaves[path].values[1], quantize(np.asarray(exact[path][1]), "q8_0")[0]
     )
 
 
-def test_leaves_that_blocks_do_not_divide_are_whole(tmp_path):
-    """As our own export has them; who asks for q8_0 by name is told."""
+def test_leaves_that_blocks_do_not_divide_are_not_quantized(tmp_path):
+    """Our export does the same; requesting q8_0 explicitly is an error."""
     model = toy_model(
         mlp_ratio=80 / 64, hidden=64, rope_axes=(4, 14, 14)
-    )  # 80 inputs of an MLP's way back, and 144 of linear2
+    )  # linear_out of the MLP has 80 inputs, and linear2 has 144
     convert_checkpoint(
         open_checkpoint(save(tmp_path / "x.safetensors", published(model), model)),
         tmp_path / "x.gguf",
         dtype="q8_0",
     )
-    found = open_checkpoint(tmp_path / "x.gguf")
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
     odd = ("mlp/linear_out/kernel", "single/attention/proj/kernel")
-    assert_is_the_file(found, "q8_0", lambda path: not path.endswith(odd))
-    with pytest.raises(CheckpointError, match="80 inputs.*use int8") as error:
-        found.load_params(weight_format="q8_0")
+    assert_as_stored(checkpoint, "q8_0", lambda path: not path.endswith(odd))
+    with pytest.raises(CheckpointError, match=r"80 inputs.*use int8") as error:
+        checkpoint.load_params(weight_format="q8_0")
     sentence(error)
 
 
-def test_a_matrix_whose_blocks_lie_across_its_parts(tmp_path):
-    """linear2 of 48 + 80 inputs is Q8_0 in the file, and neither part of it can be."""
+def test_a_fused_matrix_with_blocks_across_its_parts_is_dequantized(tmp_path):
+    """linear2 has 48 + 80 inputs and is Q8_0 in the file; neither part of it can be."""
     model = toy_model(mlp_ratio=80 / 48)
     convert_checkpoint(
         open_checkpoint(save(tmp_path / "x.safetensors", published(model), model)),
         tmp_path / "x.gguf",
         dtype="q8_0",
     )
-    found = open_checkpoint(tmp_path / "x.gguf")
-    assert found.dtypes["single_blocks.0.linear2.weight"] == "Q8_0"
-    leaves, whole = (
-        _leaves(found.load_params("float32", "file")),
-        flatten_tree(found.load_params("float32")),
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert checkpoint.dtypes["single_blocks.0.linear2.weight"] == "Q8_0"
+    leaves, exact = (
+        flatten_params(checkpoint.load_params("float32", "file")),
+        flatten_tree(checkpoint.load_params("float32")),
     )
-    assert not any(map(small, leaves.values()))
+    assert not any(map(is_quantized, leaves.values()))
     np.testing.assert_array_equal(
-        leaves["single/attention/proj/kernel"], whole["single/attention/proj/kernel"]
+        leaves["single/attention/proj/kernel"], exact["single/attention/proj/kernel"]
     )
 
 
 @pytest.mark.parametrize("where", ["values", "scales", "huge"])
-def test_values_that_are_not_finite(where, tmp_path):
-    tensors = scaled(published(PIXELS), "float8_e4m3fn", rows=True)
+def test_values_that_are_not_finite_are_rejected(where, tmp_path):
+    tensors = quantize_matrices(published(PIXELS), "float8_e4m3fn", rows=True)
     name = "single_blocks.2.linear2.weight"
     if where == "values":
         tensors[name][3, 5] = np.nan
     else:
         tensors[name.replace(".weight", ".weight_scale")][7] = np.nan if where == "scales" else 1e38
-    found = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
+    checkpoint = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
     with pytest.raises(
-        CheckpointError, match="single_blocks.2.linear2.weight holds values that are not finite"
+        CheckpointError, match=r"single_blocks.2.linear2.weight holds values that are not finite"
     ) as error:
-        found.load_params(weight_format="file")
+        checkpoint.load_params(weight_format="file")
     sentence(error)
 
 
-def test_int8_without_scales_is_no_store(tmp_path):
+def test_int8_without_scales_has_no_weight_format(tmp_path):
     tensors = {
         name: x
-        for name, x in scaled(published(PIXELS), "int8", True).items()
+        for name, x in quantize_matrices(published(PIXELS), "int8", True).items()
         if not name.endswith("_scale")
     }
-    found = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
-    assert not any(map(small, _leaves(found.load_params(weight_format="file")).values()))
+    checkpoint = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
+    assert not any(
+        map(is_quantized, flatten_params(checkpoint.load_params(weight_format="file")).values())
+    )
 
 
 @pytest.mark.parametrize(
-    ("mark", "good"),
+    ("description", "is_supported"),
     [
         ({"format": "int8_tensorwise"}, True),
         ({"format": "int8_tensorwise", "convrot": True}, False),
     ],
 )
-def test_rotated_weights_are_refused(mark, good, tmp_path):
-    """They look like any others, and would be read as noise."""
-    tensors = scaled(published(PIXELS), "int8", rows=True)
+def test_rotated_weights_are_rejected(description, is_supported, tmp_path):
+    """They look like ordinary weights and would be read as noise."""
+    tensors = quantize_matrices(published(PIXELS), "int8", rows=True)
     tensors["single_blocks.0.linear1.comfy_quant"] = np.frombuffer(
-        json.dumps(mark).encode(), np.uint8
+        json.dumps(description).encode(), np.uint8
     )
     path = save(tmp_path / "x.safetensors", tensors, PIXELS)
-    if good:
+    if is_supported:
         assert open_checkpoint(path).model == PIXELS
     else:
         with pytest.raises(
-            CheckpointError, match="single_blocks.0.linear1.weight rotated"
+            CheckpointError, match=r"single_blocks.0.linear1.weight rotated"
         ) as error:
             open_checkpoint(path)
         sentence(error)
 
 
-def test_folded_axes_are_no_store(tmp_path):
-    """ComfyUI-GGUF may have other axes in the file, and blocks across the rows."""
+def test_merged_axes_have_no_weight_format(tmp_path):
+    """ComfyUI-GGUF may merge axes in the file, so that blocks extend over rows."""
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "flux")
     rows = gguf.quants.quantize(np.ones((3, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("x.weight", rows, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -261,7 +283,7 @@ def test_folded_axes_are_no_store(tmp_path):
         writer.write_tensors_to_file(),
         writer.close(),
     )
-    found = open_gguf(tmp_path / "x.gguf")
-    assert found.shapes == {"x.weight": (6, 16)}
-    assert found.weight_format("x.weight") is None
-    assert found["x.weight"].shape == (6, 16)
+    checkpoint = open_gguf(tmp_path / "x.gguf")
+    assert checkpoint.shapes == {"x.weight": (6, 16)}
+    assert checkpoint.weight_format("x.weight") is None
+    assert checkpoint["x.weight"].shape == (6, 16)
