@@ -542,7 +542,7 @@ class Transformer(nn.Module):
         cfg, (height, width) = self.settings, image.shape[2:]
         if height % cfg.patch or width % cfg.patch:
             raise ValueError(
-                f"An image of {width}×{height} pixels does not divide into patches of {cfg.patch}: "
+                f"An image of {width}×{height} does not divide into patches of {cfg.patch}: "
                 "pad it first."
             )
         rows, columns = height // cfg.patch, width // cfg.patch
