@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float32, Float64, PRNGKeyArray
+from jaxtyping import Array, Float32, Float64, Int32, PRNGKeyArray
 
 from radiance import config
 from radiance.base.errors import CheckpointError
@@ -191,7 +191,7 @@ def _run_steps(
     weights: Float32[Array, " m"],
     state: tuple[Params, optax.OptState],
     key: PRNGKeyArray,
-    first_step: int,
+    first_step: int | Int32[Array, ""],
     *,
     source: config.Model,
     model: config.Model,
