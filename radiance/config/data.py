@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from radiance.base.settings import Section, require
-
-Background = Literal["white", "grey", "black", "beige", "brown", "navy"]  # of data/shapes.py
+from radiance.shapes.attributes import MAX_OBJECTS, Background, CaptionLengths
 
 
 @dataclass(frozen=True)
 class Shapes(Section):
     """Images drawn on the way, whose captions say exactly what they show."""
 
-    caption_lengths: Literal["short", "mixed", "full"] = (
+    caption_lengths: CaptionLengths = (
         "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
     )
     max_tokens: int = 64  # longest caption in tokens, end-of-sequence included
     max_objects: int = (
-        5  # of an image at most; of one alone a small model learns in minutes what captions say
+        MAX_OBJECTS  # of an image at most; of one alone a small model learns in minutes what captions say
     )
     # Those that images may have. On black alone a small model learns soon where objects stand (experiments/one_shape.py).
     backgrounds: tuple[Background, ...] = get_args(Background)
@@ -30,8 +29,8 @@ class Shapes(Section):
 
     def check(self):
         require(
-            1 <= self.max_objects <= 5,
-            f"data.shapes.max_objects={self.max_objects} must be a whole number from 1 to 5.",
+            1 <= self.max_objects <= MAX_OBJECTS,
+            f"data.shapes.max_objects={self.max_objects} must be a whole number from 1 to {MAX_OBJECTS}.",
         )
         require(
             0 < len(self.backgrounds) == len(set(self.backgrounds)),

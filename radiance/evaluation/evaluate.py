@@ -106,7 +106,7 @@ def load_scene_descriptions(
     source: Source, indices: Sequence[int]
 ) -> list[SceneDescription] | None:
     """What the captions of `shapes` say; None for other images."""
-    descriptions = [source.attributes(i).get("told") for i in indices]
+    descriptions = [source.attributes(i).get("described") for i in indices]
     return (
         descriptions
         if all(isinstance(description, SceneDescription) for description in descriptions)

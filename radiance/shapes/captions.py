@@ -1,43 +1,39 @@
-"""Captions of `shapes` of exactly as many tokens as a law draws, which knows nothing of the image.
+"""Captions of `shapes`, whose length in tokens is drawn from a distribution that ignores the image.
 
-A caption says how many objects there are, then as many of them as there is room for, each with all its attributes, and in half of
-the captions the background. What room is left goes to longer words for the same, and to filler. A token is a word or a
-mark, as `text/` counts them, and the end of the sequence is one.
+A caption gives the number of objects, then describes as many of them as fit, each with all its
+attributes. Half of the captions name the background. The remaining length is used by longer
+phrases for the same content, and by filler. A token is a word or a punctuation mark, as in
+`text/`, and the end of the sequence is one token.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from radiance.base.random import RandomStream, make_rng, random_permutation
 from radiance.base.settings import require
-from radiance.shapes.scenes import (
+from radiance.shapes.attributes import (
     BACKGROUNDS,
     COLORS,
     GRID_SIZE,
     MAX_OBJECTS,
-    SHAPES,
     SIZES,
     SPLITS,
-    Scene,
-    SceneDescription,
-    SceneObject,
+    CaptionLengths,
+)
+from radiance.shapes.scenes import SHAPES, Scene, SceneDescription, SceneObject
+
+MIN_TOKENS = 10  # room for one object and the background
+SHORT_MAX_TOKENS = 20  # longest caption of the distribution "short"
+BACKGROUND_PROBABILITY = 0.5
+NUMBER_WORDS = ("one", "two", "three", "four", "five")
+CELL_NAMES = tuple(  # as in a spreadsheet
+    f"{'abcd'[column]}{row + 1}" for row in range(GRID_SIZE) for column in range(GRID_SIZE)
 )
 
-CaptionLengths = Literal["short", "mixed", "full"]
-
-MIN_TOKENS, SHORT_MAX_TOKENS = (
-    10,
-    20,
-)  # tokens: room for one object and the background; the longest of the short law
-NUMBER_WORDS = ("one", "two", "three", "four", "five")
-CELL_NAMES = tuple(
-    f"{'abcd'[column]}{row + 1}" for row in range(GRID_SIZE) for column in range(GRID_SIZE)
-)  # as in a spreadsheet
-
-# The first of each list is the shortest.
+# The first template of each list is the shortest.
 COUNT_TEMPLATES = (
     "{count}",
     "{count} {noun}",
@@ -47,15 +43,16 @@ COUNT_TEMPLATES = (
     "this picture shows exactly {count} {noun} and nothing else",
 )
 OBJECT_TEMPLATES = (
-    "{size} {colour} {shape} {cell}",
-    "{size} {colour} {shape} at {cell}",
-    "a {size} {colour} {shape} at {cell}",
-    "at {cell} a {size} {shape} in {colour}",
-    "the {shape} at {cell} is {colour} and {size}",
-    "the {colour} {shape} of {size} size stands at {cell}",
-    "there is a {size} {colour} {shape} in row {row} and column {column}",
-    "column {column} of row {row} holds a {size} {shape} that is {colour}",
-    "where column {column} meets row {row} one sees a {shape} which is {size} in size and {colour} in colour",
+    "{size} {color} {shape} {cell}",
+    "{size} {color} {shape} at {cell}",
+    "a {size} {color} {shape} at {cell}",
+    "at {cell} a {size} {shape} in {color}",
+    "the {shape} at {cell} is {color} and {size}",
+    "the {color} {shape} of {size} size stands at {cell}",
+    "there is a {size} {color} {shape} in row {row} and column {column}",
+    "column {column} of row {row} holds a {size} {shape} that is {color}",
+    "where column {column} meets row {row} one sees a {shape} which is {size} in size "
+    "and {color} in colour",
 )
 BACKGROUND_TEMPLATES = (
     "on {background}",
@@ -63,7 +60,8 @@ BACKGROUND_TEMPLATES = (
     "the background is {background}",
     "all of this lies on a background of plain {background}",
 )
-# Nothing that an image shows. Of the shortest, one word and a mark, so many can be added that at most one token is left, for a full stop.
+# Fillers describe nothing that an image shows. The shortest has two tokens, a word and a mark, so
+# fillers can be added until at most one token is left, for a full stop.
 FILLERS = (
     "simply",
     "as drawn",
@@ -83,121 +81,141 @@ FILLERS = (
 
 
 class Caption(NamedTuple):
+    """A caption and the attributes that it describes."""
+
     text: str
-    description: SceneDescription  # what it says
+    description: SceneDescription
+
+
+class Phrase(NamedTuple):
+    """A part of a caption before its wording is chosen."""
+
+    templates: Sequence[str]  # the shortest first
+    values: dict[str, str]  # of the templates' placeholders
 
 
 def make_caption(
     scene: Scene, caption_lengths: CaptionLengths = "mixed", max_tokens: int = 256
 ) -> Caption:
-    """The caption of a scene: the same each time.
+    """Write the caption of a scene. It is a function of the arguments.
 
-    law: of how many tokens it has, the end of the sequence included. mixed: 10 to `limit`, dense at the short end; short: the same
-    up to 20, with median 12; full: `limit`, so that there is no padding. limit: at least 20, or ConfigError.
+    Args:
+        scene: The scene.
+        caption_lengths: Distribution of the number of tokens. "mixed": 10 to `max_tokens`, mostly
+            few; "short": the same up to 20, with median 12; "full": always `max_tokens`, so that
+            there is no padding.
+        max_tokens: Longest caption in tokens, end of sequence included; at least 20.
+
+    Raises:
+        ConfigError: `max_tokens` is too small.
     """
     require(
         max_tokens >= SHORT_MAX_TOKENS,
-        f"Captions of shapes need room for {SHORT_MAX_TOKENS} tokens, and the limit is {max_tokens}: raise it (data.shapes.max_tokens).",
+        f"data.shapes.max_tokens={max_tokens} is too small for captions of shapes: "
+        f"use at least {SHORT_MAX_TOKENS}.",
     )
     rng = make_rng(scene.seed, RandomStream.SCENE_CAPTION, scene.index, SPLITS.index(scene.split))
     u_length, u_background = rng.random(2)
-    max_length = SHORT_MAX_TOKENS if caption_lengths == "short" else max_tokens
-    # Every part has a mark behind it, the last one the end of the sequence.
-    token_budget = (
-        max_length
-        if caption_lengths == "full"
-        else MIN_TOKENS + int((max_length - MIN_TOKENS + 1) * u_length * u_length)
-    )
-    num_objects = len(scene.objects)
-    phrases = [
-        (
-            COUNT_TEMPLATES,
-            {
-                "count": NUMBER_WORDS[num_objects - 1],
-                "noun": "shape" if num_objects == 1 else "shapes",
-            },
-        )
-    ]
-    if u_background < 0.5:
-        phrases.append((BACKGROUND_TEMPLATES, {"background": scene.background}))
-    num_described = (
-        token_budget - sum(_count_tokens(templates[0]) for templates, _ in phrases)
-    ) // _count_tokens(OBJECT_TEMPLATES[0])
-    described_objects = tuple(
-        scene.objects[i] for i in random_permutation(rng, num_objects)[:num_described]
-    )
+    num_tokens = _choose_length(caption_lengths, max_tokens, u_length)
+    background = scene.background if u_background < BACKGROUND_PROBABILITY else None
+    description = _choose_description(scene, background, num_tokens, rng)
+
+    phrases = _list_phrases(description)
+    (count_text, *other_texts), num_spare_tokens = _write_phrases(phrases, num_tokens, rng)
+    order = random_permutation(rng, len(other_texts))
+    text = f"{count_text}: {', '.join(other_texts[i] for i in order)}{'.' * num_spare_tokens}"
+    return Caption(text, description)
+
+
+def _choose_length(caption_lengths: CaptionLengths, max_tokens: int, u_length: float) -> int:
+    """Choose a number of tokens by a number in [0, 1)."""
+    if caption_lengths == "full":
+        return max_tokens
+    longest = SHORT_MAX_TOKENS if caption_lengths == "short" else max_tokens
+    return MIN_TOKENS + int((longest - MIN_TOKENS + 1) * u_length * u_length)
+
+
+def _choose_description(
+    scene: Scene, background: str | None, num_tokens: int, rng: np.random.Generator
+) -> SceneDescription:
+    """Choose as many random objects as fit when every phrase has its shortest form."""
+    num_tokens -= _count_tokens(COUNT_TEMPLATES[0])
+    if background is not None:
+        num_tokens -= _count_tokens(BACKGROUND_TEMPLATES[0])
+    num_described = num_tokens // _count_tokens(OBJECT_TEMPLATES[0])
+    order = random_permutation(rng, len(scene.objects))
+    described_objects = tuple(scene.objects[i] for i in order[:num_described])
+    return SceneDescription(len(scene.objects), described_objects, background)
+
+
+def _list_phrases(description: SceneDescription) -> list[Phrase]:
+    """List the phrases of a caption, the number of objects first."""
+    noun = "shape" if description.num_objects == 1 else "shapes"
+    count = NUMBER_WORDS[description.num_objects - 1]
+    phrases = [Phrase(COUNT_TEMPLATES, {"count": count, "noun": noun})]
+    if description.background is not None:
+        phrases.append(Phrase(BACKGROUND_TEMPLATES, {"background": description.background}))
     phrases += [
-        (OBJECT_TEMPLATES, _template_values(scene_object)) for scene_object in described_objects
+        Phrase(OBJECT_TEMPLATES, _object_values(scene_object))
+        for scene_object in description.objects
     ]
-    (count_phrase, *other_phrases), token_budget = _write_phrases(phrases, token_budget, rng)
-    description = SceneDescription(
-        num_objects, described_objects, scene.background if u_background < 0.5 else None
-    )
-    return Caption(
-        f"{count_phrase}: {', '.join(other_phrases[i] for i in random_permutation(rng, len(other_phrases)))}{'.' * token_budget}",
-        description,
-    )
+    return phrases
+
+
+def _object_values(scene_object: SceneObject) -> dict[str, str]:
+    return {
+        "size": scene_object.size,
+        "color": scene_object.color,
+        "shape": scene_object.shape,
+        "row": NUMBER_WORDS[scene_object.row],
+        "column": NUMBER_WORDS[scene_object.column],
+        "cell": CELL_NAMES[scene_object.row * GRID_SIZE + scene_object.column],
+    }
 
 
 def _write_phrases(
-    phrases: Sequence[tuple[Sequence[str], dict[str, str]]],
-    token_budget: int,
-    rng: np.random.Generator,
+    phrases: Sequence[Phrase], num_tokens: int, rng: np.random.Generator
 ) -> tuple[list[str], int]:
-    """The parts in forms drawn from theirs, and filler; of the tokens that there are to spare at most one is left."""
-    token_budget -= sum(_count_tokens(templates[0]) for templates, _ in phrases)
+    """Word each phrase at random and add fillers.
+
+    Returns:
+        The texts, and the number of tokens that are left: 0 or 1.
+    """
+    num_spare = num_tokens - sum(_count_tokens(phrase.templates[0]) for phrase in phrases)
     texts = []
-    for templates, words in phrases:
-        template = templates[int(rng.random() * len(templates))]
-        if _count_tokens(template) - _count_tokens(templates[0]) > token_budget:
-            template = templates[0]
-        token_budget -= _count_tokens(template) - _count_tokens(templates[0])
-        texts.append(template.format(**words))
-    while token_budget >= _count_tokens(FILLERS[0]):
-        candidates = [text for text in FILLERS if _count_tokens(text) <= token_budget]
-        texts.append(candidates[int(rng.random() * len(candidates))])
-        token_budget -= _count_tokens(texts[-1])
-    return texts, token_budget
+    for phrase in phrases:
+        shortest = phrase.templates[0]
+        template = _choose(phrase.templates, rng)
+        if _count_tokens(template) - _count_tokens(shortest) > num_spare:
+            template = shortest
+        num_spare -= _count_tokens(template) - _count_tokens(shortest)
+        texts.append(template.format(**phrase.values))
+    while num_spare >= _count_tokens(FILLERS[0]):
+        texts.append(_choose([text for text in FILLERS if _count_tokens(text) <= num_spare], rng))
+        num_spare -= _count_tokens(texts[-1])
+    return texts, num_spare
+
+
+def _choose(texts: Sequence[str], rng: np.random.Generator) -> str:
+    return texts[int(rng.random() * len(texts))]
 
 
 def split_tokens(text: str) -> list[str]:
-    """Words and marks, without the end of the sequence."""
+    """Split a caption into words and punctuation marks, without the end of the sequence."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def _count_tokens(text: str) -> int:
-    """Tokens of a part, and the mark after it. What stands in braces is one word."""
+    """Count the tokens of a phrase and the mark after it. A placeholder is one word."""
     return len(text.split()) + 1
-
-
-def _template_values(scene_object: SceneObject) -> dict[str, str]:
-    cell = CELL_NAMES[scene_object.row * GRID_SIZE + scene_object.column]
-    values = {
-        "row": NUMBER_WORDS[scene_object.row],
-        "column": NUMBER_WORDS[scene_object.column],
-        "cell": cell,
-    }
-    return {
-        "size": scene_object.size,
-        "colour": scene_object.color,
-        "shape": scene_object.shape,
-    } | values
 
 
 def _iterate_vocabulary() -> Iterator[str]:
     for text in (*COUNT_TEMPLATES, *OBJECT_TEMPLATES, *BACKGROUND_TEMPLATES, *FILLERS):
         yield from (word for word in text.split() if not word.startswith("{"))
-    for words in (
-        SIZES,
-        COLORS,
-        SHAPES,
-        BACKGROUNDS,
-        NUMBER_WORDS[:MAX_OBJECTS],
-        CELL_NAMES,
-        ("shape", "shapes"),
-        ":,.",
-    ):
+    for words in (SIZES, COLORS, SHAPES, BACKGROUNDS, NUMBER_WORDS[:MAX_OBJECTS], CELL_NAMES):
         yield from words
+    yield from ("shape", "shapes", *":,.")
 
 
 VOCABULARY = tuple(sorted(set(_iterate_vocabulary())))  # every token of a caption

@@ -89,7 +89,7 @@ def test_the_images_are_those_that_sample_paints(run, found):
         PixelExtractor()(ours), PixelExtractor()(real), "pixels16"
     ).items():
         assert numbers[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    told = [source.attributes(i)["told"] for i in range(21)]
+    told = [source.attributes(i)["described"] for i in range(21)]
     assert (
         found["sampling"]["scenes"]["count"]
         == scoring.score_readings(scoring.read_pixels(ours), told).count
