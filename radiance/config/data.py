@@ -17,9 +17,8 @@ class Shapes(Section):
         "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
     )
     max_tokens: int = 64  # longest caption in tokens, end-of-sequence included
-    max_objects: int = (
-        MAX_OBJECTS  # of an image at most; of one alone a small model learns in minutes what captions say
-    )
+    # Largest number of objects. A small model learns the captions of one object in minutes.
+    max_objects: int = MAX_OBJECTS
     # Those that images may have. On black alone a small model learns soon where objects stand (experiments/one_shape.py).
     backgrounds: tuple[Background, ...] = get_args(Background)
     num_images: int = (

@@ -98,7 +98,8 @@ def _open_listing(mixture_source: config.MixtureSource, cache_dir: Path) -> List
             return JsonlListing(mixture_source.path, mixture_source.root)
         case "digits":
             from radiance.data.sources.digits import Digits
-            from radiance.data.sources.tfds import TfdsListing, prepare_dataset
+            from radiance.data.sources.tfds import TfdsListing
+            from radiance.data.sources.tfds_preparation import prepare_dataset
 
             return TfdsListing(prepare_dataset(Digits, cache_dir), "image", "captions")
         case "tar":
@@ -112,7 +113,8 @@ def _open_listing(mixture_source: config.MixtureSource, cache_dir: Path) -> List
                 mixture_source.path, mixture_source.image_key, mixture_source.caption_key, cache_dir
             )
         case "tfds":
-            from radiance.data.sources.tfds import TfdsListing, find_or_prepare_dataset
+            from radiance.data.sources.tfds import TfdsListing
+            from radiance.data.sources.tfds_preparation import find_or_prepare_dataset
 
             return TfdsListing(
                 find_or_prepare_dataset(mixture_source.path, cache_dir),

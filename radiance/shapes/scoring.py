@@ -193,7 +193,7 @@ def match_templates(
     """
     num_cells, num_channels, num_pixels = cells.shape
     products = cells.reshape(-1, num_pixels) @ templates.masks
-    products = products.reshape(num_cells, num_channels, -1)
+    products = products.reshape(num_cells, num_channels, len(templates.kinds))
     explained_energies = (products**2).sum(1) / templates.energies
     best = explained_energies.argmax(-1)
     rows = np.arange(num_cells)

@@ -1,4 +1,4 @@
-"""What a data set holds and what a run will make of it, counted before anything is decoded."""
+"""A survey of a data set and of its use by a run, computed without decoding images."""
 
 import math
 from collections import Counter
@@ -16,87 +16,69 @@ from radiance.data.buckets import upscale_factor
 from radiance.data.sampler import BatchSampler
 from radiance.data.source import Source
 
-# What images are called by; each counts for the nearest.
-ASPECT_RATIOS = tuple(
-    Fraction(ratio)
-    for ratio in (
-        "1/3",
-        "1/2",
-        "9/16",
-        "2/3",
-        "3/4",
-        "4/5",
-        "1",
-        "5/4",
-        "4/3",
-        "3/2",
-        "16/9",
-        "2",
-        "3",
-    )
-)
-NUM_LENGTH_BINS = 16  # of a histogram of lengths within the limit
-PERCENTS = (50, 90, 99, 100)  # percent of the captions
+# Common aspect ratios (width to height). Each image counts for the nearest one.
+_TALL_RATIOS = [Fraction(w, h) for w, h in ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (4, 5))]
+ASPECT_RATIOS = (*_TALL_RATIOS, Fraction(1), *(1 / ratio for ratio in _TALL_RATIOS[::-1]))
+NUM_LENGTH_BINS = 16  # of the histogram of caption lengths up to text.max_length
+PERCENTS = (50, 90, 99, 100)  # percentiles of caption lengths
 
 
 class Histogram(NamedTuple):
-    """Whole numbers."""
+    """Counts of integers."""
 
-    edges: tuple[int, ...]  # a bar holds what is at least its edge and less than the next
-    counts: tuple[int, ...]  # one fewer
+    edges: tuple[int, ...]  # bin i counts edges[i] <= value < edges[i + 1]
+    counts: tuple[int, ...]  # one fewer than edges
 
 
 class SourceUsage(NamedTuple):
-    """A part of the data in an epoch."""
+    """How an epoch uses one part of the data."""
 
-    num_images: int  # that it has
-    fraction: float  # of those that are seen
-    num_sampled: int  # in an epoch
+    num_images: int  # in the part
+    fraction: float  # of an epoch's samples
+    num_sampled: int  # in the first epoch
 
 
 class BucketUsage(NamedTuple):
-    """What images are cut to, in the first epoch."""
+    """A size that images are cropped to, and how the first epoch uses it."""
 
     width: int  # pixels
     height: int
     num_images: int
-    num_batches: int  # whole ones
-    num_leftover: int  # images that fill no batch
+    num_batches: int  # complete batches
+    num_leftover: int  # images that do not complete a batch
 
 
 class CaptionStatistics(NamedTuple):
-    """Captions in tokens, as they are written, with data.caption_prefix and data.caption_suffix."""
+    """Statistics of captions in tokens, with data.caption_prefix and data.caption_suffix."""
 
     num_captions: int
-    min_per_image: int  # of an image
+    min_per_image: int
     max_per_image: int
-    length_histogram: Histogram  # the last bar holds what is over the limit
-    length_percentiles: Mapping[int, int]  # the length that so many percent of them do not exceed
-    num_truncated: int  # over the limit
+    length_histogram: Histogram  # the last bin counts all captions over text.max_length
+    length_percentiles: Mapping[int, int]  # by percent: the length that so many do not exceed
+    num_truncated: int  # captions over text.max_length
     num_tagged_images: int  # images whose captions are lists of tags
-    tags_per_caption: tuple[
-        int, int
-    ]  # the median and the largest number of tags of a caption; 0 without
+    tags_per_caption: tuple[int, int]  # median and maximum; 0 without tags
 
 
 @dataclass(frozen=True)
 class DatasetSurvey:
-    """Of the images that a run trains on."""
+    """Statistics of the images that a run trains on."""
 
     num_images: int
     sources: Sequence[SourceUsage]
-    resolution_histogram: Histogram  # pixels; of the square of as many pixels as the image has
-    aspect_ratios: Mapping[Fraction, int]  # width to height
-    buckets: Sequence[BucketUsage]  # those that some image may have
-    num_upscaled: int  # images scaled up in the first epoch
-    max_upscale: float  # by as much as this, at most
+    resolution_histogram: Histogram  # sides of squares with as many pixels as the images
+    aspect_ratios: Mapping[Fraction, int]  # number of images by width to height
+    buckets: Sequence[BucketUsage]  # those that some image can have
+    num_upscaled: int  # images that are scaled up in the first epoch
+    max_upscale: float  # the largest factor
     captions: CaptionStatistics
-    weight_range: tuple[float, float, float]  # of the losses: smallest, mean and largest
-    text_lengths: Sequence[int]  # that texts may be cut to
+    weight_range: tuple[float, float, float]  # loss weights: minimum, mean and maximum
+    text_lengths: Sequence[int]  # lengths that texts are padded to
 
     @property
     def num_programs(self) -> int:
-        """That may have to be compiled for a training step: one for each shape of images and texts."""
+        """Number of training steps that may be compiled, one for each image and text shape."""
         return len(self.buckets) * len(self.text_lengths)
 
 
@@ -104,16 +86,24 @@ def survey_dataset(
     source: Source,
     run: config.Config,
     count_tokens: Callable[[str], int],
-    progress: Callable[[int], Any] = lambda image_indices: None,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> DatasetSurvey:
-    """tokens: counts those of a caption. progress: is called with the number of images whose captions were just read."""
-    # What is left of a shape does not change what is drawn, and must not end a survey.
-    sampler = BatchSampler(source, config.override(run.data, ["remainder=carry"]), run.train.seed)
+    """Survey the training images of a run.
+
+    Args:
+        source: The images.
+        run: Settings of the run.
+        count_tokens: Returns the number of tokens of a caption.
+        progress: Called with the number of images that are new since the last call.
+    """
+    # How incomplete batches are used does not change an epoch's images. An epoch that drops all of
+    # them must not end the survey.
+    data = config.override(run.data, ["incomplete_batches=carry"])
+    sampler = BatchSampler(source, data, run.train.seed)
     image_indices, bucket_indices = sampler.sample_epoch(0)
     sizes = source.sizes.astype(np.float64)
-    scales = upscale_factor(
-        *sizes[image_indices].T, *np.array(sampler.assignment.bucket_sizes)[bucket_indices].T
-    )
+    bucket_sizes = np.array(sampler.assignment.bucket_sizes)[bucket_indices]
+    scales = upscale_factor(*sizes[image_indices].T, *bucket_sizes.T)
     captions, lengths = _caption_statistics(source, run, count_tokens, progress)
     return DatasetSurvey(
         num_images=len(source),
@@ -135,7 +125,7 @@ def survey_dataset(
 
 
 def _source_usage(source: Source, image_indices: Int64[np.ndarray, " seen"]) -> list[SourceUsage]:
-    """images: of an epoch."""
+    """Count the samples of an epoch by part of the data."""
     ends = [span.start + span.num_images for span in source.spans]
     counts = np.bincount(np.searchsorted(ends, image_indices, side="right"), minlength=len(ends))
     return [
@@ -147,21 +137,20 @@ def _source_usage(source: Source, image_indices: Int64[np.ndarray, " seen"]) -> 
 def _bucket_usage(
     sampler: BatchSampler, bucket_indices: Int64[np.ndarray, " seen"], batch_size: int
 ) -> list[BucketUsage]:
-    """drawn: the shapes of an epoch's images."""
-    reachable_buckets = np.unique(sampler.assignment.bucket_indices[sampler.assignment.bucket_indices >= 0])
-    counts = np.bincount(bucket_indices, minlength=len(sampler.assignment.bucket_sizes))
-    return [
-        BucketUsage(
-            *sampler.assignment.bucket_sizes[i],
-            int(counts[i]),
-            *(int(x) for x in divmod(counts[i], batch_size)),
-        )
-        for i in reachable_buckets
-    ]
+    """Count the samples of an epoch by bucket."""
+    assignment = sampler.assignment
+    reachable_buckets = np.unique(assignment.bucket_indices[assignment.bucket_indices >= 0])
+    counts = np.bincount(bucket_indices, minlength=len(assignment.bucket_sizes))
+    usages = []
+    for bucket in reachable_buckets:
+        width, height = assignment.bucket_sizes[bucket]
+        num_batches, num_leftover = divmod(int(counts[bucket]), batch_size)
+        usages.append(BucketUsage(width, height, int(counts[bucket]), num_batches, num_leftover))
+    return usages
 
 
 def _resolution_histogram(resolutions: Real[np.ndarray, " n"]) -> Histogram:
-    """In halves of octaves: 256, 384, 512, 768, 1024, …"""
+    """Count resolutions in bins of half an octave, such as 256, 384, 512, 768, 1024."""
     octaves = range(int(np.log2(max(resolutions.min(), 1))), int(np.log2(resolutions.max())) + 2)
     return _histogram(
         resolutions, sorted({edge for k in octaves for edge in (2**k, 3 * 2**k // 2)})
@@ -169,10 +158,9 @@ def _resolution_histogram(resolutions: Real[np.ndarray, " n"]) -> Histogram:
 
 
 def _histogram(values: Real[np.ndarray, " n"], edges: Sequence[int]) -> Histogram:
-    """From the first bar that holds something to the last. What is below the first edge, or above the last, is not counted."""
-    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)[
-        1:-1
-    ]
+    """Count values between the first and the last edge, without empty bins at either end."""
+    bin_indices = np.searchsorted(edges, values, side="right")
+    counts = np.bincount(bin_indices, minlength=len(edges) + 1)[1:-1]
     first, last = np.flatnonzero(counts)[[0, -1]]
     return Histogram(
         tuple(int(edge) for edge in edges[first : last + 2]),
@@ -183,7 +171,7 @@ def _histogram(values: Real[np.ndarray, " n"], edges: Sequence[int]) -> Histogra
 def _count_aspect_ratios(
     widths: Real[np.ndarray, " n"], heights: Real[np.ndarray, " n"]
 ) -> dict[Fraction, int]:
-    """The nearest one, by factors."""
+    """Count images by the nearest common aspect ratio on a logarithmic scale."""
     log_ratios = np.log([float(ratio) for ratio in ASPECT_RATIOS])
     nearest = np.searchsorted((log_ratios[1:] + log_ratios[:-1]) / 2, np.log(widths / heights))
     counts = np.bincount(nearest, minlength=len(log_ratios))
@@ -196,9 +184,10 @@ def _caption_statistics(
     count_tokens: Callable[[str], int],
     progress: Callable[[int], Any],
 ) -> tuple[CaptionStatistics, Sequence[int]]:
-    """And which lengths there are."""
+    """Count captions, and return the distinct lengths too."""
     lengths: Counter[int] = Counter()
-    captions_per_image, tag_counts = Counter(), Counter()
+    captions_per_image: Counter[int] = Counter()
+    tag_counts: Counter[int] = Counter()
     num_tagged_images = 0
     for index in range(len(source)):
         captions = source.captions(index)
@@ -234,7 +223,7 @@ def _caption_statistics(
 
 
 def _percentile(counts: Mapping[int, int], percent: int) -> int:
-    """The least number that so many percent do not exceed."""
+    """Return the smallest value that so many percent do not exceed."""
     values, frequencies = np.array(sorted(counts.items())).T
     cumulative = np.cumsum(frequencies)
     return int(values[np.searchsorted(cumulative, math.ceil(cumulative[-1] * percent / 100))])

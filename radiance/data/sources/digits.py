@@ -1,15 +1,19 @@
-"""`digits`: 1,797 real handwritten digits, scanned at 8×8 (UCI, CC BY 4.0; they ship with scikit-learn), with captions.
+"""The data set `digits`: 1,797 handwritten digits, scanned at 8 × 8 pixels, with captions.
 
-A smoke test that happens to be real. Prepared and read without TensorFlow.
+The scans come with scikit-learn (UCI, CC BY 4.0). The data set serves as a smoke test with real
+images. It is prepared and read without TensorFlow.
 """
 
 import io
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Float64, Int64
 from PIL import Image
 
-RESOLUTION = 32  # images are kept at this size, smoothly enlarged
+RESOLUTION = 32  # pixels; the scans are upsampled to it
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTION_TEMPLATES = (
     "a handwritten {name}",
@@ -21,8 +25,10 @@ CAPTION_TEMPLATES = (
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
+    """Builder of the data set for TensorFlow Datasets."""
+
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -39,39 +45,33 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
             raise ImportError(
-                "The digits data set comes with scikit-learn: pip install 'radiance[digits]'."
+                "The data set digits comes with scikit-learn: pip install 'radiance[digits]'."
             ) from None
         scans, digits = load_digits(return_X_y=True)
-        # Neighbours in the list are often by one writer; every sixth goes to validation.
+        # Neighbors in the list are often by one writer. Every sixth scan goes to validation.
         is_validation = np.arange(len(digits)) % 6 == 5
         return {
             "train": self._generate_examples(scans[~is_validation], digits[~is_validation]),
             "validation": self._generate_examples(scans[is_validation], digits[is_validation]),
         }
 
-    def _generate_examples(self, scans: np.ndarray, digits: np.ndarray):
+    def _generate_examples(
+        self, scans: Float64[np.ndarray, "n 64"], digits: Int64[np.ndarray, " n"]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for i, (scan, digit) in enumerate(zip(scans, digits)):
-            captions = [
-                template.format(digit=digit, name=DIGIT_NAMES[digit])
-                for template in CAPTION_TEMPLATES
-            ]
-            yield (
-                i,
-                {
-                    "image": _encode_png(scan.reshape(8, 8)),
-                    "captions": captions,
-                    "digit": int(digit),
-                },
-            )
+            name = DIGIT_NAMES[digit]
+            captions = [template.format(digit=digit, name=name) for template in CAPTION_TEMPLATES]
+            image = _encode_png(scan.reshape(8, 8))
+            yield i, {"image": image, "captions": captions, "digit": int(digit)}
 
 
-def _encode_png(scan: np.ndarray) -> io.BytesIO:
-    """Ink of 0 to 16, as white on black."""
+def _encode_png(scan: Float64[np.ndarray, "8 8"]) -> io.BytesIO:
+    """Encode ink of 0 to 16 as white on black."""
     image = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8)).resize(
         (RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC
     )

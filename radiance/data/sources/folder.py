@@ -1,14 +1,19 @@
-"""`folder`: images with captions as people keep them, read where they lie: on a disk, or anywhere fsspec reaches.
+"""The data source `folder`: images with captions beside them, on a disk or anywhere fsspec reaches.
 
-The captions of cat.png stand in cat.txt beside it, one a line, or else in a metadata.jsonl of its folder or of one above, as in
-Hugging Face's `imagefolder`: {"file_name": "cat.png", "text": "a cat"}, where "caption" will do for "text", and a list for several;
-"is_tag_based": true says that they are tags with commas between, and "loss_weight": 2 that the image counts twice.
-Subfolders count, links are followed, and names that begin with a dot are passed over.
+The captions of cat.png are the lines of cat.txt. Without that file they are in a metadata.jsonl of
+its folder or of a parent folder, as in Hugging Face's `imagefolder`::
 
-When a run starts, all captions and the heads of all images are read, and what cannot be used is left out and counted by kind.
-Pixels are decoded when they are needed (data/decode.py): decoding millions of files first would take hours. An image that turns out
-broken then is told once and passed over, every time. Of a remote folder each head takes a request or two: for millions, `jsonl`
-declares what the heads would say, and shards need no looking for.
+    {"file_name": "cat.png", "text": "a cat"}
+
+"caption" may replace "text", and a list holds several captions. "is_tag_based": true declares tags
+with commas between them, and "loss_weight": 2 doubles the weight of the image. Subfolders are
+included, links are followed, and names that begin with a dot are skipped.
+
+When a run starts, all captions and the headers of all images are read. Unusable images are left out
+and counted by kind. Pixels are decoded when they are needed (data/decode.py), because decoding
+millions of files first would take hours. An image that fails to decode then is reported once and
+skipped every time. In a remote folder each header takes one or two requests. For millions of images
+use `jsonl`, which declares the sizes, or shards.
 """
 
 import hashlib
@@ -17,6 +22,7 @@ import posixpath
 import unicodedata
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -26,11 +32,10 @@ from radiance.data import decode, storage
 from radiance.data.listing import IndexRecord, Unusable, map_in_threads
 from radiance.data.sources.records import (
     Annotation,
-    clean_captions,
     decode_lines,
+    make_record,
     parse_entry,
     read_header_at,
-    validate_weight,
 )
 from radiance.data.storage import FileInfo
 
@@ -39,18 +44,19 @@ IMAGE_SUFFIXES = frozenset(
     for suffix, name in Image.registered_extensions().items()
     if name in Image.OPEN and name not in decode.EXCLUDED_FORMATS
 )
-UNSUPPORTED_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".jxl",
-)  # images to people, but not to Pillow without its plugins
+# Suffixes of images that Pillow can only read with plugins.
+UNSUPPORTED_SUFFIXES = (".heic", ".heif", ".jxl")
 METADATA_FILE = "metadata.jsonl"
 
 
 class FolderListing:
     """A folder of captioned images, ordered by name.
 
-    Raises ConfigError when the path is not a folder.
+    Args:
+        path: Path or URL of the folder.
+
+    Raises:
+        ConfigError: The path is not a folder.
     """
 
     def __init__(self, path: str):
@@ -59,7 +65,7 @@ class FolderListing:
             self.files, self.unreadable_folders = storage.list_files(self.path)
         except NotADirectoryError:
             raise config.ConfigError(
-                f"data.path={path} is not a folder: give one that holds images and their captions."
+                f"data.path={path} is not a folder: give a folder of images and captions."
             ) from None
         hasher = hashlib.sha256(self.path.encode(errors="surrogatepass"))
         for file in self.files:
@@ -67,23 +73,21 @@ class FolderListing:
         hasher.update(json.dumps(self.unreadable_folders).encode())
         self.identity = hasher.hexdigest()
 
-    def __getstate__(self):
-        return {"path": self.path}  # what reads images needs no more
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}  # reading images needs nothing else
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+        """Yield a record for each image, after everything that cannot be used by its name alone."""
         metadata, bad_lines = self._read_metadata()
         caption_files = {file.name: file.path for file in self.files if file.name.endswith(".txt")}
+        image_suffixes = IMAGE_SUFFIXES.union(UNSUPPORTED_SUFFIXES)
         images = [
-            file
-            for file in self.files
-            if _suffix(file) in IMAGE_SUFFIXES.union(UNSUPPORTED_SUFFIXES) or file.name in metadata
+            file for file in self.files if _suffix(file) in image_suffixes or file.name in metadata
         ]
-        yield from (Unusable(name, "closed folder") for name in self.unreadable_folders)
+        missing_files = sorted(metadata.keys() - {file.name for file in self.files})
+        yield from (Unusable(name, "unreadable folder") for name in self.unreadable_folders)
         yield from (Unusable(location, f"bad line of {METADATA_FILE}") for location in bad_lines)
-        yield from (
-            Unusable(name, "missing file")
-            for name in sorted(metadata.keys() - {file.name for file in self.files})
-        )
+        yield from (Unusable(name, "missing file") for name in missing_files)
         yield from map_in_threads(
             partial(self._make_record, caption_files=caption_files, metadata=metadata),
             images,
@@ -91,19 +95,26 @@ class FolderListing:
         )
 
     def address(self, location: str) -> str:
+        """Return the path or URL of an image's file."""
         return storage.join_address(self.path, location)
 
     def read_file(self, location: str) -> bytes:
+        """Read a file.
+
+        Raises:
+            DataError: The file cannot be read any more.
+        """
         address = self.address(location)
         try:
             return storage.read_bytes(address)
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
-                f"{address} was there at the start and cannot be read now ({error.strerror}): put it back."
+                f"{address} existed at the start and cannot be read now ({error.strerror}): "
+                "put it back."
             ) from None
 
     def _read_metadata(self) -> tuple[dict[str, Annotation], list[str]]:
-        """What is said of images, by their names, and the places of lines that say nothing."""
+        """Read the annotations by the images' names, and the locations of unusable lines."""
         metadata: dict[str, Annotation] = {}
         bad_lines = []
         for file in self.files:
@@ -116,52 +127,40 @@ class FolderListing:
                     entry = parse_entry(line)
                 except decode.UnusableError:
                     bad_lines.append(f"{file.name}:{line_number}")
-                else:
-                    name = posixpath.normpath(
-                        posixpath.join(posixpath.dirname(file.name), entry.filename)
-                    )
-                    name = unicodedata.normalize("NFC", name)
-                    previous_captions = metadata[name].captions if name in metadata else ()
-                    metadata[name] = entry.annotation._replace(
-                        captions=(*previous_captions, *entry.annotation.captions)
-                    )
+                    continue
+                folder = posixpath.dirname(file.name)
+                name = posixpath.normpath(posixpath.join(folder, entry.filename))
+                name = unicodedata.normalize("NFC", name)
+                previous_captions = metadata[name].captions if name in metadata else ()
+                captions = (*previous_captions, *entry.annotation.captions)
+                metadata[name] = entry.annotation._replace(captions=captions)
         return metadata, bad_lines
 
     def _make_record(
         self, file: FileInfo, caption_files: Mapping[str, str], metadata: Mapping[str, Annotation]
     ) -> IndexRecord | Unusable:
-        """What a run needs to know of an image."""
         if _suffix(file) not in IMAGE_SUFFIXES and _suffix(file) in UNSUPPORTED_SUFFIXES:
-            return Unusable(file.name, "format that is not read")
-        caption_file, annotation = (
-            caption_files.get(posixpath.splitext(file.name)[0] + ".txt"),
-            metadata.get(file.name),
-        )
+            return Unusable(file.name, "unsupported format")
+        caption_file = caption_files.get(posixpath.splitext(file.name)[0] + ".txt")
+        annotation = metadata.get(file.name)
         if caption_file is None and annotation is None:
             return Unusable(file.name, "no caption")
-        annotation = annotation or Annotation()
-        try:
-            captions, weight = (
-                clean_captions(
-                    annotation.captions
-                    if caption_file is None
-                    else self._read_captions(caption_file)
-                ),
-                validate_weight(annotation),
-            )
-            width, height, content_hash = read_header_at(self.address(file.path), file.size)
-        except decode.UnusableError as error:
-            return Unusable(file.name, error.kind)
-        return IndexRecord(
-            file.name, file.path, captions, width, height, annotation.has_tags, weight, content_hash
+        return make_record(
+            file.name,
+            file.path,
+            partial(self._read_annotation, caption_file, annotation or Annotation()),
+            lambda: read_header_at(self.address(file.path), file.size),
         )
 
-    def _read_captions(self, location: str) -> list[str]:
-        """The lines of the file of captions. Raises Broken when it cannot be read."""
+    def _read_annotation(self, caption_file: str | None, annotation: Annotation) -> Annotation:
+        """Replace the captions of an annotation by the lines of the image's caption file."""
+        if caption_file is None:
+            return annotation
         try:
-            return decode_lines(storage.read_bytes(self.address(location)))
+            content = storage.read_bytes(self.address(caption_file))
         except (FileNotFoundError, PermissionError):
             raise decode.UnusableError("unreadable file") from None
+        return annotation._replace(captions=decode_lines(content))
 
 
 def _suffix(file: FileInfo) -> str:

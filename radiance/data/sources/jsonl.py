@@ -1,13 +1,18 @@
-"""`jsonl`: a list of images that lie anywhere, one JSON object a line, as the published models' trainer reads them.
+"""The data source `jsonl`: a list of images, in the format of the published models' trainer.
 
-{"filename": "cats/1.jpg", "caption_or_tags": "a cat", "width": 640, "height": 480, "is_tag_based": false, "loss_weight": 1.0}
+The file has one JSON object a line::
 
-`filename` is a path below data.root, or else below the file's own folder; or an absolute path; or a URL. A list for several captions.
-"file_name" and "text" or "caption", as in metadata.jsonl, will do as well. Each line is an image: a second line for the same file is
-another one, for lists of millions are read as a stream, by nobody who remembers what came before.
+    {"filename": "cats/1.jpg", "caption_or_tags": "a cat", "width": 640, "height": 480,
+     "is_tag_based": false, "loss_weight": 1.0}
 
-Width and height are believed where they stand, and nothing is asked of the file until it is needed; else its head is read. One that
-is missing when it is needed is told once and passed over. What was learned is kept until the list changes.
+`filename` is a path below data.root (by default the folder of the list), an absolute path or a URL.
+A list holds several captions. "file_name", and "text" or "caption", are accepted as in
+metadata.jsonl. Every line is an image, also a second line for the same file: a list of millions is
+read as a stream.
+
+A width and a height in the list are trusted, and the file is not opened before it is needed.
+Without them its header is read. A file that is missing when it is needed is reported once and
+skipped. The dataset index is kept until the list changes.
 """
 
 import hashlib
@@ -20,18 +25,18 @@ from collections.abc import Iterator
 from radiance import config
 from radiance.data import decode, storage
 from radiance.data.listing import IndexRecord, Unusable, map_in_threads
-from radiance.data.sources.records import (
-    clean_captions,
-    parse_entry,
-    read_header_at,
-    validate_weight,
-)
+from radiance.data.sources.records import MetadataEntry, make_record, parse_entry, read_header_at
 
 
 class JsonlListing:
-    """The images of a list, in its order. root: the folder in which they are; empty: the list's own.
+    """The images of a list, in its order.
 
-    Raises ConfigError when there is no such file or folder.
+    Args:
+        path: Path or URL of the list.
+        root: Folder of the images. If empty, the list's folder.
+
+    Raises:
+        ConfigError: There is no such file or folder.
     """
 
     def __init__(self, path: str, root: str = ""):
@@ -41,26 +46,34 @@ class JsonlListing:
             file = storage.get_file_info(self.path)
         except (FileNotFoundError, PermissionError) as error:
             raise config.ConfigError(
-                f"data.path={path} cannot be read ({error.strerror}): give a file with a JSON object a line."
+                f"data.path={path} cannot be read ({error.strerror}): "
+                "give a file with one JSON object a line."
             ) from None
         if root and not (storage.is_remote(root) or os.path.isdir(self.root)):
             raise config.ConfigError(
-                f"data.root={root} is not a folder: give the one that holds the images of {path}."
+                f"data.root={root} is not a folder: give the folder of the images of {path}."
             )
         identity_json = json.dumps([self.path, self.root, file.size, file.version])
         self.identity = hashlib.sha256(identity_json.encode()).hexdigest()
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+        """Yield a record for each line."""
         with storage.open_stream(self.path) as file:
-            lines = (
+            numbered_lines = (
                 (line_number, line) for line_number, line in enumerate(file, 1) if line.strip()
             )
-            yield from map_in_threads(self._make_record, lines, num_threads)
+            yield from map_in_threads(self._make_record, numbered_lines, num_threads)
 
     def address(self, location: str) -> str:
+        """Return the path or URL of an image's file."""
         return storage.join_address(self.root, location)
 
     def read_file(self, location: str) -> bytes:
+        """Read an image's file.
+
+        Raises:
+            UnusableError: The file is missing or unreadable.
+        """
         try:
             return storage.read_bytes(self.address(location))
         except FileNotFoundError:
@@ -74,31 +87,19 @@ class JsonlListing:
             entry = parse_entry(line)
         except decode.UnusableError:
             return Unusable(f"line {line_number}", "bad line")
-        name = (
-            entry.filename
-            if storage.is_remote(entry.filename)
-            else posixpath.normpath(entry.filename)
-        )
+        name = entry.filename
+        if not storage.is_remote(name):
+            name = posixpath.normpath(name)
         name = unicodedata.normalize("NFC", name)
-        try:
-            captions, weight = (
-                clean_captions(entry.annotation.captions),
-                validate_weight(entry.annotation),
-            )
-            width, height, content_hash = entry.width, entry.height, ""
-            if not (width and height):
-                width, height, content_hash = read_header_at(self.address(entry.filename))
-            if width * height > decode.MAX_PIXELS:
-                raise decode.UnusableError("too large")
-        except decode.UnusableError as error:
-            return Unusable(name, error.kind)
-        return IndexRecord(
-            name,
-            entry.filename,
-            captions,
-            width,
-            height,
-            entry.annotation.has_tags,
-            weight,
-            content_hash,
+        return make_record(
+            name, entry.filename, lambda: entry.annotation, lambda: self._read_header(entry)
         )
+
+    def _read_header(self, entry: MetadataEntry) -> tuple[int, int, str]:
+        """Return the size that the list gives, or read it from the file."""
+        width, height, content_hash = entry.width, entry.height, ""
+        if not (width and height):
+            width, height, content_hash = read_header_at(self.address(entry.filename))
+        if width * height > decode.MAX_PIXELS:
+            raise decode.UnusableError("too large")
+        return width, height, content_hash

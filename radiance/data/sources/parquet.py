@@ -1,18 +1,20 @@
-"""`parquet`: tables as Hugging Face publishes them, an image and its caption in each row.
+"""The data source `parquet`: tables as Hugging Face publishes them, with an image in each row.
 
-`data.image_key` names the column of the images' files: bytes, or {bytes, path}, of which the path does not count. `data.caption_key` names
-the column of the captions: a text, several, or a class label, whose name it then is; inside of other columns as "captions/text".
-`is_tag_based` and `loss_weight` mean what they mean elsewhere (data/records.py); other columns that hold a number or a text are
-attributes of the image.
+`data.image_key` names the column of the images' files: bytes, or {bytes, path}, of which the path
+is ignored. `data.caption_key` names the column of the captions: a text, several, or a class label,
+whose name is the caption. A column within others is written as "captions/text". `is_tag_based` and
+`loss_weight` have the same meaning as in other sources (data/sources/records.py). Other columns of
+numbers or texts become attributes of the image.
 
-Rows are called FILE/ROW. A row cannot be read without those around it, so the dataset index keeps the images, which takes the space
-that the files take. While it is made a few row groups' worth of memory is in use. Splits are files: `data.path=FOLDER/train-*`
-leaves the others out.
+Rows are named FILE/ROW. A row cannot be read without its neighbors, so the dataset index stores the
+images, which takes as much space as the files. Building it needs the memory of a few row groups.
+Splits are files: `data.path=FOLDER/train-*` selects one.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,27 +24,33 @@ from radiance.base.errors import DataError, OutputError
 from radiance.base.files import require_space
 from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
-from radiance.data.sources import records
+from radiance.data.sources.records import Annotation, make_record, parse_annotation
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard
 
-ROWS_PER_BATCH = 64  # rows that are unpacked at once
+ROWS_PER_BATCH = 64  # rows that are decoded at once
 BUFFER_BYTES = 2**20  # bytes of each column that are read at once
+ANNOTATION_COLUMNS = ("is_tag_based", "loss_weight")
 
 
 class Columns(NamedTuple):
-    """What is read of a file."""
+    """The columns of a file that are read."""
 
     names: tuple[str, ...]
-    class_names: (
-        tuple[str, ...] | None
-    )  # the names of the captions' classes, where the captions are classes
+    class_names: tuple[str, ...] | None  # if the captions are class labels
     attributes: tuple[str, ...]
 
 
 class ParquetListing:
     """Rows in the order of the files' names.
 
-    path: a file, a folder of them, or a pattern. directory: where the dataset index will be. Raises ConfigError when there is no file.
+    Args:
+        path: A file, a folder of files, or a pattern.
+        image_key: Column of the images, possibly within other columns ("a/b").
+        caption_key: Column of the captions, likewise.
+        cache_dir: Folder where the dataset index will be written.
+
+    Raises:
+        ConfigError: There is no such file.
     """
 
     def __init__(self, path: str, image_key: str, caption_key: str, cache_dir: Path):
@@ -50,26 +58,33 @@ class ParquetListing:
         self.image_key, self.caption_key, self.cache_dir = image_key, caption_key, cache_dir
         self.identity = hash_shards(self.shards, "parquet", image_key, caption_key)
 
-    def __getstate__(self):
-        return {}  # the dataset index has it all
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # the dataset index has everything
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
-        """Raises DataError when a file cannot be read, has not the columns, or the images would fill the disk; ConfigError without pyarrow."""
-        all_columns = [
-            self._find_columns(shard) for shard in self.shards
-        ]  # before an hour is spent on the first files
+        """Yield a record for each row.
+
+        Args:
+            num_threads: Not used; pyarrow chooses its own number of threads.
+
+        Raises:
+            DataError: A file cannot be read, lacks the columns, or the disk is too small.
+            ConfigError: The pyarrow package is missing.
+        """
+        # Check all files before spending an hour on the first ones.
+        all_columns = [self._find_columns(shard) for shard in self.shards]
         try:
             require_space(self.cache_dir, sum(shard.size for shard in self.shards))
         except OutputError as error:
             raise DataError(
-                f"data.source=parquet keeps its images in data.cache_dir, and {error}"
+                f"data.source=parquet stores its images in data.cache_dir, and {error}"
             ) from None
-        for shard, shard_columns in zip(self.shards, all_columns):
+        for shard, columns in zip(self.shards, all_columns):
             row_index = 0
             with _open_table(shard) as table:
-                for batch in table.iter_batches(ROWS_PER_BATCH, columns=list(shard_columns.names)):
-                    for record in batch.to_pylist():
-                        yield self._make_record(f"{shard.name}/{row_index}", record, shard_columns)
+                for batch in table.iter_batches(ROWS_PER_BATCH, columns=list(columns.names)):
+                    for row in batch.to_pylist():
+                        yield self._make_record(f"{shard.name}/{row_index}", row, columns)
                         row_index += 1
 
     def address(self, location: Any) -> None:
@@ -77,109 +92,88 @@ class ParquetListing:
         return None
 
     def read_file(self, location: Any) -> bytes:
-        raise NotImplementedError("The dataset index keeps these images.")
+        """Raise NotImplementedError: the dataset index stores these images."""
+        raise NotImplementedError("The dataset index stores these images.")
 
     def _find_columns(self, shard: ShardFile) -> Columns:
-        from pyarrow import types
-
         with _open_table(shard) as table:
             schema = table.schema_arrow
         column_types = dict(zip(schema.names, schema.types))
-        image_type, caption_type = (
-            _type_at_path(column_types, column_path)
-            for column_path in (self.image_key, self.caption_key)
-        )
-        for setting, column_path, column_type in (
-            ("image", self.image_key, image_type),
-            ("caption", self.caption_key, caption_type),
-        ):
-            if column_type is None:
-                available = ", ".join(
-                    f"{name} ({column_type})" for name, column_type in column_types.items()
-                )
-                raise DataError(
-                    f"{shard.path} has no column data.{setting}={column_path}: it has {available}."
-                )
-        if types.is_struct(image_type):
-            image_type = _type_at_path({"": image_type}, "/bytes")
-        if image_type is None or not _is_binary(image_type):
-            raise DataError(
-                f"{shard.path}: the column data.image_key={self.image_key} holds {column_types[self.image_key.partition('/')[0]]}, but files of images "
-                "are needed, as bytes or as {bytes, path}."
-            )
-        class_names = (
-            _class_names(schema.metadata or {}, self.caption_key)
-            if types.is_integer(caption_type)
-            else None
-        )
-        if class_names is None and not _is_text(caption_type):
-            raise DataError(
-                f"{shard.path}: the column data.caption_key={self.caption_key} holds {caption_type}, but texts are needed, or class labels whose names "
-                "the file knows."
-            )
-        used_columns = {
-            self.image_key.partition("/")[0],
-            self.caption_key.partition("/")[0],
-            "is_tag_based",
-            "loss_weight",
-        }
+        self._check_image_column(shard, column_types)
+        class_names = self._check_caption_column(shard, column_types, schema.metadata or {})
+        # Read the outermost columns of the image and the caption, and the attributes.
+        used_columns = {_top_column(self.image_key), _top_column(self.caption_key)}
+        used_columns |= set(ANNOTATION_COLUMNS)
         attributes = tuple(
             name
             for name, column_type in column_types.items()
             if name not in used_columns and (_is_text(column_type) or _is_number(column_type))
         )
-        return Columns(
-            (*sorted(used_columns & column_types.keys()), *attributes), class_names, attributes
-        )
+        names = (*sorted(used_columns & column_types.keys()), *attributes)
+        return Columns(names, class_names, attributes)
+
+    def _check_image_column(self, shard: ShardFile, column_types: Mapping[str, Any]):
+        from pyarrow import types
+
+        image_type = _require_type(shard, column_types, "image_key", self.image_key)
+        if types.is_struct(image_type):
+            image_type = _type_at_path({"": image_type}, "/bytes")
+        if image_type is None or not _is_binary(image_type):
+            column_type = column_types[_top_column(self.image_key)]
+            raise DataError(
+                f"{shard.path}: the column data.image_key={self.image_key} has type "
+                f"{column_type}: it must contain image files, as bytes or as {{bytes, path}}."
+            )
+
+    def _check_caption_column(
+        self, shard: ShardFile, column_types: Mapping[str, Any], metadata: Mapping[bytes, bytes]
+    ) -> tuple[str, ...] | None:
+        """Return the names of the classes if the captions are class labels."""
+        from pyarrow import types
+
+        caption_type = _require_type(shard, column_types, "caption_key", self.caption_key)
+        class_names = None
+        if types.is_integer(caption_type):
+            class_names = _class_names(metadata, self.caption_key)
+        if class_names is None and not _is_text(caption_type):
+            raise DataError(
+                f"{shard.path}: the column data.caption_key={self.caption_key} has type "
+                f"{caption_type}: it must contain texts, or class labels with names in the file."
+            )
+        return class_names
 
     def _make_record(
-        self, name: str, record: dict[str, Any], columns: Columns
+        self, name: str, row: dict[str, Any], columns: Columns
     ) -> IndexRecord | Unusable:
-        try:
-            image_value = _value_at_path(record, self.image_key)
-            content = image_value.get("bytes") if isinstance(image_value, dict) else image_value
-            if not content:
-                raise UnusableError("no bytes in the file")
-            caption_value = _value_at_path(record, self.caption_key)
-            if columns.class_names is not None:
-                class_indices = (
-                    caption_value if isinstance(caption_value, list) else [caption_value]
-                )
-                caption_value = [
-                    columns.class_names[i]
-                    for i in class_indices
-                    if i in range(len(columns.class_names))
-                ]
-            annotation = records.parse_annotation(
-                {"text": caption_value}
-                | {name: record.get(name) for name in ("is_tag_based", "loss_weight")}
-            )
-            if not annotation.captions:
-                raise UnusableError("no caption")
-            captions, weight = (
-                records.clean_captions(annotation.captions),
-                records.validate_weight(annotation),
-            )
-            width, height, content_hash = read_image_header(BytesIO(content))
-        except UnusableError as error:
-            return Unusable(name, error.kind)
-        attributes = {name: record[name] for name in columns.attributes if record[name] is not None}
-        return IndexRecord(
+        image_value = _value_at_path(row, self.image_key)
+        content = image_value.get("bytes") if isinstance(image_value, dict) else image_value
+        if not content:
+            return Unusable(name, "no image bytes")
+        return make_record(
             name,
             content,
-            captions,
-            width,
-            height,
-            annotation.has_tags,
-            weight,
-            content_hash,
-            attributes,
+            partial(self._read_annotation, row, columns.class_names),
+            lambda: read_image_header(BytesIO(content)),
+            {key: row[key] for key in columns.attributes if row[key] is not None},
         )
+
+    def _read_annotation(
+        self, row: dict[str, Any], class_names: tuple[str, ...] | None
+    ) -> Annotation:
+        captions = _value_at_path(row, self.caption_key)
+        if class_names is not None:
+            class_indices = captions if isinstance(captions, list) else [captions]
+            captions = [class_names[i] for i in class_indices if i in range(len(class_names))]
+        fields = {column: row.get(column) for column in ANNOTATION_COLUMNS}
+        annotation = parse_annotation({"text": captions, **fields})
+        if not annotation.captions:
+            raise UnusableError("no caption")
+        return annotation
 
 
 @contextmanager
 def _open_table(shard: ShardFile) -> Iterator[Any]:
-    """The open file. What cannot be read of it, now or later, raises DataError."""
+    """Open a file. Errors of reading it, now or later, become DataError."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -193,39 +187,63 @@ def _open_table(shard: ShardFile) -> Iterator[Any]:
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise DataError(
-                f"{shard.path} cannot be read as Parquet ({reason}): take it away, or fetch it again."
+                f"{shard.path} cannot be read as Parquet ({reason}): "
+                "remove it, or download it again."
             ) from None
 
 
-# --- columns ------------------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
+
+
+def _top_column(path: str) -> str:
+    """Return the outermost column of a path."""
+    return path.partition("/")[0]
+
+
+def _require_type(
+    shard: ShardFile, column_types: Mapping[str, Any], setting: str, path: str
+) -> Any:
+    """Return the type of the column that a setting names."""
+    column_type = _type_at_path(column_types, path)
+    if column_type is None:
+        available = ", ".join(f"{name} ({kind})" for name, kind in column_types.items())
+        raise DataError(f"{shard.path} has no column data.{setting}={path}: it has {available}.")
+    return column_type
 
 
 def _type_at_path(column_types: Mapping[str, Any], path: str) -> Any:
-    """The type of what a path leads to, of a list that of its items; none where it leads nowhere."""
-    from pyarrow import types
-
+    """Return the type at a path, for a list the type of its items; None if nothing is there."""
     column, *fields = path.split("/")
-    node_type = column_types.get(column)
-    for field in (*fields, None):
-        while node_type is not None and (
-            types.is_list(node_type)
-            or types.is_large_list(node_type)
-            or types.is_fixed_size_list(node_type)
-        ):
-            node_type = node_type.value_type
-        if field is not None:
-            node_type = (
-                node_type.field(field).type
-                if node_type is not None
-                and types.is_struct(node_type)
-                and node_type.get_field_index(field) >= 0
-                else None
-            )
+    node_type = _item_type(column_types.get(column))
+    for field in fields:
+        node_type = _item_type(_field_type(node_type, field))
     return node_type
 
 
+def _item_type(node_type: Any) -> Any:
+    """Return the type of the items of lists, which may be nested; other types as they are."""
+    from pyarrow import types
+
+    while node_type is not None and (
+        types.is_list(node_type)
+        or types.is_large_list(node_type)
+        or types.is_fixed_size_list(node_type)
+    ):
+        node_type = node_type.value_type
+    return node_type
+
+
+def _field_type(node_type: Any, field: str) -> Any:
+    """Return the type of a field of a struct; None if there is no such field."""
+    from pyarrow import types
+
+    if node_type is None or not types.is_struct(node_type):
+        return None
+    return node_type.field(field).type if node_type.get_field_index(field) >= 0 else None
+
+
 def _value_at_path(node: Any, path: str) -> Any:
-    """What a path leads to in a row; through lists, a list."""
+    """Return the value at a path in a row, a list if the path leads through lists."""
     for field in path.split("/"):
         if isinstance(node, list):
             node = [item.get(field) for item in node if item is not None]
@@ -235,13 +253,12 @@ def _value_at_path(node: Any, path: str) -> Any:
 
 
 def _class_names(metadata: Mapping[bytes, bytes], path: str) -> tuple[str, ...] | None:
-    """The names of a column's classes, as the `datasets` package writes them into its files."""
+    """Return the names of a column's classes, as the `datasets` package writes them into files."""
     try:
         node = json.loads(metadata[b"huggingface"])["info"]["features"]
         for field in (*path.split("/"), "names"):
-            while field not in node and (
-                isinstance(node, list) or "feature" in node
-            ):  # a feature of lists
+            # Features of lists are lists of one feature, or have a field "feature".
+            while field not in node and (isinstance(node, list) or "feature" in node):
                 node = node[0] if isinstance(node, list) else node["feature"]
             node = node[field]
         return tuple(map(str, node))

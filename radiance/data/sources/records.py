@@ -1,39 +1,87 @@
-"""What is said of an image beside it, in a line of JSON or in a row of a table, and what its head shows."""
+"""Annotations of images in JSON lines or table rows, and index records that are built from them."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from radiance.data import storage
 from radiance.data.decode import UnusableError
-from radiance.data.listing import read_image_header
+from radiance.data.listing import IndexRecord, Unusable, read_image_header
 
-CAPTION_FIELDS = ("caption_or_tags", "text", "caption")  # the first of them that says anything
+# Fields that may hold the captions. The first one that is not empty counts.
+CAPTION_FIELDS = ("caption_or_tags", "text", "caption")
 
 
 class Annotation(NamedTuple):
-    captions: tuple[str, ...] = ()  # as they stand there
-    has_tags: bool = False  # whether they are lists of tags with commas between
-    loss_weight: float = 1.0  # of the image's loss
+    """The captions of an image and how to use them."""
+
+    captions: tuple[str, ...] = ()  # as written, possibly empty
+    has_tags: bool = False  # captions are lists of tags with commas between them
+    loss_weight: float = 1.0
 
 
 class MetadataEntry(NamedTuple):
-    """What a line of JSON says of an image."""
+    """The content of a line of JSON about one image."""
 
     filename: str
     annotation: Annotation
-    width: int  # pixels; 0 when it says none
+    width: int  # pixels; 0 where the line does not say
     height: int
 
 
-def parse_annotation(record: Any) -> Annotation:
-    """Of a mapping with a text, or several, under one of CAPTION, with `is_tag_based` and with `loss_weight`, which all may be left out.
+def make_record(
+    name: str,
+    location: Any,
+    read_annotation: Callable[[], Annotation],
+    read_header: Callable[[], tuple[int, int, str]],
+    attributes: Mapping[str, Any] | None = None,
+    split_hash: int | None = None,
+) -> IndexRecord | Unusable:
+    """Build the record of an image, or say why the image cannot be used.
 
-    Raises Broken when it is no such thing.
+    Args:
+        name: Name of the image within its data set.
+        location: The location by which the listing finds the image's file.
+        read_annotation: Returns the annotation, or raises UnusableError. It is called first.
+        read_header: Returns width, height and content hash, or raises UnusableError. It is only
+            called for an image whose annotation can be used.
+        attributes: Further known attributes of the image.
+        split_hash: Hash that decides the split; by default the name's.
+    """
+    try:
+        annotation = read_annotation()
+        captions = clean_captions(annotation.captions)
+        loss_weight = validate_weight(annotation)
+        width, height, content_hash = read_header()
+    except UnusableError as error:
+        return Unusable(name, error.kind)
+    return IndexRecord(
+        name,
+        location,
+        captions,
+        width,
+        height,
+        annotation.has_tags,
+        loss_weight,
+        content_hash,
+        dict(attributes or {}),
+        split_hash,
+    )
+
+
+def parse_annotation(record: Any) -> Annotation:
+    """Parse the fields of a record that annotate an image; every field may be missing.
+
+    Args:
+        record: A mapping with a text or several under one of CAPTION_FIELDS, `is_tag_based` and
+            `loss_weight`.
+
+    Raises:
+        UnusableError: The record or one of its fields has another type.
     """
     if not isinstance(record, Mapping):
         raise UnusableError("bad record")
@@ -47,7 +95,11 @@ def parse_annotation(record: Any) -> Annotation:
 
 
 def parse_json_object(content: bytes) -> Mapping[str, Any]:
-    """An object in JSON. Raises Broken when it is none."""
+    """Parse a JSON object.
+
+    Raises:
+        UnusableError: The content is something else.
+    """
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
@@ -58,16 +110,22 @@ def parse_json_object(content: bytes) -> Mapping[str, Any]:
 
 
 def parse_entry(line: bytes) -> MetadataEntry:
-    """The names of its fields are those of the published trainer's lists, or of Hugging Face's `imagefolder`: filename or file_name, what
-    `said` reads, and width and height, which may be left out. Raises Broken when it says no such thing.
+    """Parse a line of JSON about one image.
+
+    The names of fields are those of the published models' trainer, or of Hugging Face's
+    `imagefolder`: `filename` or `file_name`, the fields of `parse_annotation`, and optionally
+    `width` and `height`.
+
+    Raises:
+        UnusableError: The line is no such object.
     """
     record = parse_json_object(line)
     filename = record.get("filename") or record.get("file_name")
+    if not isinstance(filename, str) or "\0" in filename:
+        raise UnusableError("bad record")
     try:
         os.fsencode(filename)
-        if "\0" in filename:
-            raise ValueError(filename)
-    except (TypeError, ValueError):
+    except UnicodeError:
         raise UnusableError("bad record") from None
     return MetadataEntry(
         filename,
@@ -77,16 +135,24 @@ def parse_entry(line: bytes) -> MetadataEntry:
     )
 
 
-def decode_lines(content: bytes) -> list[str]:
-    """Of a text file. Raises Broken."""
+def decode_lines(content: bytes) -> tuple[str, ...]:
+    """Decode the lines of a text file.
+
+    Raises:
+        UnusableError: The file is not in UTF-8.
+    """
     try:
-        return content.decode("utf-8-sig").splitlines()
+        return tuple(content.decode("utf-8-sig").splitlines())
     except UnicodeError:
         raise UnusableError("caption not in UTF-8") from None
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
-    """Those that say something. Raises Broken when there is none."""
+    """Strip captions of white space and drop the empty ones.
+
+    Raises:
+        UnusableError: No caption is left, or one cannot be encoded.
+    """
     captions = tuple(text for text in map(str.strip, texts) if text)
     if not captions:
         raise UnusableError("empty caption")
@@ -98,7 +164,11 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def validate_weight(annotation: Annotation) -> float:
-    """Raises Broken for a weight that would teach nothing or break everything."""
+    """Return the loss weight.
+
+    Raises:
+        UnusableError: The weight is not a positive normal float32.
+    """
     limits = np.finfo(np.float32)
     if not float(limits.tiny) <= annotation.loss_weight <= float(limits.max):
         raise UnusableError("loss_weight not above 0")
@@ -106,9 +176,18 @@ def validate_weight(annotation: Annotation) -> float:
 
 
 def read_header_at(address: str, size: int | None = None) -> tuple[int, int, str]:
-    """Of an image's file: width and height, upright, and a digest of as much of it as was read.
+    """Read the header of an image's file.
 
-    size: in bytes, where it is known. Raises Broken, and Unreachable when a remote file may be there and cannot be read.
+    Args:
+        address: Path or URL.
+        size: Size of the file in bytes, if it is known.
+
+    Returns:
+        Width and height in pixels, upright, and a hash of the part that was read.
+
+    Raises:
+        UnusableError: The file is missing, unreadable or not an image.
+        UnreachableError: A remote file may exist but cannot be read.
     """
     try:
         with storage.open_seekable(address, size) as file:
@@ -131,7 +210,7 @@ def _parse_texts(value: Any) -> tuple[str, ...]:
 
 
 def _parse_pixels(value: Any) -> int:
-    """Spreadsheets make floats of whole numbers, and NaN of nothing."""
+    """Parse a whole number. Spreadsheets write it as a float, and a missing one as NaN."""
     number = 0.0 if value is None else _parse_number(value)
     if math.isnan(number):
         return 0

@@ -37,7 +37,9 @@ class ShapesSource:
     skip_examples: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, settings: config.Shapes, split: Split, resolution: int):
-        self.settings, self.split, self.resolution = settings, split, resolution
+        self.settings = settings
+        self.split: Split = split
+        self.resolution = resolution
         self.spans = [Span(0, len(self), 1.0)]
         self._make_caption(0)  # raises an error for settings without room for captions
 
@@ -68,7 +70,7 @@ class ShapesSource:
         return False
 
     def attributes(self, index: int) -> dict[str, Any]:
-        """Return two descriptions: of the whole scene, and of the part that its caption describes."""
+        """Return the descriptions of the whole `scene`, and of what the caption `described`."""
         return {
             "scene": self._sample_scene(index).description,
             "described": self._make_caption(index).description,
