@@ -1,4 +1,4 @@
-"""The reader of `shapes`: exact on what the source draws, nothing on noise, chance on other images' captions; and how it judges."""
+"""Scores of images of `shapes`: exact readings, robust to harm, and comparisons with captions."""
 
 from functools import cache
 from math import isnan
@@ -8,12 +8,10 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
+from radiance.shapes.attributes import BACKGROUNDS, COLORS, SIZES
 from radiance.shapes.captions import make_caption
 from radiance.shapes.scenes import (
-    BACKGROUNDS,
-    COLORS,
     SHAPES,
-    SIZES,
     SceneDescription,
     SceneObject,
     render_scene,
@@ -22,127 +20,126 @@ from radiance.shapes.scenes import (
 from radiance.shapes.scoring import (
     Reading,
     match_caption,
+    name_colors,
     read_pixels,
     score_chance,
     score_readings,
 )
 
-COUNT = 150
-SCENES = [sample_scene(11, i, "validation") for i in range(COUNT)]
-FACTS = [drawn.description for drawn in SCENES]
-DRAW = np.random.default_rng(0)
+NUM_SCENES = 150
+SCENES = [sample_scene(11, i, "validation") for i in range(NUM_SCENES)]
+DESCRIPTIONS = [scene.description for scene in SCENES]
+RNG = np.random.default_rng(0)
 
 
 @cache
-def images(side):
-    return np.stack(
-        [np.asarray(render_scene(drawn, side), np.float32) / 127.5 - 1 for drawn in SCENES]
-    )
+def scene_images(resolution):
+    images = [np.asarray(render_scene(scene, resolution), np.float32) for scene in SCENES]
+    return np.stack(images) / 127.5 - 1
 
 
-def noise(sigma):
-    return lambda x: x + sigma * DRAW.standard_normal(x.shape).astype(np.float32)
+def add_noise(std):
+    return lambda x: x + std * RNG.standard_normal(x.shape).astype(np.float32)
 
 
-def blur(sigma):
-    return lambda x: gaussian_filter(x, (0, sigma, sigma, 0))
+def blur(std):
+    return lambda x: gaussian_filter(x, (0, std, std, 0))
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [32, 64, 100, 128])
-def test_all_that_was_drawn_is_read(side):
-    found = read_pixels(images(side))
-    assert [(set(reading.objects), reading.background) for reading in found] == [
-        (set(said.objects), said.background) for said in FACTS
+@pytest.mark.parametrize("resolution", [32, 64, 100, 128])
+def test_scenes_are_read_exactly(resolution):
+    readings = read_pixels(scene_images(resolution))
+    assert [(set(reading.objects), reading.background) for reading in readings] == [
+        (set(description.objects), description.background) for description in DESCRIPTIONS
     ]
-    assert all(share == 1 for share in score_readings(found, FACTS))
+    assert all(score == 1 for score in score_readings(readings, DESCRIPTIONS))
 
 
 @pytest.mark.parametrize(
-    ("side", "harm", "least"),
+    ("resolution", "distort", "min_f1"),
     [
         (32, blur(0.5), 0.995),
-        (32, noise(0.1), 0.99),
-        (32, noise(0.2), 0.96),
+        (32, add_noise(0.1), 0.99),
+        (32, add_noise(0.2), 0.96),
         (64, blur(1.0), 0.99),
         (64, blur(1.5), 0.98),
-        (64, noise(0.2), 0.99),
-        (64, lambda x: noise(0.1)(blur(1.0)(x)), 0.99),
+        (64, add_noise(0.2), 0.99),
+        (64, lambda x: add_noise(0.1)(blur(1.0)(x)), 0.99),
         (64, lambda x: x + np.float32(0.1), 1.0),
         (64, lambda x: x + np.array([0.15, -0.15, 0.15], np.float32), 1.0),
         (64, lambda x: x * np.float32(0.8), 1.0),
     ],
 )
-def test_images_may_be_a_little_wrong(side, harm, least):
-    assert score_readings(read_pixels(harm(images(side))), FACTS).f1 >= least
+def test_distorted_images_are_read(resolution, distort, min_f1):
+    readings = read_pixels(distort(scene_images(resolution)))
+    assert score_readings(readings, DESCRIPTIONS).f1 >= min_f1
 
 
-def test_images_by_another_hand():
-    """Every shape, size and color drawn by Pillow, which knows nothing of our distances."""
-    for size, scale in SIZES.items():
+def draw_all_colors(size, shape):
+    """Draw a shape in every color with Pillow, independently of the distance functions."""
+    image = Image.new("RGB", (1024, 1024), BACKGROUNDS["grey"])
+    draw = ImageDraw.Draw(image)
+    star = [
+        (r * np.sin(a), -r * np.cos(a)) for r, a in zip([0.45, 0.2] * 5, np.arange(10) * np.pi / 5)
+    ]
+    polygons = {
+        "square": [(-0.34, -0.34), (0.34, -0.34), (0.34, 0.34), (-0.34, 0.34)],
+        "triangle": [(0, -0.41), (0.42, 0.33), (-0.42, 0.33)],
+        "star": star,
+    }
+    for i, color in enumerate(COLORS):
+        x, y, unit = 128 + 256 * (i % 4), 128 + 512 * (i // 4), 256 * SIZES[size]
+        if shape in polygons:
+            corners = [(x + a * unit, y + b * unit) for a, b in polygons[shape]]
+            draw.polygon(corners, fill=COLORS[color])
+        else:
+            draw.circle((x, y), {"circle": 0.38, "ring": 0.41}[shape] * unit, fill=COLORS[color])
+        if shape == "ring":
+            draw.circle((x, y), 0.22 * unit, fill=BACKGROUNDS["grey"])
+    return np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float32) / 127.5 - 1
+
+
+def test_shapes_that_another_renderer_drew_are_read():
+    for size in SIZES:
         for shape in SHAPES:
-            fine = Image.new("RGB", (1024, 1024), BACKGROUNDS["grey"])
-            draw = ImageDraw.Draw(fine)
-            for i, color in enumerate(COLORS):
-                x, y, unit = 128 + 256 * (i % 4), 128 + 512 * (i // 4), 256 * scale
-                tips = [
-                    (r * np.sin(a), -r * np.cos(a))
-                    for r, a in zip([0.45, 0.2] * 5, np.arange(10) * np.pi / 5)
-                ]
-                points = {
-                    "square": [(-0.34, -0.34), (0.34, -0.34), (0.34, 0.34), (-0.34, 0.34)],
-                    "star": tips,
-                }
-                points["triangle"] = [(0, -0.41), (0.42, 0.33), (-0.42, 0.33)]
-                if shape in points:
-                    draw.polygon(
-                        [(x + a * unit, y + b * unit) for a, b in points[shape]],
-                        fill=COLORS[color],
-                    )
-                for radius, fill in {
-                    "circle": [(0.38, color)],
-                    "ring": [(0.41, color), (0.22, None)],
-                }.get(shape, ()):
-                    draw.circle((x, y), radius * unit, fill=COLORS.get(fill, BACKGROUNDS["grey"]))
-            (found,) = read_pixels(
-                np.asarray(fine.resize((64, 64), Image.Resampling.BOX), np.float32)[None] / 127.5
-                - 1
-            )
-            assert found.background == "grey"
-            assert set(found.objects) == {
+            (reading,) = read_pixels(draw_all_colors(size, shape)[None])
+            assert reading.background == "grey"
+            assert set(reading.objects) == {
                 SceneObject(size, color, shape, 2 * (i // 4), i % 4)
                 for i, color in enumerate(COLORS)
             }
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_noise_shows_nothing(side):
-    shape = (COUNT, side, side, 3)
-    smooth = gaussian_filter(DRAW.standard_normal(shape), (0, side / 16, side / 16, 0))
-    shuffled = DRAW.permuted(images(side).reshape(COUNT, -1, 3), axis=1).reshape(shape)
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_noise_has_no_objects(resolution):
+    shape = (NUM_SCENES, resolution, resolution, 3)
+    std = resolution / 16
+    smooth = gaussian_filter(RNG.standard_normal(shape), (0, std, std, 0))
+    permuted = RNG.permuted(scene_images(resolution).reshape(NUM_SCENES, -1, 3), axis=1)
     for x in (
-        DRAW.standard_normal(shape),
-        DRAW.uniform(-1, 1, shape),
+        RNG.standard_normal(shape),
+        RNG.uniform(-1, 1, shape),
         smooth / smooth.std() / 2,
         np.full(shape, np.nan),
     ):
         assert all(reading == Reading((), None) for reading in read_pixels(x))
-    for x in (0.25 * DRAW.standard_normal(shape), np.zeros(shape), shuffled):
-        found = read_pixels(x)
-        assert score_readings(found, FACTS).f1 < 0.01
-        assert sum(len(reading.objects) for reading in found) < 0.1 * COUNT
+    for x in (0.25 * RNG.standard_normal(shape), np.zeros(shape), permuted.reshape(shape)):
+        readings = read_pixels(x)
+        assert score_readings(readings, DESCRIPTIONS).f1 < 0.01
+        assert sum(len(reading.objects) for reading in readings) < 0.1 * NUM_SCENES
 
 
-def test_what_is_no_shape_is_no_object():
+def test_other_patterns_are_not_objects():
     orange, black = (
         np.array(color) / 127.5 - 1 for color in (COLORS["orange"], BACKGROUNDS["black"])
     )
     x = np.zeros((3, 64, 64, 3)) + black
     x[0, 16:32, 16:32:4] = x[0, 16:32:4, 16:32] = orange  # a lattice
     x[1] = orange
-    x[1, 20:28, 20:28] += 0.15  # a square that can hardly be seen
+    x[1, 20:28, 20:28] += 0.15  # a square with too little contrast
     x[2, 18:30, 18:30] = orange
     lattice, faint, square = read_pixels(x)
     assert lattice == Reading((), "black")
@@ -150,42 +147,47 @@ def test_what_is_no_shape_is_no_object():
     assert square == Reading((SceneObject("large", "orange", "square", 1, 1),), "black")
 
 
-def test_one_broken_image_harms_no_other():
-    x = images(64)[:3].copy()
+def test_an_image_that_is_not_finite_does_not_affect_others():
+    x = scene_images(64)[:3].copy()
     x[1, 5, 5, 0] = np.nan
-    assert [reading.background for reading in read_pixels(x)] == [
-        FACTS[0].background,
-        None,
-        FACTS[2].background,
-    ]
+    backgrounds = [reading.background for reading in read_pixels(x)]
+    assert backgrounds == [DESCRIPTIONS[0].background, None, DESCRIPTIONS[2].background]
     assert read_pixels(x[:0]) == []
 
 
-def test_a_side_that_makes_no_cells_is_an_error():
+def test_a_resolution_that_cannot_be_divided_into_cells_is_an_error():
     with pytest.raises(ValueError, match="multiple of 4"):
         read_pixels(np.zeros((1, 30, 30, 3)))
 
 
-# --- judging ----------------------------------------------------------------------------------------------------------
+def test_the_nearest_color_is_named_unless_it_is_too_far():
+    red = np.array(COLORS["red"]) / 127.5 - 1
+    colors = np.stack([red, red + [0.2, 0, 0], red + [0.5, 0, 0]])
+    assert name_colors(colors, COLORS) == ["red", "red", None]
+    assert name_colors(colors[:0], COLORS) == []
+
+
+# --- scores ---------------------------------------------------------------------------------------
 
 A, B = SceneObject("large", "red", "circle", 0, 1), SceneObject("small", "blue", "star", 3, 2)
 C = SceneObject("small", "pink", "ring", 1, 1)
-SAID = SceneDescription(2, (A, B), "white")
+A_AND_B = SceneDescription(2, (A, B), "white")
 
 
-def test_a_image_that_is_right():
-    assert match_caption(Reading((B, A), "white"), SAID) == (2, 2, 2, 2, 2, 2, 2, True, True, True)
+def test_a_correct_image_matches_completely():
+    match = match_caption(Reading((B, A), "white"), A_AND_B)
+    assert match == (2, 2, 2, 2, 2, 2, 2, True, True, True)
 
 
 @pytest.mark.parametrize(
     ("reading", "expected"),
     [
-        # counted, right, size, color, shape, place, count, background
+        # counted, correct, sizes, colors, shapes, positions, count, background
         (Reading((A,), "white"), (1, 1, 1, 1, 1, 1, False, True)),
         (Reading((A, B, C), "white"), (3, 2, 2, 2, 2, 2, False, True)),
         (Reading((A, B), "black"), (2, 2, 2, 2, 2, 2, True, False)),
         (Reading((), None), (0, 0, 0, 0, 0, 0, False, False)),
-        # colors that went to the wrong objects: each pair agrees in the rest
+        # exchanged colors: each pair agrees in the other attributes
         (
             Reading((A._replace(color="blue"), B._replace(color="red")), "white"),
             (2, 0, 2, 0, 2, 2, True, True),
@@ -197,21 +199,22 @@ def test_a_image_that_is_right():
         ),
     ],
 )
-def test_what_is_wrong_counts_against_it(reading, expected):
-    assert match_caption(reading, SAID) == (2, *expected, False)
+def test_every_error_is_counted(reading, expected):
+    assert match_caption(reading, A_AND_B) == (2, *expected, False)
 
 
-def test_objects_that_a_caption_does_not_describe_may_be_anything():
-    said = SceneDescription(2, (A,), None)
-    assert match_caption(Reading((A, C), "black"), said) == (1, 1, 1, 1, 1, 1, 1, True, None, True)
-    verdict = match_caption(Reading((A, B, C), "black"), said)  # one more than there should be
-    assert (verdict.num_counted, verdict.is_count_correct, verdict.is_exact) == (2, False, False)
+def test_objects_that_a_caption_does_not_describe_may_have_any_attributes():
+    only_a = SceneDescription(2, (A,), None)
+    match = match_caption(Reading((A, C), "black"), only_a)
+    assert match == (1, 1, 1, 1, 1, 1, 1, True, None, True)
+    match = match_caption(Reading((A, B, C), "black"), only_a)  # one object too many
+    assert (match.num_counted, match.is_count_correct, match.is_exact) == (2, False, False)
 
 
-def test_scores_add_up_over_objects():
+def test_scores_weight_all_objects_alike():
     scores = score_readings(
         [Reading((A,), "white"), Reading((A, B, C), "black")],
-        [SAID, SceneDescription(1, (C,), None)],
+        [A_AND_B, SceneDescription(1, (C,), None)],
     )
     assert scores.precision == 2 / 4
     assert scores.recall == 2 / 3
@@ -221,17 +224,16 @@ def test_scores_add_up_over_objects():
     assert isnan(score_readings([Reading((), None)], [SceneDescription(1, (A,), None)]).background)
 
 
-@pytest.mark.parametrize("law", ["short", "full"])
-def test_chance_is_what_other_captions_get(law):
-    """What is right without looking at the caption; 4.5 standard deviations about what the laws of `shapes` say."""
-    said = [make_caption(drawn, law).description for drawn in SCENES]
-    found = [Reading(drawn.objects, drawn.background) for drawn in SCENES]
-    assert score_readings(found, said)[:4] == (1, 1, 1, 1)
-    scores = score_chance(found, said)
+@pytest.mark.parametrize("caption_lengths", ["short", "full"])
+def test_chance_is_the_score_with_captions_of_other_images(caption_lengths):
+    """The tolerance is 4.5 standard deviations around the expected values."""
+    described = [make_caption(scene, caption_lengths).description for scene in SCENES]
+    readings = [Reading(scene.objects, scene.background) for scene in SCENES]
+    assert score_readings(readings, described)[:4] == (1, 1, 1, 1)
+    scores = score_chance(readings, described)
     assert scores.f1 < 0.02
     assert scores.exact < 0.02
-    assert abs(scores.background - 1 / 6) < 4.5 * np.sqrt(5 / 36 / (COUNT / 2))
-    assert abs(scores.count - 1 / 5) < 4.5 * np.sqrt(4 / 25 / COUNT)
-    assert score_chance(found, said) == score_readings(
-        found, [said[(i + 1) % COUNT] for i in range(COUNT)]
-    )
+    assert abs(scores.background - 1 / 6) < 4.5 * np.sqrt(5 / 36 / (NUM_SCENES / 2))
+    assert abs(scores.count - 1 / 5) < 4.5 * np.sqrt(4 / 25 / NUM_SCENES)
+    next_described = [described[(i + 1) % NUM_SCENES] for i in range(NUM_SCENES)]
+    assert scores == score_readings(readings, next_described)

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what is read, what is left out, and that neither changes by itself."""
+"""The data source `folder`: which images are read, which are left out, and stable splits."""
 
 import errno
 import io
@@ -18,10 +18,10 @@ from radiance.data.listing import EDGE_BYTES, compute_split_hash
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_folders import captions, fill, names, open_folder, save, settings, write_metadata
 
-# --- what is read -------------------------------------------------------------------------------------------------------
+# --- images and captions --------------------------------------------------------------------------
 
 
-def test_every_format_in_order_of_names(tmp_path):
+def test_every_format_is_read_in_order_of_names(tmp_path):
     for i, name in enumerate(
         ("b/x.jpg", "a.png", "B.JPEG", "c.d.webp", "b/a.bmp", "e.gif", "b.PNG", "f.tif")
     ):
@@ -50,21 +50,21 @@ def test_every_format_in_order_of_names(tmp_path):
     assert source.skip_counts == {}
 
 
-def test_captions_beside_the_image(tmp_path):
-    told = {
+def test_captions_are_read_from_text_files(tmp_path):
+    files = {
         "plain": (b"a red square", ("a red square",)),
         "several": (b"one\n\n  two \nthree\n", ("one", "two", "three")),
         "windows": (b"\xef\xbb\xbfa caf\xc3\xa9\r\nsecond line\r\n", ("a café", "second line")),
         "scripts": ("猫と犬\nкот 🐈".encode(), ("猫と犬", "кот 🐈")),
     }
-    for name, (content, _) in told.items():
+    for name, (content, _) in files.items():
         save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(content)
     source = open_folder(tmp_path)
-    assert captions(source) == {f"{name}.png": expected for name, (_, expected) in told.items()}
+    assert captions(source) == {f"{name}.png": expected for name, (_, expected) in files.items()}
 
 
-def test_captions_of_metadata(tmp_path):
+def test_captions_are_read_from_metadata(tmp_path):
     for name in ("a.png", "b.png", "sub/c.png", "sub/deep/d.png", "both.png"):
         save(tmp_path / name)
     save(tmp_path / "no_suffix.png")
@@ -99,7 +99,7 @@ def test_captions_of_metadata(tmp_path):
     assert source.skip_counts == {}
 
 
-def test_tags_of_metadata(tmp_path):
+def test_tags_are_declared_in_metadata(tmp_path):
     fill(tmp_path, 3)
     for i in range(3):
         (tmp_path / f"{i:02d}.txt").unlink()
@@ -114,20 +114,20 @@ def test_tags_of_metadata(tmp_path):
         tmp_path, batch_size=3, shuffle_tags=True, tag_dropout=0.5, lowercase_probability=0.5, caption_prefix="X ", caption_suffix="."
     )
     batches = Batches(source, data, HashEncoder(8, 6), 0, 50, "one_pad")
-    told = {"text": set(), "tags": set()}
+    seen = {"text": set(), "tags": set()}
     for step in range(50):
         for index, caption in zip(
             batches.sampler[step].image_indices, batches._sample_captions(step, batches.sampler[step])
         ):
-            told["tags" if index == 1 else "text"].add(caption)
-    assert told["text"] == {"X a,b, c."}
-    assert told["tags"] > {"X a, b, c.", "X c, a, b.", "X b, c.", "X c, a."}
-    assert not any(x.count(",") == 0 for x in told["tags"])
+            seen["tags" if index == 1 else "text"].add(caption)
+    assert seen["text"] == {"X a,b, c."}
+    assert seen["tags"] > {"X a, b, c.", "X c, a, b.", "X b, c.", "X c, a."}
+    assert not any(x.count(",") == 0 for x in seen["tags"])
 
 
-def test_odd_names(tmp_path):
-    odd = ["with space.png", "猫.png", "new\nline.png", "quote'\".png", "%41#?.png", "-rf.png"]
-    for name in odd:
+def test_unusual_names_are_read(tmp_path):
+    unusual = ["with space.png", "猫.png", "new\nline.png", "quote'\".png", "%41#?.png", "-rf.png"]
+    for name in unusual:
         save(tmp_path / name, f"caption of {name!r}")
     decomposed = "cafe\u0301.png"  # as macOS spells it
     save(tmp_path / decomposed)
@@ -139,12 +139,12 @@ def test_odd_names(tmp_path):
     except OSError:
         pytest.skip("this file system takes only names in Unicode")
     source = open_folder(tmp_path)
-    assert set(names(source)) == {*odd, "café.png", os.fsdecode(b"\xff\xfe.png")}
+    assert set(names(source)) == {*unusual, "café.png", os.fsdecode(b"\xff\xfe.png")}
     assert len(source.fingerprint()) == 64
     assert all(source.load_image(i).size == (12, 10) for i in range(len(source)))
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
+def test_links_are_followed_but_not_in_circles(tmp_path):
     save(tmp_path / "real" / "sub" / "a.png", "a caption")
     (tmp_path / "real" / "sub" / "up").symlink_to(tmp_path / "real", target_is_directory=True)
     (tmp_path / "real" / "self").symlink_to("self")
@@ -159,7 +159,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert open_folder(tmp_path / "real").skip_counts == {"unreadable file": 1}
 
 
-def test_hidden_files_are_passed_over(tmp_path):
+def test_hidden_files_are_skipped(tmp_path):
     save(tmp_path / "a.png", "a caption")
     for name in (".trash/b.png", "._a.png"):
         save(tmp_path / name, "hidden")
@@ -170,37 +170,37 @@ def test_hidden_files_are_passed_over(tmp_path):
     assert source.skip_counts == {}
 
 
-def test_pixels_come_upright_transparent_and_not_clipped(tmp_path):
+def test_images_are_upright_over_the_background_and_not_clipped(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    save(tmp_path / "turned.jpg", "turned", size=(20, 10), exif=exif)
+    exif[0x0112] = 6  # rotated by 90°
+    save(tmp_path / "rotated.jpg", "rotated", size=(20, 10), exif=exif)
     Image.new("RGBA", (10, 10), (0, 0, 0, 0)).quantize().save(
         tmp_path / "clear.png", transparency=0
     )
     (tmp_path / "clear.txt").write_text("nothing")
-    Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "grey.png")
-    (tmp_path / "grey.txt").write_text("sixteen bits of grey")
+    Image.fromarray(np.full((10, 10), 0x8040, np.uint16)).save(tmp_path / "gray.png")
+    (tmp_path / "gray.txt").write_text("sixteen bits")
     source = open_folder(tmp_path)
-    clear, grey, turned = (source.load_image(i) for i in range(3))
+    clear, gray, rotated = (source.load_image(i) for i in range(3))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     assert open_folder(tmp_path, background=(0, 0, 255)).load_image(0).getpixel((0, 0)) == (0, 0, 255)
-    assert grey.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
-    assert turned.size == (10, 20)
+    assert gray.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
+    assert rotated.size == (10, 20)
     assert source.sizes[2].tolist() == [10, 20]
 
 
-# --- what is left out ---------------------------------------------------------------------------------------------------
+# --- unusable images ------------------------------------------------------------------------------
 
 
-def gif(**how):
+def animation(**options):
     frames = [Image.new("RGB", (12, 10), color) for color in ("red", "blue")]
     file = io.BytesIO()
-    frames[0].save(file, save_all=True, append_images=frames[1:], **how)
+    frames[0].save(file, save_all=True, append_images=frames[1:], **options)
     return file.getvalue()
 
 
-def png(width, height):
-    """The head of a PNG that claims that size."""
+def png_header(width, height):
+    """Return a PNG file whose header claims this size."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
     content = bytearray(file.getvalue())
@@ -209,7 +209,7 @@ def png(width, height):
     return bytes(content)
 
 
-UNFIT = {
+UNUSABLE = {
     "no image": ("x.png", b"<!DOCTYPE html>404", b"a caption", "not an image"),
     "empty file": ("x.jpg", b"", b"a caption", "not an image"),
     "another format inside": (
@@ -218,22 +218,22 @@ UNFIT = {
         b"a caption",
         "not an image",
     ),
-    "another format": ("x.HEIC", b"ftypheic", b"a caption", "format that is not read"),
-    "animated gif": ("x.gif", gif(format="GIF"), b"a caption", "animated"),
-    "animated png": ("x.png", gif(format="PNG"), b"a caption", "animated"),
-    "animated webp": ("x.webp", gif(format="WEBP"), b"a caption", "animated"),
-    "large": ("x.png", png(10_000, 9_000), b"a caption", "too large"),
-    "absurd": ("x.png", png(2**20, 2**20), b"a caption", "too large"),
-    "small": ("x.png", png(500, 3), b"a caption", "too small"),
-    "no caption": ("x.png", png(10, 10), None, "no caption"),
-    "empty caption": ("x.png", png(10, 10), b"\xef\xbb\xbf \r\n\t\n", "empty caption"),
-    "utf-16": ("x.png", png(10, 10), "a caption".encode("utf-16"), "caption not in UTF-8"),
+    "another format": ("x.HEIC", b"ftypheic", b"a caption", "unsupported format"),
+    "animated gif": ("x.gif", animation(format="GIF"), b"a caption", "animated"),
+    "animated png": ("x.png", animation(format="PNG"), b"a caption", "animated"),
+    "animated webp": ("x.webp", animation(format="WEBP"), b"a caption", "animated"),
+    "large": ("x.png", png_header(10_000, 9_000), b"a caption", "too large"),
+    "absurd": ("x.png", png_header(2**20, 2**20), b"a caption", "too large"),
+    "small": ("x.png", png_header(500, 3), b"a caption", "too small"),
+    "no caption": ("x.png", png_header(10, 10), None, "no caption"),
+    "empty caption": ("x.png", png_header(10, 10), b"\xef\xbb\xbf \r\n\t\n", "empty caption"),
+    "utf-16": ("x.png", png_header(10, 10), "a caption".encode("utf-16"), "caption not in UTF-8"),
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
-    name, content, caption, kind = UNFIT[case]
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_images_are_counted(case, tmp_path, capsys, recwarn):
+    name, content, caption, kind = UNUSABLE[case]
     fill(tmp_path, 3)
     for i in range(5):
         path = tmp_path / f"{i}{name}"
@@ -243,29 +243,28 @@ def test_what_cannot_be_used_is_counted(case, tmp_path, capsys, recwarn):
     source = open_folder(tmp_path)
     assert names(source) == ["00.png", "01.png", "02.png"]
     assert source.skip_counts == {kind: 5}
-    assert (
-        capsys.readouterr().err
-        == f"folder {tmp_path}, train: 3 images; left out: 5 × {kind} ('0{name}', '1{name}', '2{name}').\n"
-    )
+    examples = f"'0{name}', '1{name}', '2{name}'"
+    message = f"folder {tmp_path}, train: 3 images; left out: 5 × {kind} ({examples}).\n"
+    assert capsys.readouterr().err == message
     assert not recwarn.list
     described = describe_source(source, config.Data(source="folder", path=str(tmp_path)), "train")
     assert json.loads(json.dumps(described)) == described
     assert described["skipped"] == {kind: 5}
 
 
-def test_a_photograph_with_a_preview_is_not_animated(tmp_path):
-    (tmp_path / "photo.jpg").write_bytes(gif(format="MPO"))
+def test_a_photograph_with_a_preview_is_not_an_animation(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(animation(format="MPO"))
     (tmp_path / "photo.txt").write_text("a photograph")
     assert open_folder(tmp_path).load_image(0).getpixel((0, 0))[0] > 200
 
 
-def test_lines_of_metadata_that_say_nothing(tmp_path):
+def test_unusable_lines_of_metadata_are_counted(tmp_path):
     fill(tmp_path, 2)
-    save(tmp_path / "nothing_said.png")
+    save(tmp_path / "no_text.png")
     save(tmp_path / "surrogate.png")
     lines = [
         "{", "[1]", "7", '{"text": "no name"}', '{"file_name": 5, "text": "x"}', '{"file_name": "00.png", "text": {"en": "x"}}',
-        '{"file_name": "00.png", "text": ["x", 3]}', "[" * 100_000, '{"file_name": "nothing_said.png", "text": ""}',
+        '{"file_name": "00.png", "text": ["x", 3]}', "[" * 100_000, '{"file_name": "no_text.png", "text": ""}',
         '{"file_name": "gone.png", "text": "x"}', '{"file_name": "../outside.png", "text": "x"}', '{"file_name": "/etc/passwd", "text": "x"}',
         '{"file_name": "surrogate.png", "text": "\\ud800"}', "",
     ]  # fmt: skip
@@ -281,23 +280,23 @@ def test_lines_of_metadata_that_say_nothing(tmp_path):
     }
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+def test_unreadable_folders_are_counted(tmp_path, monkeypatch):
     fill(tmp_path, 2)
     save(tmp_path / "closed" / "a.png", "a caption")
     scan = os.scandir
 
-    def denied(path):
+    def deny(path):
         if str(path).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr(os, "scandir", denied)  # root may list everything
+    monkeypatch.setattr(os, "scandir", deny)  # root may list everything
     source = open_folder(tmp_path)
     assert len(source) == 2
-    assert source.skip_counts == {"closed folder": 1}
+    assert source.skip_counts == {"unreadable folder": 1}
 
 
-def test_nothing_to_learn_from(tmp_path):
+def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(config.ConfigError, match="data.path=nowhere is not a folder"):
         open_folder("nowhere")
     with pytest.raises(
@@ -319,22 +318,22 @@ def test_nothing_to_learn_from(tmp_path):
         open_folder(tmp_path, "validation")
 
 
-def test_settings_that_contradict():
+def test_contradictory_settings_are_errors():
     with pytest.raises(
         config.ConfigError, match="data.path=x is not for data.source=digits: choose another source"
     ):
         config.Data(path="x")
     with pytest.raises(config.ConfigError, match="data.source=folder needs data.path: give"):
         open_source(config.Data(source="folder"), "train")
-    for share in (0.0, 1.0, float("nan")):
+    for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(config.ConfigError, match="data.validation_fraction"):
-            config.Data(source="folder", path="x", validation_fraction=share)
+            config.Data(source="folder", path="x", validation_fraction=fraction)
 
 
-# --- that it stays the same ---------------------------------------------------------------------------------------------
+# --- stability ------------------------------------------------------------------------------------
 
 
-def test_no_image_ever_changes_its_split(tmp_path):
+def test_images_never_change_their_split(tmp_path):
     fill(tmp_path)
     before = {split: set(names(open_folder(tmp_path, split, 0.3))) for split in ("train", "validation")}
     assert before["train"] | before["validation"] == {f"{i:02d}.png" for i in range(40)}
@@ -352,24 +351,24 @@ def test_no_image_ever_changes_its_split(tmp_path):
         }
     assert compute_split_hash("a/b.png") == compute_split_hash("a/b.webp")
     assert before["validation"] <= {
-        f"{i:02d}.png" for i in range(40) if held_out(f"{i:02d}.png", 0.6)
-    }  # a larger share only adds
+        f"{i:02d}.png" for i in range(40) if is_validation(f"{i:02d}.png", 0.6)
+    }  # a larger fraction only adds images
 
 
-def held_out(name, share):
-    return compute_split_hash(name) < share * 2**64
+def is_validation(name, fraction):
+    return compute_split_hash(name) < fraction * 2**64
 
 
-def test_the_split_is_known_for_ever():
-    """Runs of other versions and machines must agree."""
-    assert [i for i in range(40) if held_out(f"{i:02d}.png", 0.2)] == SPLIT
-    assert abs(sum(held_out(f"{i}.jpg", 0.05) for i in range(20_000)) / 20_000 - 0.05) < 0.005
+def test_splits_are_the_same_everywhere():
+    """Runs with other versions and on other machines must agree."""
+    assert [i for i in range(40) if is_validation(f"{i:02d}.png", 0.2)] == SPLIT
+    assert abs(sum(is_validation(f"{i}.jpg", 0.05) for i in range(20_000)) / 20_000 - 0.05) < 0.005
 
 
 SPLIT = [4, 14, 16, 21, 25, 30, 38]
 
 
-def test_fingerprint(tmp_path):
+def test_the_fingerprint_depends_on_contents_only(tmp_path):
     first = fill(tmp_path / "first", 4)
     large = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
     Image.fromarray(large).save(first / "large.bmp")
@@ -378,31 +377,31 @@ def test_fingerprint(tmp_path):
     again = shutil.copytree(first, tmp_path / "elsewhere" / "second", copy_function=shutil.copy)
     assert open_folder(again).fingerprint() == before
 
-    def changed(change):
+    def changes_fingerprint(change):
         folder = shutil.copytree(first, tmp_path / "changed", dirs_exist_ok=False)
         change(folder)
         now = open_folder(folder).fingerprint()
         shutil.rmtree(folder)
         return now != before
 
-    def poke(place):
+    def flip_bit(position):
         def change(folder):
             content = bytearray((folder / "large.bmp").read_bytes())
-            content[place] ^= 1
+            content[position] ^= 1
             (folder / "large.bmp").write_bytes(content)
 
         return change
 
     assert len((first / "large.bmp").read_bytes()) > 2 * EDGE_BYTES
-    assert changed(lambda f: (f / "00.txt").write_text("another caption"))
-    assert changed(lambda f: (f / "00.txt").write_text("image\n0"))
-    assert changed(
+    assert changes_fingerprint(lambda f: (f / "00.txt").write_text("another caption"))
+    assert changes_fingerprint(lambda f: (f / "00.txt").write_text("image\n0"))
+    assert changes_fingerprint(
         lambda f: (f / "00.png").rename(f / "0.png") and (f / "00.txt").rename(f / "0.txt")
     )
-    assert changed(lambda f: save(f / "00.png", "image 0", colour="white"))
-    assert changed(lambda f: (f / "03.png").unlink())
-    assert changed(poke(EDGE_BYTES - 1))
-    assert changed(poke(-EDGE_BYTES))
-    assert changed(poke(-1))
-    assert not changed(lambda f: os.utime(f / "00.png", (1, 1)))
-    assert not changed(poke(2 * EDGE_BYTES))  # the middle of large files is not read
+    assert changes_fingerprint(lambda f: save(f / "00.png", "image 0", color="white"))
+    assert changes_fingerprint(lambda f: (f / "03.png").unlink())
+    assert changes_fingerprint(flip_bit(EDGE_BYTES - 1))
+    assert changes_fingerprint(flip_bit(-EDGE_BYTES))
+    assert changes_fingerprint(flip_bit(-1))
+    assert not changes_fingerprint(lambda f: os.utime(f / "00.png", (1, 1)))
+    assert not changes_fingerprint(flip_bit(2 * EDGE_BYTES))  # the middle of large files is not read
