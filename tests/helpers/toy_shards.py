@@ -71,9 +71,7 @@ def image_column(num_images: int, first: int = 0):
     import pyarrow
 
     struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    values = [
-        {"bytes": toy_image(i), "path": f"{i}.png"} for i in range(first, first + num_images)
-    ]
+    values = [{"bytes": toy_image(i), "path": f"{i}.png"} for i in range(first, first + num_images)]
     return pyarrow.array(values, struct)
 
 
@@ -99,7 +97,10 @@ def write_parquet(path: Path, features=None, row_group_size: int = 2, **columns)
 
 
 def fill_parquet(folder: Path) -> Path:
-    """Write a training split of 18 images in three files, with gray values 0 to 17, and a test split."""
+    """Write a training split of three files of six images each, and a test split.
+
+    The gray values of the training split are 0 to 17.
+    """
     for shard in range(3):
         write_parquet(
             folder / f"train-{shard:05d}-of-00003.parquet",

@@ -162,7 +162,7 @@ def test_a_resolution_that_cannot_be_divided_into_cells_is_an_error():
 
 def test_the_nearest_color_is_named_unless_it_is_too_far():
     red = np.array(COLORS["red"]) / 127.5 - 1
-    colors = np.stack([red, red + [0.2, 0, 0], red + [0.5, 0, 0]])
+    colors = red + np.array([[0, 0, 0], [0.2, 0, 0], [0.5, 0, 0]])
     assert name_colors(colors, COLORS) == ["red", "red", None]
     assert name_colors(colors[:0], COLORS) == []
 

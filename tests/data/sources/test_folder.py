@@ -16,7 +16,15 @@ from radiance.data.batches import Batches
 from radiance.data.datasets import DataError, describe_source, open_source
 from radiance.data.listing import EDGE_BYTES, compute_split_hash
 from radiance.text.hash_encoder import HashEncoder
-from tests.helpers.toy_folders import captions, fill, names, open_folder, save, settings, write_metadata
+from tests.helpers.toy_folders import (
+    captions,
+    fill,
+    names,
+    open_folder,
+    save,
+    settings,
+    write_metadata,
+)
 
 # --- images and captions --------------------------------------------------------------------------
 
@@ -111,13 +119,20 @@ def test_tags_are_declared_in_metadata(tmp_path):
     source = open_folder(tmp_path)
     assert [source.has_tags(i) for i in range(3)] == [False, True, False]
     data = settings(
-        tmp_path, batch_size=3, shuffle_tags=True, tag_dropout=0.5, lowercase_probability=0.5, caption_prefix="X ", caption_suffix="."
+        tmp_path,
+        batch_size=3,
+        shuffle_tags=True,
+        tag_dropout=0.5,
+        lowercase_probability=0.5,
+        caption_prefix="X ",
+        caption_suffix=".",
     )
     batches = Batches(source, data, HashEncoder(8, 6), 0, 50, "one_pad")
     seen = {"text": set(), "tags": set()}
     for step in range(50):
         for index, caption in zip(
-            batches.sampler[step].image_indices, batches._sample_captions(step, batches.sampler[step])
+            batches.sampler[step].image_indices,
+            batches._sample_captions(step, batches.sampler[step]),
         ):
             seen["tags" if index == 1 else "text"].add(caption)
     assert seen["text"] == {"X a,b, c."}
@@ -183,7 +198,11 @@ def test_images_are_upright_over_the_background_and_not_clipped(tmp_path):
     source = open_folder(tmp_path)
     clear, gray, rotated = (source.load_image(i) for i in range(3))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
-    assert open_folder(tmp_path, background=(0, 0, 255)).load_image(0).getpixel((0, 0)) == (0, 0, 255)
+    assert open_folder(tmp_path, background=(0, 0, 255)).load_image(0).getpixel((0, 0)) == (
+        0,
+        0,
+        255,
+    )
     assert gray.convert("RGB").getpixel((0, 0)) == (128, 128, 128)
     assert rotated.size == (10, 20)
     assert source.sizes[2].tolist() == [10, 20]
@@ -263,11 +282,21 @@ def test_unusable_lines_of_metadata_are_counted(tmp_path):
     save(tmp_path / "no_text.png")
     save(tmp_path / "surrogate.png")
     lines = [
-        "{", "[1]", "7", '{"text": "no name"}', '{"file_name": 5, "text": "x"}', '{"file_name": "00.png", "text": {"en": "x"}}',
-        '{"file_name": "00.png", "text": ["x", 3]}', "[" * 100_000, '{"file_name": "no_text.png", "text": ""}',
-        '{"file_name": "gone.png", "text": "x"}', '{"file_name": "../outside.png", "text": "x"}', '{"file_name": "/etc/passwd", "text": "x"}',
-        '{"file_name": "surrogate.png", "text": "\\ud800"}', "",
-    ]  # fmt: skip
+        "{",
+        "[1]",
+        "7",
+        '{"text": "no name"}',
+        '{"file_name": 5, "text": "x"}',
+        '{"file_name": "00.png", "text": {"en": "x"}}',
+        '{"file_name": "00.png", "text": ["x", 3]}',
+        "[" * 100_000,
+        '{"file_name": "no_text.png", "text": ""}',
+        '{"file_name": "gone.png", "text": "x"}',
+        '{"file_name": "../outside.png", "text": "x"}',
+        '{"file_name": "/etc/passwd", "text": "x"}',
+        '{"file_name": "surrogate.png", "text": "\\ud800"}',
+        "",
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     source = open_folder(tmp_path)
     assert source.captions(0) == ("image 0",)
@@ -297,7 +326,7 @@ def test_unreadable_folders_are_counted(tmp_path, monkeypatch):
 
 
 def test_an_empty_split_is_an_error(tmp_path):
-    with pytest.raises(config.ConfigError, match="data.path=nowhere is not a folder"):
+    with pytest.raises(config.ConfigError, match=r"data.path=nowhere is not a folder"):
         open_folder("nowhere")
     with pytest.raises(
         DataError,
@@ -313,20 +342,22 @@ def test_an_empty_split_is_an_error(tmp_path):
     fill(tmp_path, 3)
     with pytest.raises(
         DataError,
-        match=r"validation split .* is empty \(left out: none; in the other split: 3\).* data.validation_fraction=1e-09",
+        match=r"validation split .* is empty \(left out: none; in the other split: 3\)"
+        r".* data.validation_fraction=1e-09",
     ):
         open_folder(tmp_path, "validation")
 
 
 def test_contradictory_settings_are_errors():
     with pytest.raises(
-        config.ConfigError, match="data.path=x is not for data.source=digits: choose another source"
+        config.ConfigError,
+        match=r"data.path=x is not for data.source=digits: choose another source",
     ):
         config.Data(path="x")
-    with pytest.raises(config.ConfigError, match="data.source=folder needs data.path: give"):
+    with pytest.raises(config.ConfigError, match=r"data.source=folder needs data.path: give"):
         open_source(config.Data(source="folder"), "train")
     for fraction in (0.0, 1.0, float("nan")):
-        with pytest.raises(config.ConfigError, match="data.validation_fraction"):
+        with pytest.raises(config.ConfigError, match=r"data.validation_fraction"):
             config.Data(source="folder", path="x", validation_fraction=fraction)
 
 
@@ -335,7 +366,9 @@ def test_contradictory_settings_are_errors():
 
 def test_images_never_change_their_split(tmp_path):
     fill(tmp_path)
-    before = {split: set(names(open_folder(tmp_path, split, 0.3))) for split in ("train", "validation")}
+    before = {
+        split: set(names(open_folder(tmp_path, split, 0.3))) for split in ("train", "validation")
+    }
     assert before["train"] | before["validation"] == {f"{i:02d}.png" for i in range(40)}
     assert not before["train"] & before["validation"]
     assert 4 <= len(before["validation"]) <= 20
@@ -404,4 +437,6 @@ def test_the_fingerprint_depends_on_contents_only(tmp_path):
     assert changes_fingerprint(flip_bit(-EDGE_BYTES))
     assert changes_fingerprint(flip_bit(-1))
     assert not changes_fingerprint(lambda f: os.utime(f / "00.png", (1, 1)))
-    assert not changes_fingerprint(flip_bit(2 * EDGE_BYTES))  # the middle of large files is not read
+    assert not changes_fingerprint(
+        flip_bit(2 * EDGE_BYTES)
+    )  # the middle of large files is not read

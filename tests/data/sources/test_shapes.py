@@ -68,7 +68,11 @@ def test_validation_has_pairs_that_training_never_has(source):
     caption = make_caption(sample_scene(3, INDEX, "validation"), "short", 24)
     assert validation.captions(INDEX) == (caption.text,)
     train_pairs, validation_pairs = (
-        {(item.shape, item.color) for i in range(40) for item in split.attributes(i)["scene"].objects}
+        {
+            (item.shape, item.color)
+            for i in range(40)
+            for item in split.attributes(i)["scene"].objects
+        }
         for split in (source, validation)
     )
     assert not train_pairs & HELD_OUT_PAIRS
@@ -96,7 +100,7 @@ def test_backgrounds_can_be_limited():
     for i, description in enumerate(descriptions):
         assert description.objects == sample_scene(3, i).objects
     for wrong in ((), ("navy", "navy"), ("navy", "mauve")):
-        with pytest.raises(config.ConfigError, match="backgrounds.*navy"):
+        with pytest.raises(config.ConfigError, match=r"backgrounds.*navy"):
             config.override(DATA, [f"shapes.backgrounds={','.join(wrong)}"])
 
 
@@ -210,9 +214,20 @@ def test_a_batch_is_a_function_of_the_step(source):
 @pytest.mark.slow
 def test_a_toy_model_trains_on_shapes(tmp_path, data_directory):
     run = toy_run(
-        tmp_path, data_directory, "data.source=shapes", "data.shapes.max_tokens=20", "data.shapes.num_images=64", "text.encoder=random_t5",
-        "text.dtype=float32", "text.max_length=20", "data.resolution=16", "train.steps=2", "train.checkpoint_every=2", "train.sample_prompts=", **PLAIN,
-    )  # fmt: skip
+        tmp_path,
+        data_directory,
+        "data.source=shapes",
+        "data.shapes.max_tokens=20",
+        "data.shapes.num_images=64",
+        "text.encoder=random_t5",
+        "text.dtype=float32",
+        "text.max_length=20",
+        "data.resolution=16",
+        "train.steps=2",
+        "train.checkpoint_every=2",
+        "train.sample_prompts=",
+        **PLAIN,
+    )
     assert train(run) == 2
     rows = metrics(run)
     assert np.isfinite(rows[-1]["validation_loss"])

@@ -1,10 +1,11 @@
-"""TensorFlow Datasets: which features are images and captions, how splits are made, and what is told of those that cannot be read."""
+"""The data source `tfds`: features, splits, versions, and data sets that cannot be read."""
 
 import json
 import pickle
 import shutil
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,20 +14,20 @@ from tensorflow_datasets import features as f
 
 from radiance import config
 from radiance.data.datasets import DataError, open_source
-from radiance.data.sources.tfds import (
+from radiance.data.sources.tfds import TfdsListing
+from radiance.data.sources.tfds_preparation import (
     FILE_FORMAT,
-    TfdsListing,
     find_or_prepare_dataset,
     prepare_dataset,
 )
-from tests.helpers.toy_shards import toy_image
+from tests.helpers.toy_shards import gray_values, shard_settings, toy_image
 
 
 class Toy(tfds.core.GeneratorBasedBuilder):
-    """Of every kind of feature one. Its validation split has greys from 100 on."""
+    """A data set with every kind of feature. Gray values of its validation split start at 100."""
 
     VERSION = tfds.core.Version("1.1.0")
-    SPLITS = {"train": range(12), "validation": range(100, 104), "test": range(200, 201)}
+    SPLITS: ClassVar = {"train": range(12), "validation": range(100, 104), "test": range(200, 201)}
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -39,23 +40,23 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "captions": f.Sequence({"id": np.int64, "text": f.Text()}),
                     "label": f.ClassLabel(names=["cat", "dog"]),
                     "labels": f.Sequence(f.ClassLabel(names=["cat", "dog"])),
-                    "within": {
-                        "view": f.Image(encoding_format="png"),
+                    "nested": {
+                        "image": f.Image(encoding_format="png"),
                         "score": f.Scalar(np.float32),
                     },
                     "score": f.Scalar(np.float32),
                     "array": f.Tensor(shape=(2,), dtype=np.float32),
-                    "many": f.Sequence(f.Image(encoding_format="png")),
-                    "told": f.Dataset({"text": f.Text()}),
+                    "images": f.Sequence(f.Image(encoding_format="png")),
+                    "texts": f.Dataset({"text": f.Text()}),
                 }
             ),
         )
 
     def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(numbers) for split, numbers in self.SPLITS.items()}
+        return {split: self._generate_examples(indices) for split, indices in self.SPLITS.items()}
 
-    def _generate_examples(self, numbers):
-        for i in numbers:
+    def _generate_examples(self, indices):
+        for i in indices:
             yield (
                 i,
                 {
@@ -64,19 +65,19 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "captions": [{"id": 10 * i + k, "text": f"{k} of {i}"} for k in range(i % 3)],
                     "label": -1 if i == 11 else i % 2,
                     "labels": ["cat", "dog"][: i % 3],
-                    "within": {"view": BytesIO(toy_image(i + 1, (20, 10))), "score": 0.5},
+                    "nested": {"image_key": BytesIO(toy_image(i + 1, (20, 10))), "score": 0.5},
                     "score": i / 4,
                     "array": [0, 1],
-                    "many": [BytesIO(toy_image(i)), BytesIO(toy_image(i))],
-                    "told": [{"text": "one"}, {"text": "two"}],
+                    "images": [BytesIO(toy_image(i)), BytesIO(toy_image(i))],
+                    "texts": [{"text": "one"}, {"text": "two"}],
                 },
             )
 
 
-class Plain(Toy):
-    """Without a validation split."""
+class TrainOnly(Toy):
+    """A data set without a validation split."""
 
-    SPLITS = {"train": range(40)}
+    SPLITS: ClassVar = {"train": range(40)}
 
 
 class Offline(Toy):
@@ -84,51 +85,43 @@ class Offline(Toy):
         raise ConnectionError("storage.example cannot be resolved")
 
 
-class Elsewhere(Toy):
-    SPLITS = {"test": range(2)}
+class TestOnly(Toy):
+    SPLITS: ClassVar = {"test": range(2)}
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture(autouse=True)
-def no_other_directory(monkeypatch, directory):
+def no_other_data_sets(monkeypatch, cache_dir):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setenv("HOME", str(directory / "nobody"))
+    monkeypatch.setenv("HOME", str(cache_dir / "nobody"))
 
 
-def settings(path, directory, **more):
-    more = {"side": 8, "enlarge": 2.0, "threads": 2, "caption_dropout": 0.0} | more
-    return config.Data(source="tfds", path=path, cache_dir=str(directory), **more)
+def open_dataset(path, cache_dir, split="train", **changes):
+    changes = {"validation_fraction": 0.05} | changes
+    return open_source(shard_settings("tfds", path, cache_dir, **changes), split)
 
 
-def opened(path, directory, split="train", **more):
-    return open_source(settings(path, directory, **more), split)
+# --- features and splits --------------------------------------------------------------------------
 
 
-def greys(source):
-    return [source.toy_image(i).getpixel((0, 0))[0] for i in range(len(source))]
-
-
-# --- what is read -------------------------------------------------------------------------------------------------------
-
-
-def test_splits(directory):
-    source = opened("toy", directory)
-    assert greys(source) == [i for i in range(12) if i != 3]
+def test_splits_are_those_of_the_data_set(cache_dir):
+    source = open_dataset("toy", cache_dir)
+    assert gray_values(source) == [i for i in range(12) if i != 3]
     assert source.skip_counts == {"no caption": 1}
-    assert greys(opened("toy", directory, "validation")) == [100, 101, 102, 103]
+    assert gray_values(open_dataset("toy", cache_dir, "validation")) == [100, 101, 102, 103]
     assert source.captions(4) == ("image 5",)
     assert source.name(4) == "train/5"
     assert source.sizes.tolist() == [[12, 10]] * 11
     assert source.attributes(4) == {"label": 1, "score": 1.25}
 
 
-def test_without_a_validation_split_the_names_decide(directory):
+def test_names_decide_splits_without_a_validation_split(cache_dir):
     train, validation = (
-        greys(opened("plain", directory, split, validation=0.3))
+        gray_values(open_dataset("train_only", cache_dir, split, validation_fraction=0.3))
         for split in ("train", "validation")
     )
     assert sorted(train + validation) == [i for i in range(40) if i != 3]
@@ -136,172 +129,181 @@ def test_without_a_validation_split_the_names_decide(directory):
 
 
 @pytest.mark.parametrize(
-    ("caption", "captions"),
+    ("caption_key", "expected"),
     [
         ("captions/text", {1: ("0 of 1",), 2: ("0 of 2", "1 of 2")}),
         ("label", {0: ("cat",), 1: ("dog",), 2: ("cat",), 3: ("dog",)}),
-        ("told/text", {i: ("one", "two") for i in range(4)}),
+        ("texts/text", {i: ("one", "two") for i in range(4)}),
         ("labels", {1: ("cat",), 2: ("cat", "dog")}),
     ],
 )
-def test_captions(caption, captions, directory):
-    source = opened("toy", directory, caption=caption)
-    seen = {grey: source.captions(i) for i, grey in enumerate(greys(source))}
-    assert {grey: seen.get(grey) for grey in range(4)} == {
-        grey: captions.get(grey) for grey in range(4)
-    }
+def test_captions_are_texts_or_labels(caption_key, expected, cache_dir):
+    source = open_dataset("toy", cache_dir, caption_key=caption_key)
+    captions = {gray: source.captions(i) for i, gray in enumerate(gray_values(source))}
+    assert {i: captions[i] for i in range(4) if i in captions} == expected
 
 
-def test_examples_without_a_label(directory):
-    source = opened("toy", directory, caption="label")
-    assert greys(source) == list(range(11))
+def test_examples_without_a_label_are_counted(cache_dir):
+    source = open_dataset("toy", cache_dir, caption_key="label")
+    assert gray_values(source) == list(range(11))
     assert source.skip_counts == {"no caption": 1}
 
 
-def test_a_image_within_a_feature(directory):
-    source = opened("toy", directory, toy_image="within/view")
-    assert greys(source)[:3] == [1, 2, 3]
+def test_an_image_can_be_within_a_feature(cache_dir):
+    source = open_dataset("toy", cache_dir, image_key="nested/image")
+    assert gray_values(source)[:3] == [1, 2, 3]
     assert source.sizes[0].tolist() == [20, 10]
 
 
-def test_nothing_is_decoded_but_what_is_asked_for(directory, monkeypatch):
-    folder = find_or_prepare_dataset("toy", directory)
+def test_images_are_not_decoded_for_the_index(cache_dir, monkeypatch):
+    folder = find_or_prepare_dataset("toy", cache_dir)
     monkeypatch.setattr(f.Image, "decode_example_np", None)
     listing = TfdsListing(folder, "image", "text")
-    rows = list(listing.scan(2))
-    assert len(rows) == 16
-    assert listing.read_file(rows[5].location) == toy_image(5)
+    records = list(listing.scan(2))
+    assert len(records) == 16
+    assert listing.read_file(records[5].location) == toy_image(5)
 
 
-def test_versions_and_where_they_are_looked_for(directory, monkeypatch):
-    newest = find_or_prepare_dataset("toy", directory)
-    assert newest == directory / "toy" / "1.1.0"
+def test_the_newest_matching_version_is_found(cache_dir, monkeypatch):
+    newest = find_or_prepare_dataset("toy", cache_dir)
+    assert newest == cache_dir / "toy" / "1.1.0"
     older = Path(shutil.copytree(newest, newest.with_name("1.0.9")))
     assert (
-        find_or_prepare_dataset("toy", directory)
-        == find_or_prepare_dataset("toy:1.*.*", directory)
+        find_or_prepare_dataset("toy", cache_dir)
+        == find_or_prepare_dataset("toy:1.*.*", cache_dir)
         == newest
     )
     assert (
-        find_or_prepare_dataset("toy:1.0.9", directory)
-        == find_or_prepare_dataset("toy:1.0.*", directory)
+        find_or_prepare_dataset("toy:1.0.9", cache_dir)
+        == find_or_prepare_dataset("toy:1.0.*", cache_dir)
         == older
     )
-    elsewhere = directory / "elsewhere"
-    monkeypatch.setenv("TFDS_DATA_DIR", str(directory))
+    elsewhere = cache_dir / "elsewhere"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(cache_dir))
     assert find_or_prepare_dataset("toy", elsewhere) == newest
     monkeypatch.setenv("TFDS_DATA_DIR", str(elsewhere))
-    assert find_or_prepare_dataset("plain", directory / "third") == elsewhere / "plain" / "1.1.0"
+    assert (
+        find_or_prepare_dataset("train_only", cache_dir / "third")
+        == elsewhere / "train_only" / "1.1.0"
+    )
 
 
-def test_other_examples_are_another_listing(directory):
-    folder = prepare_dataset(Toy, directory)
+def test_the_identity_depends_on_examples_and_features(cache_dir):
+    folder = prepare_dataset(Toy, cache_dir)
     same, other = (
         TfdsListing(folder, "image", "text"),
-        TfdsListing(prepare_dataset(Plain, directory), "image", "text"),
+        TfdsListing(prepare_dataset(TrainOnly, cache_dir), "image", "text"),
     )
     assert len({same.identity, other.identity, TfdsListing(folder, "image", "label").identity}) == 3
     assert same.identity == TfdsListing(folder, "image", "text").identity
 
 
-# --- what cannot be used ------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
-            {"image": "img"},
-            r"toy/1\.1\.0 has no feature data\.image=img: did you mean 'image'\? It has .*label \(ClassLabel\)",
+            {"image_key": "img"},
+            r"toy/1\.1\.0 has no feature data\.image_key=img: did you mean 'image'\? "
+            r"It has .*label \(ClassLabel\)",
         ),
         (
-            {"caption": "captions/test"},
-            r"has no feature data\.caption=captions/test: did you mean 'text'\?",
+            {"caption_key": "captions/test"},
+            r"has no feature data\.caption_key=captions/test: did you mean 'text'\?",
         ),
-        ({"caption": "text/en"}, r"has no feature data\.caption=text/en\. It has"),
+        ({"caption_key": "text/en"}, r"has no feature data\.caption_key=text/en\. It has"),
         (
-            {"image": "text"},
-            r"data\.image=text of toy/1\.1\.0 is a feature of kind Text, but images are needed",
-        ),
-        (
-            {"image": "array"},
-            r"data\.image=array of .* is a feature of kind Tensor, but images are needed",
+            {"image_key": "text"},
+            r"data\.image_key=text of toy/1\.1\.0 is a feature of type Text: "
+            r"name a feature with images",
         ),
         (
-            {"image": "many"},
-            r"data\.image=many of .* lies in a list: one image an example is needed",
+            {"image_key": "array"},
+            r"data\.image_key=array of .* is a feature of type Tensor: name a feature with images",
         ),
         (
-            {"caption": "array"},
-            r"data\.caption=array of .* is a feature of kind Tensor, but texts or class labels are needed",
+            {"image_key": "images"},
+            r"data\.image_key=images of .* is in a list: name a feature with one image",
         ),
-        ({"caption": "image"}, r"is a feature of kind Image, but texts"),
-        ({"caption": "score"}, r"is a feature of kind Scalar, but texts"),
+        (
+            {"caption_key": "array"},
+            r"data\.caption_key=array of .* is a feature of type Tensor: "
+            r"name a feature with texts or class labels",
+        ),
+        ({"caption_key": "image"}, r"is a feature of type Image: name a feature with texts"),
+        ({"caption_key": "score"}, r"is a feature of type Scalar: name a feature with texts"),
     ],
 )
-def test_features_that_are_not_there_or_are_something_else(changes, told, directory):
-    with pytest.raises(config.ConfigError, match=told):
-        opened("toy", directory, **changes)
+def test_missing_and_wrong_features_are_errors(changes, message, cache_dir):
+    with pytest.raises(config.ConfigError, match=message):
+        open_dataset("toy", cache_dir, **changes)
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         (
             "mnits",
-            r"data\.path=mnits is no TensorFlow Dataset that is known here: did you mean 'mnist'\? Prepared ones are looked for in",
+            r"data\.path=mnits is not a known TensorFlow Dataset: did you mean 'mnist'\? "
+            r"Prepared data sets are searched in",
         ),
-        ("toy/a/b", r"data\.path=toy/a/b is no name of a TensorFlow Dataset: write NAME"),
+        ("toy/a/b", r"data\.path=toy/a/b is not the name of a TensorFlow Dataset: use NAME"),
         (
             "toy:9.0.0",
-            r"data\.path=toy:9\.0\.0: Dataset toy cannot be loaded at version 9\.0\.0, only: 1\.1\.0",
+            r"data\.path=toy:9\.0\.0: Dataset toy cannot be loaded at version 9\.0\.0, "
+            r"only: 1\.1\.0",
         ),
         ("toy/large", r"data\.path=toy/large: "),
-        ("elsewhere", r"elsewhere/1\.1\.0 has no split named train: it has test"),
+        ("test_only", r"test_only/1\.1\.0 has no split named train, only test"),
     ],
 )
-def test_names_of_nothing(path, told, directory):
-    with pytest.raises(config.ConfigError, match=told):
-        opened(path, directory)
+def test_unknown_data_sets_are_errors(path, message, cache_dir):
+    with pytest.raises(config.ConfigError, match=message):
+        open_dataset(path, cache_dir)
 
 
-def test_a_data_set_that_cannot_be_prepared(directory):
+def test_a_data_set_that_cannot_be_prepared_is_an_error(cache_dir):
     with pytest.raises(
         DataError,
-        match=r"offline is not in .* cannot be prepared there \(storage\.example .*\): prepare it where .*`tfds build offline",
+        match=r"offline is not in .* cannot be prepared there \(storage\.example .*\): "
+        r"prepare it on a machine with TensorFlow .*`tfds build offline",
     ):
-        opened("offline", directory)
+        open_dataset("offline", cache_dir)
 
 
-def test_a_data_set_in_another_format(tmp_path):
-    folder = prepare_dataset(Plain, tmp_path)
+def test_a_data_set_in_another_format_is_an_error(tmp_path):
+    folder = prepare_dataset(TrainOnly, tmp_path)
     for path in folder.glob(f"*.{FILE_FORMAT}-*"):
         path.rename(path.with_name(path.name.replace(FILE_FORMAT, "tfrecord")))
     with pytest.raises(
         DataError,
-        match=rf"plain lies in {folder} in a format that only TensorFlow reads.*tfds convert_format",
+        match=rf"train_only is in {folder} in a format that only TensorFlow reads.*"
+        r"tfds convert_format",
     ):
-        opened("plain", tmp_path)
+        open_dataset("train_only", tmp_path)
 
 
-def test_a_data_set_with_films(tmp_path):
-    features = prepare_dataset(Plain, tmp_path) / "features.json"
-    told = json.loads(features.read_text())
-    told["featuresDict"]["features"]["many"] = {
+def test_a_data_set_with_videos_is_an_error(tmp_path):
+    features_file = prepare_dataset(TrainOnly, tmp_path) / "features.json"
+    features = json.loads(features_file.read_text())
+    features["featuresDict"]["features"]["images"] = {
         "pythonClassName": "tensorflow_datasets.core.features.video_feature.Video",
         "video": {"shape": {"dimensions": ["-1", "4", "4", "3"]}},
     }
-    features.write_text(json.dumps(told))
+    features_file.write_text(json.dumps(features))
     with pytest.raises(
-        DataError, match="has films, sounds or other features that are not read without TensorFlow"
+        DataError,
+        match=r"has videos, audio or other features that cannot be read without TensorFlow",
     ):
-        opened("plain", tmp_path)
+        open_dataset("train_only", tmp_path)
 
 
-def test_a_data_set_that_goes_while_it_is_needed(tmp_path):
-    source = opened("toy", tmp_path)
-    source = pickle.loads(pickle.dumps(source))  # as a worker that begins now
+def test_a_data_set_that_vanishes_is_an_error(tmp_path):
+    source = open_dataset("toy", tmp_path)
+    source = pickle.loads(pickle.dumps(source))  # as a worker that starts now
     for path in Path(tmp_path, "toy", "1.1.0").glob(f"*.{FILE_FORMAT}-*"):
         path.unlink()
-    with pytest.raises(DataError, match="was there at the start and cannot be read now"):
-        source.toy_image(0)
+    with pytest.raises(DataError, match=r"existed at the start and cannot be read now"):
+        source.load_image(0)
