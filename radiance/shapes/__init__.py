@@ -1,1 +1,1 @@
-"""The synthetic data set `shapes`: scenes, their images and captions, and scores of images."""
+"""The synthetic dataset `shapes`: scenes, their images and captions, and scores of images."""

@@ -38,9 +38,9 @@ COUNT_TEMPLATES = (
     "{count}",
     "{count} {noun}",
     "{count} {noun} in all",
-    "a picture of {count} {noun}",
+    "a picture of {count} {noun}",  # codespell:ignore picture
     "{count} {noun} in four rows and four columns",
-    "this picture shows exactly {count} {noun} and nothing else",
+    "this picture shows exactly {count} {noun} and nothing else",  # codespell:ignore picture
 )
 OBJECT_TEMPLATES = (
     "{size} {color} {shape} {cell}",
@@ -52,7 +52,7 @@ OBJECT_TEMPLATES = (
     "there is a {size} {color} {shape} in row {row} and column {column}",
     "column {column} of row {row} holds a {size} {shape} that is {color}",
     "where column {column} meets row {row} one sees a {shape} which is {size} in size "
-    "and {color} in colour",
+    "and {color} in colour",  # codespell:ignore colour
 )
 BACKGROUND_TEMPLATES = (
     "on {background}",
@@ -70,10 +70,10 @@ FILLERS = (
     "drawn for a quiet study",
     "there is little else to say",
     "the artist took some time for it",
-    "such pictures are easy to like at first sight",
+    "such pictures are easy to like at first sight",  # codespell:ignore pictures
     "nobody remembers when or why it was made",
     "it could hang in a school or in an office",
-    "some people find this kind of picture restful to look at",
+    "some people find this kind of picture restful to look at",  # codespell:ignore picture
     "a friend of ours once asked what the whole thing was about",
     "each of them keeps to its own place and leaves the others alone",
     "the edges are clean and the hand that made them was in no hurry",

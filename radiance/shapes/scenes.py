@@ -1,4 +1,4 @@
-"""Scenes of the synthetic data set `shapes`: unlimited images with exact ground-truth attributes.
+"""Scenes of the synthetic dataset `shapes`: unlimited images with exact ground-truth attributes.
 
 An image shows one to five objects in different cells of a 4 × 4 grid on a plain background. Every
 image is a function of (seed, index) and the resolution. It is computed from Philox random numbers

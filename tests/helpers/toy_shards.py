@@ -1,4 +1,4 @@
-"""Toy data sets in shards, and settings that read them."""
+"""Toy datasets in shards, and settings that read them."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def gray_values(source) -> list[int]:
 
 
 def shard_settings(source: str, path, cache_dir, **changes) -> config.Data:
-    """Return settings of a data set in shards; nearly every image is for training."""
+    """Return settings of a dataset in shards; nearly every image is for training."""
     defaults = {
         "resolution": 8,
         "max_upscale": 2.0,

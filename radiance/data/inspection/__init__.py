@@ -1,1 +1,1 @@
-"""Inspection of data sets: surveys, near-duplicates, and lists of images."""
+"""Inspection of datasets: surveys, near-duplicates, and lists of images."""

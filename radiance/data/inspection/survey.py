@@ -1,4 +1,4 @@
-"""A survey of a data set and of its use by a run, computed without decoding images."""
+"""A survey of a dataset and of its use by a run, computed without decoding images."""
 
 import math
 from collections import Counter

@@ -1,1 +1,1 @@
-"""The data sources: each lists the images and captions of one kind of data set."""
+"""The data sources: each lists the images and captions of one kind of dataset."""

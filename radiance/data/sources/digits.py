@@ -1,6 +1,6 @@
-"""The data set `digits`: 1,797 handwritten digits, scanned at 8 × 8 pixels, with captions.
+"""The dataset `digits`: 1,797 handwritten digits, scanned at 8 × 8 pixels, with captions.
 
-The scans come with scikit-learn (UCI, CC BY 4.0). The data set serves as a smoke test with real
+The scans come with scikit-learn (UCI, CC BY 4.0). The dataset serves as a smoke test with real
 images. It is prepared and read without TensorFlow.
 """
 
@@ -25,7 +25,7 @@ CAPTION_TEMPLATES = (
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Builder of the data set for TensorFlow Datasets."""
+    """Builder of the dataset for TensorFlow Datasets."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
@@ -50,7 +50,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             from sklearn.datasets import load_digits
         except ImportError:
             raise ImportError(
-                "The data set digits comes with scikit-learn: pip install 'radiance[digits]'."
+                "The dataset digits comes with scikit-learn: pip install 'radiance[digits]'."
             ) from None
         scans, digits = load_digits(return_X_y=True)
         # Neighbors in the list are often by one writer. Every sixth scan goes to validation.

@@ -46,7 +46,7 @@ class ParquetListing:
     Args:
         path: A file, a folder of files, or a pattern.
         image_key: Column of the images, possibly within other columns ("a/b").
-        caption_key: Column of the captions, likewise.
+        caption_key: Column of the captions, possibly within other columns.
         cache_dir: Folder where the dataset index will be written.
 
     Raises:

@@ -44,7 +44,7 @@ def make_record(
     """Build the record of an image, or say why the image cannot be used.
 
     Args:
-        name: Name of the image within its data set.
+        name: Name of the image within its dataset.
         location: The location by which the listing finds the image's file.
         read_annotation: Returns the annotation, or raises UnusableError. It is called first.
         read_header: Returns width, height and content hash, or raises UnusableError. It is only

@@ -1,4 +1,4 @@
-"""Shards, the few large files that a data set is divided into: find them and read from them."""
+"""Shards, the few large files that a dataset is divided into: find them and read from them."""
 
 import glob
 import hashlib

@@ -4,7 +4,7 @@
 "captions/text", also through lists. A caption is a text, several, or class labels, whose names are
 the captions. Other features of numbers or texts become attributes of the image.
 
-Data sets are found or prepared by radiance/data/sources/tfds_preparation.py.
+Datasets are found or prepared by radiance/data/sources/tfds_preparation.py.
 """
 
 import hashlib
@@ -36,18 +36,18 @@ TEXTS = "texts or class labels"
 
 
 class TfdsListing:
-    """A prepared data set: its split `train` and, if there is one, `validation`.
+    """A prepared dataset: its split `train` and, if there is one, `validation`.
 
     Images are named SPLIT/INDEX.
 
     Args:
-        folder: Folder of one version of the data set.
+        folder: Folder of one version of the dataset.
         image_key: Feature that is the image, possibly within others ("a/b").
-        caption_key: Feature that is the caption or captions, likewise.
+        caption_key: Feature that holds the captions, possibly within others.
 
     Raises:
-        ConfigError: The data set has no such features or splits.
-        DataError: The data set has a feature that needs TensorFlow.
+        ConfigError: The dataset has no such features or splits.
+        DataError: The dataset has a feature that needs TensorFlow.
     """
 
     def __init__(self, folder: Path, image_key: str, caption_key: str):
@@ -58,7 +58,7 @@ class TfdsListing:
             available = ", ".join(info.splits)
             raise ConfigError(
                 f"{info.full_name} has no split named train, only {available}: "
-                "choose another data set."
+                "choose another dataset."
             )
         _, is_list = self._require_feature("image_key", tfds.features.Image, "images")
         if is_list:
@@ -93,7 +93,7 @@ class TfdsListing:
         """Read an image's file.
 
         Raises:
-            DataError: The data set cannot be read any more.
+            DataError: The dataset cannot be read any more.
         """
         split, index = location
         try:
@@ -111,7 +111,7 @@ class TfdsListing:
         except ImportError as error:
             raise DataError(
                 f"{self.folder} has videos, audio or other features that cannot be read without "
-                f"TensorFlow ({error}): choose another data set."
+                f"TensorFlow ({error}): choose another dataset."
             ) from None
 
     @cached_property

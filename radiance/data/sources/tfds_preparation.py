@@ -19,24 +19,24 @@ NAME_PATTERN = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>[\d
 
 
 def prepare_dataset(builder_class: type, cache_dir: Path) -> Path:
-    """Prepare the data set of a builder below `cache_dir` on first use, and return its folder."""
+    """Prepare the dataset of a builder below `cache_dir` on first use, and return its folder."""
     builder = builder_class(data_dir=str(cache_dir), file_format=FILE_FORMAT)
     _run_builder(builder)
     return Path(builder.data_dir)
 
 
 def find_or_prepare_dataset(path: str, cache_dir: Path) -> Path:
-    """Find a prepared data set, or prepare it, and return its folder.
+    """Find a prepared dataset, or prepare it, and return its folder.
 
-    Data sets are searched in $TFDS_DATA_DIR (by default ~/tensorflow_datasets), then below
+    Datasets are searched in $TFDS_DATA_DIR (by default ~/tensorflow_datasets), then below
     `cache_dir`. They are prepared in $TFDS_DATA_DIR if that is set, otherwise below `cache_dir`.
 
     Args:
         path: NAME, NAME/CONFIG or NAME/CONFIG:VERSION. By default the newest version.
-        cache_dir: Folder of prepared data sets.
+        cache_dir: Folder of prepared datasets.
 
     Raises:
-        ConfigError: There is no such data set.
+        ConfigError: There is no such dataset.
         DataError: It cannot be prepared, or not be read without TensorFlow.
     """
     match = NAME_PATTERN.fullmatch(path)
@@ -69,7 +69,7 @@ def _find_prepared(path: str, roots: list[Path], match: re.Match[str]) -> Path |
 
 
 def _prepare(path: str, name: str, roots: list[Path], root: Path) -> Path:
-    """Prepare a data set below `root`, and return its folder."""
+    """Prepare a dataset below `root`, and return its folder."""
     remedy = (
         "prepare it on a machine with TensorFlow and a network, with "
         f"`tfds build {path} --file_format={FILE_FORMAT}`, and set TFDS_DATA_DIR to its folder."
@@ -80,7 +80,7 @@ def _prepare(path: str, name: str, roots: list[Path], root: Path) -> Path:
         suggestion = suggest_name(name, tfds.list_builders(with_community_datasets=False))
         raise ConfigError(
             f"data.path={path} is not a known TensorFlow Dataset{suggestion or '.'} "
-            f"Prepared data sets are searched in {', '.join(map(str, roots))}."
+            f"Prepared datasets are searched in {', '.join(map(str, roots))}."
         ) from None
     except ImportError as error:
         raise DataError(
@@ -103,13 +103,13 @@ def _run_builder(builder: Any):
     try:
         builder.download_and_prepare()
     except OSError:
-        # Another process may have prepared the data set at the same time.
+        # Another process may have prepared the dataset at the same time.
         if not list(Path(builder.data_dir).glob("dataset_info.json")):
             raise
 
 
 def _find_versions(root: Path, name: str, config: str | None, version: str | None) -> list[Path]:
-    """Find the folders below `root` with prepared versions of a data set, the newest first."""
+    """Find the folders below `root` with prepared versions of a dataset, the newest first."""
     folder = root / name
     if config is None:
         default_file = folder / ".config" / "metadata.json"

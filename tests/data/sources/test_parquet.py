@@ -59,7 +59,7 @@ def test_columns_can_have_other_names_and_types(tmp_path):
         loss_weight=[0.5, None],
         width=[12, 12],
         score=pyarrow.array([0.25, None], pyarrow.float32()),
-        licence=pyarrow.array(["CC0", "CC BY"]).dictionary_encode(),
+        license=pyarrow.array(["CC0", "CC BY"]).dictionary_encode(),
         embedding=[[1.0], [2.0]],
         mask=image_column(2),
     )
@@ -69,8 +69,8 @@ def test_columns_can_have_other_names_and_types(tmp_path):
     assert [source.has_tags(i) for i in range(2)] == [True, False]
     assert source.loss_weights.tolist() == [0.5, 1]
     assert [source.attributes(i) for i in range(2)] == [
-        {"width": 12, "score": 0.25, "licence": "CC0"},
-        {"width": 12, "licence": "CC BY"},
+        {"width": 12, "score": 0.25, "license": "CC0"},
+        {"width": 12, "license": "CC BY"},
     ]
 
 

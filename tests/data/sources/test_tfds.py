@@ -1,4 +1,4 @@
-"""The data source `tfds`: features, splits, versions, and data sets that cannot be read."""
+"""The data source `tfds`: features, splits, versions, and datasets that cannot be read."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ from tests.helpers.toy_shards import gray_values, shard_settings, toy_image
 
 
 class Toy(tfds.core.GeneratorBasedBuilder):
-    """A data set with every kind of feature. Gray values of its validation split start at 100."""
+    """A dataset with every kind of feature. Gray values of its validation split start at 100."""
 
     VERSION = tfds.core.Version("1.1.0")
     SPLITS: ClassVar = {"train": range(12), "validation": range(100, 104), "test": range(200, 201)}
@@ -75,7 +75,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
 
 
 class TrainOnly(Toy):
-    """A data set without a validation split."""
+    """A dataset without a validation split."""
 
     SPLITS: ClassVar = {"train": range(40)}
 
@@ -95,7 +95,7 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_other_data_sets(monkeypatch, cache_dir):
+def no_other_datasets(monkeypatch, cache_dir):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(cache_dir / "nobody"))
 
@@ -108,7 +108,7 @@ def open_dataset(path, cache_dir, split="train", **changes):
 # --- features and splits --------------------------------------------------------------------------
 
 
-def test_splits_are_those_of_the_data_set(cache_dir):
+def test_splits_are_those_of_the_dataset(cache_dir):
     source = open_dataset("toy", cache_dir)
     assert gray_values(source) == [i for i in range(12) if i != 3]
     assert source.skip_counts == {"no caption": 1}
@@ -247,7 +247,7 @@ def test_missing_and_wrong_features_are_errors(changes, message, cache_dir):
         (
             "mnits",
             r"data\.path=mnits is not a known TensorFlow Dataset: did you mean 'mnist'\? "
-            r"Prepared data sets are searched in",
+            r"Prepared datasets are searched in",
         ),
         ("toy/a/b", r"data\.path=toy/a/b is not the name of a TensorFlow Dataset: use NAME"),
         (
@@ -264,7 +264,7 @@ def test_unknown_data_sets_are_errors(path, message, cache_dir):
         open_dataset(path, cache_dir)
 
 
-def test_a_data_set_that_cannot_be_prepared_is_an_error(cache_dir):
+def test_a_dataset_that_cannot_be_prepared_is_an_error(cache_dir):
     with pytest.raises(
         DataError,
         match=r"offline is not in .* cannot be prepared there \(storage\.example .*\): "
@@ -273,7 +273,7 @@ def test_a_data_set_that_cannot_be_prepared_is_an_error(cache_dir):
         open_dataset("offline", cache_dir)
 
 
-def test_a_data_set_in_another_format_is_an_error(tmp_path):
+def test_a_dataset_in_another_format_is_an_error(tmp_path):
     folder = prepare_dataset(TrainOnly, tmp_path)
     for path in folder.glob(f"*.{FILE_FORMAT}-*"):
         path.rename(path.with_name(path.name.replace(FILE_FORMAT, "tfrecord")))
@@ -285,7 +285,7 @@ def test_a_data_set_in_another_format_is_an_error(tmp_path):
         open_dataset("train_only", tmp_path)
 
 
-def test_a_data_set_with_videos_is_an_error(tmp_path):
+def test_a_dataset_with_videos_is_an_error(tmp_path):
     features_file = prepare_dataset(TrainOnly, tmp_path) / "features.json"
     features = json.loads(features_file.read_text())
     features["featuresDict"]["features"]["images"] = {
@@ -300,7 +300,7 @@ def test_a_data_set_with_videos_is_an_error(tmp_path):
         open_dataset("train_only", tmp_path)
 
 
-def test_a_data_set_that_vanishes_is_an_error(tmp_path):
+def test_a_dataset_that_vanishes_is_an_error(tmp_path):
     source = open_dataset("toy", tmp_path)
     source = pickle.loads(pickle.dumps(source))  # as a worker that starts now
     for path in Path(tmp_path, "toy", "1.1.0").glob(f"*.{FILE_FORMAT}-*"):
