@@ -65,7 +65,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
                     "captions": [{"id": 10 * i + k, "text": f"{k} of {i}"} for k in range(i % 3)],
                     "label": -1 if i == 11 else i % 2,
                     "labels": ["cat", "dog"][: i % 3],
-                    "nested": {"image_key": BytesIO(toy_image(i + 1, (20, 10))), "score": 0.5},
+                    "nested": {"image": BytesIO(toy_image(i + 1, (20, 10))), "score": 0.5},
                     "score": i / 4,
                     "array": [0, 1],
                     "images": [BytesIO(toy_image(i)), BytesIO(toy_image(i))],
@@ -85,7 +85,7 @@ class Offline(Toy):
         raise ConnectionError("storage.example cannot be resolved")
 
 
-class TestOnly(Toy):
+class WithoutTrain(Toy):
     SPLITS: ClassVar = {"test": range(2)}
 
 
@@ -256,7 +256,7 @@ def test_missing_and_wrong_features_are_errors(changes, message, cache_dir):
             r"only: 1\.1\.0",
         ),
         ("toy/large", r"data\.path=toy/large: "),
-        ("test_only", r"test_only/1\.1\.0 has no split named train, only test"),
+        ("without_train", r"without_train/1\.1\.0 has no split named train, only test"),
     ],
 )
 def test_unknown_data_sets_are_errors(path, message, cache_dir):
