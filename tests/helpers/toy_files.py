@@ -1,4 +1,4 @@
-"""Checkpoint files of toy models, made without our writers, for tests."""
+"""Checkpoint files of toy models, written without our own writers, for tests."""
 
 import json
 from collections.abc import Mapping
@@ -13,18 +13,21 @@ from radiance.weights import native
 from radiance.weights.detect import MODEL_KEY
 from tests.helpers.toy_models import toy_model
 
-# Blocks of 32 divide all their matrices.
+# All their matrices divide into blocks of 32.
 PIXELS = toy_model(hidden=64, rope_axes=(4, 14, 14))
 LATENT = toy_model(hidden=64, rope_axes=(4, 14, 14), head="linear", patch=1, channels=8)
-KNOWN = dict(rope_axes=PIXELS.rope_axes)  # what shapes cannot tell of a toy
+KNOWN = dict(rope_axes=PIXELS.rope_axes)  # settings of a toy that its tensor shapes do not show
 TYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
 def published(model: config.Model, dtype: str = "bfloat16", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of the published names, shapes and types: the pixel embedder and the markers are float32."""
-    draw = np.random.default_rng(seed)
+    """Return random tensors with the published names, shapes and types.
+
+    The pixel embedder and the marker tensors are float32.
+    """
+    rng = np.random.default_rng(seed)
     return {
-        name: (0.1 * draw.standard_normal(shape, np.float32) + name.endswith(".scale")).astype(
+        name: (0.1 * rng.standard_normal(shape, np.float32) + name.endswith(".scale")).astype(
             np.float32 if name.startswith(("nerf_image_embedder.", "__")) else TYPES[dtype]
         )
         for name, shape in native.native_layout(model)[0].items()
@@ -32,7 +35,7 @@ def published(model: config.Model, dtype: str = "bfloat16", seed: int = 0) -> di
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], model: config.Model | None = None) -> Path:
-    """A safetensors file; with the metadata of our own exports when the model is given."""
+    """Write a safetensors file, with the metadata of our own exports if a model is given."""
     save_file(
         dict(tensors), path, {MODEL_KEY: json.dumps(config.to_dict(model))} if model else None
     )
@@ -40,12 +43,12 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], model: config.Model | No
 
 
 def stored(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Types, shapes and bytes of the tensors of a file, in its order."""
+    """Return types, shapes and bytes of the tensors of a file, in its order."""
     return {name: (x.dtype.name, x.shape, x.tobytes()) for name, x in load_file(path).items()}
 
 
 def sentence(error) -> str:
-    """The message of an error that pytest caught, which must be one line that ends."""
+    """Return the message of an error that pytest caught; it must be one complete line."""
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith((".", "?"))
