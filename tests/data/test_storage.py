@@ -151,7 +151,7 @@ def test_a_folder_is_the_same_wherever_it_lies(folder, sizes, tmp_path, monkeypa
     assert sorted(here.loss_weights) == [1] * 5 + [2]
     assert np.array_equal(there.weights, here.loss_weights)
     assert [there.tags(i) for i in range(6)] == [here.name(i) == "e.tif" for i in range(6)]
-    assert all(np.array_equal(there.toy_image(i), here.load_image(i)) for i in range(6))
+    assert all(np.array_equal(there.load_image(i), here.load_image(i)) for i in range(6))
     assert there.fingerprint() == here.fingerprint()
 
 
@@ -166,7 +166,7 @@ def test_what_changes_in_a_remote_folder_is_noticed(folder):
 def test_what_is_no_folder(tmp_path):
     put("memory://images/a.png", b"")
     for path in ("memory://images/a.png", "memory://elsewhere", str(tmp_path / "none")):
-        with pytest.raises(config.ConfigError, match=f"data.path={path} is not a folder: give one"):
+        with pytest.raises(config.ConfigError, match=f"data.path={path} is not a folder: give a folder"):
             FolderListing(path)
 
 
@@ -191,7 +191,7 @@ def test_a_remote_file_that_goes(tmp_path):
     fsspec.filesystem("memory").rm("/images/a.png")
     with pytest.raises(
         DataError,
-        match="memory://images/a.png was there at the start and cannot be read now .No such file",
+        match="memory://images/a.png existed at the start and cannot be read now .No such file",
     ):
         source.load_image(0)
 
@@ -335,7 +335,7 @@ def test_the_dataset_index_tells_whose_failure_it_is(tmp_path, monkeypatch):
         raise storage.UnreachableError("the wire is cut")
 
     fill("memory://images")
-    monkeypatch.setattr("radiance.data.sources.folder.look_at", failing)
+    monkeypatch.setattr("radiance.data.sources.folder.read_header_at", failing)
     with pytest.raises(DataError, match="^the wire is cut$"):
         opened("memory://images", tmp_path)
 
@@ -391,7 +391,7 @@ def test_shards_lie_anywhere(kind, listed, tmp_path, monkeypatch):
             there.name(i) for i in range(len(there))
         ]
         again = pickle.loads(pickle.dumps(there))
-        assert np.array_equal(np.asarray(again.toy_image(0)), np.asarray(here.load_image(0)))
+        assert np.array_equal(np.asarray(again.load_image(0)), np.asarray(here.load_image(0)))
     with pytest.raises(config.ConfigError, match="has none in it"):
         open_source(
             config.Data(
