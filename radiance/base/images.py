@@ -1,4 +1,7 @@
-"""Images between Pillow and arrays, [height, width, 3]: 8 bits, or float32 in [-1, 1]; PNG files that say how they were made."""
+"""Convert images between Pillow and arrays, and write PNG files with metadata.
+
+Arrays have the shape [height, width, 3]. They hold 8-bit values or float32 in [-1, 1].
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,9 +18,16 @@ Pixels = Float32[np.ndarray, "height width 3"]
 def resize_and_crop(
     image: Image.Image, width: int, height: int, crop_x: float = 0.5, crop_y: float = 0.5
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """`image` (mode RGB) scaled (Lanczos) to cover width × height, with its proportions, and what lies beyond cut off.
+    """Scale an image to cover `width` × `height`, and crop what exceeds it.
 
-    across, down: where the cut lies along the side that has something to cut, from 0 (left, top) to 1 (right, bottom).
+    The proportions remain; the filter is Lanczos.
+
+    Args:
+        image: An image of mode RGB.
+        width: Width of the result in pixels.
+        height: Height of the result in pixels.
+        crop_x: Horizontal position of the crop, from 0 (left) to 1 (right).
+        crop_y: Vertical position of the crop, from 0 (top) to 1 (bottom).
     """
     scale = max(width / image.width, height / image.height)
     crop_width, crop_height = min(width / scale, image.width), min(height / scale, image.height)
@@ -27,24 +37,34 @@ def resize_and_crop(
 
 
 def to_array(image: Image.Image, width: int, height: int) -> Pixels:
-    """`image` fitted to a size from its center, as the model sees it."""
+    """Return an image as float32 in [-1, 1], scaled and cropped around its center."""
     return to_signed(resize_and_crop(image, width, height))
 
 
 def to_signed(pixels: UInt8[Any, "*shape"] | Float32[Any, "*shape"]) -> Float32[Any, "*shape"]:
-    """0 to 255 as -1 to 1, in NumPy or inside a JAX program; float32 is in [-1, 1] already."""
+    """Convert 8-bit values to float32 in [-1, 1]; float32 values are returned unchanged.
+
+    Args:
+        pixels: A NumPy array, or a JAX array inside a program.
+    """
     return pixels.astype(np.float32) / np.float32(127.5) - 1 if pixels.dtype == np.uint8 else pixels
 
 
 def to_image(pixels: Pixels) -> Image.Image:
-    """Rounded to 8 bits; values beyond [-1, 1] are clipped."""
+    """Return an array as an image, clipped to [-1, 1] and rounded to 8 bits."""
     return Image.fromarray(
         np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
     )
 
 
 def make_contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images side by side, row by row, on white."""
+    """Arrange images row by row on white.
+
+    Args:
+        images: At least one image; all cells have the size of the largest.
+        columns: Number of images in a row.
+        gap: Pixels between images, and around them.
+    """
     width, height = max(image.width for image in images), max(image.height for image in images)
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
@@ -54,7 +74,13 @@ def make_contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 2
 
 
 def save_png(path: str | Path, image: Image.Image, metadata: Mapping[str, Any]):
-    """Writes a PNG whose text chunks hold `facts`: texts as they are, the rest as JSON."""
+    """Write a PNG file with metadata in its text chunks.
+
+    Args:
+        path: The file. Missing folders are created.
+        image: Any image that PNG supports.
+        metadata: Texts are stored as they are, other values as JSON.
+    """
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))

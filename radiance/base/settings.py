@@ -1,6 +1,6 @@
-"""Sections: frozen dataclasses that check their fields when they are built, read `key=value` changes, and go to JSON and back.
+"""Sections of settings: frozen dataclasses with checks, `key=value` changes and JSON.
 
-What the settings are stands in `config/`.
+A section checks its fields when it is built. The settings themselves are in `radiance.config`.
 """
 
 from __future__ import annotations
@@ -10,60 +10,105 @@ import difflib
 import functools
 import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from radiance.base.errors import ConfigError
 
 
 def require(condition: bool, message: str):
+    """Raise ConfigError with `message` unless `condition` is true."""
     if not condition:
         raise ConfigError(message)
 
 
+def resumable(
+    default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None
+) -> Any:
+    """Return a dataclass field whose value may change when a run resumes.
+
+    A run directory refuses to resume when any other setting differs. On a field that holds a
+    section, it applies to all fields of that section.
+
+    Args:
+        default: The default value of the field.
+        factory: A function that returns the default value, in place of `default`.
+    """
+    metadata = {"resumable": True}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 class Section:
-    """Base of all sections: checks the type of every field, then the section's own `check`."""
+    """Base class of all sections. It checks the type of every field, then calls `check`."""
 
     def __post_init__(self):
-        hints = _type_hints(type(self))
-        for f in dataclasses.fields(self):
-            object.__setattr__(
-                self,
-                f.name,
-                _coerce_value(
-                    f"{type(self).__name__.lower()}.{f.name}", getattr(self, f.name), hints[f.name]
-                ),
-            )
+        for name, field_type in _type_hints(type(self)).items():
+            key = f"{type(self).__name__.lower()}.{name}"
+            object.__setattr__(self, name, _coerce_value(key, getattr(self, name), field_type))
         self.check()
 
     def check(self):
-        """Raises ConfigError when the fields contradict each other."""
+        """Raise ConfigError if the fields contradict each other."""
 
     @classmethod
     def from_name(cls, name: str) -> Self:
-        """The section kept under that name. Raises ConfigError where there is none."""
-        section, first = cls.__name__.lower(), dataclasses.fields(cls)[0].name
+        """Return the predefined section of that name.
+
+        Raises:
+            ConfigError: When there is none, as here, where no section is predefined.
+        """
+        section, first = cls.__name__.lower(), next(iter(_type_hints(cls)))
         raise ConfigError(
-            f"{section}={name} does not say which setting: write {section}.KEY=value, such as {section}.{first}=…."
+            f"{section}={name} does not say which setting: write {section}.KEY=value, "
+            f"such as {section}.{first}=…."
         )
+
+
+def require_at_least(section: Section, minimum: int, *names: str):
+    """Raise ConfigError if one of the named fields is less than `minimum`."""
+    for name in names:
+        value = getattr(section, name)
+        key = f"{type(section).__name__.lower()}.{name}"
+        require(value >= minimum, f"{key}={value} must be at least {minimum}.")
+
+
+def require_fraction(section: Section, *names: str):
+    """Raise ConfigError if one of the named fields is not in [0, 1]."""
+    for name in names:
+        value = getattr(section, name)
+        key = f"{type(section).__name__.lower()}.{name}"
+        require(0 <= value <= 1, f"{key}={value} must be between 0 and 1.")
 
 
 S = TypeVar("S", bound=Section)
 
 
-def override(config: S, changes: Iterable[str]) -> S:
-    """`config` with `section.key=value` changes, in order; values are read as the field's type.
+# --- changes and conversion ---------------------------------------------------------------------
 
-    `section=NAME` puts in one that the section keeps under that name. Raises ConfigError for an unknown key (with the nearest one)
-    or an unfit value.
+
+def override(config: S, changes: Iterable[str]) -> S:
+    """Return `config` with changes applied in order.
+
+    All changes are applied before the result is checked, so that changes that belong together
+    (such as of hidden size and number of heads) can be given in any order.
+
+    Args:
+        config: Any section.
+        changes: Texts of the form "section.key=value", where values are parsed as the type of the
+            field, or "section=NAME", which inserts a predefined section.
+
+    Raises:
+        ConfigError: For an unknown key (the message suggests the nearest one) or a wrong value.
     """
-    # All changes of a section are made before it is checked, so that two that belong together (hidden and heads) can both be made.
     tree = to_dict(config)
     for change in changes:
         key, separator, text = change.partition("=")
         require(bool(separator), f"{change!r} is not of the form key=value.")
         *section_names, field_name = key.split(".")
-        node, section = tree, type(config)
+        node: dict[str, Any] = tree
+        section: type = type(config)
         for name in section_names:
             section = _field_type(section, name, key)
             require(_is_section(section), f"{key!r}: {name!r} is a value, not a section.")
@@ -77,8 +122,8 @@ def override(config: S, changes: Iterable[str]) -> S:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain dicts and tuples, ready for JSON."""
-    return {f.name: _to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """Return a section as nested dictionaries and tuples, ready for JSON."""
+    return {name: _to_plain(getattr(config, name)) for name in _type_hints(type(config))}
 
 
 def _to_plain(value: Any) -> Any:
@@ -88,27 +133,35 @@ def _to_plain(value: Any) -> Any:
 
 
 def from_dict(section_type: type[S], values: Mapping[str, Any]) -> S:
-    """The inverse of `to_dict`. Missing keys take their defaults; unknown ones raise ConfigError."""
+    """Return a section from nested dictionaries: the inverse of `to_dict`.
+
+    Missing keys take their defaults.
+
+    Raises:
+        ConfigError: For unknown keys and wrong values.
+    """
     require(
         isinstance(values, Mapping),
         f"{section_type.__name__} must be an object with keys, not {values!r}.",
     )
     fields = {}
     for key, value in values.items():
-        field_type = _field_type(section_type, key, key)
-        if _is_section(field_type):
-            value = from_dict(field_type, value)
-        elif (
-            get_origin(field_type) is tuple
-            and _is_section(item_type := get_args(field_type)[0])
-            and isinstance(value, (list, tuple))
-        ):
-            value = tuple(
-                element if isinstance(element, item_type) else from_dict(item_type, element)
-                for element in value
-            )
-        fields[key] = value
+        fields[key] = _from_plain(_field_type(section_type, key, key), value)
     return section_type(**fields)
+
+
+def _from_plain(field_type: Any, value: Any) -> Any:
+    """Convert dictionaries to the sections that a field holds."""
+    if _is_section(field_type):
+        return from_dict(field_type, value)
+    if get_origin(field_type) is tuple and isinstance(value, (list, tuple)):
+        item_type = get_args(field_type)[0]
+        if _is_section(item_type):
+            return tuple(
+                item if isinstance(item, item_type) else from_dict(item_type, item)
+                for item in value
+            )
+    return value
 
 
 def _is_section(kind: Any) -> bool:
@@ -116,10 +169,12 @@ def _is_section(kind: Any) -> bool:
 
 
 def to_json(config: Section) -> str:
+    """Return a section as indented JSON."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(section_type: type[S], text: str) -> S:
+    """Return a section from JSON. Raise ConfigError for unknown keys and wrong values."""
     try:
         return from_dict(section_type, json.loads(text))
     except json.JSONDecodeError as error:
@@ -127,10 +182,16 @@ def from_json(section_type: type[S], text: str) -> S:
 
 
 def differences(a: Section, b: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
+    """Return the dotted keys whose values differ, with both values.
+
+    Args:
+        a: A section.
+        b: A section of the same type.
+        prefix: Text before every key, such as "model.".
+    """
     changes = {}
-    for f in dataclasses.fields(a):
-        x, y, key = getattr(a, f.name), getattr(b, f.name), prefix + f.name
+    for name in _type_hints(type(a)):
+        x, y, key = getattr(a, name), getattr(b, name), prefix + name
         if isinstance(x, Section):
             changes |= differences(x, y, key + ".")
         elif x != y:
@@ -138,15 +199,37 @@ def differences(a: Section, b: Section, prefix: str = "") -> dict[str, tuple[Any
     return changes
 
 
+def resumable_settings(section_type: type[Section]) -> frozenset[str]:
+    """Return the dotted keys of all settings that may change when a run resumes."""
+    return frozenset(_list_resumable(section_type, "", False))
+
+
+def _list_resumable(section_type: type, prefix: str, is_inherited: bool) -> list[str]:
+    keys, hints = [], _type_hints(section_type)
+    for f in dataclasses.fields(section_type):
+        is_resumable = is_inherited or f.metadata.get("resumable", False)
+        if _is_section(hints[f.name]):
+            keys += _list_resumable(hints[f.name], f"{prefix}{f.name}.", is_resumable)
+        elif is_resumable:
+            keys.append(prefix + f.name)
+    return keys
+
+
+# --- names and types ----------------------------------------------------------------------------
+
+
 def suggest_name(word: str, names: Iterable[str]) -> str:
-    """ ": did you mean …?", where there is a name like it."""
+    """Return ": did you mean 'NAME'?" with the most similar name, or "" if none is similar."""
     matches = difflib.get_close_matches(word, list(names), n=1)
     return f": did you mean {matches[0]!r}?" if matches else ""
 
 
 @functools.cache
 def _type_hints(section: type) -> dict[str, Any]:
-    """Of its fields, by name. They are written as text, and reading that takes longer than all else that is done with a config."""
+    """Return the types of all fields by name, in order.
+
+    They are stored as text, and evaluating it takes longer than all other work on a config.
+    """
     return get_type_hints(section)
 
 
@@ -154,63 +237,70 @@ def _field_type(section: type, name: str, key: str) -> Any:
     hints = _type_hints(section)
     if name not in hints:
         raise ConfigError(
-            f"Unknown key {key!r}{suggest_name(name, hints) or '.'} {section.__name__} has {', '.join(hints)}."
+            f"Unknown key {key!r}{suggest_name(name, hints) or '.'} "
+            f"{section.__name__} has {', '.join(hints)}."
         )
     return hints[name]
 
 
+def _is_optional(field_type: Any) -> bool:
+    return get_origin(field_type) in (Union, types.UnionType)
+
+
+def _strip_optional(field_type: Any) -> Any:
+    return next(a for a in get_args(field_type) if a is not type(None))
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
 def _parse_value(key: str, text: str, field_type: Any) -> Any:
-    """A command-line word as the plain value that `_coerce` will check."""
-    origin = get_origin(field_type)
-    if origin in (Union, types.UnionType):
+    """Parse a word of the command line as a plain value, which `_coerce_value` checks later."""
+    if _is_optional(field_type):
         if text.lower() in ("none", "null"):
             return None
-        return _parse_value(key, text, next(a for a in get_args(field_type) if a is not type(None)))
-    if origin is tuple:
-        item_type = get_args(field_type)[0]
-        if _is_section(item_type) or (
-            item_type is str and text.startswith("[")
-        ):  # texts may hold commas
-            try:
-                return json.loads(text)
-            except json.JSONDecodeError:
-                example = '[{"key": "value"}, …]' if _is_section(item_type) else '["one", "two"]'
-                raise ConfigError(
-                    f"{key}={text}: this list is not JSON: write {example}."
-                ) from None
-        elements = [element.strip() for element in text.strip("()[]").split(",") if element.strip()]
-        if (
-            get_origin(item_type) is Literal
-        ):  # names, which Python writes with quotes, and so do our messages: ('black', 'navy')
-            elements = [element.strip("'\"") for element in elements]
-        return tuple(_parse_value(key, element, item_type) for element in elements)
+        return _parse_value(key, text, _strip_optional(field_type))
+    if get_origin(field_type) is tuple:
+        return _parse_list(key, text, get_args(field_type)[0])
     if field_type is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if field_type in (int, float):
         try:
             return field_type(text)
         except ValueError:
-            raise ConfigError(
-                f"{key}={text!r}: {'a whole number' if field_type is int else 'a number'} is expected."
-            ) from None
+            expected = "a whole number" if field_type is int else "a number"
+            raise ConfigError(f"{key}={text!r}: {expected} is expected.") from None
     return text
 
 
+def _parse_list(key: str, text: str, item_type: Any) -> Any:
+    is_section = _is_section(item_type)
+    if is_section or (item_type is str and text.startswith("[")):  # texts may contain commas
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            example = '[{"key": "value"}, …]' if is_section else '["one", "two"]'
+            raise ConfigError(f"{key}={text}: this list is not JSON: write {example}.") from None
+    items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+    if get_origin(item_type) is Literal:
+        # Python and our messages write names with quotes: ('black', 'navy').
+        items = [item.strip("'\"") for item in items]
+    return tuple(_parse_value(key, item, item_type) for item in items)
+
+
 def _coerce_value(key: str, value: Any, field_type: Any) -> Any:
-    """The value as `kind` (lists become tuples, whole numbers floats), or ConfigError."""
+    """Return the value as the field's type, or raise ConfigError.
+
+    Lists become tuples and whole numbers become floats.
+    """
     origin, args = get_origin(field_type), get_args(field_type)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(
-                f"{key}={value!r}{suggest_name(str(value), args) or ' is not known;'} the choices are {', '.join(args)}."
-            )
+            problem = suggest_name(str(value), args) or " is not known;"
+            raise ConfigError(f"{key}={value!r}{problem} the choices are {', '.join(args)}.")
         return value
-    if origin in (Union, types.UnionType):
-        return (
-            None
-            if value is None
-            else _coerce_value(key, value, next(a for a in args if a is not type(None)))
-        )
+    if _is_optional(field_type):
+        return None if value is None else _coerce_value(key, value, _strip_optional(field_type))
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"{key}={value!r}: a list is expected.")
         require(

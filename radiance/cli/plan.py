@@ -49,14 +49,14 @@ def main(options: argparse.Namespace) -> int:
     """Compiles a training step (or, with --sample, a sampling program) for devices that are not here, without weights, and tells the
     memory, work and time of one of them.
     """
-    from radiance.planning.plan import format_plan, make_model_config, make_plan
+    from radiance.planning.plan import format_plan, make_plan
 
     if mesh_changes := [change for change in options.changes if change.startswith("mesh")]:
         raise config.ConfigError(
             f"{mesh_changes[0]}: a plan's mesh is given as --mesh, such as --mesh fsdp=8."
         )
     run = (
-        make_model_config(options.experiment)
+        config.make_sampling_config(config.Model.from_name(options.experiment), options.experiment)
         if options.experiment in config.MODELS
         else load_experiment(options.experiment)
     )

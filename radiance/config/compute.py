@@ -10,22 +10,25 @@ from radiance.base.settings import Section, require
 
 @dataclass(frozen=True)
 class Compute(Section):
-    """How the network is run. Changes speed, memory and rounding, never what is computed."""
+    """How the network is executed.
 
-    dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16"  # of matrix products and activations; parameters are float32
-    )
-    # auto takes the fastest for the device; pieces needs memory that grows with the tokens and not with their square
+    These settings change speed, memory and rounding, but not the function that is computed.
+    """
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of matrix products and activations; parameters are float32."""
     attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"
-    remat: Literal["none", "full", "dots"] = (
-        "none"  # what the backward pass recomputes: nothing, each block, all but its matrix products
-    )
-    head_chunk_size: int = (
-        512  # tokens of an image that the NeRF head paints at a time; 0 for all at once
-    )
+    """Attention backend; auto chooses the fastest of the device. The memory of chunked grows with
+    the number of tokens, not with its square."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, each block, or all but its matrix products."""
+    head_chunk_size: int = 512
+    """Image tokens that the NeRF head computes at a time; 0 for all at once."""
 
     def check(self):
+        """Raise ConfigError if a setting cannot work."""
         require(
             self.head_chunk_size >= 0,
-            f"compute.head_chunk_size={self.head_chunk_size}: give a number of tokens, or 0 for all at once.",
+            f"compute.head_chunk_size={self.head_chunk_size}: give a number of tokens, or 0 for "
+            "all at once.",
         )

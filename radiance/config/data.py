@@ -1,39 +1,53 @@
-"""Images, captions, and what encodes them."""
+"""Settings of images and captions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from radiance.base.settings import Section, require
+from radiance.base.settings import (
+    Section,
+    require,
+    require_at_least,
+    require_fraction,
+    resumable,
+)
 from radiance.shapes.attributes import MAX_OBJECTS, Background, CaptionLengths
+
+CACHE_DIR = "~/.cache/radiance"
 
 
 @dataclass(frozen=True)
 class Shapes(Section):
-    """Images drawn on the way, whose captions say exactly what they show."""
+    """The procedural data set `shapes`, whose captions describe the images exactly."""
 
-    caption_lengths: CaptionLengths = (
-        "mixed"  # of tokens: up to 20, up to the limit and mostly few, or as many as the limit
-    )
-    max_tokens: int = 64  # longest caption in tokens, end-of-sequence included
-    # Largest number of objects. A small model learns the captions of one object in minutes.
+    caption_lengths: CaptionLengths = "mixed"
+    """Lengths of captions in tokens: up to 20; mostly short, up to max_tokens; or as long as
+    max_tokens allows."""
+    max_tokens: int = 64
+    """Longest caption in tokens, including the end of the sequence."""
     max_objects: int = MAX_OBJECTS
-    # Those that images may have. On black alone a small model learns soon where objects stand (experiments/one_shape.py).
+    """Most objects in an image, from 1 to 5. From images of one object, a small model learns in
+    minutes what captions mean."""
     backgrounds: tuple[Background, ...] = get_args(Background)
-    num_images: int = (
-        2**20
-    )  # images of an epoch, and of the validation split: training for longer than one sees them again
-    seed: int = 0  # of the scenes, and of their captions
+    """Background colors. With black alone, a small model soon learns where objects are
+    (experiments/one_shape.py)."""
+    num_images: int = 2**20
+    """Images in an epoch, and in the validation split."""
+    seed: int = 0
+    """Seed of scenes and captions, from 0 to 2³² − 1."""
 
     def check(self):
+        """Raise ConfigError if a setting cannot work."""
         require(
             1 <= self.max_objects <= MAX_OBJECTS,
-            f"data.shapes.max_objects={self.max_objects} must be a whole number from 1 to {MAX_OBJECTS}.",
+            f"data.shapes.max_objects={self.max_objects} must be a whole number from 1 to "
+            f"{MAX_OBJECTS}.",
         )
         require(
             0 < len(self.backgrounds) == len(set(self.backgrounds)),
-            f"data.shapes.backgrounds={self.backgrounds}: name at least one of {', '.join(get_args(Background))}, each once.",
+            f"data.shapes.backgrounds={self.backgrounds}: name at least one of "
+            f"{', '.join(get_args(Background))}, each once.",
         )
         require(
             self.num_images >= 1, f"data.shapes.num_images={self.num_images} must be at least 1."
@@ -46,144 +60,188 @@ class Shapes(Section):
 
 @dataclass(frozen=True)
 class MixtureSource(Section):
-    """One data set of a mixture, with the meaning that these settings have in `data`."""
+    """One data set of a mixture; its settings have the same meaning as in `data`."""
 
     source: Literal["digits", "shapes", "folder", "jsonl", "tfds", "tar", "parquet"] = "folder"
+    """Format of the data set."""
     path: str = ""
+    """Location of the data set."""
     root: str = ""
+    """Folder of the images of a JSONL file."""
     image_key: str = "image"
+    """Feature or column of the image."""
     caption_key: str = "text"
+    """Feature or column of the caption."""
     shapes: Shapes = field(default_factory=Shapes)
-    weight: float = 1.0  # of the images that are seen, beside the other parts' shares
+    """Settings of source=shapes."""
+    weight: float = 1.0
+    """Fraction of the images that are seen, relative to the weights of the other sources."""
 
     def check(self):
+        """Raise ConfigError if a setting cannot work."""
         require(
             self.source not in ("digits", "shapes") or not self.path,
-            f"data.path={self.path} is not for data.source={self.source}: choose another source.",
+            f"data.path={self.path} is not used by data.source={self.source}: choose another "
+            "source.",
         )
         require(
             self.source == "jsonl" or not self.root,
-            f"data.root={self.root} is for data.source=jsonl: set that too.",
+            f"data.root={self.root} is only for data.source=jsonl: set that too.",
         )
         require(
             self.weight > 0,
-            f"The share {self.weight} of {self.path or self.source} in the mixture must be more than 0.",
+            f"weight={self.weight} of {self.path or self.source} in data.mixture must be more "
+            "than 0.",
         )
 
 
 @dataclass(frozen=True)
 class Data(Section):
-    """Images and captions, and the batches made of them."""
+    """Images and captions, and how batches are formed from them."""
 
     source: Literal["digits", "shapes", "folder", "jsonl", "tfds", "tar", "parquet", "mixture"] = (
         "digits"
     )
-    path: str = ""  # of folder: where it lies; jsonl: the file; tar and parquet: a shard, a folder of them, or a pattern; tfds: NAME
-    root: str = ""  # of jsonl: the folder in which its images are; empty: the file's own
-    image_key: str = "image"  # of tfds and parquet: the feature or column that holds the image
-    caption_key: str = "text"  # of tfds and parquet: what holds its caption, captions or label; features within features as "captions/text"
-    shapes: Shapes = field(default_factory=Shapes)  # of shapes
-    mixture: tuple[MixtureSource, ...] = ()  # of mixture: its parts
-    validation_fraction: float = 0.05  # share of images held out, chosen by their names; digits, shapes and most of tfds have their own
-    cache_dir: str = "~/.cache/radiance"  # where prepared data sets and dataset indexes are kept
-    resolution: int = 512  # images have as many pixels as a square of this side
-    extra_resolutions: tuple[
-        int, ...
-    ] = ()  # further ones: every epoch each image draws its own among all that it is large enough for
-    bucket_step: int = 0  # pixels; sides are multiples of it and images keep about their proportions. 0: all are squares
-    max_aspect_ratio: float = 2.0  # an image this many times as long as wide, or more, is left out; not where all are squares
-    max_upscale: float = 1.0  # times, at most, that an image is scaled up; one that is too small for every side is left out
-    incomplete_batches: Literal["carry", "pad", "drop"] = (
-        "carry"  # images of an epoch that fill no batch of their shape: they wait for
-    )
-    # the next epoch's, stand in a batch with empty rows, or are left out of this epoch
-    batch_size: int = 256  # images a step, over all devices and hosts
-    crop: Literal["center", "random"] = "center"  # what is kept of an image of other proportions
-    flip_probability: float = (
-        0.0  # share of the images that are mirrored; never one whose caption says left or right
-    )
-    background: tuple[int, int, int] = (255, 255, 255)  # behind transparent pixels
-    max_broken_fraction: float = (
-        0.1  # share of the images that may turn out broken before the run stops
-    )
-    caption_dropout: float = 0.1  # share of captions that are left out, for guidance
-    dropped_caption: Literal["empty", "masked"] = (
-        "empty"  # what stands in their place: the empty prompt, or no text token at all
-    )
-    shuffle_tags: bool = False  # of captions that are lists of tags: in a new order each time
-    tag_dropout: float = 0.0  # the largest share of a caption's tags that is left out
-    lowercase_probability: float = 0.0  # share of captions put in lower case
-    caption_prefix: str = ""  # before every caption that is not dropped, in training and validation, such as "a painting of "
+    """Format of the data set."""
+    path: str = resumable("")
+    """folder: the folder; jsonl: the file; tar and parquet: a shard, a folder of shards or a
+    pattern; tfds: the name."""
+    root: str = resumable("")
+    """Folder of the images of a JSONL file; empty: the folder of the file."""
+    image_key: str = "image"
+    """Feature (tfds) or column (parquet) of the image."""
+    caption_key: str = "text"
+    """Feature (tfds) or column (parquet) of the caption, a list of captions or a label; nested
+    features are written as "captions/text"."""
+    shapes: Shapes = field(default_factory=Shapes)
+    """Settings of source=shapes."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Data sets of source=mixture."""
+    validation_fraction: float = 0.05
+    """Fraction of the images in the validation split, chosen by hashes of their names. digits,
+    shapes and most of tfds have their own split."""
+    cache_dir: str = resumable(CACHE_DIR)
+    """Folder of prepared data sets and dataset indexes."""
+    resolution: int = 512
+    """Pixels: images have the area of a square with this side."""
+    extra_resolutions: tuple[int, ...] = ()
+    """Further resolutions in pixels. In every epoch, each image is assigned one at random among
+    those that it is large enough for."""
+    bucket_step: int = 0
+    """Pixels: widths and heights are multiples of it, and images approximately keep their
+    proportions. 0: all images are squares."""
+    max_aspect_ratio: float = 2.0
+    """Images whose aspect ratio is at least this are skipped, unless all images are squares."""
+    max_upscale: float = 1.0
+    """Largest factor that an image is upscaled by. Images that are too small for every resolution
+    are skipped."""
+    incomplete_batches: Literal["carry", "pad", "drop"] = "carry"
+    """What happens to images of an epoch that do not fill a batch of their size: they wait for
+    the next epoch, the batch is padded with empty rows, or they are dropped in this epoch."""
+    batch_size: int = 256
+    """Images in a training step, over all devices and hosts."""
+    crop: Literal["center", "random"] = "center"
+    """Position of the crop in images of another aspect ratio."""
+    flip_probability: float = 0.0
+    """Probability of a horizontal flip. Images whose caption contains "left" or "right" are never
+    flipped."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """8-bit sRGB color behind transparent pixels."""
+    max_broken_fraction: float = resumable(0.1)
+    """Training stops when a larger fraction of the images cannot be decoded."""
+    caption_dropout: float = 0.1
+    """Fraction of captions that are dropped, for classifier-free guidance."""
+    dropped_caption: Literal["empty", "masked"] = "empty"
+    """Replacement of a dropped caption: the empty prompt, or no text token at all."""
+    shuffle_tags: bool = False
+    """Shuffle captions that are lists of tags, each time anew."""
+    tag_dropout: float = 0.0
+    """Largest fraction of a caption's tags that is dropped."""
+    lowercase_probability: float = 0.0
+    """Fraction of captions that are converted to lower case."""
+    caption_prefix: str = ""
+    """Text before every caption that is not dropped, in training and validation, such as
+    "a painting of "."""
     caption_suffix: str = ""
-    num_workers: int = (
-        0  # processes of each host that decode images; 0: the trainer's own threads do
-    )
-    num_threads: int = 4  # of each of these processes
+    """Text after every caption that is not dropped."""
+    num_workers: int = resumable(0)
+    """Processes on each host that decode images; 0: threads of the trainer decode them."""
+    num_threads: int = resumable(4)
+    """Threads of each of these processes."""
 
     def check(self):
-        require(
-            self.resolution >= 1 and self.batch_size >= 1 and self.num_threads >= 1,
-            "data.resolution, data.batch_size and data.num_threads must be at least 1.",
+        """Raise ConfigError if a setting cannot work."""
+        require_at_least(self, 1, "resolution", "batch_size", "num_threads")
+        require_at_least(self, 0, "num_workers")
+        require_fraction(
+            self,
+            "flip_probability",
+            "max_broken_fraction",
+            "caption_dropout",
+            "tag_dropout",
+            "lowercase_probability",
         )
-        require(
-            self.num_workers >= 0,
-            f"data.num_workers={self.num_workers}: give a number of processes, or 0 for none.",
-        )
-        for name in ("flip_probability", "max_broken_fraction", "caption_dropout", "tag_dropout", "lowercase_probability"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"data.{name}={getattr(self, name)} must lie between 0 and 1.",
-            )
         require(
             all(0 <= c <= 255 for c in self.background),
             f"data.background={self.background}: three numbers from 0 to 255 are needed.",
         )
         require(
             0 < self.validation_fraction < 1,
-            f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1: it is a share of the images.",
+            f"data.validation_fraction={self.validation_fraction} must be between 0 and 1.",
         )
+        self._check_sizes()
+        self._check_sources()
+
+    def _check_sizes(self):
         require(
             self.max_upscale > 0,
-            f"data.max_upscale={self.max_upscale} must be more than 0: 1 never scales an image up.",
+            f"data.max_upscale={self.max_upscale} must be more than 0; 1 never upscales an image.",
         )
         require(
             self.max_aspect_ratio > 1,
-            f"data.max_aspect_ratio={self.max_aspect_ratio} would leave out every image: it must be more than 1.",
+            f"data.max_aspect_ratio={self.max_aspect_ratio} would skip every image: it must be "
+            "more than 1.",
         )
         require(
             self.bucket_step >= 0,
-            f"data.bucket_step={self.bucket_step} must be 0 (squares alone) or more.",
+            f"data.bucket_step={self.bucket_step} must be at least 0 (squares only).",
         )
         for resolution in self.resolutions:
             require(
                 resolution >= 1,
-                f"data.extra_resolutions={self.extra_resolutions}: sides are at least 1.",
+                f"data.extra_resolutions={self.extra_resolutions}: resolutions must be at least 1.",
             )
             require(
                 not self.bucket_step or resolution % self.bucket_step == 0,
-                f"Sides of {resolution} are no multiples of data.bucket_step={self.bucket_step}: change one of them.",
+                f"Resolution {resolution} is not a multiple of data.bucket_step="
+                f"{self.bucket_step}: change one of them.",
             )
         require(
             len(set(self.resolutions)) == len(self.resolutions),
-            f"data.extra_resolutions={self.extra_resolutions} names a side twice: data.resolution is one already.",
+            f"data.extra_resolutions={self.extra_resolutions} contains a resolution twice: "
+            "data.resolution counts too.",
         )
+
+    def _check_sources(self):
         require(
             (self.source == "mixture") == bool(self.mixture),
             "data.source=mixture and data.mixture=[…] belong together: set both.",
         )
         require(
             self.source != "mixture" or not self.path,
-            f"data.path={self.path} is of no use to a mixture: its parts have their own.",
+            f"data.path={self.path} is not used by a mixture: its sources have their own.",
         )
-        has_shapes = any(source.source == "shapes" for source in self.sources)  # which checks them
+        # This also builds, and so checks, the only source of other formats.
+        has_shapes = any(source.source == "shapes" for source in self.sources)
         require(
             self.flip_probability == 0 or not has_shapes,
-            f"data.flip_probability={self.flip_probability} would move what captions of data.source=shapes place in columns: set it to 0.",
+            f"data.flip_probability={self.flip_probability} would move objects whose columns the "
+            "captions of data.source=shapes name: set it to 0.",
         )
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """All base resolutions."""
+        """All resolutions in pixels."""
         return (self.resolution, *self.extra_resolutions)
 
     @property

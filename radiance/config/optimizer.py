@@ -1,115 +1,104 @@
-"""Settings of the optimizer and of the weight averages."""
+"""Settings of the optimizer and of the averages of the weights."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from radiance.base.settings import Section, require
+from radiance.base.settings import Section, require, require_at_least
 
-MAX_EMA_WIDTH = (
-    0.288  # relative width of the plain mean, 1 / √12: no growing weight has a larger one
-)
+# Relative width of the plain mean, 1 / √12. No average whose weights grow has a larger one.
+MAX_EMA_WIDTH = 0.288
 
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW (arXiv 1711.05101) or Muon behind a clip, and the averages of the weights."""
+    """AdamW (arXiv 1711.05101) or Muon with gradient clipping, and averages of the weights."""
 
-    # muon (Jordan et al. 2024): for the matrices of the blocks, every layer by itself, and AdamW for the rest. Its steps are as large as Adam's
-    # (arXiv 2502.16982), so that learning rates carry over. Of a LoRA it takes both factors of every matrix, each as a matrix.
     kind: Literal["adamw", "muon"] = "adamw"
+    """muon (Jordan et al. 2024): for the matrices of the blocks, each layer separately, and AdamW
+    for the rest. Its steps are scaled to those of Adam (arXiv 2502.16982), so that learning rates
+    carry over. Both factors of a LoRA count as matrices."""
     learning_rate: float = 1e-4
+    """Peak learning rate."""
     warmup_steps: int = 100
-    lr_schedule: Literal["constant", "cosine"] = (
-        "constant"  # after the warm-up; cosine falls to 0 at train.steps
-    )
+    """Steps of linear warmup."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warmup; cosine decays to 0 at train.steps."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of Adam's second moment."""
     eps: float = 1e-8
-    muon_beta: float = 0.95  # of Muon's momentum, which is kept in mu_dtype
-    weight_decay: float = 0.0  # never on norms, biases, tables and registers
+    """Added to the root of Adam's second moment."""
+    muon_beta: float = 0.95
+    """Decay of Muon's momentum, which is stored as mu_dtype."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never of norms, biases, tables and registers."""
     clip_norm: float = 1.0
-    gradient_accumulation_steps: int = 1  # parts that a batch is computed in
-    frozen: tuple[
-        str, ...
-    ] = ()  # parameter paths that start so are not trained, such as "modulation" or "double/image"
-    block_rotation: tuple[int, int] = (
-        0,
-        0,
-    )  # double and single blocks trained at a time, with moments of no more; 0,0 for all
-    block_rotation_every: int = (
-        100  # steps until the next of them; the moments of the optimizer begin anew
-    )
-    # The first double and the last single blocks are trained, with moments of no more, and those between stay (L2P, arXiv 2605.12013); 0,0 for all.
+    """Largest global norm of the gradient."""
+    gradient_accumulation_steps: int = 1
+    """Number of microbatches that a batch is divided into."""
+    frozen: tuple[str, ...] = ()
+    """Prefixes of parameter paths that are not trained, such as "modulation" or "double/image"."""
+    block_rotation: tuple[int, int] = (0, 0)
+    """Double and single blocks that are trained at a time, in turn; only these have moments. 0,0
+    trains all."""
+    block_rotation_every: int = 100
+    """Steps until the next blocks are trained; the moments of the optimizer are reset."""
     edge_blocks: tuple[int, int] = (0, 0)
-    lr_multipliers: tuple[
-        str, ...
-    ] = ()  # PATH=FACTOR: the learning rate of what starts so is multiplied, as in "head=4"; the longest path counts
-    ema_decays: tuple[float, ...] = (0.9999,)  # decays; ramped up as (1 + step) / (10 + step)
-    # Relative widths of averages whose weight grows as a power of the step (arXiv 2312.02696), such as 0.05,0.1; snapshots of them (train.snapshot_every)
-    # give the average of any other width afterwards.
+    """Train only the first double and the last single blocks, as many as given; only these have
+    moments (L2P, arXiv 2605.12013). 0,0 trains all."""
+    lr_multipliers: tuple[str, ...] = ()
+    """PREFIX=FACTOR: multiply the learning rate of parameters whose path has the prefix, as in
+    "head=4"; the longest prefix applies."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Decays of exponential moving averages; each starts at (1 + step) / (10 + step)."""
     ema_widths: tuple[float, ...] = ()
-    # What weights and their averages, and Adam's first and second moments are kept in. bfloat16 is rounded up or down at random, in proportion to what lies
-    # between: a small change, which rounding to the nearest would lose every time, then arrives on average.
+    """Relative widths of power-function averages (arXiv 2312.02696), such as 0.05,0.1. From their
+    snapshots (train.snapshot_every), the average of any other width can be computed later."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored weights and averages. bfloat16 is rounded stochastically, so that small
+    updates are not lost."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored first moment, rounded in the same way."""
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored second moment, rounded in the same way."""
 
     def check(self):
+        """Raise ConfigError if a setting cannot work."""
         require(
             self.learning_rate > 0,
             f"optimizer.learning_rate={self.learning_rate} must be positive.",
         )
-        require(
-            self.gradient_accumulation_steps >= 1,
-            f"optimizer.gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1.",
-        )
+        require_at_least(self, 1, "gradient_accumulation_steps", "block_rotation_every")
+        require_at_least(self, 0, "warmup_steps", "weight_decay")
         require(
             self.clip_norm > 0,
             f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).",
         )
-        require(
-            self.warmup_steps >= 0 and self.weight_decay >= 0,
-            "optimizer.warmup_steps and optimizer.weight_decay cannot be negative.",
-        )
         for name in ("beta1", "beta2", "muon_beta"):
             require(
                 0 <= getattr(self, name) < 1,
-                f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).",
+                f"optimizer.{name}={getattr(self, name)} must be in [0, 1).",
             )
         require(
-            self.block_rotation_every >= 1,
-            f"optimizer.block_rotation_every={self.block_rotation_every} must be at least 1.",
-        )
-        require(
-            all(0 < factor < float("inf") for factor in self.lr_multiplier_by_path.values()),
-            f"optimizer.lr_multipliers={self.lr_multipliers}: factors are positive numbers (optimizer.frozen names what does not move).",
+            all(0 < factor < math.inf for factor in self.lr_multiplier_by_path.values()),
+            f"optimizer.lr_multipliers={self.lr_multipliers}: factors are positive numbers "
+            "(optimizer.frozen names parameters that are not trained).",
         )
         require(
             len(self.lr_multiplier_by_path) == len(self.lr_multipliers),
             f"optimizer.lr_multipliers={self.lr_multipliers} names a path twice.",
         )
-        require(
-            all(0 < d < 1 for d in self.ema_decays),
-            f"optimizer.ema_decays={self.ema_decays}: decays lie between 0 and 1.",
-        )
-        require(
-            len(set(self.ema_decays)) == len(self.ema_decays),
-            f"optimizer.ema_decays={self.ema_decays} names a decay twice.",
-        )
-        require(
-            all(0 < w < MAX_EMA_WIDTH for w in self.ema_widths),
-            f"optimizer.ema_widths={self.ema_widths}: widths lie between 0 and {MAX_EMA_WIDTH}.",
-        )
-        require(
-            len(set(self.ema_widths)) == len(self.ema_widths),
-            f"optimizer.ema_widths={self.ema_widths} names a width twice.",
-        )
+        _check_numbers("ema_decays", self.ema_decays, 1)
+        _check_numbers("ema_widths", self.ema_widths, MAX_EMA_WIDTH)
 
     @property
     def ema_names(self) -> tuple[str, ...]:
-        """Names of the averages that are kept: decays, and width=WIDTH."""
+        """Names of the averages that a run stores: DECAY, and width=WIDTH."""
         return (
             *(str(decay) for decay in self.ema_decays),
             *(f"width={width}" for width in self.ema_widths),
@@ -117,7 +106,7 @@ class Optimizer(Section):
 
     @property
     def lr_multiplier_by_path(self) -> dict[str, float]:
-        """`rates` by path."""
+        """Factors of the learning rate by prefix of the parameter path."""
         multipliers = {}
         for entry in self.lr_multipliers:
             path, _, factor = entry.rpartition("=")
@@ -130,3 +119,12 @@ class Optimizer(Section):
                 f"optimizer.lr_multipliers={entry!r}: write PATH=FACTOR, such as head=4.",
             )
         return multipliers
+
+
+def _check_numbers(name: str, values: Sequence[float], upper_bound: float):
+    """Raise ConfigError unless all values are different and between 0 and the bound."""
+    require(
+        all(0 < value < upper_bound for value in values),
+        f"optimizer.{name}={values}: values must be between 0 and {upper_bound}.",
+    )
+    require(len(set(values)) == len(values), f"optimizer.{name}={values} contains a value twice.")

@@ -1,11 +1,11 @@
-"""The configuration of one run."""
+"""The complete configuration of one run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from radiance.base.settings import Section, require
+from radiance.base.settings import Section, require, resumable
 from radiance.config.compute import Compute
 from radiance.config.data import Data
 from radiance.config.distill import Distill
@@ -14,174 +14,255 @@ from radiance.config.lora import Lora
 from radiance.config.mesh import Mesh
 from radiance.config.model import Model
 from radiance.config.optimizer import Optimizer
-from radiance.config.sample import Sample
-from radiance.config.text import Text
+from radiance.config.sample import Sample, find_preset_name, get_preset
+from radiance.config.text import T5_MAX_LENGTH, Text
 from radiance.config.train import Train
 
 
 @dataclass(frozen=True)
 class Config(Section):
-    """One run."""
+    """All settings of one run."""
 
     name: str = "run"
-    output: str = "runs"  # the run directory is output/name
-    init: str = ""  # a checkpoint file or a run directory to start the weights from
+    """Name of the run; the run directory is output/name."""
+    output: str = resumable("runs")
+    """Folder of run directories."""
+    init: str = resumable("")
+    """Checkpoint file or run directory of the initial weights; empty: random weights."""
     model: Model = field(default_factory=Model)
-    compute: Compute = field(default_factory=Compute)
+    """The network."""
+    compute: Compute = resumable(factory=Compute)
+    """Numerics, memory and speed."""
     text: Text = field(default_factory=Text)
+    """The text encoder."""
     data: Data = field(default_factory=Data)
+    """Images and captions."""
     flow: Flow = field(default_factory=Flow)
+    """The training objective."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    """The optimizer and averages of the weights."""
     lora: Lora = field(default_factory=Lora)
+    """LoRA fine-tuning."""
     distill: Distill = field(default_factory=Distill)
+    """Distillation."""
     train: Train = field(default_factory=Train)
-    sample: Sample = field(default_factory=Sample)
-    mesh: Mesh = field(default_factory=Mesh)
+    """The training run."""
+    sample: Sample = resumable(factory=Sample)
+    """Sampling."""
+    mesh: Mesh = resumable(factory=Mesh)
+    """The device mesh."""
 
     def check(self):
+        """Raise ConfigError if a setting cannot work."""
         require(
             self.name != "" and "/" not in self.name,
             f"name={self.name!r} must be the name of one folder.",
         )
-        for resolution in self.data.resolutions:
-            require(
-                resolution % self.model.patch == 0,
-                f"data.resolution={resolution} is not a multiple of model.patch={self.model.patch}: images must divide into whole patches.",
-            )
-        require(
-            self.data.bucket_step % self.model.patch == 0,
-            f"data.bucket_step={self.data.bucket_step} is not a multiple of model.patch={self.model.patch}: images must divide into whole patches.",
-        )
-        require(
-            self.data.batch_size % self.optimizer.gradient_accumulation_steps == 0,
-            f"data.batch_size={self.data.batch_size} does not divide into optimizer.gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps} parts.",
-        )
-        require(
-            self.flow.coupling_group_size == 0
-            or self.data.batch_size % self.flow.coupling_group_size == 0,
-            f"data.batch_size={self.data.batch_size} does not divide into groups of flow.coupling_group_size={self.flow.coupling_group_size}.",
-        )
-        for source in self.data.sources:
-            require(
-                source.source != "shapes" or source.shapes.max_tokens <= self.text.max_length,
-                f"data.shapes.max_tokens={source.shapes.max_tokens} gives captions that text.max_length={self.text.max_length} would cut: lower the one or raise the other.",
-            )
-        caption_changes = {
-            name: getattr(self.data, name) for name in ("shuffle_tags", "tag_dropout", "lowercase_probability")
-        }
-        description = ", ".join(
-            f"data.{name}={value}" for name, value in caption_changes.items() if value
-        )
-        require(
-            not (
-                description and self.text.encoder == "t5" and self.text.cache and not self.text.file
-            ),
-            f"{description} makes captions that text.cache={self.text.cache} cannot hold: give text.file, T5's weights, too, or leave captions as they are.",
-        )
-        require(
-            self.lora.rank == 0 or bool(self.init),
-            f"lora.rank={self.lora.rank} trains additions to weights that are there already: give init=FILE or a run.",
-        )
-        require(
-            self.lora.rank == 0 or not self.optimizer.frozen,
-            f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={self.lora.rank}: lora.target_modules says what is trained.",
-        )
-        for name, counts in (
-            ("rotate", self.optimizer.block_rotation),
-            ("edges", self.optimizer.edge_blocks),
-        ):
-            for kind, count, blocks in zip(
-                ("double", "single"), counts, (self.model.double_blocks, self.model.single_blocks)
-            ):
-                require(
-                    counts == (0, 0) or min(1, blocks) <= count <= blocks,
-                    f"optimizer.{name}={counts} trains {count} {kind} blocks at a time, and model.{kind}_blocks={blocks}: "
-                    f"{f'give a number from 1 to {blocks}' if blocks else 'give 0'}, or 0,0 to train all blocks.",
-                )
-            require(
-                self.lora.rank == 0 or counts == (0, 0),
-                f"optimizer.{name}={counts} has no meaning with lora.rank={self.lora.rank}: a LoRA is small enough to be trained whole.",
-            )
-        require(
-            (0, 0) in (self.optimizer.block_rotation, self.optimizer.edge_blocks),
-            f"optimizer.block_rotation={self.optimizer.block_rotation} and optimizer.edge_blocks={self.optimizer.edge_blocks} both say which blocks are trained: leave one out.",
-        )
-        require(
-            self.sample.unconditional == "negative" or self.model.padding == "learned",
-            f"sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
-        )
-        require(
-            self.data.dropped_caption == "empty" or self.model.padding == "learned",
-            f"data.dropped_caption=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
-        )
-        require(
-            self.sample.ema_width is None or bool(self.optimizer.ema_widths),
-            f"sample.weights={self.sample.weights}, but the run keeps no such averages: it needs optimizer.ema_widths, such as 0.05,0.1.",
-        )
-        require(
-            self.sample.ema_width is not None
-            or self.sample.weights
-            in ("ema", "params", *(f"ema={decay}" for decay in self.optimizer.ema_decays)),
-            f"sample.weights={self.sample.weights}, but the averages are optimizer.ema_decays={self.optimizer.ema_decays}: name one of them, ema or params.",
-        )
+        self._check_sizes()
+        self._check_batch_size()
+        self._check_captions()
+        self._check_lora()
+        self._check_trained_blocks()
+        self._check_masked_text()
+        self._check_averages()
         self._check_distillation()
+
+    def _check_sizes(self):
+        """Check that images consist of complete patches."""
+        sizes = [("resolution", resolution) for resolution in self.data.resolutions]
+        for name, size in (*sizes, ("bucket_step", self.data.bucket_step)):
+            require(
+                size % self.model.patch == 0,
+                f"data.{name}={size} is not a multiple of model.patch={self.model.patch}: images "
+                "must consist of complete patches.",
+            )
+
+    def _check_batch_size(self):
+        batch_size, num_microbatches = (
+            self.data.batch_size,
+            self.optimizer.gradient_accumulation_steps,
+        )
+        require(
+            batch_size % num_microbatches == 0,
+            f"data.batch_size={batch_size} does not divide into "
+            f"optimizer.gradient_accumulation_steps={num_microbatches} microbatches.",
+        )
+        group_size = self.flow.coupling_group_size
+        require(
+            group_size == 0 or batch_size % group_size == 0,
+            f"data.batch_size={batch_size} does not divide into groups of "
+            f"flow.coupling_group_size={group_size}.",
+        )
+
+    def _check_captions(self):
+        for source in self.data.sources:
+            max_tokens = source.shapes.max_tokens
+            require(
+                source.source != "shapes" or max_tokens <= self.text.max_length,
+                f"data.shapes.max_tokens={max_tokens} gives captions that text.max_length="
+                f"{self.text.max_length} would truncate: decrease the former or increase the "
+                "latter.",
+            )
+        # A cache holds captions as they are in the data set; others must be encoded in the run.
+        names = ("shuffle_tags", "tag_dropout", "lowercase_probability")
+        changes = [f"data.{name}={value}" for name in names if (value := getattr(self.data, name))]
+        has_only_cache = bool(self.text.cache) and not self.text.file
+        require(
+            not (changes and self.text.encoder == "t5" and has_only_cache),
+            f"{', '.join(changes)} makes captions that text.cache={self.text.cache} cannot hold: "
+            "set text.file to the weights of T5 too, or leave captions unchanged.",
+        )
+
+    def _check_lora(self):
+        rank = self.lora.rank
+        if rank == 0:
+            return
+        require(
+            bool(self.init),
+            f"lora.rank={rank} fine-tunes existing weights: set init to a checkpoint file or a "
+            "run directory.",
+        )
+        require(
+            not self.optimizer.frozen,
+            f"optimizer.frozen={self.optimizer.frozen} has no meaning with lora.rank={rank}: "
+            "lora.target_modules names what is trained.",
+        )
+        for name in ("block_rotation", "edge_blocks"):
+            counts = getattr(self.optimizer, name)
+            require(
+                counts == (0, 0),
+                f"optimizer.{name}={counts} has no meaning with lora.rank={rank}: a LoRA is small "
+                "enough to be trained completely.",
+            )
+
+    def _check_trained_blocks(self):
+        optimizer, model = self.optimizer, self.model
+        for name in ("block_rotation", "edge_blocks"):
+            counts = getattr(optimizer, name)
+            for kind, count, num_blocks in zip(
+                ("double", "single"), counts, (model.double_blocks, model.single_blocks)
+            ):
+                remedy = f"a number from 1 to {num_blocks}" if num_blocks else "0"
+                require(
+                    counts == (0, 0) or min(1, num_blocks) <= count <= num_blocks,
+                    f"optimizer.{name}={counts} trains {count} {kind} blocks at a time, and "
+                    f"model.{kind}_blocks={num_blocks}: give {remedy}, or 0,0 to train all blocks.",
+                )
+        require(
+            (0, 0) in (optimizer.block_rotation, optimizer.edge_blocks),
+            f"optimizer.block_rotation={optimizer.block_rotation} and optimizer.edge_blocks="
+            f"{optimizer.edge_blocks} both choose the trained blocks: set only one of them.",
+        )
+
+    def _check_masked_text(self):
+        """Check that the network has an embedding for texts without any token."""
+        masked_settings = {
+            "sample.unconditional": self.sample.unconditional,
+            "data.dropped_caption": self.data.dropped_caption,
+        }
+        if self.distill.kind != "none":
+            masked_settings["distill.sample.unconditional"] = self.distill.sample.unconditional
+        for name, value in masked_settings.items():
+            require(
+                value != "masked" or self.model.padding == "learned",
+                f"{name}=masked leaves no text token, and model.padding={self.model.padding} has "
+                "no embedding for that: use model.padding=learned.",
+            )
+
+    def _check_averages(self):
+        weights, optimizer = self.sample.weights, self.optimizer
+        if self.sample.ema_width is not None:
+            require(
+                bool(optimizer.ema_widths),
+                f"sample.weights={weights}, but the run stores no such averages: set "
+                "optimizer.ema_widths, such as 0.05,0.1.",
+            )
+            return
+        require(
+            weights in ("ema", "params", *(f"ema={decay}" for decay in optimizer.ema_decays)),
+            f"sample.weights={weights}, but the averages are optimizer.ema_decays="
+            f"{optimizer.ema_decays}: name one of them, ema or params.",
+        )
 
     def _check_distillation(self):
         kind = self.distill.kind
         require(
             self.flow.timestep_distribution != "pure_noise" or kind == "trajectories",
-            f"flow.timestep_distribution=pure_noise teaches no time but 1, and distill.kind={kind} needs all of them: it is for distill.kind=trajectories.",
+            "flow.timestep_distribution=pure_noise trains only time 1, and distill.kind="
+            f"{kind} needs all times: use it with distill.kind=trajectories.",
         )
         if kind == "none":
             return
         require(
             bool(self.teacher) or not (self.distill.needs_teacher or kind == "trajectories"),
-            f"distill.kind={kind} learns from a teacher: give distill.teacher=FILE_OR_RUN, or init, to start from it too.",
+            f"distill.kind={kind} needs a teacher: set distill.teacher to a checkpoint file or a "
+            "run directory, or init, which the run then starts from too.",
         )
-        require(
-            kind == "guidance"
-            or (self.flow.coupling == "independent" and self.flow.timestep_weighting == "none"),
-            f"distill.kind={kind} brings pairs and times of its own: leave flow.coupling=independent and flow.timestep_weighting=none.",
-        )
+        if kind != "guidance":
+            require(
+                self.flow.coupling == "independent" and self.flow.timestep_weighting == "none",
+                f"distill.kind={kind} has its own pairs and times: leave flow.coupling=independent "
+                "and flow.timestep_weighting=none.",
+            )
+        if kind == "trajectories":
+            require(
+                not self.data.extra_resolutions and not self.data.bucket_step,
+                "distill.kind=trajectories supports only squares of data.resolution: do not set "
+                "data.extra_resolutions and data.bucket_step.",
+            )
+            return
         teacher_sample = self.distill.sample
         require(
-            kind == "trajectories"
-            or (teacher_sample.guidance_interval == (0, 1) and teacher_sample.unguided_steps == 0),
-            f"distill.kind={kind} learns one guidance for all times: leave distill.sample.guidance_interval and unguided_steps out.",
+            teacher_sample.guidance_interval == (0, 1) and teacher_sample.unguided_steps == 0,
+            f"distill.kind={kind} learns the same guidance for all times: do not set "
+            "distill.sample.guidance_interval and distill.sample.unguided_steps.",
+        )
+        if kind == "mean_flow":
+            self._check_mean_flow()
+
+    def _check_mean_flow(self):
+        require(
+            self.distill.finite_difference > 0 or self.compute.attention in ("xla", "chunked"),
+            "distill.finite_difference=0 uses forward-mode differentiation, which "
+            f"compute.attention={self.compute.attention} may not support: use xla or chunked.",
         )
         require(
-            teacher_sample.unconditional == "negative" or self.model.padding == "learned",
-            f"distill.sample.unconditional=masked leaves no text token, and model.padding={self.model.padding} has nothing to put there: use padding=learned.",
-        )
-        require(
-            kind != "trajectories"
-            or (not self.data.extra_resolutions and not self.data.bucket_step),
-            "distill.kind=trajectories has squares of data.resolution alone: leave data.extra_resolutions and data.bucket_step out.",
-        )
-        require(
-            kind != "mean_flow"
-            or self.distill.finite_difference > 0
-            or self.compute.attention in ("xla", "chunked"),
-            f"distill.finite_difference=0 differentiates forwards, which compute.attention={self.compute.attention} may not: use xla or pieces.",
-        )
-        require(
-            kind != "mean_flow"
-            or self.model.modulation == "approximator"
-            or self.model.guidance_embed,
-            "distill.kind=mean_flow tells the network a step's length in place of the guidance number, which this one does not read: use "
-            "model.guidance_embed=true or model.modulation=approximator.",
+            self.model.modulation == "approximator" or self.model.guidance_embed,
+            "distill.kind=mean_flow passes the length of a step through the guidance input, which "
+            "this network does not have: use model.guidance_embed=true or "
+            "model.modulation=approximator.",
         )
 
     @property
     def teacher(self) -> str:
-        """The run directory or file that `distill` learns from."""
+        """The run directory or checkpoint file of the teacher."""
         return self.distill.teacher or self.init
 
     @property
     def is_base_teacher(self) -> bool:
-        """Whether the teacher of every step is what a LoRA adds to, which is in memory already."""
+        """Whether the teacher is the base of the LoRA, which is in memory already."""
         return self.distill.needs_teacher and self.lora.rank > 0 and not self.distill.teacher
 
     @property
     def run_dir(self) -> Path:
+        """The run directory."""
         return Path(self.output).expanduser() / self.name
+
+
+def make_sampling_config(model: Model, name: str = "run", compute: Compute | None = None) -> Config:
+    """Return a config that samples a published model with the recommended settings.
+
+    Args:
+        model: Its architecture, which determines the preset.
+        name: Name of the config.
+        compute: Numerics; the defaults when None.
+    """
+    preset = get_preset(find_preset_name(model))
+    return Config(
+        name=name,
+        model=model,
+        compute=compute or Compute(),
+        text=Text(encoder="t5", max_length=T5_MAX_LENGTH),
+        sample=preset.sample,
+        data=Data(resolution=preset.resolution),
+    )

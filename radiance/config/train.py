@@ -1,44 +1,62 @@
-"""The method, the optimizer, LoRA, the run, and the devices it is spread over."""
+"""Settings of the training run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from radiance.base.settings import Section, require
+from radiance.base.settings import Section, require, require_at_least, resumable
 
 
 @dataclass(frozen=True)
 class Train(Section):
-    """The run."""
+    """Length of the run, and the intervals of its outputs in steps."""
 
-    steps: int = 100_000
+    steps: int = resumable(100_000)
+    """Number of training steps. It may change on resumption unless the learning rate depends on
+    it (optimizer.lr_schedule=cosine)."""
     seed: int = 0
-    log_every: int = 10
-    validate_every: int = 1000
+    """Seed of initialization, data order and noise, from 0 to 2³² − 1."""
+    log_every: int = resumable(10)
+    """Steps between entries of the log."""
+    validate_every: int = resumable(1000)
+    """Steps between validations."""
     validation_images: int = 256
-    sample_every: int = 1000
-    sample_prompts: tuple[str, ...] = ()  # none: captions of the validation split
-    checkpoint_every: int = 1000
-    snapshot_every: int = 5000  # steps between snapshots of the averages of optimizer.ema_widths, which are never removed
-    max_to_keep: int = 3  # newest checkpoints to keep
-    max_nonfinite_steps: int = 20  # non-finite steps in a row that end the run
-    loggers: tuple[
-        Literal["tensorboard", "wandb"], ...
-    ] = ()  # where numbers and images go beside the run directory
-    profile_steps: int = (
-        0  # steps, from the third of this start, that are traced into profile/ for TensorBoard
-    )
+    """Images of a validation."""
+    sample_every: int = resumable(1000)
+    """Steps between contact sheets of samples."""
+    sample_prompts: tuple[str, ...] = resumable(())
+    """Prompts of the samples; none: captions of the validation split."""
+    checkpoint_every: int = resumable(1000)
+    """Steps between checkpoints."""
+    snapshot_every: int = resumable(5000)
+    """Steps between snapshots of the averages of optimizer.ema_widths, which are never removed."""
+    max_to_keep: int = resumable(3)
+    """Number of newest checkpoints that are kept."""
+    max_nonfinite_steps: int = resumable(20)
+    """Number of consecutive non-finite steps that ends the run."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = resumable(())
+    """Where metrics and samples are logged besides the run directory."""
+    profile_steps: int = resumable(0)
+    """Steps that are traced into profile/ for TensorBoard, from the third step after each start."""
 
     def check(self):
-        for name in (
-            "steps", "log_every", "validate_every", "validation_images", "sample_every", "checkpoint_every", "snapshot_every", "max_to_keep", "max_nonfinite_steps",
-        ):  # fmt: skip
-            require(
-                getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1."
-            )
-        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie between 0 and 2**32 - 1.")
+        """Raise ConfigError if a setting cannot work."""
+        require_at_least(
+            self,
+            1,
+            "steps",
+            "log_every",
+            "validate_every",
+            "validation_images",
+            "sample_every",
+            "checkpoint_every",
+            "snapshot_every",
+            "max_to_keep",
+            "max_nonfinite_steps",
+        )
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
         require(
             len(set(self.loggers)) == len(self.loggers),
-            f"train.loggers={self.loggers} names a tracker twice.",
+            f"train.loggers={self.loggers} names a logger twice.",
         )

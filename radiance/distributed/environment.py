@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from radiance.config.data import CACHE_DIR
 from radiance.distributed.hardware import DEVICE_ALIASES
 
 # Hide communication behind computation, and gather weights a block at a time (a block of the 9.5 B model has up to 453 MB).
@@ -29,7 +30,7 @@ MULTI_CPU_FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
 LIBTPU_OFFLINE_ENV = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
-COMPILATION_CACHE_DIR = "~/.cache/radiance/xla"
+COMPILATION_CACHE_DIR = f"{CACHE_DIR}/xla"
 
 
 def prepare_environment(multi_process: bool = False):

@@ -131,20 +131,6 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
     )
 
 
-def make_model_config(name: str) -> config.Config:
-    """Return the settings that `radiance sample` uses for a checkpoint file of a named model."""
-    model = config.Model.from_name(name)
-    preset = config.get_preset(config.find_preset_name(model))
-    text = config.Text(encoder="t5", max_length=512)
-    return config.Config(
-        name=name,
-        model=model,
-        text=text,
-        sample=preset.sample,
-        data=config.Data(resolution=preset.resolution),
-    )
-
-
 # --- compiling -----------------------------------------------------------------------------------
 
 

@@ -21,37 +21,6 @@ from radiance.base.files import open_for_append, replace_atomically, require_fol
 from radiance.base.images import save_png
 from radiance.training.tracking import Loggers
 
-# Settings, or prefixes of settings, that may change when a run is resumed.
-CHANGEABLE_SETTINGS = (
-    "output",
-    "compute.",
-    "sample.",
-    "mesh.",
-    "init",
-    "distill.teacher",
-    "distill.trajectory_dir",
-    "data.cache_dir",
-    "data.path",
-    "data.root",
-    "data.num_workers",
-    "data.num_threads",
-    "data.max_broken_fraction",
-    "text.file",
-    "text.tokenizer",
-    "text.cache",
-    "train.steps",
-    "train.log_every",
-    "train.validate_every",
-    "train.sample_every",
-    "train.sample_prompts",
-    "train.checkpoint_every",
-    "train.snapshot_every",
-    "train.max_to_keep",
-    "train.max_nonfinite_steps",
-    "train.loggers",
-    "train.profile_steps",
-)
-
 # Temporary files of `replace_atomically` and of Orbax.
 UNFINISHED_PATTERNS = (
     ".*.part",
@@ -100,7 +69,7 @@ class RunDirectory:
             changes = {
                 key: values
                 for key, values in config.differences(self.read_config(), run).items()
-                if not key.startswith(_changeable_settings(run))
+                if key not in _resumable_settings(run)
             }
             if changes:
                 changes_text = ", ".join(
@@ -207,11 +176,11 @@ class RunDirectory:
         return self.sample_dir / f"{step:08d}.png"
 
 
-def _changeable_settings(run: config.Config) -> tuple[str, ...]:
-    """Return the settings that may change; a learning rate that decays fixes the steps."""
-    if run.optimizer.lr_schedule == "constant":
-        return CHANGEABLE_SETTINGS
-    return tuple(key for key in CHANGEABLE_SETTINGS if key != "train.steps")
+def _resumable_settings(run: config.Config) -> frozenset[str]:
+    """Return the settings that may change when the run resumes."""
+    keys = config.resumable_settings(config.Config)
+    # Other schedules than the constant one depend on the number of steps.
+    return keys if run.optimizer.lr_schedule == "constant" else keys - {"train.steps"}
 
 
 class MetricWriter:
