@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -22,17 +24,19 @@ SMALL = Config(model=config.MODELS["nano"])
 
 def sentence(error):
     text = str(error.value)
-    assert "\n" not in text and text.endswith((".", "?")) and len(text) < 600, text
+    assert "\n" not in text, text
+    assert text.endswith((".", "?")), text
+    assert len(text) < 600, text
     return text
 
 
-def refused(match, *changes, start=SMALL):
+def check_rejected(match, *changes, start=SMALL):
     with pytest.raises(ConfigError, match=match) as error:
         override(start, changes)
     return sentence(error)
 
 
-# --- overrides ----------------------------------------------------------------------------------------------------------
+# --- overrides -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def refused(match, *changes, start=SMALL):
         ("init=", ""),
     ],
 )
-def test_override_reads_the_fields_type(change, value):
+def test_overrides_are_parsed_as_the_type_of_the_field(change, value):
     key = change.partition("=")[0]
     changed = override(SMALL, [change])
     for part in key.split("."):
@@ -68,7 +72,7 @@ def test_override_reads_the_fields_type(change, value):
     assert type(changed) is type(value)
 
 
-def test_changes_that_belong_together_are_checked_together():
+def test_changes_are_checked_together():
     changes = ["model.hidden=96", "model.heads=3", "model.rope_axes=8,12,12"]
     for order in (changes, changes[::-1]):
         changed = override(SMALL, order)
@@ -76,7 +80,7 @@ def test_changes_that_belong_together_are_checked_together():
             SMALL, model=dataclasses.replace(SMALL.model, hidden=96, heads=3, rope_axes=(8, 12, 12))
         )
         assert isinstance(changed, Config)
-    refused("rope_axes.*add up to 64, but a head has 48", "model.hidden=96", "model.heads=2")
+    check_rejected("rope_axes.*add up to 64, but a head has 48", "model.hidden=96", "model.heads=2")
     assert (
         override(SMALL, ["data.resolution=20", "model.patch=4"]).data.resolution == 20
     )  # two sections
@@ -93,10 +97,10 @@ def test_texts_with_commas_are_given_as_json():
         "[x]",
     )
     assert override(SMALL, ["train.sample_prompts=one,two"]).train.sample_prompts == ("one", "two")
-    refused("this list is not JSON", "train.sample_prompts=[one, two]")
+    check_rejected("this list is not JSON", "train.sample_prompts=[one, two]")
 
 
-def test_named_models():
+def test_models_are_found_by_name():
     assert override(SMALL, ["model=small"]).model == config.MODELS["small"]
     assert override(SMALL, ["model=small", "model.registers=4"]).model == dataclasses.replace(
         config.MODELS["small"], registers=4
@@ -106,7 +110,7 @@ def test_named_models():
         assert model.head_dim * model.heads == model.hidden
     assert config.MODELS["chroma1-radiance"] == Model()
     assert Model().num_modulation_vectors == 344
-    text = refused(
+    text = check_rejected(
         "no model named 'chroma1-radianc': did you mean 'chroma1-radiance'", "model=chroma1-radianc"
     )
     assert all(name in text for name in config.MODELS)
@@ -140,11 +144,11 @@ def test_named_models():
         ("model.rope_axes=8,28", "three even numbers"),
     ],
 )
-def test_words_that_do_not_fit(change, match):
-    refused(match, *change.split(" "))
+def test_wrong_changes_are_rejected_with_a_suggestion(change, match):
+    check_rejected(match, *change.split(" "))
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,8 +163,8 @@ def test_words_that_do_not_fit(change, match):
         (config.Train, "sample_prompts", [3]),
         (config.Optimizer, "learning_rate", "1e-4"),
         (config.Optimizer, "learning_rate", True),
-        (config.Optimizer, "ema", 0.9),
-        (config.Flow, "time_mean", "none"),
+        (config.Optimizer, "ema_decays", 0.9),
+        (config.Flow, "logit_mean", "none"),
         (config.Sample, "guidance_interval", (0.0, 0.5, 1.0)),
         (config.Model, "guidance_embed", 1),
         (config.Model, "masking", 1),
@@ -174,7 +178,7 @@ def test_types_are_checked(section, key, value):
     sentence(error)
 
 
-def test_types_that_are_made_to_fit():
+def test_whole_numbers_and_lists_are_converted():
     optimizer = config.Optimizer(learning_rate=1, ema_decays=[0.5, 0.9])
     assert optimizer.learning_rate == 1.0
     assert type(optimizer.learning_rate) is float
@@ -198,19 +202,19 @@ def test_types_that_are_made_to_fit():
         (dict(patch=5, patch_embed="conv_half"), "even model.patch, not 5"),
         (dict(patch=1), "use model.head=linear"),
         (dict(patch=1, head="linear", patch_embed="bottleneck"), "use model.patch_embed=conv"),
-        (dict(bottleneck=0), "model.bottleneck is 0"),
-        (dict(text_refiner_blocks=-1), "model.text_refiner_blocks is -1"),
-        (dict(padding="learned", masking="strict"), "model.masking=strict shows none of it"),
+        (dict(bottleneck=0), "model.bottleneck=0 must be at least 1"),
+        (dict(text_refiner_blocks=-1), "model.text_refiner_blocks=-1 must be at least 0"),
+        (dict(padding="learned", masking="strict"), "model.masking=strict hides them"),
         (dict(pooled_dim=8), "pooled_dim=8.*not approximator"),
         (dict(pooled_dim=8, modulation="none"), "pooled_dim=8.*not none"),
         (dict(guidance_embed=True), "guidance_embed"),
         (dict(double_blocks=0, single_blocks=0), "at least one block"),
-        (dict(single_blocks=-1), "model.single_blocks is -1"),
-        (dict(nerf_depth=0), "model.nerf_depth is 0"),
-        (dict(hidden=0), "model.hidden is 0"),
+        (dict(single_blocks=-1), "model.single_blocks=-1 must be at least 0"),
+        (dict(nerf_depth=0), "model.nerf_depth=0 must be at least 1"),
+        (dict(hidden=0), "model.hidden=0 must be at least 1"),
     ],
 )
-def test_models_that_cannot_be(changes, match):
+def test_impossible_models_are_rejected(changes, match):
     with pytest.raises(ConfigError, match=match) as error:
         toy_model(**changes)
     sentence(error)
@@ -221,15 +225,15 @@ def test_models_that_cannot_be(changes, match):
     [
         ("data.resolution=100", "data.resolution=100 is not a multiple of model.patch=16"),
         ("data.background=0,0,256", "three numbers from 0 to 255"),
-        ("data.flip_probability=2", "data.flip_probability=2.0 must lie between 0 and 1"),
-        ("data.dropped_caption=masked", "model.padding=encoder has nothing to put there"),
+        ("data.flip_probability=2", "data.flip_probability=2.0 must be between 0 and 1"),
+        ("data.dropped_caption=masked", "model.padding=encoder has no embedding for that"),
         (
             "data.shapes.max_objects=0",
             "data.shapes.max_objects=0 must be a whole number from 1 to 5",
         ),
         ("data.shapes.max_objects=6", "data.shapes.max_objects=6 must"),
-        ("data.tag_dropout=1.5", "data.tag_dropout=1.5 must lie between 0 and 1"),
-        ("data.max_broken_fraction=-1", "data.max_broken_fraction=-1.0 must lie between 0 and 1"),
+        ("data.tag_dropout=1.5", "data.tag_dropout=1.5 must be between 0 and 1"),
+        ("data.max_broken_fraction=-1", "data.max_broken_fraction=-1.0 must be between 0 and 1"),
         (
             "optimizer.gradient_accumulation_steps=3",
             "data.batch_size=256 does not divide into optimizer.gradient_accumulation_steps=3",
@@ -237,9 +241,9 @@ def test_models_that_cannot_be(changes, match):
         ("name=a/b", "name of one folder"),
         ("name=", "name of one folder"),
         ("data.caption_dropout=1.5", "between 0 and 1"),
-        ("compute.head_chunk_size=-1", "head_tile=-1"),
+        ("compute.head_chunk_size=-1", "head_chunk_size=-1"),
         ("text.max_length=1", "text.max_length=1"),
-        ("flow.min_divisor=0", "epsilon=0.0 must be positive"),
+        ("flow.min_divisor=0", "flow.min_divisor=0.0 must be positive"),
         ("flow.logit_mean=1", "no meaning for flow.timestep_distribution=parabola"),
         (
             "flow.timestep_distribution=logit_normal flow.timestep_weighting=uniform",
@@ -259,31 +263,31 @@ def test_models_that_cannot_be(changes, match):
         ("optimizer.beta1=1", r"beta1=1.0"),
         ("train.seed=-1", "train.seed=-1"),
         ("train.max_to_keep=0", "train.max_to_keep=0"),
-        ("sample.guidance_interval=0.8,0.2", "two rising times"),
-        ("sample.min_divisor=1", "sample.min_divisor=1.0 must lie between 0 and 1"),
-        ("sample.unconditional=masked", "model.padding=encoder has nothing to put there"),
+        ("sample.guidance_interval=0.8,0.2", "two increasing times"),
+        ("sample.min_divisor=1", "sample.min_divisor=1.0 must be at least 0 and less"),
+        ("sample.unconditional=masked", "model.padding=encoder has no embedding for that"),
         ("sample.weights=emma", "params, ema, ema=DECAY or width=WIDTH"),
         ("mesh.fsdp=-1", "one of them may be -1"),
         ("mesh.tensor=0", "at least 1"),
     ],
 )
-def test_settings_that_contradict(change, match):
-    refused(match, *change.split(" "))
+def test_contradicting_settings_are_rejected(change, match):
+    check_rejected(match, *change.split(" "))
 
 
 @pytest.mark.parametrize(
     "changes",
     [dict(mlp_ratio=0.0), dict(mlp_ratio=-1.0), dict(rope_theta=0.0), dict(rope_theta=-1.0)],
 )
-def test_numbers_that_must_be_positive(changes):
+def test_ratios_must_be_positive(changes):
     with pytest.raises(ConfigError):
         toy_model(**changes)
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------------
+# --- JSON ----------------------------------------------------------------------------------------
 
 
-def test_json_there_and_back():
+def test_json_round_trip():
     changed = override(
         SMALL,
         [
@@ -300,12 +304,12 @@ def test_json_there_and_back():
         assert hash(from_json(type(value), text)) == hash(value)
         assert to_json(from_json(type(value), text)) == text
     tree = json.loads(to_json(changed))
-    assert tree["optimizer"]["ema"] == [0.9, 0.99]
+    assert tree["optimizer"]["ema_decays"] == [0.9, 0.99]
     assert tree["sample"]["shift"] == 1.5
-    assert tree["flow"]["time_mean"] is None
+    assert tree["flow"]["logit_mean"] is None
 
 
-def test_json_that_lacks_or_adds_keys():
+def test_json_with_missing_or_unknown_keys():
     assert from_json(Config, '{"train": {"steps": 5}}') == Config(train=config.Train(steps=5))
     for text, match in (
         ('{"train": {"stepz": 5}}', "did you mean 'steps'"),
@@ -318,12 +322,12 @@ def test_json_that_lacks_or_adds_keys():
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '{"train": 3}', '{"train": null}'])
-def test_json_of_another_form(text):
+def test_json_of_another_form_is_rejected(text):
     with pytest.raises(ConfigError):
         from_json(Config, text)
 
 
-def test_differences():
+def test_differences_list_dotted_keys():
     assert differences(SMALL, SMALL) == {}
     changed = override(
         SMALL, ["name=b", "model.registers=4", "sample.shift=1", "optimizer.ema_decays=0.5"]
@@ -347,16 +351,47 @@ def test_differences():
     )
 
 
-def test_directory(monkeypatch):
+def test_run_dir_expands_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(Config(name="a", output="~/runs").run_dir) == "/home/someone/runs/a"
 
 
-def test_captions_that_a_cache_cannot_hold():
+def test_captions_that_a_cache_cannot_hold_are_rejected():
     changes = ["text.encoder=t5", "text.cache=there", "data.lowercase_probability=0.25"]
     with pytest.raises(
         config.ConfigError,
-        match="data.lowercase_probability=0.25 makes captions that text.cache=there cannot hold",
+        match=r"data.lowercase_probability=0.25 makes captions that text.cache=there cannot hold",
     ):
         config.override(config.Config(), changes)
     config.override(config.Config(), [*changes, "text.file=t5.safetensors"])
+
+
+# --- resumption ----------------------------------------------------------------------------------
+
+
+def test_only_marked_settings_may_change_on_resumption():
+    keys = config.resumable_settings(Config)
+    assert {"train.steps", "output", "data.path", "data.num_workers", "text.cache"} <= keys
+    assert {"sample.steps", "compute.dtype", "mesh.fsdp"} <= keys  # complete sections
+    frozen = {"name", "model.hidden", "train.seed", "data.batch_size", "optimizer.learning_rate"}
+    assert not keys & (frozen | {"distill.sample.steps", "data.shapes.seed"})
+
+
+# --- documentation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(config.__file__).parent.glob("*.py")), ids=lambda x: x.stem
+)
+def test_every_setting_is_documented(path):
+    for section in ast.parse(path.read_text()).body:
+        if not isinstance(section, ast.ClassDef) or "Section" not in [
+            ast.unparse(base) for base in section.bases
+        ]:
+            continue
+        for node, following in zip(section.body, [*section.body[1:], None]):
+            if isinstance(node, ast.AnnAssign):
+                is_documented = isinstance(following, ast.Expr) and isinstance(
+                    following.value, ast.Constant
+                )
+                assert is_documented, f"{section.name}.{ast.unparse(node.target)}"
