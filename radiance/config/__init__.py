@@ -18,7 +18,6 @@ from radiance.base.settings import (
     to_dict,
     to_json,
 )
-from radiance.config.choices import EXPORT_FORMATS, LORA_NAMINGS, PROMPT_SUITES
 from radiance.config.compute import Compute
 from radiance.config.data import CACHE_DIR, Data, MixtureSource, Shapes
 from radiance.config.distill import Distill
@@ -28,14 +27,19 @@ from radiance.config.mesh import Mesh
 from radiance.config.model import MODELS, Model
 from radiance.config.optimizer import Optimizer
 from radiance.config.run import Config, make_sampling_config
-from radiance.config.sample import PRESETS, Preset, Sample, find_preset_name, get_preset
+from radiance.config.sample import (
+    PRESETS,
+    PROMPT_SUITES,
+    Preset,
+    Sample,
+    find_preset_name,
+    get_preset,
+)
 from radiance.config.text import Text
 from radiance.config.train import Train
 
 __all__ = [
     "CACHE_DIR",
-    "EXPORT_FORMATS",
-    "LORA_NAMINGS",
     "MODELS",
     "PRESETS",
     "PROMPT_SUITES",

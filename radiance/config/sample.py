@@ -16,6 +16,8 @@ from radiance.base.settings import (
 from radiance.config.model import Model
 from radiance.config.optimizer import MAX_EMA_WIDTH
 
+PROMPT_SUITES = ("geneval", "dpg", "coco30k")  # public sets of prompts
+
 
 @dataclass(frozen=True)
 class Sample(Section):
