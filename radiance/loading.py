@@ -184,7 +184,7 @@ def open_model(model: str | Path, weights: str | None = None, **model_overrides:
     export_settings = {
         "text": config.to_dict(replace(run.text, file="", tokenizer="", cache="")),
         "sample": config.to_dict(replace(run.sample, weights="params")),
-        "side": run.data.resolution,
+        "resolution": run.data.resolution,
         "noise_scale": run.flow.noise_scale,
     }
     loss = run_directory.last_validation_loss()
@@ -243,7 +243,7 @@ def make_sampling_config(checkpoint: Checkpoint, dtype: str) -> config.Config:
             compute=compute,
             text=config.from_dict(config.Text, settings["text"]),
             sample=config.from_dict(config.Sample, settings["sample"]),
-            data=config.Data(resolution=settings["side"]),
+            data=config.Data(resolution=settings["resolution"]),
             flow=config.Flow(noise_scale=settings["noise_scale"]),
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:

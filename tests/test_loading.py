@@ -497,7 +497,7 @@ def test_what_is_extracted_is_a_lora(files, tmp_path, capsys):
         "garbage",
         "{}",
         '{"text": {}}',
-        '{"text": {"encoder": "x"}, "sample": {}, "side": 8, "noise_scale": 1}',
+        '{"text": {"encoder": "x"}, "sample": {}, "resolution": 8, "noise_scale": 1}',
         "[" * 9999,
     ],
 )

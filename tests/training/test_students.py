@@ -185,7 +185,7 @@ def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
 def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
     other = saved(tmp_path, unbroken.model, seed=3)
     with pytest.raises(
-        config.ConfigError, match=r"trajectories that were made otherwise \(teacher\)"
+        config.ConfigError, match=r"trajectories that were generated with other settings \(teacher\)"
     ):
         train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
 
