@@ -30,7 +30,7 @@ from radiance.ablation.data import (
     ImageSet,
     TextSet,
     encode_captions,
-    render_image_set,
+    load_image_set,
     sample_indices,
 )
 from radiance.ablation.suite import Scale, Suite
@@ -129,9 +129,9 @@ def measure_bias(
         coupled += float(jnp.square(image - paired).sum())
         means = np.asarray(paired.mean(axis=(1, 2))) * run.data.resolution
         for row, text in enumerate(text_indices):
-            if text >= len(images.facts):  # a dropped caption
+            if text >= len(images.descriptions):  # a dropped caption
                 continue
-            if background := images.facts[text].background:
+            if background := images.descriptions[text].background:
                 direction = PALETTE[list(BACKGROUNDS).index(background)] - PALETTE.mean(axis=0)
                 biases.append(means[row] @ direction / np.linalg.norm(direction))
     return NoiseBias(float(np.mean(biases)), 1 - coupled / independent)
@@ -141,7 +141,7 @@ def print_table(
     run: c.Config, arms: dict[str, tuple[str, ...]], num_seeds: int = 3, num_batches: int = 8
 ) -> None:
     """Print the bias of each arm, with 95 % intervals over seeds."""
-    images = render_image_set("train", 2048, run.data.resolution, "short")
+    images = load_image_set(run.data, "train", 2048)
     texts = encode_captions(images.captions, run.text, run.model.text_dim)
     print("| coupling | bias, σ | saved |\n| --- | --- | --- |")
     for arm, changes in arms.items():

@@ -29,6 +29,7 @@ CHANGES = {
     "constant": ("text.encoder=hash", "model.masking=off"),
     "no_text": ("data.caption_dropout=1",),
 }
+SHAPES = c.Shapes(caption_lengths="short", max_tokens=20)
 
 
 def config() -> c.Config:
@@ -56,7 +57,7 @@ def gpu() -> c.Config:
         model=model,
         compute=c.Compute(attention="xla"),  # fused kernels have no axis for seeds
         text=c.Text(encoder="random_t5", max_length=64),
-        data=c.Data(resolution=64, batch_size=128),
+        data=c.Data(source="shapes", shapes=SHAPES, resolution=64, batch_size=128),
         optimizer=c.Optimizer(
             learning_rate=1e-3, warmup_steps=200, ema_decays=(), ema_widths=(0.1, 0.05, 0.2)
         ),
@@ -84,7 +85,7 @@ def cpu() -> c.Config:
         ),
         compute=c.Compute(dtype="float32"),
         text=c.Text(encoder="random_t5", max_length=24, dtype="float32"),
-        data=c.Data(resolution=32, batch_size=16),
+        data=c.Data(source="shapes", shapes=SHAPES, resolution=32, batch_size=16),
         optimizer=c.Optimizer(learning_rate=2e-3, warmup_steps=20, ema_decays=(0.95,)),
         train=c.Train(steps=200, validate_every=50, validation_images=128, checkpoint_every=100),
     )

@@ -1,0 +1,1 @@
+"""Suites of ablations: arms that are trained with equal seeds and compared in pairs."""

@@ -1,77 +1,153 @@
-"""What the arms of a suite are shown: images of `shapes`, rendered once and drawn from with replacement, and their captions.
+"""Data of a suite: images of a source in memory, sampled with replacement, and their captions.
 
-All arms and all seeds share the images. Which of them a step shows, and which captions it leaves out, follows from (seed, step) alone, so it
-is the same in every arm; two seeds see the same images in two orders.
+All arms and seeds share the images. The images of a step and its dropped captions follow from
+(seed, step) alone, so they are the same in every arm. Seeds see the images in different orders.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from radiance import config
 from radiance.base.random import RandomStream, make_rng
-from radiance.shapes.captions import CaptionLengths, make_caption
-from radiance.shapes.scenes import SceneDescription, Split, render_scene, sample_scene
+from radiance.data.batches import Batch
+from radiance.data.captions import first_caption
+from radiance.data.datasets import open_source
+from radiance.data.images import Augmentation, load_images
 from radiance.text.factory import make_encoder
-
-SCENE_SEED = 0  # the seed of all scenes
 
 
 class ImageSet(NamedTuple):
-    image: UInt8[np.ndarray, "n side side 3"]
+    """Images of one size with their captions.
+
+    Attributes:
+        image: The images.
+        captions: Caption of each image.
+        descriptions: What each caption says of the scene; None where the source does not know.
+    """
+
+    image: UInt8[np.ndarray, "n height width 3"]
     captions: tuple[str, ...]
-    facts: tuple[SceneDescription, ...]  # that the captions say
+    descriptions: tuple[Any, ...]
 
 
 class TextSet(NamedTuple):
-    embeddings: Float[np.ndarray, "n+1 l e"]  # the last is the empty prompt's
+    """Encoded captions.
+
+    Attributes:
+        embeddings: Embeddings of the captions; the last are those of the empty prompt.
+        lengths: Tokens of each text.
+        identity: Identity of the encoder and its limit.
+    """
+
+    embeddings: Float[np.ndarray, "n+1 l e"]
     lengths: Int32[np.ndarray, " n+1"]
     identity: str
 
 
 @lru_cache(maxsize=4)
-def render_image_set(
-    split: Split, num_images: int, resolution: int, caption_lengths: CaptionLengths
-) -> ImageSet:
-    """The first so many of `shapes`."""
-    scenes = [sample_scene(SCENE_SEED, i, split) for i in range(num_images)]
-    captions_and_facts = [make_caption(scene_spec, caption_lengths) for scene_spec in scenes]
-    image = np.stack([np.asarray(render_scene(scene_spec, resolution)) for scene_spec in scenes])
+def load_image_set(data: config.Data, split: str, num_images: int) -> ImageSet:
+    """Return the first images of a split, cropped to squares from their centers.
+
+    Args:
+        data: Source and resolution of the images.
+        split: train or validation.
+        num_images: Number of images.
+    """
+    source = open_source(data, split)
+    if len(source) < num_images:
+        raise config.ConfigError(
+            f"The {split} split of {data.source} has {len(source)} images, and the suite needs "
+            f"{num_images}: choose another source or fewer images."
+        )
+    size, indices = (data.resolution, data.resolution), range(num_images)
+    batch = load_images(source, indices, size, [Augmentation()] * num_images)
+    if batch.broken:
+        index, reason = next(iter(batch.broken.items()))
+        raise config.ConfigError(
+            f"{source.name(index)!r} of {data.source} cannot be used ({reason}): remove it."
+        )
     return ImageSet(
-        image,
-        tuple(text for text, _ in captions_and_facts),
-        tuple(facts for _, facts in captions_and_facts),
+        batch.image,
+        tuple(first_caption(source, i, data) for i in indices),
+        tuple(source.attributes(i).get("told") for i in indices),
     )
 
 
 @lru_cache(maxsize=4)
 def encode_captions(captions: tuple[str, ...], text: config.Text, dim: int) -> TextSet:
-    """The captions, and behind them the empty prompt, padded to the limit. Raises TextError for one over it."""
+    """Return the encoded captions and the empty prompt, padded to the encoder's limit.
+
+    Args:
+        captions: Texts, each within the limit.
+        text: Encoder.
+        dim: Size of the embeddings.
+
+    Raises:
+        TextError: A caption is over the limit.
+    """
     encoder = make_encoder(text, dim)
-    return TextSet(
-        *encoder([*captions, ""]), f"{encoder.kind} {encoder.identity} {encoder.max_length}"
-    )
+    embeddings, lengths = encoder([*captions, ""])
+    identity = f"{encoder.kind} {encoder.identity} {encoder.max_length}"
+    return TextSet(embeddings, lengths, identity)
 
 
 def sample_indices(
     seed: int, step: int, num_images: int, data: config.Data
 ) -> tuple[Int32[np.ndarray, " b"], Int32[np.ndarray, " b"]]:
-    """The images of a seed's step, and the rows of `Texts` beside them."""
-    image_index = (
+    """Return the images of a step, and the rows of a `TextSet` that belong to them.
+
+    Args:
+        seed: Seed of the run.
+        step: Number of the step, from 0.
+        num_images: Number of images to sample from.
+        data: Batch size and caption dropout.
+    """
+    image_indices = (
         make_rng(seed, RandomStream.IMAGE_ORDER, step).random(data.batch_size) * num_images
     ).astype(np.int32)
     is_dropped = (
         make_rng(seed, RandomStream.CAPTION, step).random(data.batch_size) < data.caption_dropout
     )
-    return image_index, np.where(is_dropped, np.int32(num_images), image_index)
+    return image_indices, np.where(is_dropped, np.int32(num_images), image_indices)
 
 
-def hash_parts(image_sets: Sequence[ImageSet], text_sets: Sequence[TextSet]) -> str:
-    """What tells this data from any other."""
+class PoolBatches:
+    """Training batches of one seed, sampled with replacement from images in memory.
+
+    Args:
+        run: Config of the run.
+        image_set: Images to sample from.
+        text_set: Their encoded captions.
+    """
+
+    def __init__(self, run: config.Config, image_set: ImageSet, text_set: TextSet):
+        self._run, self._image_set, self._text_set = run, image_set, text_set
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        run, images = self._run, self._image_set.image
+        image_indices, text_indices = sample_indices(run.train.seed, step, len(images), run.data)
+        return {
+            "image": images[image_indices],
+            "text": self._text_set.embeddings[text_indices],
+            "lengths": self._text_set.lengths[text_indices],
+            "weight": np.ones(len(image_indices), np.float32),
+            "cut": np.int32(0),
+            "skipped": np.int32(0),
+        }
+
+    def start(self, step: int) -> Iterator[Batch]:
+        """Return an iterator over the batches from `step` on."""
+        return (self[i] for i in range(step, self._run.train.steps))
+
+
+def hash_data(image_sets: Sequence[ImageSet], text_sets: Sequence[TextSet]) -> str:
+    """Return a hash that distinguishes this data from any other."""
     hasher = hashlib.blake2b(digest_size=16)
     for image_set in image_sets:
         hasher.update(

@@ -1,60 +1,120 @@
-"""What is measured of a trained arm, seed by seed.
+"""Metrics of a trained arm, for each seed.
 
-validation_loss: mean over held-out images and equal bins of time, with the averaged weights and the same noise for all arms.
-exact, f1, background, exact_chance: of images painted from held-out captions and read; see evaluation/reader.py. Chance is against another
-image's caption.
+validation_loss: mean over held-out images and equal bins of time, with averaged weights and the
+same noise for all arms.
+exact, f1, background and exact_chance: scores of images that are generated from held-out captions
+and read by `shapes/scoring.py`; chance compares with another image's caption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from radiance import config
 from radiance.ablation.data import ImageSet, TextSet
 from radiance.flow.sampler import TextCondition, generate_images
 from radiance.model.transformer import Params
 from radiance.shapes.scoring import read_pixels, score_chance, score_readings
+from radiance.training.step import compute_validation_losses
 
 GUIDANCE_SCALES = (1.0, 3.0)
+SCORES = ("exact", "f1", "background")
+
+
+def measure_validation_losses(
+    run: config.Config, base: config.Config, params: Params, image_set: ImageSet, text_set: TextSet
+) -> Float[np.ndarray, "seeds bins"]:
+    """Return the mean validation loss of every seed in equal bins of time.
+
+    The noise is the same for all seeds, arms and evaluation conditions.
+
+    Args:
+        run: Config of the arm, of which only the model is used.
+        base: Config of the base, whose data and objective measure the loss.
+        params: Weights of all seeds, on a leading axis.
+        image_set: Held-out images.
+        text_set: Their encoded captions.
+    """
+    compute_losses = _compile_validation(replace(base, model=run.model))
+    num_images, batch_size = len(image_set.image), base.data.batch_size
+    total = 0.0
+    for index, start in enumerate(range(0, num_images, batch_size)):
+        # A last, shorter batch is padded with copies of the last image, which do not count.
+        rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)
+        batch = {
+            "image": image_set.image[rows],
+            "text": text_set.embeddings[rows],
+            "lengths": text_set.lengths[rows],
+            "weight": np.ones(batch_size, np.float32),
+        }
+        losses = np.asarray(compute_losses(params, batch, jnp.int32(index)), np.float64)
+        total += losses[:, : num_images - start].sum(axis=1)
+    return total / num_images
+
+
+@lru_cache(maxsize=32)
+def _compile_validation(run: config.Config) -> Callable[..., Any]:
+    """Return the compiled validation losses of several seeds."""
+    return jax.jit(jax.vmap(partial(compute_validation_losses, run), in_axes=(0, None, None)))
 
 
 def measure_adherence(
     run: config.Config, params: Params, seeds: Sequence[int], image_set: ImageSet, text_set: TextSet
 ) -> dict[str, dict[int, float]]:
-    """By name@guidance and seed, of images of the captions of `shown`, each from the noise of its number."""
+    """Return scores of generated images by SCORE@GUIDANCE and seed.
+
+    Args:
+        run: Config of the arm.
+        params: Weights of all seeds, on a leading axis.
+        seeds: Seed of each run.
+        image_set: Held-out captions with their descriptions; caption i starts from noise of seed i.
+        text_set: The encoded captions.
+    """
     metrics: dict[str, dict[int, float]] = {}
-    for guidance in GUIDANCE_SCALES:
-        for i, seed in enumerate(seeds):
-            readings = read_pixels(
-                _generate_images(run, jax.tree.map(lambda x, i=i: x[i], params), guidance, text_set)
-            )
-            image_score, chance_score = (
-                score_readings(readings, image_set.facts),
-                score_chance(readings, image_set.facts),
-            )
-            for name in ("exact", "f1", "background"):
-                metrics.setdefault(f"{name}@{guidance:g}", {})[seed] = getattr(image_score, name)
-                metrics.setdefault(f"{name}_chance@{guidance:g}", {})[seed] = getattr(
-                    chance_score, name
-                )
+    for guidance_scale in GUIDANCE_SCALES:
+        for index, seed in enumerate(seeds):
+            seed_params = jax.tree.map(lambda x, index=index: x[index], params)
+            readings = read_pixels(_generate_images(run, seed_params, guidance_scale, text_set))
+            scores = score_readings(readings, image_set.descriptions)
+            chance_scores = score_chance(readings, image_set.descriptions)
+            for name in SCORES:
+                for suffix, score in (("", scores), ("_chance", chance_scores)):
+                    values = metrics.setdefault(f"{name}{suffix}@{guidance_scale:g}", {})
+                    values[seed] = getattr(score, name)
     return metrics
 
 
 def _generate_images(
-    run: config.Config, params: Params, guidance: float, text_set: TextSet
+    run: config.Config, params: Params, guidance_scale: float, text_set: TextSet
 ) -> np.ndarray:
+    """Generate an image of every caption."""
     num_captions, batch_size = len(text_set.lengths) - 1, run.sample.batch_size
-    settings, image_batches = replace(run.sample, guidance_scale=guidance), []
+    settings = replace(run.sample, guidance_scale=guidance_scale)
+    empty_rows = np.full(batch_size, num_captions)
+    batches = []
     for start in range(0, num_captions, batch_size):
-        rows = np.minimum(
-            np.arange(start, start + batch_size), num_captions - 1
-        )  # a last, shorter batch is filled up
-        empty_rows = np.full(batch_size, num_captions)
+        # A last, shorter batch is padded with copies of the last caption.
+        rows = np.minimum(np.arange(start, start + batch_size), num_captions - 1)
+        conditions = [
+            TextCondition(text_set.embeddings[indices], text_set.lengths[indices])
+            for indices in (rows, empty_rows)
+        ]
         images = generate_images(
-            params, rows.astype(np.uint32), *(TextCondition(text_set.embeddings[indices], text_set.lengths[indices]) for indices in (rows, empty_rows)),
-            model=run.model, compute=run.compute, settings=settings, noise_scale=run.flow.noise_scale, height=run.data.resolution, width=run.data.resolution,
-        )  # fmt: skip
-        image_batches.append(np.asarray(images)[: num_captions - start])
-    return np.concatenate(image_batches)
+            params,
+            rows.astype(np.uint32),
+            *conditions,
+            model=run.model,
+            compute=run.compute,
+            settings=settings,
+            noise_scale=run.flow.noise_scale,
+            height=run.data.resolution,
+            width=run.data.resolution,
+        )
+        batches.append(np.asarray(images)[: num_captions - start])
+    return np.concatenate(batches)

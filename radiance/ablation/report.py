@@ -1,4 +1,4 @@
-"""The results of a suite in a page of Markdown and a figure: each arm against the base, seed by seed."""
+"""The report of a suite, as a page of Markdown and a figure: each arm against the base."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import scipy.stats
 from radiance.ablation.results import Result, abbreviate
 from radiance.ablation.suite import Suite
 from radiance.base.errors import ConfigError
-from radiance.base.tables import format_number
+from radiance.base.tables import format_number, format_table
 from radiance.evaluation.figures import plot_intervals, render_svg
 from radiance.evaluation.statistics import (
     CONFIDENCE,
@@ -22,35 +22,36 @@ HIGHER_IS_BETTER = ("exact",)
 
 
 class Comparison(NamedTuple):
-    """An arm against the base."""
+    """An arm compared with the base.
 
-    difference: Interval | None  # as a share of the base's mean; None where a seed's is not finite
-    p: float  # of no difference: paired t-test, two-sided, after Holm over the arms but the control
-    verdict: str  # better, worse, equal (within the margin), undecided, or diverged
-    relative_steps: (
-        Interval | None
-    )  # of the base's steps, in which the arm reaches the base's last validation loss; None where a seed never does
+    Attributes:
+        difference: Paired difference as a fraction of the base's mean; None if a seed diverged.
+        p: P-value of no difference: two-sided paired t-test, with Holm's correction over all arms
+            except the control.
+        verdict: better, worse, equal within the margin, undecided, or diverged.
+        relative_steps: Steps until the arm reaches the base's last validation loss, as a fraction
+            of the base's steps; None if a seed never reaches it.
+    """
+
+    difference: Interval | None
+    p: float
+    verdict: str
+    relative_steps: Interval | None
 
 
 def compare_arms(suite: Suite, results: Mapping[str, Result]) -> dict[str, Comparison]:
-    """Every arm but the base. Raises ConfigError where the base is not among them, or its metric is nothing but 0 or not finite."""
-    if suite.base not in results:
-        raise ConfigError(
-            f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others are compared: run that arm."
-        )
-    base = results[suite.base]
-    base_values = base.metrics[suite.metric]
-    base_mean = float(np.mean(list(base_values.values())))
-    if base_mean == 0:
-        raise ConfigError(
-            f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, and there is no share of that: train it longer."
-        )
-    if not np.isfinite(base_mean):
-        raise ConfigError(
-            f"Suite {suite.name}: its base {suite.base} has diverged, and nothing can be compared with it: lower its learning rate."
-        )
+    """Compare every arm with the base.
+
+    Args:
+        suite: The suite.
+        results: Results by arm.
+
+    Raises:
+        ConfigError: The base has no result, or its metric is 0 or not finite.
+    """
+    base, base_mean = _check_base(suite, results)
     differences_by_arm = {
-        arm: paired_differences(result.metrics[suite.metric], base_values)
+        arm: paired_differences(result.metrics[suite.metric], base.metrics[suite.metric])
         for arm, result in results.items()
         if arm != suite.base
     }
@@ -66,12 +67,8 @@ def compare_arms(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compa
     for arm, differences in differences_by_arm.items():
         if arm not in raw_p_values:
             num_diverged = int((~np.isfinite(differences)).sum())
-            comparisons[arm] = Comparison(
-                None,
-                float("nan"),
-                f"diverged with {num_diverged} of {len(differences)} seeds",
-                None,
-            )
+            verdict = f"diverged with {num_diverged} of {len(differences)} seeds"
+            comparisons[arm] = Comparison(None, float("nan"), verdict, None)
             continue
         interval = student_interval([difference / base_mean for difference in differences])
         verdict = decide_verdict(suite, interval, adjusted_p_values[arm])
@@ -81,15 +78,40 @@ def compare_arms(suite: Suite, results: Mapping[str, Result]) -> dict[str, Compa
     return comparisons
 
 
+def _check_base(suite: Suite, results: Mapping[str, Result]) -> tuple[Result, float]:
+    """Return the result of the base and the mean of its metric."""
+    if suite.base not in results:
+        raise ConfigError(
+            f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others "
+            "are compared: run that arm."
+        )
+    base = results[suite.base]
+    base_mean = float(np.mean(list(base.metrics[suite.metric].values())))
+    if base_mean == 0:
+        raise ConfigError(
+            f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, so "
+            "that differences are no fractions of it: train it longer."
+        )
+    if not np.isfinite(base_mean):
+        raise ConfigError(
+            f"Suite {suite.name}: its base {suite.base} has diverged, and nothing can be compared "
+            "with it: lower its learning rate."
+        )
+    return base, base_mean
+
+
 def p_value(differences: Sequence[float]) -> float:
-    """Of a mean of 0, two-sided."""
-    if np.ptp(differences) == 0:  # as of arms that are the same in all but name
+    """Return the two-sided p-value of a mean of 0."""
+    if np.ptp(differences) == 0:  # for example, arms that differ only in their name
         return float(differences[0] == 0)
     return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
 
 
 def correct_holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values after Holm's correction (Scandinavian Journal of Statistics 6, 1979): that one of them all is below α by chance has probability α."""
+    """Return p-values after Holm's correction (Scandinavian Journal of Statistics 6, 1979).
+
+    The probability that any of them is below α by chance is at most α.
+    """
     adjusted, highest = {}, 0.0
     for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         adjusted[name] = highest = max(highest, min(1.0, (len(p_values) - rank) * p))
@@ -97,31 +119,41 @@ def correct_holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def decide_verdict(suite: Suite, interval: Interval, p: float) -> str:
+    """Return the verdict on an arm: better, worse, equal within the margin, or undecided.
+
+    Args:
+        suite: The suite, with its metric and margin.
+        interval: Difference from the base as a fraction of its mean.
+        p: Corrected p-value of no difference.
+    """
     is_equal = -suite.margin <= interval.low and interval.high <= suite.margin
     if p < 1 - CONFIDENCE:
         is_better = (interval.mean > 0) == (suite.metric in HIGHER_IS_BETTER)
-        return ("better" if is_better else "worse") + (
-            ", equal within the margin" if is_equal else ""
-        )
+        verdict = "better" if is_better else "worse"
+        return f"{verdict}, equal within the margin" if is_equal else verdict
     return "equal within the margin" if is_equal else "undecided"
 
 
 def steps_to_quality(result: Result, base: Result) -> Interval | None:
-    """Steps to the base's last validation loss, over the base's steps; None where some seed does not get there, or nothing was noted."""
+    """Return the steps until the base's last validation loss, as a fraction of the base's steps.
+
+    None if a seed does not reach it, or if losses during training were not recorded.
+    """
     if not base.curve or len(base.key.seeds) < 2:
         return None
     last_step, target_losses = base.curve[-1]
-    steps = [
-        first_step_below(
-            [(step, values[seed]) for step, values in result.curve], target_losses[seed]
-        )
-        for seed in base.key.seeds
-    ]
-    return None if None in steps else student_interval([step / last_step for step in steps])
+    fractions = []
+    for seed in base.key.seeds:
+        curve = [(step, values[seed]) for step, values in result.curve]
+        step = first_step_below(curve, target_losses[seed])
+        if step is None:
+            return None
+        fractions.append(step / last_step)
+    return student_interval(fractions)
 
 
 def first_step_below(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Where a curve first falls to `goal`, between its points on a straight line."""
+    """Return the step at which a curve first falls to `target`, with linear interpolation."""
     previous: tuple[int, float] | None = None
     for step, value in curve:
         if value <= target:
@@ -132,28 +164,26 @@ def first_step_below(curve: Sequence[tuple[int, float]], target: float) -> float
     return None
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------
 
 
 def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
+    """Return the report of a suite as Markdown.
+
+    Args:
+        suite: The suite.
+        results: Comparable results by arm, among them the base.
+    """
     comparisons, base = compare_arms(suite, results), results[suite.base]
-    key, is_tuned = base.key, any(result.tuning["losses"] for result in results.values())
     sections = [
-        f"# {suite.name}, scale {key.scale}",
+        f"# {suite.name}, scale {base.key.scale}",
         suite.question,
-        f"Decided by {suite.metric}, over seeds {', '.join(map(str, key.seeds))}; differences are paired by seed, with {CONFIDENCE:.0%} intervals, "
-        f"as shares of the base's mean; p is after Holm. Margin of equality {suite.margin:.1%}. "
-        + (
-            "Learning rate and average are tuned per arm."
-            if is_tuned
-            else "Nothing is tuned per arm: all have one learning rate and average."
-        ),
+        _describe_method(suite, results),
         _format_arms(suite, results, comparisons),
         _format_control(suite, comparisons),
-    ]
-    sections += [
         f"## {suite.name}: each arm by time",
-        "Mean validation loss in equal bins of time, from the image (0) to noise (1), as a share of the base's.",
+        "Mean validation loss in equal bins of time, from the image (0) to noise (1), as a "
+        "fraction of the base's.",
         _format_bins(results, base),
     ]
     if base.conditions:
@@ -165,29 +195,51 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
     if sample_metrics := [
         name for name in base.metrics if name not in ("validation_loss", "exact")
     ]:
-        sections += ["## Painted and read", _format_means(results, sample_metrics)]
+        sections += ["## Scores of generated images", _format_means(results, sample_metrics)]
+    return "\n\n".join(sections + _format_notes(suite, results)) + "\n"
+
+
+def _describe_method(suite: Suite, results: Mapping[str, Result]) -> str:
+    """Say how arms are compared."""
+    is_tuned = any(result.tuning["losses"] for result in results.values())
+    seeds = ", ".join(map(str, results[suite.base].key.seeds))
+    tuning = (
+        "Learning rate and average are tuned for each arm."
+        if is_tuned
+        else "Nothing is tuned for each arm: all have one learning rate and average."
+    )
+    return (
+        f"Decided by {suite.metric}, over seeds {seeds}; differences are paired by seed, with "
+        f"{CONFIDENCE:.0%} intervals, as fractions of the base's mean; p is after Holm's "
+        f"correction. Margin of equality {suite.margin:.1%}. {tuning}"
+    )
+
+
+def _format_notes(suite: Suite, results: Mapping[str, Result]) -> list[str]:
+    """Return notes on missing arms, skipped updates and the environment."""
+    notes, key = [], results[suite.base].key
     missing_arms = [arm for arm in suite.arms_at(key.scale) if arm not in results]
     if missing_arms:
-        sections.append(
-            f"Not run yet: {', '.join(missing_arms)}. With them p of the others may grow."
+        notes.append(
+            f"Not run yet: {', '.join(missing_arms)}. With them, p of the others may increase."
         )
-    if skipped_updates := {
-        arm: result.cost["skipped"] for arm, result in results.items() if result.cost["skipped"]
-    }:
-        skipped_text = ", ".join(f"{arm} {count}" for arm, count in skipped_updates.items())
-        sections.append(
-            f"Updates of all seeds that were left out because they were not finite: {skipped_text}."
+    skipped_steps = {arm: result.cost["skipped_steps"] for arm, result in results.items()}
+    if any(skipped_steps.values()):
+        skipped_text = ", ".join(f"{arm} {count}" for arm, count in skipped_steps.items() if count)
+        notes.append(
+            f"Updates of all seeds that were skipped because they were not finite: {skipped_text}."
         )
-    devices = ", ".join(
-        sorted({device for result in results.values() for device in result.environment["devices"]})
+    devices = {device for result in results.values() for device in result.environment["devices"]}
+    notes.append(
+        f"Code {abbreviate(key.commit)}, data {key.data}, on {', '.join(sorted(devices))}."
     )
-    sections.append(f"Code {abbreviate(key.commit)}, data {key.data}, on {devices}.")
-    return "\n\n".join(sections) + "\n"
+    return notes
 
 
 def _format_arms(
     suite: Suite, results: Mapping[str, Result], comparisons: Mapping[str, Comparison]
 ) -> str:
+    """Return the table of the arms with their verdicts."""
     rows = [
         [
             "arm",
@@ -204,105 +256,90 @@ def _format_arms(
     ]
     for arm, result in results.items():
         values = list(result.metrics[suite.metric].values())
-        mean = student_interval(values) if np.isfinite(values).all() else "not finite"
-        changes = (
-            " ".join(f"`{change}`" for change in suite.arms_at(result.key.scale)[arm]) or "the base"
-        )
-        comparison_cells = ["", "", "", ""]
-        if arm in comparisons:
-            comparison = comparisons[arm]
-            steps_cell = (
-                f"× {comparison.relative_steps}" if comparison.relative_steps else "not reached"
-            )
-            comparison_cells = (
-                [format_percent(comparison.difference), f"{comparison.p:.2g}"]
-                if comparison.difference
-                else ["", ""]
-            )
-            comparison_cells += [comparison.verdict, steps_cell]
-        cost_cells = [
-            format_number(result.cost["parameters"]),
-            format_number(result.cost["flops"]),
-            f"{result.cost['seconds']:.0f}",
-        ]
+        changes = suite.arms_at(result.key.scale)[arm]
         rows.append(
             [
                 f"{arm} (control)" if arm == suite.control else arm,
-                changes,
-                str(mean),
-                *comparison_cells,
-                *cost_cells,
+                " ".join(f"`{change}`" for change in changes) or "the base",
+                str(student_interval(values) if np.isfinite(values).all() else "not finite"),
+                *_format_comparison(comparisons.get(arm)),
+                format_number(result.cost["parameters"]),
+                format_number(result.cost["flops"]),
+                f"{result.cost['seconds']:.0f}",
             ]
         )
-    return _format_markdown(rows)
+    return format_table(rows, 2, style="github")
+
+
+def _format_comparison(comparison: Comparison | None) -> list[str]:
+    """Return difference, p, verdict and steps to quality; empty cells for the base."""
+    if comparison is None:
+        return ["", "", "", ""]
+    steps = f"× {comparison.relative_steps}" if comparison.relative_steps else "not reached"
+    if comparison.difference is None:
+        return ["", "", comparison.verdict, steps]
+    return [format_percent(comparison.difference), f"{comparison.p:.2g}", comparison.verdict, steps]
 
 
 def _format_control(suite: Suite, comparisons: Mapping[str, Comparison]) -> str:
+    """Say whether the suite can detect an effect of the size of the control's."""
     if suite.control not in comparisons:
-        return f"The control {suite.control} has not been run: no verdict of “undecided” or “equal” can be trusted yet."
+        return (
+            f"The control {suite.control} has not been run: no verdict of “undecided” or “equal” "
+            "can be trusted yet."
+        )
     if comparisons[suite.control].verdict.startswith("worse"):
-        return f"The control {suite.control} is told from the base, so the suite can see an effect of that size."
-    return f"The control {suite.control} is not told from the base: what this run leaves undecided, or calls equal, says nothing."
+        return (
+            f"The control {suite.control} differs significantly from the base, so the suite can "
+            "detect an effect of that size."
+        )
+    return (
+        f"The control {suite.control} does not differ significantly from the base, so results that "
+        "are undecided or equal carry no information."
+    )
 
 
 def _format_bins(results: Mapping[str, Result], base: Result) -> str:
+    """Return the table of validation losses in bins of time."""
     means = {
         arm: np.array([np.mean(list(values.values())) for values in result.bins])
         for arm, result in results.items()
     }
     num_bins = len(base.bins)
     rows = [["arm", *(f"{i / num_bins:g} … {(i + 1) / num_bins:g}" for i in range(num_bins))]]
-    rows += [
-        [arm, *(f"{value:.3f}" for value in arm_means / means[base.key.arm])]
-        for arm, arm_means in means.items()
-    ]
-    return _format_markdown(rows)
+    for arm, arm_means in means.items():
+        rows.append([arm, *(f"{value:.3f}" for value in arm_means / means[base.key.arm])])
+    return format_table(rows, style="github")
 
 
 def _format_conditions(suite: Suite, results: Mapping[str, Result]) -> str:
+    """Return the table of validation losses under other evaluation conditions."""
     conditions = list(results[suite.base].conditions)
     rows = [["trained as", "own", *conditions]]
     for arm, result in results.items():
         own_loss = float(np.mean(list(result.metrics["validation_loss"].values())))
-        means = {
-            condition: float(np.mean(list(values.values())))
-            for condition, values in result.conditions.items()
-        }
-        rows.append(
-            [
-                arm,
-                f"{own_loss:.4g}",
-                *(
-                    f"{means[condition]:.4g} (×{means[condition] / own_loss:.2f})"
-                    if condition in means
-                    else "–"
-                    for condition in conditions
-                ),
-            ]
-        )
-    return _format_markdown(rows)
+        cells = []
+        for condition in conditions:
+            if condition not in result.conditions:
+                cells.append("–")
+                continue
+            loss = float(np.mean(list(result.conditions[condition].values())))
+            cells.append(f"{loss:.4g} (×{loss / own_loss:.2f})")
+        rows.append([arm, f"{own_loss:.4g}", *cells])
+    return format_table(rows, style="github")
 
 
 def _format_means(results: Mapping[str, Result], names: Sequence[str]) -> str:
-    return _format_markdown(
-        [
-            ["arm", *names],
-            *(
-                [arm, *(f"{np.mean(list(result.metrics[name].values())):.3f}" for name in names)]
-                for arm, result in results.items()
-            ),
-        ]
-    )
-
-
-def _format_markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)
-    )
+    """Return the table of means of some metrics."""
+    rows = [["arm", *names]]
+    for arm, result in results.items():
+        means = [np.mean(list(result.metrics[name].values())) for name in names]
+        rows.append([arm, *(f"{mean:.3f}" for mean in means)])
+    return format_table(rows, style="github")
 
 
 def format_percent(interval: Interval) -> str:
+    """Return an interval of fractions in percent, with signs."""
     return f"{interval.mean:+.1%} ({interval.low:+.1%} … {interval.high:+.1%})"
 
 

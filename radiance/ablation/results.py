@@ -1,4 +1,4 @@
-"""What came of an arm: one JSON file, with all that says what it is a result of. Results of different things are never mixed."""
+"""Results of arms: JSON files with everything that identifies them, so that none are mixed."""
 
 import hashlib
 import json
@@ -18,38 +18,53 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class ResultKey:
-    """What a result is a result of."""
+    """Everything that identifies a result."""
 
     suite: str
     arm: str
     scale: str
     seeds: tuple[int, ...]
-    commit: str  # of the code, see `code`
-    config: str  # hash of the arm's config and of how it is tuned
-    data: str  # hash of what it was shown
+    commit: str  # of the code, see `get_code_version`
+    config: str  # hash of the configs of arm and base, and of the scale, see `hash_arm`
+    data: str  # hash of images, captions and text encoder
 
     @property
     def name(self) -> str:
-        """Of the folder that its pieces work in."""
+        """Name of the folder of its run directories."""
         return hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
 
 
 @dataclass(frozen=True)
 class Result:
+    """The result of an arm.
+
+    Attributes:
+        key: What it is a result of.
+        tuning: Learning-rate factor and average, and the losses by which they were chosen.
+        metrics: Values by metric and seed.
+        conditions: Validation losses by evaluation condition and seed.
+        bins: Validation losses by seed in equal bins of time.
+        curve: Validation losses by seed during training, with their step.
+        cost: Parameters, FLOPs of training on an image, seconds of all seeds together, and skipped
+            steps of all seeds.
+        environment: Versions and devices.
+    """
+
     key: ResultKey
-    tuning: dict[str, Any]  # learning rate and average, and the losses by which they were chosen
-    metrics: dict[str, dict[int, float]]  # by name and seed
-    conditions: dict[str, dict[int, float]]  # validation loss by view and seed
-    bins: list[dict[int, float]]  # validation loss by seed, in equal bins of time
-    curve: list[tuple[int, dict[int, float]]]  # validation loss as training went
-    cost: dict[
-        str, float
-    ]  # parameters, flops (of training on one picture), seconds (of all seeds together)
+    tuning: dict[str, Any]
+    metrics: dict[str, dict[int, float]]
+    conditions: dict[str, dict[int, float]]
+    bins: list[dict[int, float]]
+    curve: list[tuple[int, dict[int, float]]]
+    cost: dict[str, float]
     environment: dict[str, Any]
 
 
 def hash_config(run: config.Config, *extra: Any) -> str:
-    """Of what differs from the defaults, so that an option which the project gets later leaves the results it has."""
+    """Return a hash of the settings that differ from the defaults, and of `extra`.
+
+    A setting that the project gets later does not change the hashes of existing results.
+    """
     changes = {key: value for key, (_, value) in config.differences(config.Config(), run).items()}
     return hashlib.blake2b(
         repr((sorted(changes.items()), extra)).encode(), digest_size=16
@@ -57,7 +72,10 @@ def hash_config(run: config.Config, *extra: Any) -> str:
 
 
 def get_code_version() -> str:
-    """The last commit that changed the package, with a hash of what is not committed; without a checkout the version, with one of all files."""
+    """Return the last commit that changed the package, and a hash of uncommitted changes.
+
+    Without a checkout, return the version of the package and a hash of its files.
+    """
     try:
         commit = _run_git("log", "-1", "--format=%H", "--", "radiance")
         diff = _run_git("diff", "HEAD", "--", "radiance")
@@ -88,49 +106,65 @@ def _run_git(*command: str) -> str:
 
 
 class ResultFolder:
-    """Those of a suite at a scale, in a folder: ARM.json."""
+    """The results of a suite at a scale.
+
+    Args:
+        folder: Folder of the files ARM.json.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
     def path(self, arm: str) -> Path:
+        """Return the file of an arm."""
         return self.folder / f"{arm}.json"
 
     def find(self, key: ResultKey) -> Result | None:
-        """The result of an arm. Raises ConfigError when the folder has one of something else, of this arm or of another."""
+        """Return the result of an arm, or None.
+
+        Raises:
+            ConfigError: The folder holds results of something else, of this arm or another.
+        """
         for path in sorted(self.folder.glob("*.json")):
             check_comparable(key, read_result(path).key, path)
         path = self.path(key.arm)
         return read_result(path) if path.is_file() else None
 
     def write(self, result: Result):
+        """Write a result. Raise ConfigError if the folder holds results of something else."""
         self.find(result.key)
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(self.path(result.key.arm)) as partial_path:
             partial_path.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
     def read_all(self, hashes: Mapping[str, str]) -> dict[str, Result]:
-        """Those there are of arms with these hashes of their configs, in their order. Raises ConfigError when they cannot stand in one table, or
-        an arm has changed since.
+        """Return the results that exist, by arm.
+
+        Args:
+            hashes: Hash of the config of each arm, in the order of the results.
+
+        Raises:
+            ConfigError: The results are not comparable, or an arm has changed since.
         """
         results = {arm: read_result(self.path(arm)) for arm in hashes if self.path(arm).is_file()}
         for arm, result in results.items():
             check_comparable(next(iter(results.values())).key, result.key, self.path(arm))
             if result.key.config != hashes[arm]:
                 raise ConfigError(
-                    f"{self.path(arm)} is of another config than the arm has now: run it again in another folder (--results)."
+                    f"{self.path(arm)} is a result of another config than the arm has now: run the "
+                    "arm again with another folder (--results)."
                 )
         return results
 
 
 def read_result(path: Path) -> Result:
-    """Raises ConfigError for a file that is no result."""
+    """Return the result in a file. Raise ConfigError if it is no result."""
     try:
         result_fields = json.loads(path.read_text())
         result_fields["key"] = ResultKey(
             **result_fields["key"] | {"seeds": tuple(result_fields["key"]["seeds"])}
         )
-        for name in ("metrics", "views"):
+        for name in ("metrics", "conditions"):
             result_fields[name] = {
                 metric: _parse_seeds(values) for metric, values in result_fields[name].items()
             }
@@ -140,7 +174,7 @@ def read_result(path: Path) -> Result:
         result_fields["bins"] = [_parse_seeds(values) for values in result_fields["bins"]]
         return Result(**result_fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} is no result of an arm ({error!r}): remove it.") from None
+        raise ConfigError(f"{path} is not the result of an arm ({error!r}): remove it.") from None
 
 
 def _parse_seeds(values: Mapping[str, float]) -> dict[int, float]:
@@ -148,22 +182,30 @@ def _parse_seeds(values: Mapping[str, float]) -> dict[int, float]:
 
 
 def check_comparable(key: ResultKey, other_key: ResultKey, path: Path):
-    """Raises ConfigError where two results cannot stand in one table; configs are compared between results of one arm alone."""
+    """Raise ConfigError if two results are not comparable.
+
+    Args:
+        key: Identity of a result.
+        other_key: Identity of the result in `path`. Its config must be equal for the same arm.
+        path: File of the other result, for the message.
+    """
     names = ["suite", "scale", "seeds", "commit", "data"] + (
         ["config"] if key.arm == other_key.arm else []
     )
     if mismatches := [name for name in names if getattr(key, name) != getattr(other_key, name)]:
         mismatch_text = ", ".join(
-            f"{name} {abbreviate(getattr(other_key, name))} and not {abbreviate(getattr(key, name))}"
+            f"{name} {abbreviate(getattr(other_key, name))} instead of "
+            f"{abbreviate(getattr(key, name))}"
             for name in mismatches
         )
         raise ConfigError(
-            f"{path} is a result of something else ({mismatch_text}): move it away, or give another folder (--results)."
+            f"{path} is a result of something else ({mismatch_text}): move it away, or choose "
+            "another folder (--results)."
         )
 
 
 def abbreviate(value: str | Sequence[int]) -> str:
-    """A hash by its beginning, with what is behind a plus; seeds."""
+    """Return a short form of a commit, with its part after a plus, or of seeds."""
     if not isinstance(value, str):
         return ",".join(map(str, value))
     commit, separator, suffix = value.partition("+")

@@ -1,200 +1,127 @@
-"""Training one arm: several seeds at once, in pieces.
+"""Train the seeds of an arm together, by the trainer that trains every run.
 
-`jax.vmap` maps the trainer's own step over states and seeds. A seed has the same in every arm: the images and captions of each
-step, times and noise, and the first weights of what the arm shares with the base. A piece that is stopped leaves a checkpoint, from which the
-next goes on as if nothing had been.
+A seed has the same images, captions, times and noise in every arm, and the same first weights of
+everything that the arm shares with the base. Each seed has its own run directory.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int32
 
 from radiance import config
-from radiance.ablation.data import ImageSet, TextSet, sample_indices
+from radiance.ablation.data import ImageSet, PoolBatches, TextSet
+from radiance.ablation.metrics import measure_validation_losses
 from radiance.base.files import replace_atomically
 from radiance.model.transformer import Params, init_params
-from radiance.training.checkpoints import Checkpoints
-from radiance.training.parameter_groups import merge_params, split_frozen
-from radiance.training.progress import Progress
-from radiance.training.step import (
-    TrainState,
-    compute_validation_losses,
-    init_state,
-    make_train_step,
-)
-
-# Seeds are on the first axis of all that differs between them; the step is one number, as checkpoints need it.
-SEED_AXES = TrainState(
-    step=None, params=0, ema=0, optimizer_state=0, skipped_steps=0, consecutive_skipped_steps=0
-)
+from radiance.training.inputs import DataFeed, prepare
+from radiance.training.loop import fit
+from radiance.training.run_directory import RunDirectory
+from radiance.training.seeds import InitParams
+from radiance.training.step import TrainState
 
 
 class TrainingOutcome(NamedTuple):
+    """What the training of an arm gave.
+
+    Attributes:
+        state: State of all seeds, on a leading axis.
+        curve: Validation losses of the seeds during training, by step.
+        seconds: Time of training with validation, over all starts.
+    """
+
     state: TrainState
-    curve: list[
-        tuple[int, list[float]]
-    ]  # validation loss of each seed as training went, with the first average
-    seconds: float  # of training, validation on the way included, over all pieces
+    curve: list[tuple[int, list[float]]]
+    seconds: float
 
 
 def train_seeds(
     run: config.Config,
     base: config.Config,
     seeds: Sequence[int],
-    image_set: ImageSet,
-    text_set: TextSet,
+    train_data: tuple[ImageSet, TextSet],
     validation_data: tuple[ImageSet, TextSet],
-    directory: Path,
+    folder: Path,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingOutcome | None:
-    """The state after `run.train.steps`; None when `stop`, asked after every step, said so before, and then the state is saved.
+    """Train several seeds together, or resume them; return None if `should_stop` ended it before.
 
-    base: whose first weights are shared, and under whose data and method the validation loss is measured.
+    Args:
+        run: Config of the arm; its name and seed are not used.
+        base: Config of the base, whose first weights are shared and whose data and objective
+            measure the validation loss.
+        seeds: Seed of each run.
+        train_data: Images and captions to sample from.
+        validation_data: Images and captions of the validation loss.
+        folder: Folder of the run directories.
+        should_stop: Called after every step; the state is saved when it returns true.
     """
-    checkpoints, notes = Checkpoints(directory / "checkpoints"), directory / "notes.json"
-    first = checkpoints.latest_step or 0
-    fresh = partial(init_states, run, base.model, seeds)
-    state = checkpoints.restore(first, jax.eval_shape(fresh)) if first else jax.jit(fresh)()
-    told = json.loads(notes.read_text()) if notes.is_file() else {"seconds": {}, "curve": []}
-    curve = [(step, values) for step, values in told["curve"] if step <= first]
-    seconds = {
-        int(step): spent for step, spent in told["seconds"].items() if int(step) <= first
-    }  # of each piece, by its last step
-    pool = jax.device_put((image_set.image, text_set.embeddings, text_set.lengths))
-    step = jax.jit(partial(step_seeds, run), donate_argnums=0)
-    number, saved, began = first, first, time.monotonic()
-
-    def save():
-        nonlocal saved, began
-        jax.block_until_ready(state)
-        seconds[number], began, saved = time.monotonic() - began, time.monotonic(), number
-        with replace_atomically(
-            notes
-        ) as part:  # before the checkpoint, behind which nothing of them is read
-            part.write_text(json.dumps({"seconds": seconds, "curve": curve}) + "\n")
-        checkpoints.save(state)
-        checkpoints.wait()
-
-    try:
-        with closing(
-            Progress(first, run.train.steps, run.data.batch_size * len(seeds))
-        ) as progress:
-            while number < run.train.steps:
-                chosen = [
-                    sample_indices(seed, number, len(image_set.image), run.data) for seed in seeds
-                ]
-                state, metrics = step(
-                    state, tuple(map(np.stack, zip(*chosen))), np.array(seeds, np.uint32), pool
-                )
-                number += 1
-                if number % run.train.validate_every == 0:
-                    losses = measure_validation_losses(
-                        run,
-                        base,
-                        select_average(run, state, run.optimizer.ema_names[0]),
-                        *validation_data,
-                    )
-                    curve.append((number, losses.mean(axis=1).tolist()))
-                progress.update(
-                    number,
-                    {"loss": float(metrics["loss"].mean())}
-                    if number % run.train.log_every == 0
-                    else {},
-                )
-                if number - saved >= run.train.checkpoint_every or number == run.train.steps:
-                    save()
-                elif should_stop():
-                    save()
-                    return None
-    finally:
-        checkpoints.close()
-    return TrainingOutcome(state, curve, sum(seconds.values()))
+    feed = DataFeed(
+        make_batches=lambda seed_run: PoolBatches(seed_run, *train_data),
+        validate=lambda params: measure_validation_losses(run, base, params, *validation_data),
+        init_params=make_init_params(run.model, base.model),
+        num_images=len(train_data[0].image),
+        metadata={"pool": {"num_images": len(train_data[0].image)}},
+    )
+    inputs = prepare(make_runs(run, seeds, folder), feed)
+    start_time = time.monotonic()
+    step, state = fit(inputs, should_stop)
+    seconds = _add_seconds(folder / "seconds.json", time.monotonic() - start_time)
+    if step < run.train.steps:
+        return None
+    return TrainingOutcome(state, read_curve(inputs.directories), seconds)
 
 
-def init_states(run: config.Config, shared_model: config.Model, seeds: Sequence[int]) -> TrainState:
-    """A state for each seed. Tensors that the network has in common with `shared`, by path and shape, begin as that begins."""
+def make_runs(run: config.Config, seeds: Sequence[int], folder: Path) -> list[config.Config]:
+    """Return a run for each seed, with a directory of its own in `folder`."""
+    return [
+        replace(run, name=f"seed_{seed}", output=str(folder), train=replace(run.train, seed=seed))
+        for seed in seeds
+    ]
 
-    def of(seed: Int32[Array, ""]) -> TrainState:
-        key = jax.random.key(seed)
-        return init_state(
-            run, share_params(init_params(run.model, key), init_params(shared_model, key))
-        )
 
-    return jax.vmap(of, out_axes=SEED_AXES)(jnp.array(seeds, jnp.uint32))
+def make_init_params(model: config.Model, base_model: config.Model) -> InitParams:
+    """Return a function from a random key to first weights that are shared with the base."""
+
+    def init(key: jax.Array) -> Params:
+        return share_params(init_params(model, key), init_params(base_model, key))
+
+    return init
 
 
 def share_params(params: Params, shared_params: Params) -> Params:
-    """`own`, with the tensors of `other` that have the same path and shape."""
-    theirs = dict(jax.tree_util.tree_leaves_with_path(shared_params))
+    """Return `params` with the tensors of `shared_params` that have the same path and shape."""
+    shared_leaves = dict(jax.tree_util.tree_leaves_with_path(shared_params))
 
-    def leaf(path, mine):
-        found = theirs.get(path, mine)
-        return found if found.shape == mine.shape else mine
+    def select_leaf(path, leaf):
+        shared_leaf = shared_leaves.get(path, leaf)
+        return shared_leaf if shared_leaf.shape == leaf.shape else leaf
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def step_seeds(
-    run: config.Config,
-    state: TrainState,
-    indices: tuple[Array, Array],
-    seeds: Array,
-    pool: tuple[Array, Array, Array],
-):
-    """The training step of all seeds. chosen: rows of the pool, [seeds, b], for images and for texts."""
-    (index, said), (image, rows, lengths) = indices, pool
-    batch = {
-        "image": image[index],
-        "text": rows[said],
-        "lengths": lengths[said],
-        "weight": jnp.ones(index.shape),
-    }
-    return jax.vmap(make_train_step(run), in_axes=(SEED_AXES, 0, None, 0), out_axes=(SEED_AXES, 0))(
-        state, batch, None, seeds
-    )
+    return jax.tree_util.tree_map_with_path(select_leaf, params)
 
 
-def select_average(run: config.Config, state: TrainState, average: str) -> Params:
-    """The averaged weights of all seeds."""
-    return merge_params(state.ema[average], split_frozen(state.params, run.optimizer.frozen)[1])
-
-
-def measure_validation_losses(
-    run: config.Config, base: config.Config, params: Params, image_set: ImageSet, text_set: TextSet
-) -> Float[np.ndarray, "seeds bins"]:
-    """Mean validation loss of every seed over images, in equal bins of time, with the same noise for all seeds, arms and views."""
-    validate, count, size = (
-        _make_validator(replace(base, model=run.model)),
-        len(image_set.image),
-        base.data.batch_size,
-    )
-    total = 0.0
-    for part, start in enumerate(range(0, count, size)):
-        rows = np.minimum(
-            np.arange(start, start + size), count - 1
-        )  # a last, shorter batch is filled up
-        batch = {
-            "image": image_set.image[rows],
-            "text": text_set.embeddings[rows],
-            "lengths": text_set.lengths[rows],
-            "weight": np.ones(size, np.float32),
+def read_curve(directories: Sequence[RunDirectory]) -> list[tuple[int, list[float]]]:
+    """Return the validation losses of the seeds by step, from their run directories."""
+    losses_by_seed = [
+        {
+            row["step"]: row["validation_loss"]
+            for row in directory.read_metrics()
+            if "validation_loss" in row
         }
-        total += np.asarray(validate(params, batch, jnp.int32(part)), np.float64)[
-            :, : count - start
-        ].sum(axis=1)
-    return total / count
+        for directory in directories
+    ]
+    return [
+        (step, [losses[step] for losses in losses_by_seed]) for step in sorted(losses_by_seed[0])
+    ]
 
 
-@lru_cache(maxsize=32)
-def _make_validator(run: config.Config) -> Callable[..., Any]:
-    return jax.jit(jax.vmap(partial(compute_validation_losses, run), in_axes=(0, None, None)))
+def _add_seconds(file: Path, seconds: float) -> float:
+    """Add the time of this start to that of earlier ones, and return the sum."""
+    total = seconds + (json.loads(file.read_text()) if file.is_file() else 0.0)
+    with replace_atomically(file) as partial_path:
+        partial_path.write_text(f"{total}\n")
+    return total

@@ -1,4 +1,4 @@
-"""One arm, from its config to its result: tuned, trained, measured and kept."""
+"""One arm, from its config to its result: tuned, trained, measured and written."""
 
 import json
 import math
@@ -11,25 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radiance import config
-from radiance.ablation.data import ImageSet, TextSet, encode_captions, hash_parts, render_image_set
-from radiance.ablation.metrics import measure_adherence
+from radiance.ablation.data import ImageSet, TextSet, encode_captions, hash_data, load_image_set
+from radiance.ablation.metrics import measure_adherence, measure_validation_losses
 from radiance.ablation.results import Result, ResultFolder, ResultKey, hash_config
-from radiance.ablation.runner import (
-    TrainingOutcome,
-    measure_validation_losses,
-    select_average,
-    train_seeds,
-)
+from radiance.ablation.runner import TrainingOutcome, train_seeds
 from radiance.ablation.suite import TUNING_SEEDS, Scale, Suite
 from radiance.base.files import replace_atomically
 from radiance.base.trees import count_params
 from radiance.model.flops import training_flops
 from radiance.model.transformer import make_abstract_params
 from radiance.training.run_directory import describe_environment
+from radiance.training.validation import select_average
 
 
 class Trial(NamedTuple):
-    """An arm of a suite at a scale, to be run on some seeds by the code of a commit."""
+    """An arm of a suite at a scale, on some seeds and with the code of a commit."""
 
     suite: Suite
     scale: str
@@ -39,28 +35,30 @@ class Trial(NamedTuple):
 
     @property
     def scale_settings(self) -> Scale:
+        """Settings of the scale."""
         return self.suite.scales[self.scale]
 
     @property
     def base(self) -> config.Config:
+        """Config of the base."""
         return self.suite.arm_config(self.scale, self.suite.base)
 
     @property
     def run(self) -> config.Config:
+        """Config of the arm."""
         return self.suite.arm_config(self.scale, self.arm)
 
     @property
     def config_hash(self) -> str:
+        """Hash of everything that the result depends on but code, data and seeds."""
         return hash_arm(self.suite, self.scale, self.arm)
 
     @property
     def key(self) -> ResultKey:
-        """Renders the images to know them."""
+        """Identity of the result. The images are loaded for it."""
         image_sets = [self.load_image_set("train"), self.load_image_set("validation")]
-        # Of the base's text: that of an arm follows from its config.
-        text_sets = [
-            encode_captions(image_sets[1].captions, self.base.text, self.base.model.text_dim)
-        ]
+        # The text encoder of the base; that of the arm is in its config.
+        text_set = encode_captions(image_sets[1].captions, self.base.text, self.base.model.text_dim)
         return ResultKey(
             self.suite.name,
             self.arm,
@@ -68,27 +66,29 @@ class Trial(NamedTuple):
             self.seeds,
             self.commit,
             self.config_hash,
-            hash_parts(image_sets, text_sets),
+            hash_data(image_sets, [text_set]),
         )
 
     def load_image_set(self, split: str, num_images: int | None = None) -> ImageSet:
-        num_validation_images = (
-            self.base.train.validation_images if num_images is None else num_images
-        )
-        return render_image_set(
-            split,
-            self.scale_settings.num_images if split == "train" else num_validation_images,
-            self.base.data.resolution,
-            self.scale_settings.caption_lengths,
-        )
+        """Return the images of a split: as many as the scale says, or `num_images`."""
+        if num_images is None:
+            is_train = split == "train"
+            num_images = (
+                self.scale_settings.num_images if is_train else self.base.train.validation_images
+            )
+        return load_image_set(self.base.data, split, num_images)
 
     def encode_texts(self, image_set: ImageSet, run: config.Config | None = None) -> TextSet:
+        """Return the captions of images, encoded as in the arm or in `run`."""
         run = run or self.run
         return encode_captions(image_set.captions, run.text, run.model.text_dim)
 
 
 def hash_arm(suite: Suite, scale: str, arm: str) -> str:
-    """Of all that an arm's result follows from but the code, the data and the seeds: of the base its first weights and how losses are measured."""
+    """Return a hash of everything that a result depends on but code, data and seeds.
+
+    The base is part of it, because it gives the first weights and the measure of losses.
+    """
     scale_settings = suite.scales[scale]
     return hash_config(
         suite.arm_config(scale, arm),
@@ -96,7 +96,6 @@ def hash_arm(suite: Suite, scale: str, arm: str) -> str:
         scale_settings.learning_rate_factors,
         scale_settings.num_samples,
         scale_settings.num_images,
-        scale_settings.caption_lengths,
         scale_settings.conditions,
     )
 
@@ -107,9 +106,18 @@ def run_arm(
     work_dir: Path,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
-    """The result of an arm, which is read where it is there already; None when `stop` said so first.
+    """Return the result of an arm, from disk if it exists; None if `should_stop` ended it before.
 
-    Raises ConfigError when `results` holds results of something else.
+    The run directories of the seeds stay in WORK/SUITE/SCALE/ARM/KEY.
+
+    Args:
+        trial: The arm.
+        results: Folder of the results of the suite and scale.
+        work_dir: Folder of the run directories.
+        should_stop: Called after every training step; training is saved when it returns true.
+
+    Raises:
+        ConfigError: `results` holds results of something else, or no learning rate trains the arm.
     """
     key = trial.key
     if existing_result := results.find(key):
@@ -118,13 +126,15 @@ def run_arm(
     tuning = _tune(trial, folder, should_stop)
     if tuning is None:
         return None
-    run = _with_rate_factor(trial.run, tuning["rate"])
-    outcome = _train_arm(trial, run, trial.seeds, folder / "run", should_stop)
+    run = _with_rate_factor(trial.run, tuning["learning_rate_factor"])
+    run = _with_average(run, tuning["average"])
+    outcome = _train_arm(trial, run, trial.seeds, folder, should_stop)
     if outcome is None:
         return None
     result = _measure_arm(trial, key, run, outcome, tuning)
     results.write(result)
-    shutil.rmtree(folder)
+    for path in folder.glob("tuning_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return result
 
 
@@ -135,13 +145,13 @@ def _train_arm(
     folder: Path,
     should_stop: Callable[[], bool],
 ) -> TrainingOutcome | None:
+    """Train the arm with a config on some seeds."""
     image_set, validation_set = trial.load_image_set("train"), trial.load_image_set("validation")
     return train_seeds(
         run,
         trial.base,
         seeds,
-        image_set,
-        trial.encode_texts(image_set),
+        (image_set, trial.encode_texts(image_set)),
         (validation_set, trial.encode_texts(validation_set)),
         folder,
         should_stop,
@@ -149,39 +159,32 @@ def _train_arm(
 
 
 def _with_rate_factor(run: config.Config, factor: float) -> config.Config:
-    return replace(
-        run, optimizer=replace(run.optimizer, learning_rate=factor * run.optimizer.learning_rate)
-    )
+    """Return a config with its learning rate multiplied."""
+    learning_rate = factor * run.optimizer.learning_rate
+    return replace(run, optimizer=replace(run.optimizer, learning_rate=learning_rate))
+
+
+def _with_average(run: config.Config, name: str) -> config.Config:
+    """Return a config that is validated and sampled with an average."""
+    weights = name if name.startswith("width=") else f"ema={name}"
+    return replace(run, sample=replace(run.sample, weights=weights))
 
 
 def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-    """Factor of the learning rate and average with the least validation loss on the seeds of TUNING; 1 and the first average where the scale
-    tunes nothing.
+    """Choose learning rate and average by the validation loss on the tuning seeds.
+
+    They are the config's own, and the first average, where the scale tunes nothing.
     """
     averages = trial.run.optimizer.ema_names
     if not trial.scale_settings.learning_rate_factors:
-        return {"rate": 1.0, "average": averages[0], "losses": {}}
+        return {"learning_rate_factor": 1.0, "average": averages[0], "losses": {}}
     losses_by_factor: dict[str, dict[str, float]] = {}
-    validation_set = trial.load_image_set("validation")
     for factor in trial.scale_settings.learning_rate_factors:
-        losses_file = folder / f"rate_{factor:g}.json"
+        losses_file = folder / f"tuning_{factor:g}.json"
         if not losses_file.is_file():
-            run = _with_rate_factor(trial.run, factor)
-            outcome = _train_arm(trial, run, TUNING_SEEDS, folder / f"rate_{factor:g}", should_stop)
-            if outcome is None:
+            losses = _measure_factor(trial, factor, folder / f"tuning_{factor:g}", should_stop)
+            if losses is None:
                 return None
-            losses = {
-                name: float(
-                    measure_validation_losses(
-                        run,
-                        trial.base,
-                        select_average(run, outcome.state, name),
-                        validation_set,
-                        trial.encode_texts(validation_set),
-                    ).mean()
-                )
-                for name in averages
-            }
             with replace_atomically(losses_file) as partial_path:
                 partial_path.write_text(json.dumps(losses) + "\n")
         losses_by_factor[f"{factor:g}"] = json.loads(losses_file.read_text())
@@ -193,10 +196,31 @@ def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[s
     }
     if not choices:
         raise config.ConfigError(
-            f"No learning rate trains arm {trial.arm} of {trial.suite.name}: lower its rates."
+            f"No learning rate trains arm {trial.arm} of {trial.suite.name}: lower the suite's "
+            "learning_rate_factors."
         )
     factor, average = min(choices, key=choices.__getitem__)
-    return {"rate": float(factor), "average": average, "losses": losses_by_factor}
+    return {"learning_rate_factor": float(factor), "average": average, "losses": losses_by_factor}
+
+
+def _measure_factor(
+    trial: Trial, factor: float, folder: Path, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Train the tuning seeds with a learning rate; return the mean loss of every average."""
+    run = _with_rate_factor(trial.run, factor)
+    run = _with_average(run, run.optimizer.ema_names[0])
+    outcome = _train_arm(trial, run, TUNING_SEEDS, folder, should_stop)
+    if outcome is None:
+        return None
+    validation_set = trial.load_image_set("validation")
+    text_set = trial.encode_texts(validation_set)
+    losses = {}
+    for name in run.optimizer.ema_names:
+        params = select_average(run, outcome.state, name)
+        losses[name] = float(
+            measure_validation_losses(run, trial.base, params, validation_set, text_set).mean()
+        )
+    return losses
 
 
 def _measure_arm(
@@ -206,13 +230,13 @@ def _measure_arm(
     outcome: TrainingOutcome,
     tuning: dict[str, Any],
 ) -> Result:
+    """Measure the trained arm."""
     seeds, validation_set = trial.seeds, trial.load_image_set("validation")
     params = select_average(run, outcome.state, tuning["average"])
 
     def measure_losses(run: config.Config) -> np.ndarray:
-        return measure_validation_losses(
-            run, trial.base, params, validation_set, trial.encode_texts(validation_set, run)
-        )
+        text_set = trial.encode_texts(validation_set, run)
+        return measure_validation_losses(run, trial.base, params, validation_set, text_set)
 
     bin_losses = measure_losses(run)
     metrics = {"validation_loss": map_by_seed(seeds, bin_losses.mean(axis=1))}
@@ -222,16 +246,16 @@ def _measure_arm(
             run, params, seeds, sample_set, trial.encode_texts(sample_set)
         )
         metrics |= sample_metrics | {"exact": sample_metrics["exact@1"]}
+    conditions = {
+        condition: map_by_seed(seeds, measure_losses(condition_run).mean(axis=1))
+        for condition, condition_run in trial.suite.condition_configs(trial.scale, run).items()
+    }
     resolution = run.data.resolution
     cost = {
         "parameters": count_params(make_abstract_params(run.model)),
         "flops": training_flops(run.model, resolution, resolution, run.text.max_length),
         "seconds": outcome.seconds,
-        "skipped": int(np.sum(outcome.state.skipped_steps)),
-    }
-    conditions = {
-        condition: map_by_seed(seeds, measure_losses(condition_run).mean(axis=1))
-        for condition, condition_run in trial.suite.condition_configs(trial.scale, run).items()
+        "skipped_steps": int(np.sum(outcome.state.skipped_steps)),
     }
     bins = [map_by_seed(seeds, values) for values in bin_losses.T]
     curve = [(step, map_by_seed(seeds, values)) for step, values in outcome.curve]
@@ -239,4 +263,5 @@ def _measure_arm(
 
 
 def map_by_seed(seeds: Sequence[int], values: Sequence[float]) -> dict[int, float]:
+    """Return a value for each seed as a dictionary."""
     return {seed: float(value) for seed, value in zip(seeds, values, strict=True)}

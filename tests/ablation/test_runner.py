@@ -1,5 +1,6 @@
-"""Seeds that are trained together are what each is alone; a piece that goes on is what an unbroken one is."""
+"""Seeds trained together equal each seed alone, and resumed training equals uninterrupted."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -10,135 +11,224 @@ import pytest
 from radiance import config
 from radiance.ablation.data import (
     ImageSet,
+    PoolBatches,
     TextSet,
     encode_captions,
-    hash_parts,
-    render_image_set,
+    hash_data,
+    load_image_set,
     sample_indices,
 )
-from radiance.ablation.runner import (
-    init_states,
-    measure_validation_losses,
-    select_average,
-    share_params,
-    step_seeds,
-    train_seeds,
-)
+from radiance.ablation.metrics import measure_validation_losses
+from radiance.ablation.runner import make_init_params, make_runs, share_params, train_seeds
+from radiance.evaluation.report import write_report
+from radiance.loading import load
+from radiance.shapes.captions import make_caption
+from radiance.shapes.scenes import render_scene, sample_scene
+from radiance.training import callbacks
 from radiance.training.checkpoints import Checkpoints
+from radiance.training.inputs import prepare
+from radiance.training.loop import fit, train
+from radiance.training.run_directory import RunDirectory
+from radiance.training.seeds import init_states, make_seeds_step, select_seed
 from radiance.training.step import compute_validation_losses, init_state, make_train_step
-from tests.helpers.toy_runs import same, toy_run
+from radiance.training.validation import select_average
+from tests.helpers.toy_runs import PLAIN, metrics, same, state_of, toy_run
 
 SEEDS = (3, 5)
+SHAPES = (
+    "data.source=shapes",
+    "data.shapes.caption_lengths=short",
+    "data.shapes.max_tokens=20",
+    "text.max_length=20",
+)
 
 
 @pytest.fixture(scope="module")
 def run() -> config.Config:
-    return toy_run("unused", "unused", "train.steps=3", "train.checkpoint_every=2", "train.validate_every=1", "data.caption_dropout=0.3",
-                   "text.max_length=20", modulation="none", head="linear")  # fmt: skip
+    changes = ("train.steps=3", "train.checkpoint_every=2", "train.validate_every=1")
+    return toy_run(
+        "unused",
+        "unused",
+        *SHAPES,
+        *changes,
+        "data.caption_dropout=0.3",
+        modulation="none",
+        head="linear",
+    )
 
 
 @pytest.fixture(scope="module")
 def pool(run) -> tuple[ImageSet, TextSet]:
-    shown = render_image_set("train", 12, run.data.side, "short")
-    return shown, encode_captions(shown.captions, run.text, run.model.text_dim)
+    images = load_image_set(run.data, "train", 12)
+    return images, encode_captions(images.captions, run.text, run.model.text_dim)
 
 
-def at(tree, i):
+@pytest.fixture
+def no_samples(monkeypatch):
+    monkeypatch.setattr(callbacks, "sample_gallery", lambda *_: None)
+
+
+def select(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def test_seeds_together_are_each_alone(run, pool):
-    shown, texts = pool
-    chosen = [
-        [sample_indices(seed, n, len(shown.image), run.data) for seed in SEEDS] for n in range(2)
+def test_the_pool_holds_the_images_and_captions_of_the_source():
+    data = config.Data(
+        source="shapes", shapes=config.Shapes(caption_lengths="short", max_tokens=20), resolution=16
+    )
+    images = load_image_set(data, "validation", 5)
+    scenes = [sample_scene(0, i, "validation") for i in range(5)]
+    captions = [make_caption(scene, "short") for scene in scenes]
+    assert images.captions == tuple(caption.text for caption in captions)
+    assert images.descriptions == tuple(caption.description for caption in captions)
+    assert np.array_equal(
+        images.image, np.stack([np.asarray(render_scene(scene, 16)) for scene in scenes])
+    )
+    black = replace(data, shapes=replace(data.shapes, max_objects=1, backgrounds=("black",)))
+    for caption in load_image_set(black, "train", 8).descriptions:
+        assert caption.count == 1
+        assert caption.background in ("black", None)
+    few = replace(data, shapes=replace(data.shapes, num_images=4))
+    with pytest.raises(config.ConfigError, match="has 4 images, and the suite needs 5"):
+        load_image_set(few, "train", 5)
+
+
+def test_seeds_trained_together_equal_each_alone(run, pool):
+    feeds = [
+        PoolBatches(replace(run, train=replace(run.train, seed=seed)), *pool) for seed in SEEDS
     ]
-    step = jax.jit(lambda *given: step_seeds(run, *given))
-    together = init_states(run, run.model, SEEDS)
-    for picked in chosen:
-        together, metrics = step(
-            together,
-            tuple(map(np.stack, zip(*picked))),
-            np.array(SEEDS, np.uint32),
-            (shown.image, *texts[:2]),
-        )
+    batches = [
+        [
+            {name: x for name, x in feed[step].items() if name not in ("cut", "skipped")}
+            for feed in feeds
+        ]
+        for step in range(2)
+    ]
+    step = jax.jit(make_seeds_step(run, 2))
+    together = init_states(run, SEEDS)
+    for seed_batches in batches:
+        stacked = {
+            name: np.stack([batch[name] for batch in seed_batches]) for name in seed_batches[0]
+        }
+        together, group_metrics = step(together, stacked, None, np.array(SEEDS, np.uint32), None)
     for i, seed in enumerate(SEEDS):
         alone = replace(run, train=replace(run.train, seed=seed))
-        state, one = init_state(alone), jax.jit(make_train_step(alone))
-        for index, said in (picked[i] for picked in chosen):
-            batch = {
-                "image": shown.image[index],
-                "text": texts.rows[said],
-                "lengths": texts.lengths[said],
-                "weight": np.ones(len(index)),
-            }
-            state, facts = one(state, batch)
-        np.testing.assert_allclose(metrics["loss"][i], facts["loss"], rtol=1e-5)
-        for name in ("params", "ema", "optimizer"):
-            for x, y in zip(
-                jax.tree.leaves(at(getattr(together, name), i)),
-                jax.tree.leaves(getattr(state, name)),
-            ):
+        state, step_alone = init_state(alone), jax.jit(make_train_step(alone))
+        for seed_batches in batches:
+            state, step_metrics = step_alone(state, seed_batches[i])
+        np.testing.assert_allclose(group_metrics["loss"][i], step_metrics["loss"], rtol=1e-5)
+        of_seed = select_seed(together, i)
+        for name in ("params", "ema", "optimizer_state"):
+            leaves = jax.tree.leaves(getattr(of_seed, name)), jax.tree.leaves(getattr(state, name))
+            for x, y in zip(*leaves, strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6)
-    assert not same(at(together.params, 0), at(together.params, 1))
+    assert not same(select(together.params, 0), select(together.params, 1))
 
 
-def test_a_piece_goes_on_as_if_unbroken(run, pool, tmp_path, monkeypatch):
-    def trained(folder: str, stop=lambda: False):
-        return train_seeds(run, run, SEEDS, *pool, pool, tmp_path / folder, stop)
+@pytest.mark.slow
+def test_a_group_trains_on_the_batches_of_any_source(tmp_path, data_directory, no_samples):
+    run = toy_run(tmp_path, data_directory, "train.steps=4", "train.log_every=1", **PLAIN)
+    runs = make_runs(run, SEEDS, tmp_path / "together")
+    step, _ = fit(prepare(runs))
+    assert step == 4
+    for seed_run in runs:
+        alone = replace(seed_run, output=str(tmp_path / "alone"))
+        assert train(alone) == 4
+        for row, expected in zip(metrics(seed_run), metrics(alone), strict=True):
+            assert row.keys() == expected.keys()
+            name = "loss" if "loss" in row else "validation_loss"
+            assert row[name] == pytest.approx(expected[name], rel=1e-3)
+    with pytest.raises(config.ConfigError, match="differ in name and train.seed"):
+        prepare([runs[0], config.override(runs[1], ["optimizer.learning_rate=1"])])
+    with pytest.raises(config.ConfigError, match="images of one shape"):
+        prepare([config.override(run, ["data.bucket_step=8"]) for run in runs])
 
-    whole = trained("whole")
-    assert trained("broken", lambda: True) is None
-    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["1"]
-    wait = Checkpoints.wait
 
-    def killed(checkpoints):
-        wait(checkpoints)
-        raise KeyboardInterrupt
+@pytest.mark.slow
+def test_interrupted_seeds_resume_bit_for_bit(run, pool, tmp_path, monkeypatch, no_samples):
+    def train_in(folder: str, should_stop=lambda: False):
+        return train_seeds(run, run, SEEDS, pool, pool, tmp_path / folder, should_stop)
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(KeyboardInterrupt),
-    ):  # one more step, and killed as soon as it is saved
-        patch.setattr(Checkpoints, "wait", killed)
-        trained("broken", lambda: True)
-    broken = trained("broken")
-    assert same(whole.state, broken.state)
-    assert whole.curve == broken.curve
-    assert len(whole.curve) == 3
-    assert broken.seconds > 0
-    assert same(trained("whole").state, whole.state)  # nothing is left to do
+    expected = train_in("uninterrupted")
+    assert train_in("interrupted", lambda: True) is None
+    runs = make_runs(run, SEEDS, tmp_path / "interrupted")
+    folders = [seed_run.run_dir / "checkpoints" for seed_run in runs]
+    assert [[path.name for path in folder.iterdir()] for folder in folders] == [["1"], ["1"]]
+
+    # Killed when one seed has its next checkpoint, and the other has not.
+    save = Checkpoints.save
+
+    def save_first_only(checkpoints, *arguments):
+        if checkpoints.directory == folders[1].absolute():
+            raise KeyboardInterrupt
+        save(checkpoints, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", save_first_only)
+        train_in("interrupted")
+    assert sorted(path.name for path in folders[0].iterdir()) == ["1", "2"]
+    assert [path.name for path in folders[1].iterdir()] == ["1"]
+    interrupted = train_in("interrupted")
+    assert same(expected.state, interrupted.state)
+    assert expected.curve == interrupted.curve
+    assert len(expected.curve) == 3
+    assert interrupted.seconds > 0
+    for seed_run in runs:
+        whole = replace(seed_run, output=str(tmp_path / "uninterrupted"))
+        assert metrics(seed_run) == metrics(whole)
+    assert same(train_in("uninterrupted").state, expected.state)  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_the_directory_of_a_seed_is_that_of_an_ordinary_run(run, pool, tmp_path):
+    outcome = train_seeds(run, run, SEEDS, pool, pool, tmp_path)
+    for i, seed_run in enumerate(make_runs(run, SEEDS, tmp_path)):
+        assert RunDirectory(seed_run.run_dir).read_config() == seed_run
+        assert same(state_of(seed_run, 3), select_seed(outcome.state, i))
+        assert (seed_run.run_dir / "samples" / "00000003.png").is_file()
+        assert write_report(seed_run.run_dir).is_file()
+    pipeline = load(seed_run.run_dir)
+    assert same(pipeline.params, select_seed(outcome.state, 1).ema["0.99"])
+    assert len(pipeline(["one shape"])) == 1
+    shutil.rmtree(seed_run.run_dir / "samples")
+    before = metrics(seed_run)
+    train_seeds(run, run, SEEDS, pool, pool, tmp_path)  # samples again, and nothing else
+    assert (seed_run.run_dir / "samples" / "00000003.png").is_file()
+    assert metrics(seed_run) == before
 
 
 def test_arms_share_first_weights_data_and_validation(run, pool):
     other = config.override(
         run, ["model.modulation=per_block", "model.registers=2", "model.masking=strict"]
     )
-    ours, theirs = (init_states(arm, run.model, SEEDS).params for arm in (run, other))
+    ours, theirs = (
+        init_states(arm, SEEDS, init_params=make_init_params(arm.model, run.model)).params
+        for arm in (run, other)
+    )
     for part in ("double", "single", "text_embed", "patch_embed", "head"):
         assert same(ours[part], theirs[part]), part
     assert "registers" in theirs
-    assert not same(at(ours["double"], 0), at(ours["double"], 1))
+    assert not same(select(ours["double"], 0), select(ours["double"], 1))
     shared = share_params(
         {"a": np.zeros(2), "b": np.zeros(3), "c": np.zeros(1)}, {"a": np.ones(2), "b": np.ones(4)}
     )
     assert [x.mean() for x in shared.values()] == [1, 0, 0]
-    state = init_states(run, run.model, SEEDS)
     hotter = config.override(run, ["optimizer.learning_rate=1", "data.caption_dropout=1"])
-    params = select_average(run, state, "0.9")
+    params = select_average(run, init_states(run, SEEDS), "0.9")
     assert np.array_equal(
         measure_validation_losses(run, run, params, *pool),
         measure_validation_losses(hotter, run, params, *pool),
     )
 
 
-def test_validation_is_the_mean_over_images(run, pool):
-    shown, texts = pool  # 12 images in batches of 8: what fills up the second does not count
-    params = select_average(run, init_states(run, run.model, SEEDS), "0.9")
+def test_the_validation_loss_is_the_mean_over_images(run, pool):
+    images, texts = pool  # 12 images in batches of 8: the padding of the second does not count
+    params = select_average(run, init_states(run, SEEDS), "0.9")
     rows = [np.arange(8), np.minimum(np.arange(8, 16), 11)]
     batches = [
         {
-            "image": shown.image[r],
-            "text": texts.rows[r],
+            "image": images.image[r],
+            "text": texts.embeddings[r],
             "lengths": texts.lengths[r],
             "weight": np.ones(8, np.float32),
         }
@@ -146,38 +236,35 @@ def test_validation_is_the_mean_over_images(run, pool):
     ]
     validate = jax.jit(partial(compute_validation_losses, run))
     for i, losses in enumerate(measure_validation_losses(run, run, params, *pool)):
-        found = [
-            validate(at(params, i), batch, np.int32(part)) for part, batch in enumerate(batches)
+        expected = [
+            validate(select(params, i), batch, np.int32(part)) for part, batch in enumerate(batches)
         ]
-        np.testing.assert_allclose(losses, np.concatenate(found)[:12].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(losses, np.concatenate(expected)[:12].mean(axis=0), rtol=1e-5)
 
 
-def test_draws_follow_from_seed_and_step_alone(run):
+def test_sampled_images_follow_from_seed_and_step_alone(run):
     data = replace(run.data, batch_size=4096)
-    index, said = sample_indices(1, 7, 100, data)
-    assert np.array_equal(index, sample_indices(1, 7, 100, replace(data, caption_dropout=0.0))[1])
-    assert index.min() == 0
-    assert index.max() == 99
-    assert set(said[said != index]) == {100}
-    assert 0.25 < (said == 100).mean() < 0.35
-    assert not np.array_equal(index, sample_indices(1, 8, 100, data)[0])
-    assert not np.array_equal(index, sample_indices(2, 7, 100, data)[0])
+    images, texts = sample_indices(1, 7, 100, data)
+    assert np.array_equal(images, sample_indices(1, 7, 100, replace(data, caption_dropout=0.0))[1])
+    assert images.min() == 0
+    assert images.max() == 99
+    assert set(texts[texts != images]) == {100}
+    assert 0.25 < (texts == 100).mean() < 0.35
+    assert not np.array_equal(images, sample_indices(1, 8, 100, data)[0])
+    assert not np.array_equal(images, sample_indices(2, 7, 100, data)[0])
 
 
-def test_a_digest_tells_data_apart(run, pool):
-    shown, texts = pool
-    same_again = hash_parts([shown], [texts])
-    image = shown.image.copy()
+def test_hashes_distinguish_data(run, pool):
+    images, texts = pool
+    image = images.image.copy()
     image[0, 0, 0, 0] ^= 1
-    brighter = shown._replace(image=image)
-    said = shown._replace(captions=("other", *shown.captions[1:]))
-    hashed = [
-        hash_parts([shown], [texts]),
-        hash_parts([brighter], [texts]),
-        hash_parts([said], [texts]),
-        hash_parts([shown], [texts._replace(identity="")]),
+    hashes = [
+        hash_data([images], [texts]),
+        hash_data([images._replace(image=image)], [texts]),
+        hash_data([images._replace(captions=("other", *images.captions[1:]))], [texts]),
+        hash_data([images], [texts._replace(identity="")]),
     ]
-    assert hashed[0] == same_again
-    assert len(set(hashed)) == 4
+    assert hashes[0] == hash_data([images], [texts])
+    assert len(set(hashes)) == 4
     assert texts.lengths[-1] == 1
-    assert texts.rows.shape == (13, 20, run.model.text_dim)
+    assert texts.embeddings.shape == (13, 20, run.model.text_dim)

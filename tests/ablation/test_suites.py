@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from radiance import config
-from radiance.ablation.data import encode_captions, render_image_set
+from radiance.ablation.data import encode_captions, load_image_set
 from radiance.ablation.results import read_result
 from radiance.ablation.suite import Suite
 from radiance.cli import main
@@ -132,7 +132,7 @@ def test_predictions_are_compared_by_one_measure_within_a_patch():
 def test_transport_leans_noise_towards_the_background_that_a_caption_names():
     module = load_module(str(FOLDER / "coupling.py"))
     run = config.override(module.SUITE.scales["cpu"].run, ["data.batch_size=32"])
-    shown = render_image_set("train", 64, run.data.side, "short")
+    shown = load_image_set(run.data, "train", 64)
     texts = encode_captions(shown.captions, run.text, run.model.text_dim)
     free, skewed, within = (
         module.skew(config.override(run, module.CHANGES[arm]), shown, texts, seed=0, batches=4)
@@ -145,17 +145,21 @@ def test_transport_leans_noise_towards_the_background_that_a_caption_names():
 def test_deeper_arms_have_as_many_parameters_and_others_as_much_work():
     suite = load_module(str(FOLDER / "modulation.py")).SUITE
     for scale in suite.scales:
-        base = suite.run(scale, suite.base)
+        base = suite.arm_config(scale, suite.base)
         block = parameters(
             config.override(base, [f"model.single_blocks={base.model.single_blocks + 1}"])
         ) - parameters(base)
         for arm in suite.arms_at(scale):
-            run, work = suite.run(scale, arm), []
+            run, work = suite.arm_config(scale, arm), []
             if arm.startswith("deep_"):
                 assert abs(parameters(run) - parameters(base)) < block / 2, (scale, arm)
                 continue
             for one in (run, base):
-                work.append(forward_flops(one.model, one.data.side, one.data.side, one.text.length))
+                work.append(
+                    forward_flops(
+                        one.model, one.data.resolution, one.data.resolution, one.text.max_length
+                    )
+                )
             assert work[0] == pytest.approx(work[1], rel=0.3), (scale, arm)
 
 
@@ -164,7 +168,10 @@ from radiance import config as c
 from radiance.ablation.suite import Scale, Suite
 
 RUN = c.from_json(c.Config, {run!r})
-CPU = Scale(RUN, images=12, seeds=2, rates=(1.0, 4.0), painted=3, views={{"unmasked": ("model.masking=off",)}})
+CPU = Scale(
+    RUN, num_images=12, num_seeds=2, learning_rate_factors=(1.0, 4.0), num_samples=3,
+    conditions={{"unmasked": ("model.masking=off",)}},
+)
 SUITE = Suite(
     name="toy", question="Does it run?", metric="validation_loss", base="base", control="blind", margin=0.01,
     arms={{"base": (), "blind": ("data.caption_dropout=1",)}}, scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
@@ -175,7 +182,15 @@ SUITE = Suite(
 @pytest.fixture
 def suite(tmp_path) -> Path:
     run = toy_run(
-        "unused", "unused", "train.steps=2", "text.max_length=20", "sample.batch_size=2", **PLAIN
+        "unused",
+        "unused",
+        "train.steps=2",
+        "text.max_length=20",
+        "sample.batch_size=2",
+        "data.source=shapes",
+        "data.shapes.caption_lengths=short",
+        "data.shapes.max_tokens=20",
+        **PLAIN,
     )
     path = tmp_path / "toy.py"
     path.write_text(SUITE.format(run=config.to_json(run)))
@@ -202,9 +217,10 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
     assert any((tmp_path / "work").rglob("checkpoints"))
     assert ablate("--arms", "base") == 0
     assert ablate() == 0
-    assert not any(
-        (tmp_path / "work").rglob("checkpoints")
-    )  # the states of all seeds, which are large
+    for arm in ("base", "blind"):  # the seeds keep their directories; those of the tuning go
+        runs = [path.parent for path in (tmp_path / "work").glob(f"toy/cpu/{arm}/**/config.json")]
+        assert sorted(path.name for path in runs) == ["seed_0", "seed_1"]
+        assert all((path / "checkpoints" / "2").is_dir() for path in runs)
     result = read_result(tmp_path / "results" / "blind.json")
     assert result.metrics.keys() >= {"validation_loss", "exact", "f1@3"}
     assert result.metrics["validation_loss"].keys() == {0, 1}
@@ -218,7 +234,7 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
         for rate, losses in result.tuning["losses"].items()
         for name, loss in losses.items()
     )
-    assert (f"{result.tuning['rate']:g}", result.tuning["average"]) == chosen[1:]
+    assert (f"{result.tuning['learning_rate_factor']:g}", result.tuning["average"]) == chosen[1:]
     assert result.conditions.keys() == {"unmasked"}
     assert result.cost["seconds"] > 0
     assert "| blind (control) |" in (tmp_path / "results" / "table.md").read_text()
@@ -228,7 +244,7 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
     assert ablate() == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert ablate("--seeds", "3") == 2
-    assert "seeds 0,1 and not 0,1,2" in capsys.readouterr().err
+    assert "seeds 0,1 instead of 0,1,2" in capsys.readouterr().err
     suite.write_text(suite.read_text().replace("caption_dropout=1", "caption_dropout=0.9"))
     assert ablate("--table") == 2
     assert "another config" in capsys.readouterr().err
