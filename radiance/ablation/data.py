@@ -74,7 +74,7 @@ def load_image_set(data: config.Data, split: str, num_images: int) -> ImageSet:
     return ImageSet(
         batch.image,
         tuple(first_caption(source, i, data) for i in indices),
-        tuple(source.attributes(i).get("told") for i in indices),
+        tuple(source.attributes(i).get("described") for i in indices),
     )
 
 
@@ -119,6 +119,8 @@ def sample_indices(
 class PoolBatches:
     """Training batches of one seed, sampled with replacement from images in memory.
 
+    Batches have no weights: all images count equally.
+
     Args:
         run: Config of the run.
         image_set: Images to sample from.
@@ -136,7 +138,6 @@ class PoolBatches:
             "image": images[image_indices],
             "text": self._text_set.embeddings[text_indices],
             "lengths": self._text_set.lengths[text_indices],
-            "weight": np.ones(len(image_indices), np.float32),
             "cut": np.int32(0),
             "skipped": np.int32(0),
         }

@@ -64,10 +64,10 @@ def main(options: argparse.Namespace) -> int:
 
     address, suite = _load_suite(options.suite)
     arms, scale = _select_arms(options, suite), suite.scales[options.scale]
-    if not scale.pictures:
+    if not scale.num_images:
         _print_pod_commands(address, suite, arms)
         return 0
-    seeds = tuple(range(scale.seeds if options.seeds is None else options.seeds))
+    seeds = tuple(range(scale.num_seeds if options.seeds is None else options.seeds))
     if len(seeds) < 2:
         raise config.ConfigError(f"--seeds {len(seeds)}: intervals need at least two seeds.")
     results = ResultFolder(
@@ -121,7 +121,7 @@ def _write_table(suite, scale: str, results) -> int:
     from radiance.ablation.trial import hash_arm
     from radiance.base.files import replace_atomically
 
-    arm_results = results.all({arm: hash_arm(suite, scale, arm) for arm in suite.arms_at(scale)})
+    arm_results = results.read_all({arm: hash_arm(suite, scale, arm) for arm in suite.arms_at(scale)})
     text = format_suite_report(suite, arm_results)
     for name, content in (("table.md", text), ("figure.svg", draw_figure(suite, arm_results))):
         with replace_atomically(results.folder / name) as temp_path:
@@ -137,6 +137,6 @@ def _print_pod_commands(address: str, suite, arms: list[str]):
     )
     for arm in arms:
         changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER"]
-        changes += ["text.file=T5"] if suite.run("pod", arm).text.encoder == "t5" else []
+        changes += ["text.file=T5"] if suite.arm_config("pod", arm).text.encoder == "t5" else []
         print("  " + shlex.join(["radiance", "train", f"{address}:{arm}", *changes]))
-    print(f"SEED: 0 to {suite.scales['pod'].seeds - 1}.")
+    print(f"SEED: 0 to {suite.scales['pod'].num_seeds - 1}.")

@@ -82,7 +82,14 @@ def make_seeds_step(run: config.Config, num_seeds: int) -> Callable[..., Any]:
     step = make_train_step(run)
     if num_seeds == 1:
         return step
-    return jax.vmap(step, in_axes=(SEED_AXES, 0, None, 0, None), out_axes=(SEED_AXES, 0))
+    map_seeds = jax.vmap(step, in_axes=(SEED_AXES, 0, None, 0, None), out_axes=(SEED_AXES, 0))
+
+    def step_seeds(state, batch, base=None, seeds=None, teacher=None):
+        # Images without weights count equally. Constant weights let the compiler simplify the step.
+        weights = {"weight": jnp.ones(batch["lengths"].shape)}
+        return map_seeds(state, weights | batch, base, seeds, teacher)
+
+    return step_seeds
 
 
 def select_seed(state: TrainState, index: int) -> TrainState:

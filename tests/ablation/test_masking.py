@@ -1,5 +1,7 @@
-"""What the masking suite hangs on: with padding that says nothing and no text positions, all padding tokens are one, so `off` is `one_pad` with the
-logarithm of their number on one key."""
+"""An assumption of the masking suite: constant padding tokens act as one.
+
+Without text positions, `off` is then `one_pad` with the logarithm of their number on one key.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,24 +10,24 @@ import numpy as np
 from radiance.model import transformer
 from tests.helpers.toy_models import FLOAT32, toy_inputs, toy_model, toy_params
 
-LENGTHS, WORDS = (1, 3, 5), 6
+LENGTHS, NUM_TOKENS = (1, 3, 5), 6
 
 
-def counted(q, k, v, kv_len, backend):
-    """Attention whose last visible key, the padding token, counts as often as there is padding."""
+def attend_with_count(q, k, v, kv_len, backend):
+    """Attend with the last visible key, the padding token, counted once per padding token."""
     keys = jnp.arange(q.shape[1])
-    pads = WORDS - np.array(LENGTHS)
+    pads = NUM_TOKENS - np.array(LENGTHS)
     bias = jnp.where(keys == kv_len[:, None] - 1, jnp.log(pads)[:, None], 0)[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, bias=bias, key_value_seq_lengths=kv_len)
 
 
-def painted(masking: str, constant: bool) -> np.ndarray:
+def compute_velocity(masking: str, constant: bool) -> np.ndarray:
     model = toy_model(masking=masking)
-    inputs = toy_inputs(model, LENGTHS, WORDS)
+    inputs = toy_inputs(model, LENGTHS, NUM_TOKENS)
     if constant:
-        padded = np.arange(WORDS) >= np.array(LENGTHS)[:, None]
+        padded = np.arange(NUM_TOKENS) >= np.array(LENGTHS)[:, None]
         inputs["text"] = np.where(padded[..., None], inputs["text"][0, -1], inputs["text"])
-    # Traced anew each time, for the attention is exchanged between them.
+    # Compiled again each time, because the tests replace the attention.
     return np.asarray(
         jax.jit(lambda params, inputs: transformer.bind_model(model, FLOAT32, params)(**inputs))(
             toy_params(toy_model()), inputs
@@ -33,14 +35,16 @@ def painted(masking: str, constant: bool) -> np.ndarray:
     )
 
 
-def apart(a: np.ndarray, b: np.ndarray) -> float:
+def relative_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def test_constant_padding_is_one_token_that_counts_several_times(monkeypatch):
-    off, other = painted("off", True), painted("off", False)
-    plain = painted("one_pad", True)
-    monkeypatch.setattr(transformer, "attention", counted)
-    assert apart(painted("one_pad", True), off) < 2e-6
-    assert apart(painted("one_pad", False), other) > 1e-2  # padding that differs is not one token
-    assert apart(plain, off) > 1e-4  # and the count is what the mask takes away
+    off, other = compute_velocity("off", True), compute_velocity("off", False)
+    plain = compute_velocity("one_pad", True)
+    monkeypatch.setattr(transformer, "attention", attend_with_count)
+    assert relative_distance(compute_velocity("one_pad", True), off) < 2e-6
+    assert (
+        relative_distance(compute_velocity("one_pad", False), other) > 1e-2
+    )  # different padding tokens are not one
+    assert relative_distance(plain, off) > 1e-4  # the mask removes the count

@@ -1,4 +1,4 @@
-"""Results of different things are never mixed, and a table's numbers are those worked out by hand."""
+"""Results of different things are never mixed, and a table has the numbers worked out by hand."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from radiance import config
-from radiance.ablation import results as results_of
+from radiance.ablation import results as results_module
 from radiance.ablation.report import (
     compare_arms,
     correct_holm,
@@ -37,11 +37,11 @@ LOSSES = {
 }
 
 
-def result(arm: str, **key) -> Result:
+def make_result(arm: str, **key) -> Result:
     losses = dict(enumerate(LOSSES[arm]))
     curve = [(10, {seed: 3 * loss for seed, loss in losses.items()}), (20, losses)]
     cost = {"parameters": 12345, "flops": 2e9, "seconds": 61.0, "skipped_steps": 0}
-    metrics, views = (
+    metrics, conditions = (
         {"validation_loss": losses},
         {"other": {seed: 2 * loss for seed, loss in losses.items()}},
     )
@@ -57,7 +57,7 @@ def result(arm: str, **key) -> Result:
         key,
         {"learning_rate_factor": 1.0, "average": "0.9", "losses": {}},
         metrics,
-        views,
+        conditions,
         bins,
         curve,
         cost,
@@ -65,7 +65,7 @@ def result(arm: str, **key) -> Result:
     )
 
 
-def suite(**changes) -> Suite:
+def make_suite(**changes) -> Suite:
     arms = {
         "base": (),
         "worse": ("model.masking=off",),
@@ -76,7 +76,7 @@ def suite(**changes) -> Suite:
     data = config.Data(source="shapes", shapes=shapes)
     run = config.Config(data=data, train=config.Train(steps=20))
     scales = {"cpu": Scale(run, num_images=8, num_seeds=3), "gpu": Scale(run), "pod": Scale(run)}
-    made = dict(
+    arguments = dict(
         name="toy",
         question="?",
         metric="validation_loss",
@@ -86,16 +86,18 @@ def suite(**changes) -> Suite:
         arms=arms,
         scales=scales,
     )
-    return Suite(**made | changes)
+    return Suite(**arguments | changes)
 
 
-def test_a_result_comes_back_as_it_was(tmp_path):
+def test_a_written_result_is_read_unchanged(tmp_path):
     results = ResultFolder(tmp_path)
-    results.write(result("worse"))
+    results.write(make_result("worse"))
     assert (
-        results.find(result("worse").key) == result("worse") == read_result(tmp_path / "worse.json")
+        results.find(make_result("worse").key)
+        == make_result("worse")
+        == read_result(tmp_path / "worse.json")
     )
-    assert results.find(result("near").key) is None
+    assert results.find(make_result("near").key) is None
 
 
 @pytest.mark.parametrize(
@@ -108,18 +110,18 @@ def test_a_result_comes_back_as_it_was(tmp_path):
         dict(suite="toys"),
     ],
 )
-def test_results_of_other_things_are_refused(tmp_path, other):
+def test_a_result_of_another_commit_data_scale_seeds_or_suite_is_refused(tmp_path, other):
     results = ResultFolder(tmp_path)
-    results.write(result("base"))
-    for arm in ("base", "near"):  # beside it, and in its place
+    results.write(make_result("base"))
+    for arm in ("base", "near"):  # another arm, and the same
         with pytest.raises(config.ConfigError, match=next(iter(other))):
-            results.write(result(arm, **other))
-    assert results.find(KEY) == result("base")
+            results.write(make_result(arm, **other))
+    assert results.find(KEY) == make_result("base")
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_arm_of_another_config_is_refused(tmp_path):
-    results, base = ResultFolder(tmp_path), result("base")
+def test_a_result_of_another_config_is_refused(tmp_path):
+    results, base = ResultFolder(tmp_path), make_result("base")
     results.write(base)
     changed = replace(KEY, config="another")
     with pytest.raises(config.ConfigError, match="config"):
@@ -129,14 +131,14 @@ def test_an_arm_of_another_config_is_refused(tmp_path):
     assert results.read_all({"base": "h-base", "near": "h-near"}) == {"base": base}
     check_comparable(
         KEY, replace(KEY, arm="near", config="another"), tmp_path
-    )  # arms differ in their configs
-    assert changed.name != KEY.name  # nor do checkpoints meet
+    )  # different arms have different configs
+    assert changed.name != KEY.name  # their run directories differ too
     (tmp_path / "near.json").write_text("[]")
     with pytest.raises(config.ConfigError, match="not the result"):
         results.find(KEY)
 
 
-def test_hashes_see_every_setting():
+def test_hashes_depend_on_every_setting():
     run = config.Config()
     assert hash_config(run, 1) == hash_config(config.Config(), 1)
     assert (
@@ -151,25 +153,25 @@ def test_hashes_see_every_setting():
     )
 
 
-def test_an_arm_hangs_on_its_base_too():
-    """Whose first weights it shares, and by whose measure it is validated; here in a setting that the arm changes itself."""
-    weighed = ("flow.loss_weighting=x0", "model.masking=off")
-    ours = suite(arms={"base": (), "blind": ("data.caption_dropout=1",), "weighed": weighed})
+def test_the_hash_of_an_arm_depends_on_its_base():
+    """The base gives the first weights and the measure, even in a setting that the arm changes."""
+    weighted = ("flow.loss_weighting=x0", "model.masking=off")
+    ours = make_suite(arms={"base": (), "blind": ("data.caption_dropout=1",), "weighted": weighted})
     theirs = replace(
         ours,
         scales={
-            name: replace(scale, run=config.override(scale.run, weighed[:1]))
+            name: replace(scale, run=config.override(scale.run, weighted[:1]))
             for name, scale in ours.scales.items()
         },
     )
-    assert ours.arm_config("cpu", "weighed") == theirs.arm_config("cpu", "weighed")
-    assert hash_arm(ours, "cpu", "weighed") != hash_arm(theirs, "cpu", "weighed")
+    assert ours.arm_config("cpu", "weighted") == theirs.arm_config("cpu", "weighted")
+    assert hash_arm(ours, "cpu", "weighted") != hash_arm(theirs, "cpu", "weighted")
 
 
-def test_the_code_of_a_result_has_a_name(tmp_path, monkeypatch):
-    """Which any change of the package changes: committed, not committed, in a file that git does not know, and without git."""
+def test_any_change_of_the_package_changes_the_code_version(tmp_path, monkeypatch):
+    """Committed or not, in a file that git does not track, and without git."""
     assert len(get_code_version()) >= 5
-    monkeypatch.setattr(results_of, "ROOT", tmp_path)
+    monkeypatch.setattr(results_module, "ROOT", tmp_path)
     file = tmp_path / "radiance" / "one.py"
     file.parent.mkdir()
     names = []
@@ -200,23 +202,26 @@ def test_the_code_of_a_result_has_a_name(tmp_path, monkeypatch):
     assert all(name.startswith(names[2] + "+") for name in names[3:])
 
 
-def test_a_table_by_hand():
-    found = compare_arms(suite(), {arm: result(arm) for arm in LOSSES})
-    # Differences 0.2, 0.22, 0.21 around a base of 1: mean 0.21, standard error 0.01/√3, and t(0.975, 2) = 4.302653.
-    assert found["worse"].difference == pytest.approx(
+def test_comparisons_equal_those_worked_out_by_hand():
+    comparisons = compare_arms(make_suite(), {arm: make_result(arm) for arm in LOSSES})
+    # Differences 0.2, 0.22, 0.21 from a base of 1: mean 0.21, standard error 0.01/√3, and
+    # t(0.975, 2) = 4.302653.
+    assert comparisons["worse"].difference == pytest.approx(
         (0.21, 0.21 - 4.302653 * 0.01 / 3**0.5, 0.21 + 4.302653 * 0.01 / 3**0.5)
     )
-    # Of t = 36.373 with two degrees of freedom, p = 1 − t/√(t² + 2); the least of two: twice that. The control is no part of the family.
+    # For t = 36.373 with two degrees of freedom, p = 1 − t/√(t² + 2); the smallest of two is
+    # doubled. The control is not part of the family.
     t = 0.21 / (0.01 / 3**0.5)
-    assert found["worse"].p == pytest.approx(2 * (1 - t / (t**2 + 2) ** 0.5), rel=1e-6)
-    assert found["worse"].verdict == "worse"
-    assert found["near"].verdict == "equal within the margin"
-    assert found["blind"].verdict == "worse"
-    assert found["near"].p == pytest.approx(1)
-    assert found["blind"].p < 0.01
-    assert found["worse"].relative_steps is None  # it ends above the base
-    # 3.003 falls to 1.001 in ten steps, and to 1 never; 3.297 to 1.099: below 1.1 after 20 - 10 · 0.001 / 2.198.
-    assert found["near"].relative_steps is None
+    assert comparisons["worse"].p == pytest.approx(2 * (1 - t / (t**2 + 2) ** 0.5), rel=1e-6)
+    assert comparisons["worse"].verdict == "worse"
+    assert comparisons["near"].verdict == "equal within the margin"
+    assert comparisons["blind"].verdict == "worse"
+    assert comparisons["near"].p == pytest.approx(1)
+    assert comparisons["blind"].p < 0.01
+    assert comparisons["worse"].relative_steps is None  # it ends above the base
+    # 3.003 falls to 1.001 in ten steps, and never to 1; 3.297 falls to 1.099: below 1.1 after
+    # 20 − 10 · 0.001 / 2.198.
+    assert comparisons["near"].relative_steps is None
     assert first_step_below([(10, 3.297), (20, 1.099)], 1.1) == pytest.approx(
         20 - 10 * 0.001 / 2.198
     )
@@ -224,37 +229,40 @@ def test_a_table_by_hand():
     assert first_step_below([(10, 3.0)], 2.9) is None
 
 
-def test_better_is_what_the_metric_says():
-    results = {arm: result(arm) for arm in ("base", "worse", "blind")}
-    painted = {
-        arm: replace(one, metrics=one.metrics | {"exact": one.metrics["validation_loss"]})
-        for arm, one in results.items()
+def test_the_metric_decides_what_is_better():
+    results = {arm: make_result(arm) for arm in ("base", "worse", "blind")}
+    scored_results = {
+        arm: replace(result, metrics=result.metrics | {"exact": result.metrics["validation_loss"]})
+        for arm, result in results.items()
     }
-    scales = {name: replace(scale, num_samples=4) for name, scale in suite().scales.items()}
-    assert compare_arms(suite(metric="exact", scales=scales), painted)["worse"].verdict == "better"
+    scales = {name: replace(scale, num_samples=4) for name, scale in make_suite().scales.items()}
+    assert (
+        compare_arms(make_suite(metric="exact", scales=scales), scored_results)["worse"].verdict
+        == "better"
+    )
     with pytest.raises(config.ConfigError, match="base"):
-        compare_arms(suite(), {"worse": result("worse")})
+        compare_arms(make_suite(), {"worse": make_result("worse")})
     with pytest.raises(config.ConfigError, match="0 with every seed"):
         compare_arms(
-            suite(),
+            make_suite(),
             {
                 "base": replace(
-                    result("base"), metrics={"validation_loss": dict.fromkeys((0, 1, 2), 0.0)}
+                    make_result("base"), metrics={"validation_loss": dict.fromkeys((0, 1, 2), 0.0)}
                 )
             },
         )
 
 
-def test_holm_by_hand():
+def test_holm_correction_equals_that_worked_out_by_hand():
     assert correct_holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "c": 0.06, "b": 0.06}
     )
     assert correct_holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_the_page_and_the_figure_say_it():
-    results = {arm: result(arm) for arm in ("base", "worse", "blind")}
-    text = re.sub(" +", " ", format_suite_report(suite(), results))
+def test_the_report_and_the_figure_show_every_arm():
+    results = {arm: make_result(arm) for arm in ("base", "worse", "blind")}
+    text = re.sub(" +", " ", format_suite_report(make_suite(), results))
     assert "| worse | `model.masking=off` |" in text
     assert "+21.0% (+18.5% … +23.5%)" in text
     assert "| 12.35k | 2G | 61 |" in text
@@ -263,46 +271,46 @@ def test_the_page_and_the_figure_say_it():
     assert "2.287 (×2.00)" not in text
     assert "(×2.00)" in text
     assert "undecided or equal carry no information" in format_suite_report(
-        suite(control="near"), {arm: result(arm) for arm in ("base", "near")}
+        make_suite(control="near"), {arm: make_result(arm) for arm in ("base", "near")}
     )
     assert "| arm | 0 … 0.5 | 0.5 … 1 |" in text
     assert "| worse | 1.210 | 1.500 |" in text
-    drawn = draw_figure(suite(), results)
-    assert drawn.count('id="interval') == 2
-    assert "<svg" in drawn
-    assert "nan" not in drawn
+    figure = draw_figure(make_suite(), results)
+    assert figure.count('id="interval') == 2
+    assert "<svg" in figure
+    assert "nan" not in figure
 
 
-def test_an_arm_that_diverges_spoils_itself_alone():
-    """It is no part of Holm's family, and has no place in the figure."""
-    lost = result("near")
-    lost = replace(
-        lost,
-        metrics={"validation_loss": lost.metrics["validation_loss"] | {1: float("nan")}},
-        cost=lost.cost | {"skipped_steps": 7},
+def test_a_diverged_arm_does_not_affect_the_others():
+    """Holm's correction and the figure leave it out."""
+    diverged = make_result("near")
+    diverged = replace(
+        diverged,
+        metrics={"validation_loss": diverged.metrics["validation_loss"] | {1: float("nan")}},
+        cost=diverged.cost | {"skipped_steps": 7},
     )
     results = {
-        "base": result("base"),
-        "worse": result("worse"),
-        "near": lost,
-        "blind": result("blind"),
+        "base": make_result("base"),
+        "worse": make_result("worse"),
+        "near": diverged,
+        "blind": make_result("blind"),
     }
-    found, without = (
-        compare_arms(suite(), results),
-        compare_arms(suite(), {arm: one for arm, one in results.items() if arm != "near"}),
+    comparisons, without = (
+        compare_arms(make_suite(), results),
+        compare_arms(make_suite(), {arm: other for arm, other in results.items() if arm != "near"}),
     )
-    assert found["near"].verdict == "diverged with 1 of 3 seeds"
-    assert found["worse"] == without["worse"]
-    text = re.sub(" +", " ", format_suite_report(suite(), results))
+    assert comparisons["near"].verdict == "diverged with 1 of 3 seeds"
+    assert comparisons["worse"] == without["worse"]
+    text = re.sub(" +", " ", format_suite_report(make_suite(), results))
     assert "| not finite |  |  | diverged with 1 of 3 seeds |" in text
     assert "not finite: near 7." in text
-    assert draw_figure(suite(), results).count('id="interval') == 2
+    assert draw_figure(make_suite(), results).count('id="interval') == 2
     with pytest.raises(config.ConfigError, match="base base has diverged"):
-        compare_arms(suite(), results | {"base": lost})
+        compare_arms(make_suite(), results | {"base": diverged})
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (dict(base="none"), "base"),
         (dict(control="base"), "same arm"),
@@ -334,20 +342,20 @@ def test_an_arm_that_diverges_spoils_itself_alone():
         (dict(margin=0.0), "margin"),
     ],
 )
-def test_a_suite_that_cannot_be_is_refused(changes, said):
-    with pytest.raises(config.ConfigError, match=said):
-        suite(**changes)
+def test_an_invalid_suite_is_refused(changes, message):
+    with pytest.raises(config.ConfigError, match=message):
+        make_suite(**changes)
 
 
-def test_views_that_cannot_be_are_left_out():
-    made = suite(
+def test_invalid_evaluation_conditions_are_left_out():
+    suite = make_suite(
         scales={
             name: replace(scale, conditions={"hidden": ("model.masking=strict",)})
-            for name, scale in suite().scales.items()
+            for name, scale in make_suite().scales.items()
         }
     )
-    run = made.arm_config("cpu", "base")
+    run = suite.arm_config("cpu", "base")
     learned = config.override(run, ["model.padding=learned"])
-    assert made.condition_configs("cpu", run)["hidden"].model.masking == "strict"
-    assert made.condition_configs("cpu", learned) == {}
-    assert np.all([made.arms_at(scale) == made.arms for scale in made.scales])
+    assert suite.condition_configs("cpu", run)["hidden"].model.masking == "strict"
+    assert suite.condition_configs("cpu", learned) == {}
+    assert np.all([suite.arms_at(scale) == suite.arms for scale in suite.scales])

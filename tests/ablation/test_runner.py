@@ -138,7 +138,7 @@ def test_a_group_trains_on_the_batches_of_any_source(tmp_path, data_directory, n
             assert row.keys() == expected.keys()
             name = "loss" if "loss" in row else "validation_loss"
             assert row[name] == pytest.approx(expected[name], rel=1e-3)
-    with pytest.raises(config.ConfigError, match="differ in name and train.seed"):
+    with pytest.raises(config.ConfigError, match=r"differ in name and train\.seed"):
         prepare([runs[0], config.override(runs[1], ["optimizer.learning_rate=1"])])
     with pytest.raises(config.ConfigError, match="images of one shape"):
         prepare([config.override(run, ["data.bucket_step=8"]) for run in runs])
@@ -163,9 +163,10 @@ def test_interrupted_seeds_resume_bit_for_bit(run, pool, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         save(checkpoints, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_first_only)
-        train_in("interrupted")
+        with pytest.raises(KeyboardInterrupt):
+            train_in("interrupted")
     assert sorted(path.name for path in folders[0].iterdir()) == ["1", "2"]
     assert [path.name for path in folders[1].iterdir()] == ["1"]
     interrupted = train_in("interrupted")

@@ -1,4 +1,4 @@
-"""The suites that are there can be run, and `radiance ablate` runs one: in pieces, once, and never over results of another."""
+"""All suites are valid, and `radiance ablate` runs one once, with interruptions."""
 
 import json
 import os
@@ -38,9 +38,9 @@ def parameters(run: config.Config) -> int:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_every_arm_of_every_scale_can_be(path, capsys):
-    known = suites(path)  # which checks all their arms
-    for part, suite in known.items():
+def test_every_arm_of_every_scale_is_valid(path, capsys):
+    path_suites = suites(path)  # which checks all their arms
+    for part, suite in path_suites.items():
         assert suite.name == "_".join([path.stem, *filter(None, [part])])
         for model in {
             replace(suite.arm_config(scale, arm).model, prediction="x0")
@@ -64,8 +64,7 @@ def test_every_arm_of_every_scale_can_be(path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_pod_is_planned(tmp_path):
-    """For eight devices that are not here: the step of the largest scale compiles, sharded."""
+def test_the_step_of_the_pod_scale_compiles_for_eight_devices(tmp_path):
     file = tmp_path / "plan.json"
     command = [
         sys.executable,
@@ -86,8 +85,8 @@ def test_a_run_of_the_pod_is_planned(tmp_path):
     assert json.loads(file.read_text())["collectives"].keys() >= {"all-gather", "all-reduce"}
 
 
-def test_every_method_can_be_trained_with():
-    """Times, noise and weights of every arm whose method differs, with seeds on an axis as suites have them."""
+def test_every_objective_works_with_an_axis_of_seeds():
+    """Times, noise and weights of every arm whose objective differs."""
     toy = toy_run("unused", "unused")
     shapes = {
         "image": (8, 8, 3),
@@ -113,7 +112,7 @@ def test_every_method_can_be_trained_with():
         assert noisy["weight"].shape == noisy["time"].shape == (2, 8)
 
 
-def test_predictions_are_compared_by_one_measure_within_a_patch():
+def test_predictions_are_compared_with_one_loss_weighting_and_size():
     for suite in suites(FOLDER / "prediction.py").values():
         for scale in suite.scales.values():
             base = scale.run
@@ -129,20 +128,22 @@ def test_predictions_are_compared_by_one_measure_within_a_patch():
         )
 
 
-def test_transport_leans_noise_towards_the_background_that_a_caption_names():
+def test_optimal_transport_biases_noise_towards_the_background_named_in_the_caption():
     module = load_module(str(FOLDER / "coupling.py"))
     run = config.override(module.SUITE.scales["cpu"].run, ["data.batch_size=32"])
-    shown = load_image_set(run.data, "train", 64)
-    texts = encode_captions(shown.captions, run.text, run.model.text_dim)
-    free, skewed, within = (
-        module.skew(config.override(run, module.CHANGES[arm]), shown, texts, seed=0, batches=4)
+    images = load_image_set(run.data, "train", 64)
+    texts = encode_captions(images.captions, run.text, run.model.text_dim)
+    independent, transported, within = (
+        module.measure_bias(
+            config.override(run, module.CHANGES[arm]), images, texts, seed=0, num_batches=4
+        )
         for arm in ("independent", "global", "within_caption")
     )
-    assert abs(free.lean) < 0.3 < 0.6 < skewed.lean
-    assert free.saved == 0 < within.saved < skewed.saved
+    assert abs(independent.bias) < 0.3 < 0.6 < transported.bias
+    assert independent.saved == 0 < within.saved < transported.saved
 
 
-def test_deeper_arms_have_as_many_parameters_and_others_as_much_work():
+def test_deeper_arms_have_equal_parameters_and_others_equal_flops():
     suite = load_module(str(FOLDER / "modulation.py")).SUITE
     for scale in suite.scales:
         base = suite.arm_config(scale, suite.base)
@@ -173,8 +174,14 @@ CPU = Scale(
     conditions={{"unmasked": ("model.masking=off",)}},
 )
 SUITE = Suite(
-    name="toy", question="Does it run?", metric="validation_loss", base="base", control="blind", margin=0.01,
-    arms={{"base": (), "blind": ("data.caption_dropout=1",)}}, scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
+    name="toy",
+    question="Does it run?",
+    metric="validation_loss",
+    base="base",
+    control="blind",
+    margin=0.01,
+    arms={{"base": (), "blind": ("data.caption_dropout=1",)}},
+    scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
 )
 """
 
@@ -197,7 +204,7 @@ def suite(tmp_path) -> Path:
     return path
 
 
-def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
+def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path, capsys):
     def ablate(*more: str) -> int:
         return main(
             [
@@ -218,7 +225,8 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
     assert ablate("--arms", "base") == 0
     assert ablate() == 0
     for arm in ("base", "blind"):  # the seeds keep their directories; those of the tuning go
-        runs = [path.parent for path in (tmp_path / "work").glob(f"toy/cpu/{arm}/**/config.json")]
+        pattern = f"toy/cpu/{arm}/**/config.json"
+        runs = [path.parent for path in (tmp_path / "work").glob(pattern)]
         assert sorted(path.name for path in runs) == ["seed_0", "seed_1"]
         assert all((path / "checkpoints" / "2").is_dir() for path in runs)
     result = read_result(tmp_path / "results" / "blind.json")
@@ -252,13 +260,13 @@ def test_a_suite_is_run_in_pieces(suite, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("arguments", "message"),
     [
         (["--arms", "bse"], "no arm bse"),
         (["--seeds", "1"], "at least two"),
         (["--scale", "pod"], ""),
     ],
 )
-def test_wrong_words_are_told(suite, more, said, capsys):
-    assert main(["ablate", str(suite), *more]) == (2 if said else 0)
-    assert said in capsys.readouterr().err
+def test_invalid_arguments_are_reported(suite, arguments, message, capsys):
+    assert main(["ablate", str(suite), *arguments]) == (2 if message else 0)
+    assert message in capsys.readouterr().err

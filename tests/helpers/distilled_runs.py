@@ -1,4 +1,4 @@
-"""Runs of students and their teachers, what pulls at a student, and whether two gradients are alike."""
+"""Runs of students and their teachers, and gradients of their losses."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def distilling(kind, *changes, **model):
 
 
 def teacher_of(run, words=8):
-    """Other weights, and a text to lead away from."""
+    """Return a teacher with other weights and a negative text."""
     text = np.random.default_rng(8).normal(size=(1, words, run.model.text_dim)).astype(np.float32)
     return Teacher(toy_params(run.model, 7), TextCondition(jnp.asarray(text), jnp.array([2])))
 
@@ -40,7 +40,7 @@ def wide(t):
 
 @partial(jax.jit, static_argnames="run")
 def pulled(run, params, batch, teacher, pulls):
-    """Losses, and the gradient of their weighted sum."""
+    """Return the losses, and the gradient of their sum weighted by `pulls`."""
 
     def total(params):
         losses = compute_image_losses(run, params, batch, teacher)
@@ -52,7 +52,7 @@ def pulled(run, params, batch, teacher, pulls):
 
 @partial(jax.jit, static_argnames="model")
 def pulled_to(model, params, inputs, target, scale):
-    """Mean squared errors of a velocity to a constant, scaled, and the gradient of their sum."""
+    """Return scaled squared errors of a velocity from a constant, and the gradient of their sum."""
 
     def total(params):
         losses = scale * jnp.square(
@@ -65,6 +65,6 @@ def pulled_to(model, params, inputs, target, scale):
 
 
 def close(found, expected, rtol=1e-3):
-    """Over trees, by the largest number of each leaf."""
+    """Assert that two trees are close, relative to the largest number of each leaf."""
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(np.abs(y).max()) + 1e-7)

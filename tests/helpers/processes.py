@@ -1,9 +1,11 @@
-"""Real processes that run `radiance train`, started in a tenth of a second: each is a fork of one that has imported everything.
+"""Processes that run `radiance train` and start in a tenth of a second.
+
+Each is a fork of a process that has imported everything:
 
     with Forks(tmp_path) as forks:
-        ended = forks.train(run, kill=Moment("checkpoints", 7, 0.01))
+        process = forks.train(run, kill=Moment("checkpoints", 7, 0.01))
 
-JAX itself starts in the fork, never before: its threads would not survive.
+JAX starts only in the fork, because its threads would not survive forking.
 """
 
 import json
@@ -24,22 +26,27 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 class Moment(NamedTuple):
-    """So many seconds after the n-th time that the process writes, makes, renames or removes a file in this part of its run directory."""
+    """A moment after the n-th change of a file in a part of the run directory."""
 
     part: str  # "", checkpoints, averages, samples or metrics.jsonl
     n: int
     seconds: float = 0.0
-    once: str = ""  # what must be there in the run directory before the counting begins
+    once: str = ""  # path in the run directory that must exist before changes are counted
 
 
-class Ended(NamedTuple):
-    code: int  # as of subprocess: minus the signal that ended it
+class EndedProcess(NamedTuple):
+    code: int  # as in subprocess: minus the signal that ended it
     output: str
-    events: dict[str, int]  # how often it wrote, by part
+    events: dict[str, int]  # number of changes by part
 
 
 class Forks:
-    """folder: for what they print. prefix: a command to start with, such as one that gives them a file system of their own."""
+    """A server that forks processes.
+
+    Args:
+        folder: Folder of their output.
+        prefix: A command that starts the server, for example in its own file system.
+    """
 
     def __init__(self, folder: Path, *prefix: str):
         self.folder, command = folder, [*prefix, sys.executable, __file__, str(folder)]
@@ -57,22 +64,29 @@ class Forks:
 
     def train(
         self, run: config.Config, kill: Moment | None = None, fill: Moment | None = None
-    ) -> Ended:
-        """kill: when it is killed. fill: when the rest of the disk is filled, by a file `ballast` beside the run directory."""
-        asked = [str(written_experiment(run, self.folder)), str(run.run_dir), kill, fill]
-        print(json.dumps(asked), file=self._server.stdin, flush=True)
-        return Ended(*json.loads(self._server.stdout.readline()))
+    ) -> EndedProcess:
+        """Train a run in a fork.
+
+        Args:
+            run: The run.
+            kill: When the process is killed.
+            fill: When the disk is filled, by a file `ballast` beside the run directory.
+        """
+        request = [str(written_experiment(run, self.folder)), str(run.run_dir), kill, fill]
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return EndedProcess(*json.loads(self._server.stdout.readline()))
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
+# --- the server ---------------------------------------------------------------------------------
 
 
 def serve(folder: Path):
-    import tensorflow_datasets
+    """Import everything that a run needs, and fork a process for every request."""
+    import tensorflow_datasets  # noqa: F401
 
     import radiance.data.sources.digits
     import radiance.evaluation.report
-    import radiance.training.loop
+    import radiance.training.loop  # noqa: F401
 
     print(os.getpid(), flush=True)
     for line in sys.stdin:
@@ -111,23 +125,25 @@ def child(
     file = os.open(output, os.O_CREAT | os.O_WRONLY)
     for stream in (0, 1, 2):
         os.dup2(file if stream else os.open(os.devnull, os.O_RDONLY), stream)
-    watch = Watch(directory)
+    watcher = FileWatcher(directory)
     if kill:
-        watch.on(kill, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        watcher.on(kill, lambda: os.kill(os.getpid(), signal.SIGKILL))
     if fill:
-        watch.on(fill, lambda: fill_disk(Path(directory).with_name("ballast")))
+        watcher.on(fill, lambda: fill_disk(Path(directory).with_name("ballast")))
     code = main(["train", experiment])
-    events.write_text(json.dumps(watch.seen))
+    events.write_text(json.dumps(watcher.counts))
     sys.stdout.flush()
     return code
 
 
-class Watch:
-    """Counts what is written below a directory, and acts at given moments. It learns of files that Python opens; what Orbax writes in C++
-    lies between them."""
+class FileWatcher:
+    """Counts changes below a directory, and acts at given moments.
+
+    It sees only files that Python opens, not those that Orbax writes in C++.
+    """
 
     def __init__(self, directory: str):
-        self.root, self.seen, self.counters, self.actions = directory + os.sep, {}, {}, []
+        self.root, self.counts, self.counters, self.actions = directory + os.sep, {}, {}, []
         sys.addaudithook(self._audit)
 
     def on(self, moment: Moment, action):
@@ -145,7 +161,7 @@ class Watch:
         if not path.startswith(self.root):
             return
         for part in {"", path[len(self.root) :].split(os.sep)[0]}:
-            self.seen[part] = next(self.counters.setdefault(part, count(1)))
+            self.counts[part] = next(self.counters.setdefault(part, count(1)))
             for moment, counter, action in self.actions:
                 if (
                     moment.part == part

@@ -1,4 +1,4 @@
-"""Runs of seconds, for tests."""
+"""Runs of seconds for tests, and their files."""
 
 import json
 import os
@@ -20,14 +20,13 @@ from radiance.training.checkpoints import Checkpoints
 from radiance.training.step import init_state, make_train_step
 from tests.helpers.toy_models import toy_model
 
-# What compiles fastest, where any network will do.
+# The networks that compile fastest: any, and one that reads the length of a step.
 PLAIN = dict(head="linear", modulation="none", double_blocks=0)
-MEAN = dict(
-    head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32
-)  # the same, of what reads a step's length
+MEAN = dict(head="linear", double_blocks=0, approximator_depth=1, approximator_hidden=32)
 
 
 def toy_run(output, data_directory: str, *changes: str, **model) -> config.Config:
+    """Return a run of 8 steps, with changes of its settings and of its model."""
     sizes = dict(
         hidden=32,
         rope_axes=(4, 6, 6),
@@ -43,47 +42,54 @@ def toy_run(output, data_directory: str, *changes: str, **model) -> config.Confi
         compute=config.Compute(dtype="float32"),
         text=config.Text(max_length=8),
         data=config.Data(cache_dir=data_directory, resolution=8, batch_size=8, num_threads=1),
-        # A large eps: Adam would turn the rounding of gradients that are zero (keys have such biases) into whole steps.
-        optimizer=config.Optimizer(learning_rate=1e-3, warmup_steps=2, eps=1e-3, ema_decays=(0.9, 0.99)),
+        # With a small eps, Adam would turn rounding errors of zero gradients into full steps.
+        optimizer=config.Optimizer(
+            learning_rate=1e-3, warmup_steps=2, eps=1e-3, ema_decays=(0.9, 0.99)
+        ),
         train=config.Train(
-            steps=8, log_every=2, validate_every=4, validation_images=10, sample_every=8, checkpoint_every=3,
+            steps=8,
+            log_every=2,
+            validate_every=4,
+            validation_images=10,
+            sample_every=8,
+            checkpoint_every=3,
             sample_prompts=("a handwritten one", "the digit 2"),
         ),
         sample=config.Sample(steps=2, guidance_scale=2.0),
-    )  # fmt: skip
+    )
     return config.override(run, changes)
 
 
 @lru_cache(6)
 def step_of(run: config.Config):
-    """Its step, compiled once for tests that follow one another: that takes seconds."""
+    """Return the step of a run, compiled once for consecutive tests."""
     return jax.jit(make_train_step(run))
 
 
 def train(run: config.Config) -> int:
-    """That of the trainer, but no images are painted on the way: for tests that look at none."""
+    """Train without samples, for tests that need none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks, "sample_gallery", lambda *_: None)
         return loop.train(run)
 
 
 def batch_of(run: config.Config, seed: int = 0) -> dict[str, jnp.ndarray]:
-    """A batch that has nothing to learn but its images."""
-    draw, b = np.random.default_rng(seed), run.data.batch_size
+    """Return a random batch."""
+    rng, b = np.random.default_rng(seed), run.data.batch_size
     return {
         "image": jnp.asarray(
-            draw.uniform(-1, 1, (b, run.data.resolution, run.data.resolution, 3)), jnp.float32
+            rng.uniform(-1, 1, (b, run.data.resolution, run.data.resolution, 3)), jnp.float32
         ),
         "text": jnp.asarray(
-            draw.normal(size=(b, run.text.max_length, run.model.text_dim)), jnp.float32
+            rng.normal(size=(b, run.text.max_length, run.model.text_dim)), jnp.float32
         ),
-        "lengths": jnp.asarray(draw.integers(1, run.text.max_length, b), jnp.int32),
+        "lengths": jnp.asarray(rng.integers(1, run.text.max_length, b), jnp.int32),
         "weight": jnp.ones(b),
     }
 
 
 def environment_of(devices: int) -> dict[str, str]:
-    """Of a process that sees that many devices."""
+    """Return the environment variables of a process with that many devices."""
     flags = [
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={devices}",
@@ -93,31 +99,36 @@ def environment_of(devices: int) -> dict[str, str]:
 
 
 def output_of(script: str, devices: int = 1, environment: dict[str, str] | None = None) -> bytes:
-    """What a program of Python puts out in a process of its own. Fails with what it said of its end.
+    """Run a Python program in its own process and return its output; fail if it fails.
 
-    devices: that it sees; environment: its variables instead."""
-    done = subprocess.run(
+    Args:
+        script: The program.
+        devices: Number of devices that it sees.
+        environment: Its environment variables instead.
+    """
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=environment or environment_of(devices),
         capture_output=True,
     )
-    assert done.returncode == 0, (
-        f"ended with {done.returncode}: {done.stderr.decode(errors='replace')}"
+    assert process.returncode == 0, (
+        f"ended with {process.returncode}: {process.stderr.decode(errors='replace')}"
     )
-    return done.stdout
+    return process.stdout
 
 
 def written_experiment(run: config.Config, folder: Path | None = None) -> Path:
-    """A file of that experiment, in a folder that is there; beside its run directory when None."""
+    """Write the file of an experiment with that config, by default beside its run directory."""
     path = Path(folder or run.output) / "experiment.py"
     path.write_text(
-        f"from radiance import config as c\n\n\ndef config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n"
+        f"from radiance import config as c\n\n\n"
+        f"def config():\n    return c.from_json(c.Config, {config.to_json(run)!r})\n"
     )
     return path
 
 
 def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subprocess.Popen:
-    """`radiance train` of that run in a process of its own."""
+    """Run `radiance train` in its own process."""
     path = written_experiment(run)
     process = subprocess.Popen(
         [sys.executable, "-m", "radiance", "train", str(path)],
@@ -132,27 +143,27 @@ def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subpr
 
 
 def metrics(run: config.Config) -> list[dict]:
-    """What a run measured, without what depends on the clock."""
+    """Return the rows of metrics of a run, without those that depend on the clock."""
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     clock = ("images_per_second", "input_wait_seconds", "tflops_per_device")
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def state_of(run: config.Config, step: int):
-    """What the checkpoint of that step holds."""
+    """Return the state in the checkpoint of a step."""
     checkpoints = Checkpoints(run.run_dir / "checkpoints")
     state = checkpoints.restore(step, jax.eval_shape(lambda: init_state(run)))
     checkpoints.close()
     return state
 
 
-def painted(run: config.Config) -> dict[str, bytes]:
-    """Pixels by the name of the file."""
+def read_samples(run: config.Config) -> dict[str, bytes]:
+    """Return the pixels of the samples of a run by file name."""
     return {path.name: Image.open(path).tobytes() for path in (run.run_dir / "samples").iterdir()}
 
 
 def same(a, b) -> bool:
-    """Bit for bit, over trees."""
+    """Return whether two trees are equal bit for bit."""
     x, y = jax.tree.leaves(a), jax.tree.leaves(b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         np.array_equal(np.asarray(p), np.asarray(q)) for p, q in zip(x, y)

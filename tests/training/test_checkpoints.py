@@ -1,4 +1,4 @@
-"""What is read of a checkpoint where not all of it is wanted, and what follows when one cannot be written."""
+"""Partial reads of checkpoints, and failures to write them."""
 
 from dataclasses import replace
 
@@ -22,11 +22,11 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run's state in which no two parts are alike, and its checkpoints."""
+    """A run, a state whose leaves all differ, and its checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    run, draw = toy_run(folder, str(folder), *RUN, **PLAIN), np.random.default_rng(0)
+    run, rng = toy_run(folder, str(folder), *RUN, **PLAIN), np.random.default_rng(0)
     state = jax.tree.map(
-        lambda x: draw.normal(size=x.shape).astype(x.dtype), jax.eval_shape(lambda: init_state(run))
+        lambda x: rng.normal(size=x.shape).astype(x.dtype), jax.eval_shape(lambda: init_state(run))
     )
     checkpoints = Checkpoints(run.run_dir / "checkpoints")
     checkpoints.save(replace(state, step=jnp.int32(3)))
@@ -35,62 +35,62 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("which", "name"),
+    ("selector", "name"),
     [("params", None), ("ema", "0.99"), ("ema=0.9", "0.9"), ("width=0.1", "width=0.1")],
 )
-def test_no_more_is_read_than_is_given(saved, monkeypatch, which, name):
+def test_only_the_requested_weights_are_read(saved, monkeypatch, selector, name):
     run, state, checkpoints = saved
-    read, load = [], checkpoints._checkpointer.load_checkpointables
+    sizes, load = [], checkpoints._checkpointer.load_checkpointables
 
-    def spied(step, wanted):
-        read.append(sum(x.size for x in jax.tree.leaves(wanted)))
-        return load(step, wanted)
+    def record_size(step, items):
+        sizes.append(sum(x.size for x in jax.tree.leaves(items)))
+        return load(step, items)
 
-    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", spied)
-    found = checkpoints.restore_params(3, run, which)
-    assert read == [sum(x.size for x in jax.tree.leaves(found))]
-    assert found.keys() == state.params.keys()
-    trained, frozen = split_frozen(found, run.optimizer.frozen)
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", record_size)
+    params = checkpoints.restore_params(3, run, selector)
+    assert sizes == [sum(x.size for x in jax.tree.leaves(params))]
+    assert params.keys() == state.params.keys()
+    trainable, frozen = split_frozen(params, run.optimizer.frozen)
     assert same(frozen, split_frozen(state.params, run.optimizer.frozen)[1])
     assert same(
-        trained, state.ema[name] if name else split_frozen(state.params, run.optimizer.frozen)[0]
+        trainable, state.ema[name] if name else split_frozen(state.params, run.optimizer.frozen)[0]
     )
 
 
-def test_a_save_that_failed_is_told_and_the_next_is_made(saved, tmp_path, monkeypatch):
-    """Of two in a row the run ends, and what is whole stays."""
+def test_a_failed_save_is_reported_and_a_second_one_raises(saved, tmp_path, monkeypatch):
+    """The complete checkpoints stay."""
     _, state, _ = saved
-    checkpoints, told = Checkpoints(tmp_path / "checkpoints"), []
+    checkpoints, messages = Checkpoints(tmp_path / "checkpoints"), []
     failing, write = {2}, checkpoints._checkpointer.save_checkpointables_async
     wait = checkpoints._checkpointer.wait
 
-    def begun(step, *arguments, **named):
+    def save(step, *arguments, **named):
         if step in failing:
-            monkeypatch.setattr(checkpoints._checkpointer, "wait", fails)
+            monkeypatch.setattr(checkpoints._checkpointer, "wait", fail)
         else:
             write(step, *arguments, **named)
 
-    def fails():
+    def fail():
         monkeypatch.setattr(checkpoints._checkpointer, "wait", wait)
         raise OSError("the disk is away")
 
-    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", begun)
+    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", save)
     for step in (1, 2, 3):
-        checkpoints.save(replace(state, step=jnp.int32(step)), told.append)
-    assert len(told) == 1
-    assert told[0].startswith("No checkpoint was written, and training continues.")
-    assert "the disk is away" in told[0]
-    assert checkpoints.latest_complete_step == 3  # already: behind one that failed it is waited for
+        checkpoints.save(replace(state, step=jnp.int32(step)), messages.append)
+    assert len(messages) == 1
+    assert messages[0].startswith("No checkpoint was written, and training continues.")
+    assert "the disk is away" in messages[0]
+    assert checkpoints.latest_complete_step == 3  # after a failed save, the next one is waited for
     failing |= {4, 5}
-    checkpoints.save(replace(state, step=jnp.int32(4)), told.append)
-    with pytest.raises(CheckpointError, match="step 5 .*the disk is away"):
-        checkpoints.save(replace(state, step=jnp.int32(5)), told.append)
-    assert len(told) == 2
+    checkpoints.save(replace(state, step=jnp.int32(4)), messages.append)
+    with pytest.raises(CheckpointError, match=r"step 5 .*the disk is away"):
+        checkpoints.save(replace(state, step=jnp.int32(5)), messages.append)
+    assert len(messages) == 2
     assert checkpoints.latest_complete_step == 3
     checkpoints.close()
 
 
-def test_what_is_not_there_is_refused(saved):
+def test_a_checkpoint_of_another_model_is_refused(saved):
     run, _, checkpoints = saved
     with pytest.raises(CheckpointError, match="could not be read"):
         checkpoints.restore_params(3, replace(run, model=replace(run.model, registers=2)), "params")

@@ -1,4 +1,4 @@
-"""Two processes that compute together, as two hosts of a cluster do: over gloo, with two fake devices each."""
+"""Two processes that train together over gloo, like two hosts of a cluster."""
 
 import os
 import re
@@ -27,17 +27,31 @@ def start_hosts(*command: str) -> list[subprocess.Popen]:
     environment = environment_of(1) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "radiance", *command, "--coordinator", address, "--hosts", "2", "--host", str(host)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            [
+                sys.executable,
+                "-m",
+                "radiance",
+                *command,
+                "--coordinator",
+                address,
+                "--hosts",
+                "2",
+                "--host",
+                str(host),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
         )
         for host in range(2)
-    ]  # fmt: skip
+    ]
 
 
-def outputs(processes) -> list[str]:
-    found = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(found)
-    return found
+def wait_for_outputs(processes) -> list[str]:
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +63,11 @@ def alone(tmp_path_factory, data_directory):
     return run
 
 
-def test_steps_are_traced(alone):
+def test_profiled_steps_leave_a_trace(alone):
     assert list((alone.run_dir / "profile").rglob("*.xplane.pb"))
 
 
-def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_directory):
+def test_two_killed_hosts_resume_and_train_like_one(alone, tmp_path, data_directory):
     run = toy_run(
         tmp_path,
         data_directory,
@@ -66,17 +80,16 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
     experiment = written_experiment(run)
     processes = start_hosts("train", str(experiment))
     deadline = time.monotonic() + 200
-    while not (run.run_dir / "checkpoints" / "2").is_dir():  # which appears when it is whole
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), [
-            p.communicate()[0] for p in processes
-        ]
+    while not (run.run_dir / "checkpoints" / "2").is_dir():  # it appears when it is complete
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in processes), [p.communicate()[0] for p in processes]
         time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate()
 
-    first, second = outputs(start_hosts("train", str(experiment)))
-    assert "2 device(s), resumed from step" in first
+    output, _ = wait_for_outputs(start_hosts("train", str(experiment)))
+    assert "2 device(s), resumed from step" in output
     assert (run.run_dir / "report.html").is_file()
     ours, expected = metrics(run), metrics(alone)
     assert [row["step"] for row in ours] == [row["step"] for row in expected]
@@ -86,7 +99,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a handwritten one\nthe digit 2\nthe digit 3\n")
     arguments = ["sample", str(run.run_dir), "--prompts", str(prompts), "--seeds", "4"]
-    outputs(start_hosts(*arguments, "--out", str(tmp_path / "two")))
+    wait_for_outputs(start_hosts(*arguments, "--out", str(tmp_path / "two")))
     one = subprocess.run(
         [sys.executable, "-m", "radiance", *arguments, "--out", str(tmp_path / "one")],
         env=os.environ,
@@ -103,7 +116,7 @@ def test_two_hosts_train_as_one_are_killed_and_go_on(alone, tmp_path, data_direc
         assert np.abs(ours - expected).max() <= 1
 
 
-def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
+def test_the_death_of_a_host_ends_the_run_and_all_hosts_resume(tmp_path, data_directory):
     changes = [
         "mesh.fsdp=2",
         "mesh.data=1",
@@ -115,36 +128,35 @@ def test_a_host_that_dies_ends_the_run_which_goes_on(tmp_path, data_directory):
     first, second = start_hosts("train", str(written_experiment(run)))
     deadline = time.monotonic() + 200
     while not (run.run_dir / "checkpoints" / "2").is_dir():
-        assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[0]
         time.sleep(0.1)
     second.kill()
-    told = first.communicate(timeout=200)[0]  # which notices, and ends by itself
+    output = first.communicate(timeout=200)[0]  # it notices, and ends by itself
     second.communicate()
-    assert (
-        first.returncode == 1
-        and "radiance: another host is gone, or" in told
-        and "Traceback" not in told
-    ), told
+    assert first.returncode == 1, output
+    assert "radiance: another host has failed, or" in output
+    assert "Traceback" not in output
     steps = [
         int(path.name) for path in (run.run_dir / "checkpoints").iterdir() if path.name.isdecimal()
     ]
     assert (
-        int(re.search(r"resumes from step (\d+)\.", told)[1]) in steps
-    )  # and is not one that was on its way to the disk
+        int(re.search(r"resumes from step (\d+)\.", output)[1]) in steps
+    )  # not one that was still being written
     step = max(steps)
     run = config.override(run, [f"train.steps={step + 1}"])
     assert (
         f"resumed from step {step}"
-        in outputs(start_hosts("train", str(written_experiment(run))))[0]
+        in wait_for_outputs(start_hosts("train", str(written_experiment(run))))[0]
     )
 
 
-def test_a_host_that_does_not_find_the_others(capsys):
+def test_a_host_that_cannot_join_the_others_is_reported(capsys):
     from radiance.cli import main
 
     assert main(["train", "experiments/quickstart.py", "--hosts", "auto"]) == 2
-    told = capsys.readouterr().err
-    assert "could not join the others" in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "could not join the others" in error
+    assert error.count("\n") == 1
     assert main(["train", "experiments/quickstart.py", "--hosts", "many"]) == 2
     assert "neither a number nor auto" in capsys.readouterr().err

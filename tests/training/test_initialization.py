@@ -1,4 +1,4 @@
-"""Whether weights arrived well: what is said of the published ones, which cannot be had here, by their loss alone."""
+"""Diagnosis of pretrained weights by their loss, and coordination of hosts."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,8 +23,8 @@ def file(tmp_path):
     return str(tmp_path / "x.safetensors")
 
 
-def said(file, model, loss, truth=None):
-    """The verdict when every bin has `loss`, and 0.06 under the settings `truth`."""
+def diagnose(file, model, loss, truth=None):
+    """Diagnose weights with `loss` in every bin, and 0.06 with the model settings `truth`."""
     run = config.Config(model=model, init=file)
     bins = np.full(10, loss)
     return diagnose_loss(
@@ -36,8 +36,8 @@ def said(file, model, loss, truth=None):
 
 
 @pytest.mark.parametrize("text_ids", ["zero", "sequential"])
-def test_the_published_weights_arrive_well(file, text_ids):
-    assert "0.058 to 0.063: the weights were read correctly" in said(
+def test_a_loss_near_the_published_one_is_accepted(file, text_ids):
+    assert "0.058 to 0.063: the weights were read correctly" in diagnose(
         file, replace(PUBLISHED, text_ids=text_ids), 0.07
     )
 
@@ -52,20 +52,20 @@ def test_the_published_weights_arrive_well(file, text_ids):
     ],
 )
 @pytest.mark.parametrize("loss", [0.2, 0.02])
-def test_each_mistake_is_named(file, changes, loss):
+def test_each_wrong_setting_is_named(file, changes, loss):
     ((name, _),) = changes.items()
-    line = said(file, replace(PUBLISHED, **changes), loss, truth=PUBLISHED)
+    line = diagnose(file, replace(PUBLISHED, **changes), loss, truth=PUBLISHED)
     assert f"model.{name}={getattr(PUBLISHED, name)} is probably the right setting" in line
 
 
-def test_a_loss_that_nothing_mends(file):
-    assert "no single setting explains it" in said(file, PUBLISHED, 0.5)
+def test_a_loss_that_no_setting_explains_is_reported(file):
+    assert "no single setting explains it" in diagnose(file, PUBLISHED, 0.5)
     assert len(list(list_alternatives(config.Config(model=PUBLISHED)))) == 5
     learned = config.Config(model=replace(PUBLISHED, padding="learned"))
     assert all(config.override(learned, [change]) for change in list_alternatives(learned))
 
 
-def test_hosts_that_see_other_data_do_not_train(monkeypatch):
+def test_hosts_with_different_data_are_refused(monkeypatch):
     ours = {"train": {"count": 3}, "text": {"identity": "x"}}
     monkeypatch.setattr(coordination.jax, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -81,8 +81,8 @@ def test_hosts_that_see_other_data_do_not_train(monkeypatch):
         coordination.check_hosts_agree(ours)
 
 
-def test_what_one_host_meets_ends_it_at_once(monkeypatch, capsys):
-    """An ordinary end would wait for the others, who wait for it. What all meet ends all alike."""
+def test_an_error_of_one_host_ends_its_process_at_once(monkeypatch, capsys):
+    """An ordinary exit would wait for the others. An error of all hosts is raised."""
     exits = []
     monkeypatch.setattr(coordination.os, "_exit", exits.append)
     for hosts, error, raised in (
@@ -96,14 +96,14 @@ def test_what_one_host_meets_ends_it_at_once(monkeypatch, capsys):
             coordination.exit_if_host_fails(SimpleNamespace(latest_complete_step=7)),
         ):
             raise error("an image is gone")
-    told = capsys.readouterr().err
+    error_output = capsys.readouterr().err
     assert exits == [1]
-    assert told.count("start all hosts again") == 1
-    assert "(an image is gone)" in told
-    assert "from step 7." in told
+    assert error_output.count("start all hosts again") == 1
+    assert "(an image is gone)" in error_output
+    assert "from step 7." in error_output
 
 
-def test_nothing_is_known_of_other_models(file):
+def test_other_models_have_no_reference_loss(file):
     assert (
         find_reference_loss(
             config.Config(model=replace(PUBLISHED, hidden=1536, heads=12), init=file)

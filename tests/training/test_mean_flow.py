@@ -1,6 +1,7 @@
-"""Mean velocities, against finite differences, separate calls of the models and closed forms; and what is painted with them."""
+"""Mean velocities against finite differences, separate calls of the models and closed forms."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def mean():
 
 @pytest.fixture(scope="module")
 def mean_batch(mean):
-    """At times that float32 holds exactly, and of lengths that it does: none, some, all of the way, some."""
+    """A batch whose times and lengths are exact in float32; lengths are none, some, all, some."""
     batch = add_noise_and_times(mean, batch_of(mean), jax.random.key(3))
     time = np.array([0.5, 0.25, 0.75, 0.875], np.float32)
     return batch | {
@@ -45,7 +46,7 @@ def test_mean_velocities_against_finite_differences(mean, mean_batch):
     length = time - np.asarray(mean_batch["until"])
     noisy = (1 - wide(time)) * image + wide(time) * noise
 
-    def at(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
+    def predict(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
         found = apply(
             model,
             params,
@@ -53,45 +54,48 @@ def test_mean_velocities_against_finite_differences(mean, mean_batch):
         )
         return np.asarray(found, np.float64)
 
-    none = np.zeros(4, np.float32)
-    without = at(
+    zero = np.zeros(4, np.float32)
+    unconditional = predict(
         teacher.params,
         noisy,
         time,
-        none,
+        zero,
         np.repeat(teacher.negative_condition.text, 4, axis=0),
         np.repeat(teacher.negative_condition.lengths, 4),
     )
-    along = without + 2 * (at(teacher.params, noisy, time, none) - without)
+    velocity = unconditional + 2 * (predict(teacher.params, noisy, time, zero) - unconditional)
     h = np.float32(
         2.0**-15
-    )  # the sinusoids' fastest turns by 0.03 in it, and float32 holds time ± h
+    )  # the fastest sinusoid changes by 0.03 rad, and time ± h is exact in float32
     ahead, behind = (
-        at(params, np.float32(noisy + s * h * along), time + s * h, length + s * h) for s in (1, -1)
+        predict(params, np.float32(noisy + s * h * velocity), time + s * h, length + s * h)
+        for s in (1, -1)
     )
     change = (ahead - behind) / (2 * np.float64(h))
-    expected = np.square(at(params, noisy, time, length) - along + wide(length) * change).mean(
-        axis=(1, 2, 3)
-    )
+    expected = np.square(
+        predict(params, noisy, time, length) - velocity + wide(length) * change
+    ).mean(axis=(1, 2, 3))
     assert (np.square(wide(length) * change).mean(axis=(1, 2, 3))[1:] > 0.1).all(), (
-        "the derivatives are seen"
+        "the derivatives must matter"
     )
 
     losses, gradient = pulled(mean, params, mean_batch, teacher, jnp.ones(4))
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-4)
     np.testing.assert_allclose(losses[1:], expected[1:], rtol=0.02)
 
-    # The target is a constant to the gradient. The same tangents, from a call of its own:
+    # The gradient treats the target as a constant. A separate call gives the same tangents.
     @jax.jit
     def moved(x, t, length):
-        f = lambda x, t, length: bind_model(model, mean.compute, params)(
-            x, mean_batch["text"], mean_batch["lengths"], t, length, divisor=t
-        )
+        def f(x, t, length):
+            model_of_params = bind_model(model, mean.compute, params)
+            text, lengths = mean_batch["text"], mean_batch["lengths"]
+            return model_of_params(x, text, lengths, t, length, divisor=t)
+
         return jax.jvp(
-            f, (x, t, length), (jnp.asarray(along, jnp.float32), jnp.ones(4), jnp.ones(4))
+            f, (x, t, length), (jnp.asarray(velocity, jnp.float32), jnp.ones(4), jnp.ones(4))
         )[1]
 
-    target = np.float32(along - wide(length) * np.asarray(moved(noisy, time, length)))
+    target = np.float32(velocity - wide(length) * np.asarray(moved(noisy, time, length)))
     inputs = dict(
         image=noisy,
         text=mean_batch["text"],
@@ -104,7 +108,10 @@ def test_mean_velocities_against_finite_differences(mean, mean_batch):
 
 
 def test_mean_velocities_by_differences(mean, mean_batch):
-    """A step's way is the teacher's over the first part of it, and the student's over the rest. The lengths of the batch: none, all of the part, more, more."""
+    """The teacher moves over the first part of a step, and the student over the rest.
+
+    The lengths of the batch are none, exactly that part, and twice more.
+    """
     run, model, params, teacher = (
         config.override(mean, ["distill.finite_difference=0.125"]),
         mean.model,
@@ -116,7 +123,7 @@ def test_mean_velocities_by_differences(mean, mean_batch):
     )
     noisy = (1 - wide(time)) * image + wide(time) * noise
 
-    def at(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
+    def predict(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
         return np.asarray(
             apply(
                 model,
@@ -125,29 +132,29 @@ def test_mean_velocities_by_differences(mean, mean_batch):
             )
         )
 
-    none = np.zeros(4, np.float32)
-    without = at(
+    zero = np.zeros(4, np.float32)
+    unconditional = predict(
         teacher.params,
         noisy,
         time,
-        none,
+        zero,
         np.repeat(teacher.negative_condition.text, 4, axis=0),
         np.repeat(teacher.negative_condition.lengths, 4),
     )
-    along = without + 2 * (at(teacher.params, noisy, time, none) - without)
+    velocity = unconditional + 2 * (predict(teacher.params, noisy, time, zero) - unconditional)
     part = np.array([0, 0.125, 0.125, 0.125], np.float32)
-    rest = wide(time - part - until) * at(
-        params, noisy - wide(part) * along, time - part, time - part - until
+    rest = wide(time - part - until) * predict(
+        params, noisy - wide(part) * velocity, time - part, time - part - until
     )
     target = np.concatenate(
-        [along[:1], ((wide(part) * along + rest) / wide(np.maximum(time - until, 1e-9)))[1:]]
+        [velocity[:1], ((wide(part) * velocity + rest) / wide(np.maximum(time - until, 1e-9)))[1:]]
     )
-    assert np.abs(target[1] - along[1]).max() < 1e-6
-    assert np.abs(target[2:] - along[2:]).max() > 0.01
+    assert np.abs(target[1] - velocity[1]).max() < 1e-6
+    assert np.abs(target[2:] - velocity[2:]).max() > 0.01
     losses, gradient = pulled(run, params, mean_batch, teacher, jnp.ones(4))
     np.testing.assert_allclose(
         losses,
-        np.square(at(params, noisy, time, time - until) - target).mean(axis=(1, 2, 3)),
+        np.square(predict(params, noisy, time, time - until) - target).mean(axis=(1, 2, 3)),
         rtol=1e-4,
     )
     inputs = dict(
@@ -162,7 +169,7 @@ def test_mean_velocities_by_differences(mean, mean_batch):
 
 
 def test_a_small_difference_is_nearly_the_derivative(mean, mean_batch):
-    """Where the student hears the low frequencies of time alone. What is missed of a step's mean is missed of its part, so by the square of their ratio."""
+    """For a student of low frequencies of time, errors scale with the squared ratio of lengths."""
     params, teacher = toy_params(mean.model), teacher_of(mean)
     kernel = params["modulation"]["proj_in"]["kernel"]
     width = mean.model.approximator_dim // 4
@@ -186,25 +193,25 @@ def test_a_small_difference_is_nearly_the_derivative(mean, mean_batch):
     np.testing.assert_allclose(near * np.where(length > 0, length / part, 1) ** 2, exact, rtol=0.05)
 
 
-def test_every_loss_pulls_alike(mean):
-    """A step's gradient is that of the losses, each over itself; what it reports is their plain mean."""
+def test_every_loss_has_the_same_influence(mean):
+    """The gradient is that of losses divided by themselves; the reported loss is their mean."""
     params, teacher, batch = toy_params(mean.model), teacher_of(mean), batch_of(mean)
     weight = jnp.array([0, 1, 2, 1.0])
     _, metrics = step_of(mean)(
         init_state(mean, params), batch | {"weight": weight}, None, None, teacher
     )
-    drawn = add_noise_and_times(
+    noisy_batch = add_noise_and_times(
         mean, batch | {"weight": weight}, jax.random.fold_in(jax.random.key(mean.train.seed), 0)
     )
-    losses, _ = pulled(mean, params, drawn, teacher, jnp.ones(4))
+    losses, _ = pulled(mean, params, noisy_batch, teacher, jnp.ones(4))
     np.testing.assert_allclose(metrics["loss"], losses[1:].mean(), rtol=1e-3)
-    _, gradient = pulled(mean, params, drawn, teacher, weight / (losses + 1e-3) / 4)
+    _, gradient = pulled(mean, params, noisy_batch, teacher, weight / (losses + 1e-3) / 4)
     norm = np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(gradient)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-3)
 
 
-def test_a_model_of_one_image_has_straight_ways(mean, mean_batch):
-    """x̂ is the same everywhere, so every mean velocity is the velocity, at times below epsilon too."""
+def test_a_model_of_one_image_has_straight_trajectories(mean, mean_batch):
+    """x̂ is constant, so every mean velocity is the velocity, also at times below min_divisor."""
     head = {
         name: {part: 0 * x for part, x in leaves.items()}
         for name, leaves in toy_params(mean.model)["head"].items()
@@ -222,8 +229,8 @@ def test_a_model_of_one_image_has_straight_ways(mean, mean_batch):
         np.testing.assert_allclose(losses, 0, atol=1e-8)
 
 
-def test_errors_at_small_times_weigh_less(mean, mean_batch):
-    """Those of images: a velocity is not divided by the time."""
+def test_errors_of_images_at_small_times_have_less_weight(mean, mean_batch):
+    """A predicted velocity is not divided by the time."""
     params, teacher, time = (
         toy_params(mean.model),
         teacher_of(mean),
@@ -246,10 +253,18 @@ def test_errors_at_small_times_weigh_less(mean, mean_batch):
         inputs |= dict(
             guidance=0 * time, divisor=np.maximum(time, 0.05) if prediction == "x0" else time
         )
-        own, theirs, without = (np.asarray(apply(run.model, p, inputs | more)) for p, more in (
-            (params, {}), (teacher.params, {}),
-            (teacher.params, dict(text=np.repeat(teacher.negative_condition.text, 4, axis=0), lengths=np.repeat(teacher.negative_condition.lengths, 4))),
-        ))  # fmt: skip
+        empty_text = dict(
+            text=np.repeat(teacher.negative_condition.text, 4, axis=0),
+            lengths=np.repeat(teacher.negative_condition.lengths, 4),
+        )
+        own, theirs, without = (
+            np.asarray(apply(run.model, model_params, inputs | changes))
+            for model_params, changes in (
+                (params, {}),
+                (teacher.params, {}),
+                (teacher.params, empty_text),
+            )
+        )
         np.testing.assert_allclose(
             losses,
             np.square(own - without - 2 * (theirs - without)).mean(axis=(1, 2, 3)),
@@ -257,7 +272,7 @@ def test_errors_at_small_times_weigh_less(mean, mean_batch):
         )
 
 
-def test_steps_end_between_zero_and_their_begin():
+def test_end_times_lie_between_zero_and_the_time():
     time = jax.random.uniform(jax.random.key(1), (4000,))
     until = np.asarray(distillation.sample_end_times(jax.random.key(2), time))
     assert (until >= 0).all()
@@ -270,16 +285,16 @@ def test_steps_end_between_zero_and_their_begin():
     assert abs(np.corrcoef((until / np.asarray(time))[some], np.asarray(time)[some])[0, 1]) < 0.1
 
 
-def test_ends_are_drawn_anew_and_beside_what_was_drawn(mean, monkeypatch):
+def test_end_times_are_random_and_do_not_change_noise_and_times(mean, monkeypatch):
     batch = batch_of(config.override(mean, ["data.batch_size=64"]))
-    drawn = [add_noise_and_times(mean, batch, jax.random.key(i)) for i in (1, 2)]
+    batches = [add_noise_and_times(mean, batch, jax.random.key(i)) for i in (1, 2)]
     other = add_noise_and_times(
         config.override(mean, ["distill.kind=none", "distill.teacher="]), batch, jax.random.key(1)
     )
     assert "until" not in other
-    assert same({name: drawn[0][name] for name in other}, other)
+    assert same({name: batches[0][name] for name in other}, other)
     assert not np.array_equal(
-        drawn[0]["until"] < drawn[0]["time"], drawn[1]["until"] < drawn[1]["time"]
+        batches[0]["until"] < batches[0]["time"], batches[1]["until"] < batches[1]["time"]
     )
     monkeypatch.setattr(
         step,
@@ -293,8 +308,8 @@ def test_ends_are_drawn_anew_and_beside_what_was_drawn(mean, monkeypatch):
 
 
 @pytest.mark.parametrize("solver", ["mean_flow", "euler"])
-def test_images_in_steps_whose_length_is_told(mean, solver):
-    """Against a loop; with the modulation made beforehand, as a pipeline does it, and without. Other solvers tell 0."""
+def test_the_mean_flow_solver_passes_step_lengths_to_the_network(mean, solver):
+    """Compare with a loop, with and without precomputed modulation. Other solvers pass 0."""
     settings = config.Sample(
         solver=solver, steps=3, guidance_scale=2.0, schedule="shifted", shift=0.7, batch_size=2
     )
@@ -311,9 +326,9 @@ def test_images_in_steps_whose_length_is_told(mean, solver):
     x = noise = np.stack(
         [np.asarray(jax.random.normal(jax.random.key(int(seed)), (8, 8, 3))) for seed in seeds]
     )
-    for t, after in zip(times[:-1], times[1:]):
-        told = np.full(2, t - after if solver == "mean_flow" else 0, np.float32)
-        here = dict(image=x, time=np.full(2, t), guidance=told, divisor=np.full(2, t))
+    for t, after in pairwise(times):
+        length = np.full(2, t - after if solver == "mean_flow" else 0, np.float32)
+        here = dict(image=x, time=np.full(2, t), guidance=length, divisor=np.full(2, t))
         positive, negative = (
             np.asarray(apply(run.model, params, here | dict(text=a, lengths=b)))
             for a, b in ((text, lengths), (none, no_lengths))
@@ -322,16 +337,24 @@ def test_images_in_steps_whose_length_is_told(mean, solver):
     assert np.abs(x - noise).max() > 0.1
     (found,) = pipeline.generate_arrays(prompts, seeds, 8, 8, settings)
     np.testing.assert_allclose(found, x, atol=2e-3)
-    whole = generate_images(
-        params, seeds, TextCondition(text, lengths), TextCondition(none, no_lengths), model=run.model, compute=run.compute, settings=settings,
-        noise_scale=1.0, height=8, width=8,
-    )  # fmt: skip
-    np.testing.assert_allclose(whole, x, atol=2e-3)
+    images = generate_images(
+        params,
+        seeds,
+        TextCondition(text, lengths),
+        TextCondition(none, no_lengths),
+        model=run.model,
+        compute=run.compute,
+        settings=settings,
+        noise_scale=1.0,
+        height=8,
+        width=8,
+    )
+    np.testing.assert_allclose(images, x, atol=2e-3)
 
 
 _PIPELINES = {}
 
 
 def _pipeline(run):
-    """One for both solvers, whose times are the same: it must not take the one's modulation for the other's."""
+    """Return one pipeline for both solvers: it must not reuse the modulation of the other."""
     return _PIPELINES.setdefault(run, Pipeline(run, dict(toy_params(run.model))))

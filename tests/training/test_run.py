@@ -1,4 +1,4 @@
-"""Whole runs: what is written, and that a run cut short goes on as if it had not been."""
+"""Whole runs: the files they write, and that a resumed run equals an uninterrupted one."""
 
 import json
 import signal
@@ -31,29 +31,29 @@ def final_state(run):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data_directory):
+def uninterrupted(tmp_path_factory, data_directory):
     """A run of 8 steps in its own process."""
-    run = toy_run(tmp_path_factory.mktemp("unbroken"), data_directory, **PLAIN)
+    run = toy_run(tmp_path_factory.mktemp("uninterrupted"), data_directory, **PLAIN)
     process = command(run)
     assert process.returncode == 0, process.output
     return run, process.output
 
 
-def test_the_run_directory(unbroken):
-    run, output = unbroken
-    d = run.run_dir
-    assert config.from_json(config.Config, (d / "config.json").read_text()) == run
-    assert "radiance" in (d / "command.txt").read_text()
-    environment = json.loads((d / "environment.json").read_text())
+def test_a_run_directory_holds_the_record_of_the_run(uninterrupted):
+    run, output = uninterrupted
+    folder = run.run_dir
+    assert config.from_json(config.Config, (folder / "config.json").read_text()) == run
+    assert "radiance" in (folder / "command.txt").read_text()
+    environment = json.loads((folder / "environment.json").read_text())
     assert [start["from_step"] for start in environment] == [0]
     assert environment[0]["packages"]["jax"] == jax.__version__
     assert environment[0]["devices"]
-    assert json.loads((d / "data.json").read_text())["train"]["count"] == 1498
-    assert sorted(int(p.name) for p in (d / "checkpoints").iterdir()) == [3, 6, 8]
-    assert [p.name for p in (d / "samples").iterdir()] == ["00000008.png"]
-    assert (d / "report.html").read_text().startswith("<!doctype html>")
-    assert not (d / "tensorboard").exists()
-    assert not (d / "wandb").exists()
+    assert json.loads((folder / "data.json").read_text())["train"]["count"] == 1498
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [3, 6, 8]
+    assert [p.name for p in (folder / "samples").iterdir()] == ["00000008.png"]
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert not (folder / "tensorboard").exists()
+    assert not (folder / "wandb").exists()
     rows = metrics(run)
     assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8]
     assert [r["step"] for r in rows if "validation_bins" in r] == [4, 8]
@@ -61,7 +61,7 @@ def test_the_run_directory(unbroken):
     assert "trained for 8 steps" in output
 
 
-def reached(run, step, process):
+def wait_for_step(run, step, process):
     file = run.run_dir / "metrics.jsonl"
     for _ in range(3000):
         if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 9)):
@@ -69,10 +69,10 @@ def reached(run, step, process):
         if process.poll() is not None:
             return
         time.sleep(0.02)
-    raise AssertionError("the run did not get there")
+    raise AssertionError("the run did not reach the step")
 
 
-def test_a_run_without_averages_is_saved_and_goes_on(tmp_path):
+def test_a_run_without_averages_is_saved_and_restored(tmp_path):
     run = toy_run(tmp_path, "unused", "optimizer.ema_decays=", "sample.weights=params")
     state, checkpoints = init_state(run), Checkpoints(run.run_dir / "checkpoints")
     checkpoints.save(state)
@@ -80,66 +80,70 @@ def test_a_run_without_averages_is_saved_and_goes_on(tmp_path):
     assert same(final_state(run), state)
 
 
-def test_sigterm_saves_and_the_run_goes_on(unbroken, tmp_path, data_directory):
+def test_sigterm_saves_and_the_same_command_resumes(uninterrupted, tmp_path, data_directory):
     run = toy_run(tmp_path, data_directory, "train.checkpoint_every=1000", **PLAIN)
     process = command(run, wait=False)
-    reached(run, 2, process)
+    wait_for_step(run, 2, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 143 and "the same command goes on" in output, output
+    assert process.returncode == 143, output
+    assert "the same command" in output
     stopped = Checkpoints(run.run_dir / "checkpoints").latest_step
     assert 2 <= stopped < 8
     process = command(run)
     assert f"resumed from step {stopped}" in process.output
-    assert same(final_state(run), final_state(unbroken[0]))
-    assert metrics(run) == metrics(unbroken[0])
+    assert same(final_state(run), final_state(uninterrupted[0]))
+    assert metrics(run) == metrics(uninterrupted[0])
 
 
-def test_batches_of_many_shapes_go_on_in_the_middle_of_an_epoch(tmp_path):
-    """With resolutions drawn anew each epoch, broken images, and other processes to read them."""
-    draw = np.random.default_rng(0)
+def test_batches_of_many_shapes_resume_in_the_middle_of_an_epoch(tmp_path):
+    """With new random resolutions in each epoch, broken images, and worker processes."""
+    rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i, (width, height) in enumerate(((32, 32), (40, 17), (17, 40), (12, 12)) * 5):
-        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(
             tmp_path / "images" / f"{i}.png"
         )
         (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
-    for i in (2, 5):  # cut short
+    for i in (2, 5):  # truncated
         (tmp_path / "images" / f"{i}.png").write_bytes(
             (tmp_path / "images" / f"{i}.png").read_bytes()[:500]
         )
     changes = (
-        "data.source=folder data.validation_fraction=0.2 data.resolution=16 data.extra_resolutions=8 data.bucket_step=8 data.max_aspect_ratio=2.5 data.batch_size=4 data.flip_probability=0.5 "
-        f"data.max_broken_fraction=0.5 data.path={tmp_path / 'images'} train.steps=9 train.log_every=1 train.checkpoint_every=4 sample.steps=1"
+        "data.source=folder data.validation_fraction=0.2 data.resolution=16 "
+        "data.extra_resolutions=8 data.bucket_step=8 data.max_aspect_ratio=2.5 data.batch_size=4 "
+        "data.flip_probability=0.5 data.max_broken_fraction=0.5 train.steps=9 train.log_every=1 "
+        f"train.checkpoint_every=4 sample.steps=1 data.path={tmp_path / 'images'}"
     )
-    unbroken = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), **PLAIN)
-    assert train(unbroken) == 9
-    rows = [row for row in metrics(unbroken) if "loss" in row]
+    uninterrupted = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), **PLAIN)
+    assert train(uninterrupted) == 9
+    rows = [row for row in metrics(uninterrupted) if "loss" in row]
     assert sum(row["images_skipped"] for row in rows) > 1
-    broken_off = config.override(unbroken, ["name=broken_off", "train.steps=4"])
-    assert train(broken_off) == 4
-    assert train(config.override(broken_off, ["train.steps=9", "data.num_workers=2"])) == 9
-    assert same(final_state(broken_off), final_state(unbroken))
-    assert [row for row in metrics(broken_off) if "loss" in row] == rows
+    interrupted = config.override(uninterrupted, ["name=interrupted", "train.steps=4"])
+    assert train(interrupted) == 4
+    assert train(config.override(interrupted, ["train.steps=9", "data.num_workers=2"])) == 9
+    assert same(final_state(interrupted), final_state(uninterrupted))
+    assert [row for row in metrics(interrupted) if "loss" in row] == rows
 
 
-def test_a_checkpoint_of_one_mesh_goes_on_in_another(unbroken, tmp_path, data_directory):
+def test_a_checkpoint_of_one_mesh_resumes_on_another(uninterrupted, tmp_path, data_directory):
     run = toy_run(tmp_path, data_directory, "train.steps=4", **PLAIN)
     assert train(run) == 4
     longer = config.override(run, ["train.steps=8", "mesh.data=2", "mesh.fsdp=2"])
     process = command(longer, devices=4)
-    assert process.returncode == 0 and "resumed from step 4" in process.output, process.output
+    assert process.returncode == 0, process.output
+    assert "resumed from step 4" in process.output
     for x, y in zip(
         jax.tree.leaves(final_state(longer).params),
-        jax.tree.leaves(final_state(unbroken[0]).params),
+        jax.tree.leaves(final_state(uninterrupted[0]).params),
     ):
         np.testing.assert_allclose(x, y, atol=2e-4)
-    for x, y in zip(metrics(longer), metrics(unbroken[0])):
+    for x, y in zip(metrics(longer), metrics(uninterrupted[0])):
         np.testing.assert_allclose([*x.values()][1], [*y.values()][1], rtol=1e-3)
 
 
-def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypatch):
-    run, _ = unbroken
+def test_weights_come_from_a_file_or_a_run(uninterrupted, tmp_path, capsys, monkeypatch):
+    run, _ = uninterrupted
     average = load_pretrained_params(str(run.run_dir), run)
     assert same(average, final_state(run).ema["0.99"])
     file = tmp_path / "model.safetensors"
@@ -152,51 +156,51 @@ def test_weights_come_from_a_file_or_a_run(unbroken, tmp_path, capsys, monkeypat
     assert f"from the weights of {file}" in capsys.readouterr().out
     other = config.override(run, ["model.mlp_ratio=3"])
     with pytest.raises(
-        config.ConfigError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"
+        config.ConfigError, match=r"another model .*mlp_ratio is 4.0 there, 3.0 here"
     ):
         load_pretrained_params(str(run.run_dir), other)
-    with pytest.raises(CheckpointError, match="another model .*mlp_ratio is 4.0 there, 3.0 here"):
+    with pytest.raises(CheckpointError, match=r"another model .*mlp_ratio is 4.0 there, 3.0 here"):
         load_pretrained_params(str(file), other)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert same(
         load_pretrained_params("~/model.safetensors", run), average
-    )  # shells leave it so behind a "="
-    file.unlink()  # which a run that has begun needs no more
+    )  # shells do not expand it after "="
+    file.unlink()  # a started run does not need it
     assert train(config.override(second, ["train.steps=2"])) == 2
 
 
-def test_a_finished_run_stays_finished(unbroken):
-    run, _ = unbroken
+def test_a_finished_run_stays_finished(uninterrupted):
+    run, _ = uninterrupted
     before = metrics(run)
     assert train(run) == 8
     assert metrics(run) == before
     assert write_report(run.run_dir).is_file()
 
 
-def test_a_directory_of_another_config_is_refused(unbroken):
+def test_a_directory_of_another_config_is_refused(uninterrupted):
     with pytest.raises(
         config.ConfigError,
-        match="optimizer.learning_rate was 0.001, now 0.002.*choose another name=",
+        match=r"optimizer.learning_rate was 0.001, now 0.002.*choose another name=",
     ):
-        train(config.override(unbroken[0], ["optimizer.learning_rate=2e-3"]))
+        train(config.override(uninterrupted[0], ["optimizer.learning_rate=2e-3"]))
 
 
-def test_other_data_is_refused(unbroken, monkeypatch):
+def test_a_directory_of_other_data_is_refused(uninterrupted, monkeypatch):
     monkeypatch.setattr(inputs, "describe_source", lambda source, data, split: {"count": 1})
     with pytest.raises(config.ConfigError, match="holds a run on other data"):
-        train(unbroken[0])
+        train(uninterrupted[0])
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "changes",
     [
         "init=nowhere",
         "optimizer.frozen=nothing",
         "sample.schedule=beta sample.beta=0.01,0.01 sample.steps=99",
     ],
 )
-def test_a_run_that_could_not_start_leaves_nothing(tmp_path, data_directory, wrong):
-    run = toy_run(tmp_path, data_directory, *wrong.split())
+def test_a_run_that_cannot_start_writes_nothing(tmp_path, data_directory, changes):
+    run = toy_run(tmp_path, data_directory, *changes.split())
     with pytest.raises(config.ConfigError):
         train(run)
     assert not (run.run_dir / "config.json").exists()
@@ -211,20 +215,20 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
         "train.checkpoint_every=2",
         **PLAIN,
     )
-    pure = seeds.make_train_step
+    make_train_step = seeds.make_train_step
 
-    def broken(settings):
-        step = pure(settings)
+    def make_failing_step(settings):
+        step = make_train_step(settings)
         return lambda state, batch, *rest: step(
             state,
             batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])},
             *rest,
         )
 
-    monkeypatch.setattr(seeds, "make_train_step", broken)
+    monkeypatch.setattr(seeds, "make_train_step", make_failing_step)
     with pytest.raises(
         TrainingError,
-        match="not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good",
+        match=r"not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good",
     ):
         train(run)
     state = final_state(run)
@@ -232,7 +236,7 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
-def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
+def test_missing_disk_space_is_reported_before_training(tmp_path, data_directory, monkeypatch):
     import shutil
     from collections import namedtuple
 
@@ -240,6 +244,6 @@ def test_no_room_on_the_disk(tmp_path, data_directory, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(100, 100, 0)
     )
-    with pytest.raises(OutputError, match="GB free, and .* GB are needed: make room"):
+    with pytest.raises(OutputError, match=r"GB free, and .* GB are needed: make room"):
         train(run)
-    assert not run.run_dir.exists()  # nothing was done in vain
+    assert not run.run_dir.exists()

@@ -1,4 +1,4 @@
-"""Whole runs of students, what they are told, and what a plan says of their teachers."""
+"""Runs of students, their errors, and the memory that a plan counts for their teachers."""
 
 import json
 import os
@@ -67,10 +67,10 @@ def validation(run):
     return [row["validation_loss"] for row in metrics(run) if "validation_loss" in row]
 
 
-# --- before anything is painted ------------------------------------------------------------------
+# --- before anything is generated ---------------------------------------------------------------
 
 
-def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
+def test_an_invalid_schedule_leaves_no_folder(tmp_path, data_directory):
     changes = [
         "distill.sample.schedule=beta",
         "distill.sample.beta=0.01,0.01",
@@ -82,16 +82,17 @@ def test_a_schedule_that_cannot_be_leaves_no_folder(tmp_path, data_directory):
     assert not run.run_dir.exists()
 
 
-def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
-    """Whose teacher is well: painting takes long."""
+def test_an_init_of_another_model_is_refused_before_generation(
+    tmp_path, data_directory, monkeypatch
+):
     monkeypatch.setattr(
-        initialization, "load_frozen_params", lambda *_, **__: pytest.fail("began to paint")
+        initialization, "load_frozen_params", lambda *_, **__: pytest.fail("generation started")
     )
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     checkpoint.write_checkpoint(
         tmp_path / "other.safetensors", toy_model(**PLAIN), toy_params(toy_model(**PLAIN))
     )
-    with pytest.raises(CheckpointError, match="other.safetensors"):
+    with pytest.raises(CheckpointError, match=r"other.safetensors"):
         train(
             config.override(
                 run, [f"distill.teacher={run.init}", f"init={tmp_path / 'other.safetensors'}"]
@@ -99,21 +100,20 @@ def test_so_is_a_start_of_another_model(tmp_path, data_directory, monkeypatch):
         )
 
 
-def test_and_a_teacher_of_another_model_or_a_prompt_that_is_too_long(tmp_path, data_directory):
+def test_a_teacher_of_another_model_and_a_long_prompt_are_refused(tmp_path, data_directory):
     run = student(tmp_path, data_directory, "guidance", **PLAIN)
     other = saved(tmp_path, toy_model(**PLAIN), 1)
-    with pytest.raises(CheckpointError, match="teacher1.safetensors"):
+    with pytest.raises(CheckpointError, match=r"teacher1.safetensors"):
         train(config.override(run, [f"distill.teacher={other}"]))
     for key in ("sample.negative_prompt", "distill.sample.negative_prompt"):
-        with pytest.raises(TextError, match="over the limit|the limit is 8"):
+        with pytest.raises(TextError, match=r"over the limit|the limit is 8"):
             train(config.override(run, [f"{key}={'very ' * 20}"]))
     assert not run.run_dir.exists()
 
 
-def test_runs_of_one_name_are_different_teachers(tmp_path):
-    """Where they have not learned the same."""
+def test_runs_of_one_name_with_different_losses_are_different_teachers(tmp_path):
     run = toy_run(tmp_path, "unused", **PLAIN)
-    told = []
+    identities = []
     for loss in (0.25, 0.25, 0.2500001):
         shutil.rmtree(run.run_dir, ignore_errors=True)
         run.run_dir.mkdir(parents=True)
@@ -124,14 +124,14 @@ def test_runs_of_one_name_are_different_teachers(tmp_path):
         checkpoints = Checkpoints(run.run_dir / "checkpoints")
         checkpoints.save(replace(init_state(run), step=jnp.int32(1)))
         checkpoints.close()
-        told.append(initialization.identify_weights(str(run.run_dir), run))
-    assert told[0] == told[1] != told[2]
-    assert told[0] == "toy step 1 loss 0.25 ema"
+        identities.append(initialization.identify_weights(str(run.run_dir), run))
+    assert identities[0] == identities[1] != identities[2]
+    assert identities[0] == "toy step 1 loss 0.25 ema"
 
 
-def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, monkeypatch):
+def test_missing_disk_space_is_reported_before_generation(tmp_path, data_directory, monkeypatch):
     monkeypatch.setattr(
-        trajectories, "generate_missing_trajectories", lambda *_: pytest.fail("began to paint")
+        trajectories, "generate_missing_trajectories", lambda *_: pytest.fail("generation started")
     )
     run = student(tmp_path, data_directory, "trajectories", **PLAIN)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
@@ -143,16 +143,16 @@ def test_and_that_there_is_no_room_for_checkpoints(tmp_path, data_directory, mon
 # --- runs ----------------------------------------------------------------------------------------
 
 
-ON_WAYS = ["distill.segments=2", "distill.num_trajectories=10", "train.validation_images=3"]
+ON_TRAJECTORIES = ["distill.segments=2", "distill.num_trajectories=10", "train.validation_images=3"]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data_directory):
+def uninterrupted(tmp_path_factory, data_directory):
     run = student(
         tmp_path_factory.mktemp("student"),
         data_directory,
         "trajectories",
-        *ON_WAYS,
+        *ON_TRAJECTORIES,
         "data.batch_size=4",
         **PLAIN,
     )
@@ -161,52 +161,50 @@ def unbroken(tmp_path_factory, data_directory):
 
 
 @pytest.mark.slow
-def test_a_run_on_trajectories_goes_on_bit_for_bit(unbroken, data_directory):
-    kept = unbroken.run_dir / "trajectories"
-    assert len(files(kept)) == 4
-    assert len(validation(unbroken)) == 3
-    told = json.loads((unbroken.run_dir / "data.json").read_text())["trajectories"]
-    assert told["segments"] == 2
-    assert told["sample"]["steps"] == 4
+def test_a_run_on_trajectories_resumes_bit_for_bit(uninterrupted, data_directory):
+    folder = uninterrupted.run_dir / "trajectories"
+    assert len(files(folder)) == 4
+    assert len(validation(uninterrupted)) == 3
+    metadata = json.loads((uninterrupted.run_dir / "data.json").read_text())["trajectories"]
+    assert metadata["segments"] == 2
+    assert metadata["sample"]["steps"] == 4
     broken = config.override(
-        unbroken, ["name=broken", f"distill.trajectory_dir={kept}", "train.steps=3"]
+        uninterrupted, ["name=broken", f"distill.trajectory_dir={folder}", "train.steps=3"]
     )
-    before = files(kept)
+    before = files(folder)
     assert train(broken) == 3
     assert train(config.override(broken, ["train.steps=8"])) == 8
-    assert files(kept) == before
+    assert files(folder) == before
     assert not (broken.run_dir / "trajectories").exists()
-    assert same(state_of(broken, 8), state_of(unbroken, 8))
-    expected = [row for row in metrics(unbroken) if row["step"] > 3 and "loss" in row]
+    assert same(state_of(broken, 8), state_of(uninterrupted, 8))
+    expected = [row for row in metrics(uninterrupted) if row["step"] > 3 and "loss" in row]
     assert [row for row in metrics(broken) if row["step"] > 3 and "loss" in row] == expected
 
 
 @pytest.mark.slow
-def test_another_teacher_is_refused_when_it_goes_on(unbroken, tmp_path):
-    other = saved(tmp_path, unbroken.model, seed=3)
-    with pytest.raises(
-        config.ConfigError, match=r"trajectories that were generated with other settings \(teacher\)"
-    ):
-        train(config.override(unbroken, [f"distill.teacher={other}", "train.steps=9"]))
+def test_another_teacher_is_refused_on_resumption(uninterrupted, tmp_path):
+    other = saved(tmp_path, uninterrupted.model, seed=3)
+    with pytest.raises(config.ConfigError, match=r"generated with other settings \(teacher\)"):
+        train(config.override(uninterrupted, [f"distill.teacher={other}", "train.steps=9"]))
 
 
 @pytest.mark.slow
-def test_teacher_and_folder_may_have_moved(unbroken, tmp_path):
-    before = metrics(unbroken)
-    shutil.copytree(unbroken.run_dir / "trajectories", tmp_path / "ways")
-    shutil.copy(unbroken.init, tmp_path / "moved.safetensors")
+def test_teacher_and_folder_may_have_moved(uninterrupted, tmp_path):
+    before = metrics(uninterrupted)
+    shutil.copytree(uninterrupted.run_dir / "trajectories", tmp_path / "trajectories")
+    shutil.copy(uninterrupted.init, tmp_path / "moved.safetensors")
     moved = config.override(
-        unbroken,
+        uninterrupted,
         [f"init={tmp_path / 'moved.safetensors'}", f"distill.trajectory_dir={tmp_path / 'ways'}"],
     )
-    half_written = unbroken.run_dir / "trajectories" / ".train-000000.safetensors.1.part"
-    half_written.touch()
+    partial_file = uninterrupted.run_dir / "trajectories" / ".train-000000.safetensors.1.part"
+    partial_file.touch()
     assert train(moved) == 8
-    assert metrics(unbroken) == before
-    assert half_written.exists()  # another run may be writing it
-    os.utime(half_written, (0, 0))
+    assert metrics(uninterrupted) == before
+    assert partial_file.exists()  # another run may be writing it
+    os.utime(partial_file, (0, 0))
     assert train(moved) == 8
-    assert not half_written.exists()
+    assert not partial_file.exists()
 
 
 @pytest.mark.slow
@@ -256,12 +254,12 @@ def test_students_learn(kind, tmp_path, data_directory):
 
 
 @pytest.mark.slow
-def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
-    """Which lies in memory once; so that at first, without guidance, there is nothing to learn."""
+def test_the_teacher_of_a_lora_is_its_base(tmp_path, data_directory, monkeypatch):
+    """The base is in memory once, and without guidance the initial loss is zero."""
     monkeypatch.setattr(
         initialization,
         "_load_teacher_params",
-        lambda *_, **__: pytest.fail("the base is there already"),
+        lambda *_, **__: pytest.fail("the base is in memory already"),
     )
     changes = [
         "distill.sample.guidance_scale=1",
@@ -280,7 +278,7 @@ def test_a_loras_teacher_is_its_base(tmp_path, data_directory, monkeypatch):
 @pytest.mark.slow
 def test_a_latent_model_needs_no_images(tmp_path, data_directory):
     changes = [
-        *ON_WAYS,
+        *ON_TRAJECTORIES,
         "distill.sample.guidance_scale=2",
         "data.batch_size=4",
         "train.steps=4",
@@ -297,25 +295,23 @@ def test_a_latent_model_needs_no_images(tmp_path, data_directory):
         train(config.override(run, ["distill.kind=guidance", "distill.segments=1", "name=other"]))
 
 
-# --- their losses, and their teachers' weights ---------------------------------------------------
+# --- losses of students, and weights of teachers ------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_students_loss_is_not_that_of_images(unbroken):
-    """So that it tells nothing of weights that are trained on images next."""
+def test_the_loss_of_a_student_is_no_reference_for_training_on_images(uninterrupted):
     next_run = config.override(
-        unbroken, [f"init={unbroken.run_dir}", "distill.kind=none", "distill.segments=1"]
+        uninterrupted, [f"init={uninterrupted.run_dir}", "distill.kind=none", "distill.segments=1"]
     )
-    assert validation(unbroken)
+    assert validation(uninterrupted)
     assert find_reference_loss(next_run) is None
-    assert LOSS_KEY not in open_model(unbroken.run_dir).metadata
+    assert LOSS_KEY not in open_model(uninterrupted.run_dir).metadata
 
 
 @pytest.mark.slow
-def test_it_is_evaluated_as_others_are(unbroken):
-    """By the plain loss, whatever it was taught."""
+def test_a_student_is_evaluated_by_the_plain_loss(uninterrupted):
     source, mesh = (
-        open_source(unbroken.data, "validation"),
+        open_source(uninterrupted.data, "validation"),
         make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1]),
     )
     found = []
@@ -324,32 +320,32 @@ def test_it_is_evaluated_as_others_are(unbroken):
         ["flow.timestep_distribution=pure_noise"],
         ["distill.kind=none", "distill.segments=1"],
     ):
-        pipeline = load(unbroken.run_dir, run=config.override(unbroken, changes))
+        pipeline = load(uninterrupted.run_dir, run=config.override(uninterrupted, changes))
         found.append(evaluate.evaluate_loss(pipeline, source, 4, mesh))
     assert found[0] == found[1] == found[2]
     assert found[0]["loss"] > 0
 
 
-def test_weights_that_stay_are_small_but_where_they_must_be_precise(monkeypatch):
-    """A run's, with their places, as those of a file."""
+def test_frozen_weights_are_bfloat16_except_precise_parts(monkeypatch):
+    """Weights of a run are loaded sharded, and equal those of a file."""
     run = toy_run("unused", "unused")
     params = toy_params(run.model)
     monkeypatch.setattr(initialization, "is_run_directory", lambda _: True)
     monkeypatch.setattr(
         initialization,
         "load_pretrained_params",
-        lambda path, run, places: (
-            params if places == "places" else pytest.fail("a whole tree on one device")
+        lambda path, run, shardings: (
+            params if shardings == "shardings" else pytest.fail("a whole tree on one device")
         ),
     )
-    found = load_frozen_params("a run", run, "bfloat16", shardings="places")
+    found = load_frozen_params("a run", run, "bfloat16", shardings="shardings")
     expected = checkpoint.checkpoint_from_params(run.model, params, "a run").load_params("bfloat16")
     assert same(found, expected)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
     assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"bfloat16", "float32"}
 
 
-# --- what it will cost ---------------------------------------------------------------------------
+# --- memory in plans ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -384,7 +380,7 @@ def test_a_plan_counts_the_teacher(changes, teachers, model):
         assert (found.parameters, found.ema) == (2 * 4 * parameters, 4 * parameters)
 
 
-def test_a_plan_counts_a_loras_base_once():
+def test_a_plan_counts_the_base_of_a_lora_once():
     changes = ["distill.kind=guidance", "init=somewhere", "lora.rank=2", "data.batch_size=2"]
     runs = [
         toy_run("unused", "unused", *changes, teacher, **PLAIN)
