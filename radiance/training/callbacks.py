@@ -1,9 +1,6 @@
 """Callbacks of the trainer: what happens after a step, each at its own interval."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -15,10 +12,8 @@ from radiance.training.checkpoints import Snapshots
 from radiance.training.checks import check_finite
 from radiance.training.optimizer import make_lr_schedule
 from radiance.training.step import Metrics
+from radiance.training.trainer import Trainer
 from radiance.training.validation import sample_gallery
-
-if TYPE_CHECKING:
-    from radiance.training.trainer import Trainer
 
 
 class Callback:
@@ -37,11 +32,6 @@ class Callback:
 
     def close(self):
         """Wait for what is being written."""
-
-
-def is_due(run: config.Config, step: int, every: int) -> bool:
-    """Return whether an action with interval `every` is due after a step, or it is the last."""
-    return step % every == 0 or step == run.train.steps
 
 
 def make_callbacks(trainer: Trainer) -> list[Callback]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from radiance import config
 from radiance.data.batches import make_validation_batches
-from radiance.training.callbacks import Sample, is_due, make_callbacks
+from radiance.training.callbacks import Sample, make_callbacks
 from radiance.training.coordination import (
     exit_if_host_fails,
     handle_signals,
@@ -81,7 +81,7 @@ def fit(
             )
             trainer.step += 1
             for callback in callbacks:
-                if is_due(run, trainer.step, callback.every):
+                if trainer.is_due(callback.every):
                     callback.after_step(trainer, metrics)
         if trainer.step > trainer.saved_step:
             trainer.save_checkpoint()

@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 from radiance.base.trees import count_params
 from radiance.distributed.sharding import make_shardings
 from radiance.model.transformer import Params, make_abstract_params
-from radiance.training.callbacks import is_due
 from radiance.training.feed import BatchFeed
 from radiance.training.initialization import initialize_state, load_base_params, make_teacher
 from radiance.training.inputs import RunInputs
@@ -118,6 +117,10 @@ class Trainer:
             closing(StepProfiler(profile_dir, self.first_step, num_steps))
         )
 
+    def is_due(self, every: int) -> bool:
+        """Return whether an action with an interval is due after `step`; all are after the last."""
+        return self.step % every == 0 or self.step == self.run.train.steps
+
     def select_seed(self, tree: Any, index: int) -> Any:
         """Return the part of one seed of a tree whose leaves have a leading axis for several."""
         return jax.tree.map(lambda x: x[index], tree) if self.is_group else tree
@@ -160,7 +163,7 @@ class Trainer:
             self.step > 0
             and bool(self.inputs.prompts)
             and self.run.model.channels == 3
-            and is_due(self.run, self.step, self.run.train.sample_every)
+            and self.is_due(self.run.train.sample_every)
             and not all(d.sample_path(self.step).is_file() for d in self.inputs.directories)
         )
         return bool(multihost_utils.broadcast_one_to_all(np.array(is_missing)))
