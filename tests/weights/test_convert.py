@@ -16,7 +16,7 @@ from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
 from radiance.weights.conversion_report import find_network_part
-from radiance.weights.convert import convert_checkpoint
+from radiance.weights.convert import WRITERS, convert_checkpoint
 from radiance.weights.detect import MARKERS
 from radiance.weights.formats import EXPORT_FORMATS
 from radiance.weights.opening import open_tensors
@@ -533,6 +533,10 @@ def test_diffusers_does_not_support_our_text_settings(changes, message, tmp_path
             open_checkpoint(write_source(tmp_path, model)), tmp_path / "out", "diffusers"
         )
     sentence(error)
+
+
+def test_every_format_has_a_writer():
+    assert tuple(WRITERS) == EXPORT_FORMATS
 
 
 @pytest.mark.parametrize("to", EXPORT_FORMATS)

@@ -1,11 +1,14 @@
 import json
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.model.pixel_head import HEADS
 from radiance.weights import detect, native
+from radiance.weights.heads import HEAD_FORMATS
 from tests.helpers.toy_files import sentence
 from tests.helpers.toy_models import toy_model
 
@@ -178,3 +181,8 @@ def test_two_models_in_one_file_are_rejected():
         CheckpointError, match=r"are both norm.scale: the file contains more than one model"
     ):
         detect.canonical_names({"norm.scale": (), "norm.weight": ()})
+
+
+def test_every_head_has_native_tensors():
+    assert HEAD_FORMATS.keys() == HEADS.keys()
+    assert set(HEAD_FORMATS) == set(get_args(get_type_hints(config.Model)["head"]))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from radiance.base.errors import CheckpointError, OutputError
 from radiance.weights import tensors
 from radiance.weights.opening import open_tensors
-from radiance.weights.safetensors import write_safetensors
+from radiance.weights.safetensors import write_safetensors, write_safetensors_stream
 from tests.helpers.toy_files import sentence
 
 F32 = np.dtype(np.float32)
@@ -387,6 +387,15 @@ def test_a_failed_write_leaves_nothing(failure, old, tmp_path):
     if isinstance(failure, OSError):
         assert "No space left on device" in sentence(error)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"] * old
+
+
+def test_a_stream_in_another_order_is_rejected(tmp_path):
+    stream = iter([("b", np.ones(2, np.float32)), ("a", np.ones(2, np.float32))])
+    with pytest.raises(AssertionError, match="Expected the tensor a, not b"):
+        write_safetensors_stream(
+            tmp_path / "x.safetensors", {"a": (2,), "b": (2,)}, {"a": F32, "b": F32}, stream, {}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def fake_disk_usage(free):
