@@ -195,7 +195,7 @@ def read_autoencoder(path: str | Path) -> tuple[Autoencoder, Params]:
     them get those of FLUX.
 
     Args:
-        path: A file, a folder of diffusers with the autoencoder, or one with a whole pipeline.
+        path: A file, or a folder of diffusers that holds the autoencoder or a pipeline.
 
     Returns:
         Sizes and float32 parameters.

@@ -20,7 +20,7 @@ from radiance.weights.lora import LoraPair, LoraWeights, check_lora_fits
 
 
 class LoraTarget(NamedTuple):
-    """The change up · down of one native tensor, which is one block of a leaf or the whole leaf."""
+    """The change up · down of one native tensor, which is one block of a leaf or all of it."""
 
     source: native.NativeSource
     native_shape: tuple[int, ...]

@@ -158,8 +158,8 @@ def test_the_fit_is_close(fit):
 def test_outputs_change_little(fixed, converted):
     out = open_checkpoint(converted[0])
     inputs = toy_inputs(fixed.model)
-    expected, found = (np.asarray(apply(x.model, x.load_params(), inputs)) for x in (fixed, out))
-    change = np.sqrt(np.square(found - expected).mean() / np.square(expected).mean())
+    expected, output = (np.asarray(apply(x.model, x.load_params(), inputs)) for x in (fixed, out))
+    change = np.sqrt(np.square(output - expected).mean() / np.square(expected).mean())
     other = replace_modulation(
         fixed, jax.tree.map(lambda x: 0 * x, out.load_params()["modulation"])
     )
@@ -217,12 +217,12 @@ def test_vector_of_zeros_has_no_relative_error(fixed, monkeypatch):
         return array
 
     monkeypatch.setattr(modulation_fit, "STEPS_PER_CALL", 4)
-    found = modulation_fit.fit_modulation(replace(fixed, get_tensor=get_tensor), 4)
-    at = found.report.names.index(("single", 1, "gate"))
-    assert [i for i, x in enumerate(found.report.relative_error) if np.isnan(x)] == [at]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.modulation))
+    result = modulation_fit.fit_modulation(replace(fixed, get_tensor=get_tensor), 4)
+    zero_index = result.report.names.index(("single", 1, "gate"))
+    assert [i for i, x in enumerate(result.report.relative_error) if np.isnan(x)] == [zero_index]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.modulation))
     row = next(
-        line.split() for line in str(found.report).splitlines() if line.startswith("single  gate")
+        line.split() for line in str(result.report).splitlines() if line.startswith("single  gate")
     )
     assert row[2] == "1"
     assert row[3] == row[4]

@@ -61,18 +61,18 @@ def events(folder) -> list[tuple[int, str, object]]:
 
     A record consists of a length, its checksum, an event and its checksum.
     """
-    found = []
+    records = []
     for file in sorted(folder.iterdir()):
         data = file.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found += [
+            records += [
                 (event.step, v.tag, v.image if v.HasField("image") else v.simple_value)
                 for v in event.summary.value
             ]
             data = data[16 + length :]
-    return found
+    return records
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_missing_files_are_generated_bit_for_bit(folder, teacher, tmp_path):
 
 
 def test_failed_file_is_not_written(teacher, tmp_path, monkeypatch):
-    """Files before it are kept."""
+    """Files before it remain."""
     iter_trajectories = teacher.iter_trajectories
 
     def generate_nan(prompts, seeds, *rest):
@@ -284,7 +284,7 @@ def test_generation_keeps_the_segments_of_the_folder(folder, teacher, tmp_path):
 
 
 def test_two_runs_generate_into_one_folder(folder, teacher, tmp_path):
-    """Files that another run wrote meanwhile are kept; other settings of it are an error."""
+    """Files that another run wrote meanwhile remain; other settings of it are an error."""
     run = run_of(tmp_path)
     metadata = metadata_of(run, teacher.encoder)
 

@@ -252,7 +252,7 @@ WRONG_FILES = {
         GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))},
         "lora_As is not part of a LoRA",
     ),
-    "a whole difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is not part"),
+    "full difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is not part"),
     "another model": (
         GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))},
         r"blocks\.7.*does not have",
@@ -293,7 +293,7 @@ WRONG_FILES = {
         GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]},
         "same matrix of one pair",
     ),
-    "whole and in parts": (
+    "module and its parts": (
         {
             "double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)),
             "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48)),

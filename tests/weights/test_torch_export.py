@@ -298,12 +298,12 @@ def test_bfloat16(mode, variant, loaded, monkeypatch):
     error = np.abs(ours.detach().permute(0, 2, 3, 1).numpy() - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.1  # the module computes in bfloat16
     f, h = model.nerf_hidden, model.channels
-    kept = {
+    float32_shapes = {
         "linear": [(model.patch**2 * h, model.hidden)],
         "nerf_linear": [(f, h + 9), (h, f)],
         "nerf_conv": [(f, h + 9), (h, f, 3, 3)],
     }
-    assert [shape for shape, dtype in seen if dtype == torch.float32] == kept[model.head]
+    assert [shape for shape, dtype in seen if dtype == torch.float32] == float32_shapes[model.head]
     assert torch.bfloat16 in {dtype for _, dtype in seen}
     ours.square().mean().backward()
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
@@ -323,8 +323,8 @@ def test_image_is_not_rounded(mode, loaded):
 
 def test_bfloat16_model_keeps_float32_tensors(loaded):
     module = loaded(toy_model(prediction="x0"), dtype=torch.bfloat16)
-    kept = {name for name, x in module.state_dict().items() if x.dtype == torch.float32}
-    assert kept == {"__x0__", "nerf_final_layer_conv.norm.scale"} | {
+    float32_names = {name for name, x in module.state_dict().items() if x.dtype == torch.float32}
+    assert float32_names == {"__x0__", "nerf_final_layer_conv.norm.scale"} | {
         f"{layer}.{part}"
         for layer in ("nerf_image_embedder.embedder.0", "nerf_final_layer_conv.conv")
         for part in ("weight", "bias")
@@ -356,8 +356,8 @@ def test_trained_model_is_read_back(patch_embed, padding, tmp_path):
         tmp_path / "model.safetensors",
         {"radiance.model": json.dumps(module.config)},
     )
-    found, params = checkpoint.read_checkpoint(tmp_path / "model.safetensors")
-    assert found == model
+    model_read, params = checkpoint.read_checkpoint(tmp_path / "model.safetensors")
+    assert model_read == model
     expected = toy_params(model) | dict(
         text_embed={k: x + (k == "bias") for k, x in toy_params(model)["text_embed"].items()}
     )
@@ -376,6 +376,7 @@ def test_settings_match_the_config():
     assert not any(
         isinstance(getattr(config.Model(), name), str) for name in torch_model.NUMERIC_SETTINGS
     )
+    assert config.Compute().head_chunk_size == torch_model.HEAD_CHUNK_SIZE
 
 
 @pytest.mark.parametrize(
@@ -413,19 +414,19 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path):
 
 def test_added_lora_equals_merged_lora(loaded, tmp_path):
     """The LoRA has pairs for all modules, convolutions too; −strength removes it."""
-    module, model, found = loaded(MODEL), MODEL, toy_lora()
+    module, model, lora_weights = loaded(MODEL), MODEL, toy_lora()
     before = {name: x.clone() for name, x in module.state_dict().items()}
     file = tmp_path / "lora.safetensors"
-    lora.write_lora(file, found, dtype="float32")
+    lora.write_lora(file, lora_weights, dtype="float32")
     torch_model.add_lora(module, file, 0.5)
     merged = lora.merge_lora(
-        checkpoint.checkpoint_from_params(model, toy_params(model), "toy"), found, 0.5
+        checkpoint.checkpoint_from_params(model, toy_params(model), "toy"), lora_weights, 0.5
     )
     for name, x in module.state_dict().items():
         if not name.startswith("__"):
             assert_near(x, merged.get_tensor(name), 1e-6)
     assert sum(not torch.equal(x, before[name]) for name, x in module.state_dict().items()) == len(
-        found.pairs
+        lora_weights.pairs
     )
     torch_model.add_lora(module, file, -0.5)
     for name, x in module.state_dict().items():

@@ -112,7 +112,7 @@ def parse_settings(config: Mapping[str, Any]) -> SimpleNamespace:
 def frequencies(count: int) -> Tensor:
     """Return `count` frequencies from 1 down towards 1/10000.
 
-    Every float32 rounding of the published code is kept, because the frequencies are multiplied by
+    Every float32 rounding is that of the published code, because the frequencies are multiplied by
     up to 343,000.
     """
     steps = torch.arange(count, dtype=torch.float32, device="cpu")
