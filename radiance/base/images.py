@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image, PngImagePlugin
 
 Pixels = Float32[np.ndarray, "height width 3"]
+Images = Float[np.ndarray, "b height width 3"]  # in [-1, 1]
 
 
 def resize_and_crop(

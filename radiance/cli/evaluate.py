@@ -242,7 +242,7 @@ def _format_result(result: Mapping[str, Any]) -> str:
             format_table(
                 [
                     ("painted", _format_number(sampling["images"])),
-                    *((name, _format_number(x)) for name, x in sampling["numbers"].items()),
+                    *((name, _format_number(x)) for name, x in sampling["metrics"].items()),
                 ],
                 num_text_columns=1,
             )

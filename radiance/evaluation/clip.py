@@ -1,24 +1,30 @@
-"""CLIP score (arXiv 2104.08718): how well images fit their captions, by a user's CLIP in PyTorch."""
+"""Compute the CLIP score (arXiv 2104.08718): the similarity of images and captions.
+
+The score uses a CLIP model of the user's, in PyTorch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, DataError
 from radiance.base.hashing import hash_parts
-from radiance.base.images import to_image
-from radiance.data.datasets import DataError
-from radiance.evaluation.features import Images
+from radiance.base.images import Images, to_image
 from radiance.weights.opening import open_tensors
 
 
 class ClipScorer:
-    """A CLIP of transformers from a local folder: config.json, safetensors, tokenizer and image settings, as `save_pretrained` writes them.
+    """A CLIP model from a local folder. Nothing is downloaded.
 
-    Nothing is downloaded. Raises ImportError without transformers and torch, and CheckpointError
-    for a folder that holds no CLIP.
+    Args:
+        folder: Config, safetensors, tokenizer and image settings, as `save_pretrained` writes them.
+
+    Raises:
+        ImportError: transformers or torch is not installed.
+        CheckpointError: The folder has no complete CLIP model.
     """
 
     def __init__(self, folder: str | Path):
@@ -33,36 +39,45 @@ class ClipScorer:
         file = open_tensors(folder)
         try:
             clip_config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-            self.model, loading_info = CLIPModel.from_pretrained(
+            loaded: Any = CLIPModel.from_pretrained(
                 folder,
                 config=clip_config,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{folder} holds no whole CLIP of transformers ({str(error).splitlines()[0]}): "
-                "copy it again."
+                f"{folder} has no complete CLIP model for transformers "
+                f"({str(error).splitlines()[0]}): copy it again."
             ) from None
-        if loading_info["missing_keys"]:  # which transformers would draw at random
+        self.model, loading_info = loaded
+        self.processor = processor
+        if missing_keys := sorted(loading_info["missing_keys"]):  # transformers initializes them
             raise CheckpointError(
-                f"{folder} holds no whole CLIP: its weights lack "
-                f"{', '.join(sorted(loading_info['missing_keys'])[:3])}."
+                f"{folder} has no complete CLIP model: its weights lack "
+                f"{', '.join(missing_keys[:3])}."
             )
         self.identity = hash_parts("clip", file.fingerprint(), self.model.config.to_json_string())
 
     def __call__(self, images: Images, captions: Sequence[str]) -> Float32[np.ndarray, " b"]:
-        """The score of every image in [-1, 1] with its caption: 100 max(cos, 0) of their embeddings. What is over 77 tokens is cut off.
+        """Return the score of every image with its caption.
 
-        (The paper multiplies by 2.5 in place of 100.) Raises DataError for another number of
-        captions than images.
+        The score is 100 max(cos, 0) of the two embeddings; the paper multiplies by 2.5 instead of
+        100. Captions are truncated to 77 tokens.
+
+        Args:
+            images: Images in [-1, 1].
+            captions: One caption per image.
+
+        Raises:
+            DataError: The numbers of images and captions differ.
         """
         if len(images) != len(captions):
             raise DataError(
                 f"There are {len(images)} images and {len(captions)} captions: every image needs "
-                "its own."
+                "one."
             )
         import torch
 
@@ -75,7 +90,6 @@ class ClipScorer:
         )
         with torch.inference_mode():
             outputs = self.model(**inputs)
-        cosines = (outputs.image_embeds * outputs.text_embeds).sum(
-            dim=-1
-        )  # the model has made them of length 1
+        # The model returns embeddings of length 1.
+        cosines = (outputs.image_embeds * outputs.text_embeds).sum(dim=-1)
         return 100 * np.maximum(cosines.numpy(), 0)

@@ -1,7 +1,8 @@
-"""Feature extractors: what images are turned into before sets of them are compared, and where the features of real ones are kept.
+"""Feature extractors for comparing sets of images, and a cache of the features of real images.
 
-An extractor goes by its name in every result, `FD(pixels16)`, for a distance without its features
-is no number. The two here need no file; `evaluation/inception.py` has the one of the literature.
+Every result names its extractor, as in `FD(pixels16)`: a distance without its features has no
+meaning. The two extractors here need no file; `evaluation/inception.py` has the one of the
+literature.
 """
 
 import json
@@ -16,13 +17,12 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float, Float32
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, DataError
 from radiance.base.hashing import hash_parts
-from radiance.data.datasets import DataError
+from radiance.base.images import Images
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
 
-Images = Float[np.ndarray, "b height width 3"]  # in [-1, 1]
 Features = Float32[np.ndarray, "b d"]
 
 FEATURES_METADATA_KEY = "radiance.features"
@@ -30,23 +30,35 @@ FLOAT32 = np.dtype(np.float32)
 
 
 class Extractor(Protocol):
-    name: str  # a short word for the results
-    identity: str  # a hash of all that the features depend on, weights included
+    """A function from images to feature vectors.
 
-    def __call__(self, images: Images) -> Features: ...
+    Attributes:
+        name: A short word for results.
+        identity: A hash of everything that the features depend on, including weights.
+    """
+
+    name: str
+    identity: str
+
+    def __call__(self, images: Images) -> Features:
+        """Return the features of a batch."""
+        ...
 
 
 class PixelExtractor:
-    """The values of the image shrunk to side × side (triangle filter, antialiased): composition and color, no detail."""
+    """The values of a downsampled image: composition and color without detail.
+
+    Args:
+        resolution: Side of the downsampled image (triangle filter, antialiased).
+    """
 
     def __init__(self, resolution: int = 16):
-        self.resolution, self.name, self.identity = (
-            resolution,
-            f"pixels{resolution}",
-            hash_parts("pixels, linear, antialiased", resolution),
-        )
+        self.resolution = resolution
+        self.name = f"pixels{resolution}"
+        self.identity = hash_parts("pixels, linear, antialiased", resolution)
 
     def __call__(self, images: Images) -> Features:
+        """Return the features of a batch."""
         return np.asarray(_downsample(images, self.resolution)).reshape(len(images), -1)
 
 
@@ -61,11 +73,15 @@ def _downsample(
 
 
 class RandomNetworkExtractor:
-    """A convolutional network with random weights that are never trained: textures and edges as it happens to see them.
+    """A convolutional network with random weights, which responds to textures and edges.
 
-    Four 3×3 convolutions of stride 2, each with a ReLU; the features are the means of their
-    channels over the image. Such networks tell sets of images apart without the bias of a training
-    set (arXiv 2002.09797), but they are no judge of what people see.
+    It has four 3×3 convolutions of stride 2 with ReLU; the features are the means of all channels
+    over the image. Random networks distinguish sets of images without the bias of a training set
+    (arXiv 2002.09797), but do not measure perceptual quality.
+
+    Args:
+        seed: Seed of the weights.
+        widths: Channels of each convolution.
     """
 
     name = "random-network"
@@ -73,15 +89,14 @@ class RandomNetworkExtractor:
     def __init__(self, seed: int = 0, widths: tuple[int, ...] = (32, 64, 128, 256)):
         self.kernels = []
         for level, (in_channels, out_channels) in enumerate(zip((3, *widths), widths)):
-            uniforms = np.random.Generator(np.random.Philox(key=[seed, level])).random(
-                (3, 3, in_channels, out_channels)
-            )
-            self.kernels.append(
-                (scipy.special.ndtri(uniforms) * np.sqrt(2 / (9 * in_channels))).astype(np.float32)
-            )
+            rng = np.random.Generator(np.random.Philox(key=[seed, level]))
+            gaussians = scipy.special.ndtri(rng.random((3, 3, in_channels, out_channels)))
+            kernel = gaussians * np.sqrt(2 / (9 * in_channels))
+            self.kernels.append(kernel.astype(np.float32))
         self.identity = hash_parts("convolutions of stride 2, ReLU, means", *self.kernels)
 
     def __call__(self, images: Images) -> Features:
+        """Return the features of a batch."""
         return np.asarray(_random_network_features(self.kernels, images))
 
 
@@ -89,7 +104,7 @@ class RandomNetworkExtractor:
 def _random_network_features(
     kernels: list[Float32[Array, "3 3 inner outer"]], images: Float[Array, "b height width 3"]
 ) -> Float32[Array, "b d"]:
-    x, layer_means = images.astype(jnp.float32), []
+    x, channel_means = images.astype(jnp.float32), []
     for kernel in kernels:
         x = jax.lax.conv_general_dilated(
             x,
@@ -100,28 +115,33 @@ def _random_network_features(
             precision=jax.lax.Precision.HIGHEST,
         )
         x = jax.nn.relu(x)
-        layer_means.append(x.mean(axis=(1, 2)))
-    return jnp.concatenate(layer_means, axis=1)
+        channel_means.append(x.mean(axis=(1, 2)))
+    return jnp.concatenate(channel_means, axis=1)
 
 
 def extract_features(batches: Iterable[Images], extractor: Extractor) -> Features:
-    """The features of all images, in order. Raises DataError when there are none and when their values are not finite."""
-    feature_batches: list[np.ndarray] = []
+    """Return the features of all images, in order.
+
+    Raises:
+        DataError: There are no images, or some features are not finite.
+    """
+    feature_batches: list[Features] = []
     for images in batches:
         if np.ndim(images) != 4:
             raise DataError(
-                f"Batches of images have 4 axes, and this one is of shape {np.shape(images)}: give "
-                "a list of batches."
+                f"Batches of images have 4 axes, not shape {np.shape(images)}: give a list of "
+                "batches."
             )
         features = extractor(images)
         if nonfinite_rows := np.flatnonzero(~np.isfinite(features).all(axis=1)).tolist():
+            index = sum(map(len, feature_batches)) + nonfinite_rows[0]
             raise DataError(
-                f"Image {sum(map(len, feature_batches)) + nonfinite_rows[0]} has {extractor.name} "
-                "features that are not finite: look at its values."
+                f"Image {index} has {extractor.name} features that are not finite: look at its "
+                "values."
             )
         feature_batches.append(features)
     if not feature_batches:
-        raise DataError("There are no images to take features of.")
+        raise DataError("There are no images to extract features from.")
     return np.concatenate(feature_batches)
 
 
@@ -132,11 +152,20 @@ def load_or_extract_features(
     count: int,
     batches: Iterable[Images],
 ) -> Features:
-    """The features of `count` real images: from `folder` where they were taken before, else from `batches`, and then kept there.
+    """Return the features of real images, from the cache if they are there.
 
-    fingerprint: a hash of the images as they are given, so also of their size and crop. A file is
-        used only when it says that it was made by this extractor from these images; any other is
-        made anew. Raises DataError when the batches hold another number of images.
+    A cached file is used only if its metadata names the same extractor and images; any other file
+    is replaced.
+
+    Args:
+        cache_dir: Folder of the cache.
+        extractor: Feature extractor.
+        fingerprint: A hash of the images as they are passed, including their size and crop.
+        count: Number of images.
+        batches: The images; they are not iterated if the features are cached.
+
+    Raises:
+        DataError: The number of images is not `count`.
     """
     provenance = {
         "extractor": extractor.name,
@@ -144,15 +173,14 @@ def load_or_extract_features(
         "data": fingerprint,
         "count": count,
     }
-    path = (
-        Path(cache_dir).expanduser() / f"{extractor.name}-{hash_parts(provenance)[:16]}.safetensors"
-    )
+    file_name = f"{extractor.name}-{hash_parts(provenance)[:16]}.safetensors"
+    path = Path(cache_dir).expanduser() / file_name
     cached_features = _read_features(path, provenance)
     if cached_features is not None:
         return cached_features
     features = extract_features(batches, extractor)
     if len(features) != count:
-        raise DataError(f"{count} images were promised, and there are {len(features)}.")
+        raise DataError(f"{count} images were expected, and there are {len(features)}.")
     metadata = {FEATURES_METADATA_KEY: json.dumps(provenance)}
     write_safetensors(
         path, {"features": features.shape}, {"features": FLOAT32}, lambda _: features, metadata
@@ -161,7 +189,7 @@ def load_or_extract_features(
 
 
 def _read_features(path: Path, provenance: dict[str, object]) -> Features | None:
-    """None for a file that is not there, not whole, or of another provenance."""
+    """Return cached features, or None if the file is missing, damaged or of another provenance."""
     try:
         file = open_tensors(path)
         if json.loads(file.metadata[FEATURES_METADATA_KEY]) != provenance:

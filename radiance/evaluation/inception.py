@@ -1,17 +1,17 @@
-"""The Inception network of the Fréchet inception distance (arXiv 1706.08500), with weights from a user's file.
+"""The Inception network of the Fréchet inception distance, FID (arXiv 1706.08500).
 
-FD(inception) is what the literature calls FID. The weights are those of the TensorFlow graph of
-2015-12-05 in their PyTorch form, as pytorch-fid and torch-fidelity name them. The network is
-Inception v3 (arXiv 1512.00567) as torchvision has it, but for:
+FD(inception) is what the literature calls FID. The user's file has the weights of the TensorFlow
+graph of 2015-12-05 in their PyTorch form, with the tensor names of pytorch-fid and torch-fidelity.
+The network is Inception v3 (arXiv 1512.00567) as in torchvision, except that:
 
-- the average pools of the blocks 5b to 7b divide by the number of places inside the image, where
-torchvision counts the padding too;
-- the last block, 7c, has a maximum pool in place of the average;
+- the average pools of the blocks 5b to 7b divide by the number of positions inside the image, where
+  torchvision counts the padding too;
+- the last block, 7c, has a max pool instead of the average pool;
 - there are 1008 classes, whose layer is not used here, and no auxiliary classifier.
 
-Images are rounded to 8 bits, enlarged as TensorFlow 1 did, and scaled to (x − 128) / 128, as in the
-original, in ADM's suite and in torch-fidelity. (pytorch-fid enlarges between pixel centers and
-scales to x / 127.5 − 1: its numbers differ a little from these.)
+Images are rounded to 8 bits, resized as in TensorFlow 1, and scaled to (x − 128) / 128, as in the
+original, in ADM's suite and in torch-fidelity. (pytorch-fid aligns pixel centers when it resizes,
+and scales to x / 127.5 − 1: its values differ a little from these.)
 """
 
 from collections.abc import Callable
@@ -26,27 +26,35 @@ from jaxtyping import Array, Float, Float32
 
 from radiance.base.errors import CheckpointError
 from radiance.base.hashing import hash_parts
-from radiance.evaluation.features import Features, Images
+from radiance.base.images import Images
+from radiance.evaluation.features import Features
 from radiance.weights.detect import check_shapes
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import Tensors, TensorShapes
 
-INPUT_RESOLUTION = 299
-BATCH_NORM_EPSILON = 1e-3  # of the batch norms
+INPUT_RESOLUTION = 299  # pixels
+BATCH_NORM_EPSILON = 1e-3
 FIRST_KERNEL, CLASS_WEIGHT = "Conv2d_1a_3x3.conv.weight", "fc.weight"
 BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
 
 FeatureMap = Float32[Array, "b height width c"]
-Conv = Callable[
-    ..., FeatureMap
-]  # (name, x, channels, (height, width), stride=1) → x; a stride of 2 has no padding
+# conv(name, x, out_channels, kernel_size, stride=1, padding="SAME"); a stride of 2 has no padding.
+Conv = Callable[..., FeatureMap]
+# Kernel and bias of every convolution by name.
 InceptionParams = dict[
     str, tuple[Float32[Array, "height width inner outer"], Float32[Array, " outer"]]
-]  # kernel and bias of every convolution
+]
 
 
 class InceptionExtractor:
-    """The extractor. Raises CheckpointError for a file that holds something else."""
+    """The pooled features of FID's Inception network, 2048 per image.
+
+    Args:
+        path: A file with the network's weights.
+
+    Raises:
+        CheckpointError: The file has other weights.
+    """
 
     name = "inception"
 
@@ -60,6 +68,7 @@ class InceptionExtractor:
         )
 
     def __call__(self, images: Images) -> Features:
+        """Return the features of a batch."""
         with jax.default_matmul_precision("highest"):
             return np.asarray(_extract_features(self.params, images))
 
@@ -72,28 +81,33 @@ def _extract_features(
 
 
 def preprocess_images(images: Float[Array, "b height width 3"]) -> Float32[Array, "b 299 299 3"]:
-    """Images in [-1, 1] as the network takes them: in steps of 8 bits, 299 × 299, in [-1, 0.992]."""
+    """Round images in [-1, 1] to 8 bits, resize them to 299 × 299 and scale to [-1, 0.992]."""
     x = jnp.clip(jnp.rint((images.astype(jnp.float32) + 1) * 127.5), 0, 255)
     row_weights, column_weights = (_interpolation_weights(n) for n in x.shape[1:3])
     return (jnp.einsum("ph,qw,bhwc->bpqc", row_weights, column_weights, x) - 128) / 128
 
 
 def _interpolation_weights(n: int) -> Float32[np.ndarray, "299 n"]:
-    """Bilinear weights from n pixels to 299, at the places i · n / 299: the first pixels coincide, and not the middles."""
+    """Return bilinear weights from n pixels to 299 at positions i · n / 299.
+
+    As in TensorFlow 1, the first pixels are aligned, not the centers.
+    """
     positions = np.arange(INPUT_RESOLUTION, dtype=np.float32) * np.float32(n / INPUT_RESOLUTION)
     lower = np.minimum(positions.astype(int), n - 1)
-    weights, rows = np.zeros((INPUT_RESOLUTION, n), np.float32), np.arange(INPUT_RESOLUTION)
+    weights = np.zeros((INPUT_RESOLUTION, n), np.float32)
+    rows = np.arange(INPUT_RESOLUTION)
     np.add.at(weights, (rows, lower), 1 - (positions - lower))
     np.add.at(weights, (rows, np.minimum(lower + 1, n - 1)), positions - lower)
     return weights
 
 
 # --- the network ---------------------------------------------------------------------------------
-# Written once, over a `conv`, so that one pass of shapes alone tells what the file must hold. Names
-# are those of the file.
+# The network is a function of `conv`, so that an abstract evaluation gives all shapes of a file.
+# Blocks have torchvision's names, and convolutions those of the file.
 
 
 def inception_v3(conv: Conv, x: Float32[Array, "b 299 299 3"]) -> Float32[Array, "b 2048"]:
+    """Return the pooled features of preprocessed images."""
     x = conv("Conv2d_1a_3x3", x, 32, (3, 3), stride=2)
     x = conv("Conv2d_2a_3x3", x, 32, (3, 3), padding="VALID")
     x = conv("Conv2d_2b_3x3", x, 64, (3, 3))
@@ -118,7 +132,7 @@ def inception_v3(conv: Conv, x: Float32[Array, "b 299 299 3"]) -> Float32[Array,
 
 
 def inception_a(conv: Conv, name: str, x: FeatureMap, pool_features: int) -> FeatureMap:
-    """1×1, 5×5 and two 3×3 side by side."""
+    """Apply torchvision's InceptionA: branches of 1×1, 5×5, two 3×3, and a pool."""
     branch5x5 = conv(f"{name}.branch5x5_1", x, 48, (1, 1))
     branch5x5 = conv(f"{name}.branch5x5_2", branch5x5, 64, (5, 5))
     branch3x3dbl = conv(f"{name}.branch3x3dbl_1", x, 64, (1, 1))
@@ -133,7 +147,7 @@ def inception_a(conv: Conv, name: str, x: FeatureMap, pool_features: int) -> Fea
 
 
 def inception_b(conv: Conv, name: str, x: FeatureMap) -> FeatureMap:
-    """From 35 to 17 places along a side."""
+    """Apply torchvision's InceptionB, which reduces 35×35 positions to 17×17."""
     branch3x3dbl = conv(f"{name}.branch3x3dbl_1", x, 64, (1, 1))
     branch3x3dbl = conv(f"{name}.branch3x3dbl_2", branch3x3dbl, 96, (3, 3))
     branch3x3dbl = conv(f"{name}.branch3x3dbl_3", branch3x3dbl, 96, (3, 3), stride=2)
@@ -143,7 +157,7 @@ def inception_b(conv: Conv, name: str, x: FeatureMap) -> FeatureMap:
 
 
 def inception_c(conv: Conv, name: str, x: FeatureMap, channels_7x7: int) -> FeatureMap:
-    """7×7 as a row and a column of seven, once and twice."""
+    """Apply torchvision's InceptionC: branches of 1×1, one and two factorized 7×7, and a pool."""
     branch7x7 = conv(f"{name}.branch7x7_1", x, channels_7x7, (1, 1))
     branch7x7 = conv(f"{name}.branch7x7_2", branch7x7, channels_7x7, (1, 7))
     branch7x7 = conv(f"{name}.branch7x7_3", branch7x7, 192, (7, 1))
@@ -161,7 +175,7 @@ def inception_c(conv: Conv, name: str, x: FeatureMap, channels_7x7: int) -> Feat
 
 
 def inception_d(conv: Conv, name: str, x: FeatureMap) -> FeatureMap:
-    """From 17 to 8 places along a side."""
+    """Apply torchvision's InceptionD, which reduces 17×17 positions to 8×8."""
     branch3x3 = conv(f"{name}.branch3x3_1", x, 192, (1, 1))
     branch3x3 = conv(f"{name}.branch3x3_2", branch3x3, 320, (3, 3), stride=2)
     branch7x7x3 = conv(f"{name}.branch7x7x3_1", x, 192, (1, 1))
@@ -174,7 +188,7 @@ def inception_d(conv: Conv, name: str, x: FeatureMap) -> FeatureMap:
 def inception_e(
     conv: Conv, name: str, x: FeatureMap, pool: Callable[[FeatureMap], FeatureMap]
 ) -> FeatureMap:
-    """Branches that end in a row and a column of three side by side."""
+    """Apply torchvision's InceptionE, whose branches end in 1×3 beside 3×1 convolutions."""
     branch3x3 = conv(f"{name}.branch3x3_1", x, 384, (1, 1))
     branch3x3 = concat_branches(
         conv(f"{name}.branch3x3_2a", branch3x3, 384, (1, 3)),
@@ -195,16 +209,18 @@ def inception_e(
 
 
 def concat_branches(*branches: FeatureMap) -> FeatureMap:
+    """Concatenate the channels of all branches."""
     return jnp.concatenate(branches, axis=-1)
 
 
 def max_pool(x: FeatureMap, stride: int = 2) -> FeatureMap:
+    """Return the maxima of 3×3 windows; with a stride of 1 the size stays."""
     padding = "SAME" if stride == 1 else "VALID"
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def avg_pool(x: FeatureMap) -> FeatureMap:
-    """Over the places of a 3×3 window that lie inside the image."""
+    """Return the means of 3×3 windows over the positions inside the image."""
     sums, counts = (
         lax.reduce_window(y, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
         for y in (x, jnp.ones_like(x[:1, :, :, :1]))
@@ -221,13 +237,16 @@ def convolve(
     stride: int = 1,
     padding: str = "SAME",
 ) -> FeatureMap:
-    """With the batch norm, which `load` has put into the kernel, and a ReLU."""
+    """Apply a convolution, its batch norm (folded into the kernel) and ReLU."""
     kernel, bias = params[name]
-    window = dict(window_strides=(stride, stride), padding="VALID" if stride == 2 else padding)
-    return jax.nn.relu(
-        lax.conv_general_dilated(x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **window)
-        + bias
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding="VALID" if stride == 2 else padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    return jax.nn.relu(y + bias)
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -235,7 +254,7 @@ def convolve(
 
 @cache
 def kernel_shapes() -> dict[str, tuple[int, int, int, int]]:
-    """[height, width, in, out] of every convolution, found by following the shapes through the network."""
+    """Return the shape [height, width, in, out] of every kernel, by abstract evaluation."""
     shapes = {}
 
     def conv(name, x, out_channels, kernel_size, **window):
@@ -257,7 +276,7 @@ def kernel_shapes() -> dict[str, tuple[int, int, int, int]]:
 
 
 def inception_tensor_shapes() -> TensorShapes:
-    """Names and shapes of the tensors in a file that are used."""
+    """Return names and shapes of all tensors that are read from a file."""
     shapes = {}
     for name, (height, width, in_channels, out_channels) in kernel_shapes().items():
         shapes[f"{name}.conv.weight"] = (out_channels, in_channels, height, width)
@@ -266,17 +285,23 @@ def inception_tensor_shapes() -> TensorShapes:
 
 
 def check_inception_file(file: Tensors):
-    """Raises CheckpointError, also for torchvision's weights, which have the same names and shapes but for the classes."""
+    """Check that a file has the weights of FID.
+
+    Torchvision's weights have the same names and shapes except for the number of classes.
+
+    Raises:
+        CheckpointError: The file has other weights.
+    """
     if FIRST_KERNEL not in file.shapes:
         raise CheckpointError(
-            f"{file.path} holds no Inception v3 (it has no {FIRST_KERNEL}): give the weights of "
+            f"{file.path} has no Inception v3 (there is no {FIRST_KERNEL}): give the weights of "
             "FID, pt_inception-2015-12-05."
         )
     if file.shapes.get(CLASS_WEIGHT, (1008,))[0] != 1008 or any(
         key.startswith("AuxLogits.") for key in file.shapes
     ):
         raise CheckpointError(
-            f"{file.path} holds the Inception v3 of torchvision, whose features are others: give "
+            f"{file.path} has the Inception v3 of torchvision, whose features differ: give "
             "the weights of FID, pt_inception-2015-12-05, as safetensors."
         )
     unused = (CLASS_WEIGHT, "fc.bias")
@@ -289,7 +314,10 @@ def check_inception_file(file: Tensors):
 
 
 def load_inception_params(file: Tensors) -> InceptionParams:
-    """Kernels and biases with the batch norms put in: γ (w x − μ) / √(σ² + ε) + β is one convolution."""
+    """Return kernels and biases with the batch norms folded in.
+
+    A convolution followed by its batch norm, γ (w x − μ) / √(σ² + ε) + β, is one convolution.
+    """
     params = {}
     for name in kernel_shapes():
         scale, shift, mean, variance = (

@@ -1,6 +1,7 @@
-"""Distances between two sets of feature vectors, in float64. Where features come from is no matter here (`evaluation/features.py`).
+"""Compute distances between two sets of feature vectors, in float64.
 
-Axis letters: n, m vectors of either set, d features.
+Axis letters: n and m are the numbers of vectors in the two sets, d that of features. Features come
+from `evaluation/features.py`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,42 +11,43 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float, Float64
 
+from radiance.base.errors import DataError
 from radiance.base.random import random_permutation
-from radiance.data.datasets import DataError
 from radiance.evaluation.features import Features
 
-MAX_BLOCK_DISTANCES = 1 << 24  # distances that are held at a time: 128 MB
-NUM_NEIGHBORS = 3  # of precision and recall, as published
-NUM_SUBSETS = 10  # of KID
+MAX_BLOCK_DISTANCES = 1 << 24  # distances in memory at a time: 128 MB
+NUM_NEIGHBORS = 3  # for precision and recall, as published
+NUM_SUBSETS = 10  # for KID
+MIN_IMAGES = 2 * NUM_SUBSETS  # in either set
 
 
 # --- Fréchet distance ----------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
+    """Mean and covariance of a set of vectors."""
+
     num_vectors: int
     mean: Float64[np.ndarray, " d"]
-    covariance: Float64[np.ndarray, "d d"]  # unbiased: divided by count − 1
+    covariance: Float64[np.ndarray, "d d"]  # unbiased: divided by n − 1
 
 
 def compute_moments(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
-    """Mean and covariance of all rows, a block at a time (Chan et al. 1983, eq. 2.1). Raises DataError for fewer than two rows."""
+    """Return mean and covariance of all rows, block by block (Chan et al. 1983, eq. 2.1).
+
+    Raises:
+        DataError: There are fewer than two rows.
+    """
     count, mean, scatter = 0, np.zeros(()), np.zeros(())
     for block in blocks:
         block = np.asarray(block, np.float64)
         if not len(block):
             continue
         block_mean = block.mean(axis=0)
-        deviations, mean_difference, total = (
-            block - block_mean,
-            block_mean - mean,
-            count + len(block),
-        )
-        scatter = (
-            scatter
-            + deviations.T @ deviations
-            + np.multiply.outer(mean_difference, mean_difference) * (count * len(block) / total)
-        )
+        deviations, mean_difference = block - block_mean, block_mean - mean
+        total = count + len(block)
+        between = np.multiply.outer(mean_difference, mean_difference)
+        scatter = scatter + deviations.T @ deviations + between * (count * len(block) / total)
         mean = mean + mean_difference * (len(block) / total)
         count = total
     if count < 2:
@@ -54,27 +56,25 @@ def compute_moments(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½): the squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982; arXiv 1706.08500, eq. 6).
+    """Return the Fréchet distance of two Gaussians with these moments.
 
-    Estimated from few images it is too large, and the more so the fewer they are: compare only
-    values of one count.
+    It is |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½), the squared 2-Wasserstein distance (Dowson and
+    Landau 1982; arXiv 1706.08500, eq. 6). Estimates from few images are too large, so only values
+    of the same number of images can be compared.
     """
-    # The trace of (Σa Σb)^½ is the sum of the singular values of Σa^½ Σb^½. No root is taken of a
-    # rounding error of the product, so that covariances of fewer vectors than features, which have
-    # no full rank, do as well as others.
-    root_product_trace = scipy.linalg.svdvals(
-        _matrix_sqrt(a.covariance) @ _matrix_sqrt(b.covariance)
-    ).sum()
-    mean_difference = a.mean - b.mean
-    return float(
-        max(
-            mean_difference @ mean_difference
-            + np.trace(a.covariance)
-            + np.trace(b.covariance)
-            - 2 * root_product_trace,
-            0,
-        )
+    # The trace of (Σa Σb)^½ is the sum of the singular values of Σa^½ Σb^½. This takes no root of
+    # the product's rounding errors, so it also works for singular covariances of few vectors.
+    root_product_trace = np.sum(
+        scipy.linalg.svdvals(_matrix_sqrt(a.covariance) @ _matrix_sqrt(b.covariance))
     )
+    mean_difference = a.mean - b.mean
+    squared_distance = (
+        mean_difference @ mean_difference
+        + np.trace(a.covariance)
+        + np.trace(b.covariance)
+        - 2 * root_product_trace
+    )
+    return float(max(squared_distance, 0))
 
 
 def _matrix_sqrt(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:
@@ -86,8 +86,10 @@ def _matrix_sqrt(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, 
 
 
 class KernelDistance(NamedTuple):
+    """An estimate of the kernel distance."""
+
     value: float
-    standard_error: float  # standard error
+    standard_error: float
 
 
 def kernel_distance(
@@ -96,35 +98,45 @@ def kernel_distance(
     num_subsets: int = NUM_SUBSETS,
     seed: int = 0,
 ) -> KernelDistance:
-    """KID: the squared maximum mean discrepancy under (x·y / d + 1)³, unbiased at any count, so
-    that it may fall below 0 (arXiv 1801.01401, §4).
+    """Return the kernel inception distance, KID (arXiv 1801.01401, section 4).
 
-    Both sets are shuffled and cut into `subsets` parts; the value is the mean over the pairs of
-    parts. They share no vector, so the values of parts are independent and their scatter gives the
-    standard error. (The customary 100 draws of 1000 vectors overlap: they have the same
-    expectation, but their scatter tells nothing of the error.) Raises DataError for less than two
-    vectors a part.
+    It is the squared maximum mean discrepancy under the kernel (x·y / d + 1)³. The estimate is
+    unbiased for any number of vectors, so it may be negative.
+
+    Both sets are shuffled and divided into subsets, and the value is the mean over pairs of
+    subsets. The subsets are disjoint, so their values are independent and give the standard error.
+    (The usual 100 draws of 1000 vectors overlap: their mean has the same expectation, but their
+    standard deviation does not measure the error.)
+
+    Args:
+        x: One set.
+        y: The other set.
+        num_subsets: Number of subsets of each set.
+        seed: Seed of the shuffling.
+
+    Raises:
+        DataError: A subset would have fewer than two vectors.
     """
     if min(len(x), len(y)) < 2 * num_subsets:
         raise DataError(
-            f"KID by {num_subsets} parts needs at least {2 * num_subsets} images of each kind, and "
-            f"there are {len(x)} and {len(y)}."
+            f"KID with {num_subsets} subsets needs at least {2 * num_subsets} images in both sets, "
+            f"and there are {len(x)} and {len(y)}."
         )
-    permutations = (
-        random_permutation(
-            np.random.Generator(np.random.Philox(key=[seed, set_index])), len(features)
-        )
-        for set_index, features in enumerate((x, y))
-    )
-    subset_indices = (np.array_split(order, num_subsets) for order in permutations)
+    subset_indices = []
+    for set_index, features in enumerate((x, y)):
+        rng = np.random.Generator(np.random.Philox(key=[seed, set_index]))
+        order = random_permutation(rng, len(features))
+        subset_indices.append(np.array_split(order, num_subsets))
     values = [squared_mmd(x[i], y[j]) for i, j in zip(*subset_indices)]
-    return KernelDistance(
-        float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(num_subsets))
-    )
+    standard_error = np.std(values, ddof=1) / np.sqrt(num_subsets)
+    return KernelDistance(float(np.mean(values)), float(standard_error))
 
 
 def squared_mmd(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy under the cubic kernel (Gretton et al. 2012, eq. 3)."""
+    """Return the squared maximum mean discrepancy under the cubic kernel, without bias.
+
+    Gretton et al. 2012 (JMLR 13), eq. 3.
+    """
     n, m = len(x), len(y)
     within_x, within_y = (_cubic_kernel(z, z) for z in (x, y))
     within_mean = (within_x.sum() - np.trace(within_x)) / (n * (n - 1)) + (
@@ -143,8 +155,10 @@ def _cubic_kernel(
 
 
 class PrecisionRecall(NamedTuple):
-    precision: float  # share of generated images that lie among the real ones
-    recall: float  # share of real images that lie among the generated ones
+    """How far two sets of images cover each other."""
+
+    precision: float  # fraction of generated images inside the manifold of real ones
+    recall: float  # fraction of real images inside the manifold of generated ones
 
 
 def precision_recall(
@@ -152,26 +166,33 @@ def precision_recall(
     real: Float[np.ndarray, "m d"],
     num_neighbors: int = NUM_NEIGHBORS,
 ) -> PrecisionRecall:
-    """Improved precision and recall (arXiv 1904.06991, §2).
+    """Return improved precision and recall (arXiv 1904.06991, section 2).
 
-    A vector lies among the others when it is no farther from one of them than that one's k-th
-    nearest neighbor of its own kind. Raises DataError when there are no k others.
+    A vector is inside the manifold of a set if it is in one of the balls around the set's vectors.
+    The radius of a ball is the distance to the k-th nearest neighbor in the set.
+
+    Args:
+        generated: Features of generated images.
+        real: Features of real images.
+        num_neighbors: k.
+
+    Raises:
+        DataError: A set has k vectors or fewer.
     """
     if min(len(generated), len(real)) <= num_neighbors:
         raise DataError(
-            f"Precision and recall by {num_neighbors} neighbors need more images than that, and "
+            f"Precision and recall with {num_neighbors} neighbors need more images than that, and "
             f"there are {len(generated)} and {len(real)}."
         )
-    fractions = (
-        _is_in_manifold(x, y, num_neighbors).mean()
-        for x, y in ((generated, real), (real, generated))
-    )
-    return PrecisionRecall(*map(float, fractions))
+    precision = _is_in_manifold(generated, real, num_neighbors).mean()
+    recall = _is_in_manifold(real, generated, num_neighbors).mean()
+    return PrecisionRecall(float(precision), float(recall))
 
 
 def _is_in_manifold(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], num_neighbors: int
 ) -> Bool[np.ndarray, " n"]:
+    """Return for every x whether it is inside the manifold of y."""
     radii = np.concatenate(
         [
             _kth_nearest_distances(block, start, num_neighbors)
@@ -186,7 +207,7 @@ def _is_in_manifold(
 def _kth_nearest_distances(
     block: Float64[np.ndarray, "b m"], start: int, k: int
 ) -> Float64[np.ndarray, " b"]:
-    """The k-th smallest of each row, without the distance of a vector to itself."""
+    """Return the k-th smallest distance of each row, without that of a vector to itself."""
     rows = np.arange(len(block))
     block[rows, start + rows] = np.inf
     return np.partition(block, k - 1, axis=1)[:, k - 1]
@@ -195,28 +216,33 @@ def _kth_nearest_distances(
 def _iterate_distance_blocks(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
 ) -> Iterator[tuple[int, Float64[np.ndarray, "b m"]]]:
-    """Squared distances of every x to every y, some rows at a time, with the number of the first row."""
-    # About the mean, so that |x|² + |y|² − 2 x·y loses no digits to what all vectors have in
-    # common.
+    """Yield squared distances of all x to all y in blocks of rows, with the first row's index."""
+    # Subtracting the mean saves |x|² + |y|² − 2 x·y from cancellation.
     center = np.mean(y, axis=0, dtype=np.float64)
     y = np.asarray(y, np.float64) - center
     squared_norms = np.square(y).sum(axis=1)
     rows_per_block = max(1, MAX_BLOCK_DISTANCES // len(y))
     for start in range(0, len(x), rows_per_block):
         block = np.asarray(x[start : start + rows_per_block], np.float64) - center
-        yield (
-            start,
-            np.maximum(np.square(block).sum(axis=1)[:, None] + squared_norms - 2 * block @ y.T, 0),
-        )
+        squared = np.square(block).sum(axis=1)[:, None] + squared_norms - 2 * block @ y.T
+        yield start, np.maximum(squared, 0)
 
 
-MIN_IMAGES = 2 * NUM_SUBSETS  # images of either kind
+# --- all metrics ---------------------------------------------------------------------------------
 
 
 def compare_features(generated: Features, real: Features, extractor_name: str) -> dict[str, float]:
-    """The Fréchet distance and KID (lower is better), and precision and recall (higher is better), each under the name of its features.
+    """Return all distances between two sets of features, by name.
 
-    Raises DataError for fewer than 20 images of either kind.
+    Lower is better for the Fréchet distance and KID, higher for precision and recall.
+
+    Args:
+        generated: Features of generated images.
+        real: Features of real images.
+        extractor_name: Name of the extractor, which is part of the metrics' names.
+
+    Raises:
+        DataError: There are fewer than 20 images in a set.
     """
     kid = kernel_distance(generated, real)
     scores = precision_recall(generated, real)

@@ -1,12 +1,14 @@
-"""Public sets of prompts, and the folders of images that their own scorers read: GenEval, DPG-Bench, and COCO-30K for FID and CLIP score.
+"""Sample images for public prompt suites, in the folders that their own scorers read.
 
-The prompts are not ours and come from the user; the scorers are their authors' programs.
+The user provides the prompts, and the scorers are programs of the suites' authors.
 
-| suite   | prompts from                                       | images                                                             |
-|---------|----------------------------------------------------|----------------------------------------------------------------------|
-| geneval | evaluation_metadata.jsonl                          | NUMBER/samples/NUMBER.png, one a seed, beside NUMBER/metadata.jsonl  |
-| dpg     | the folder of a .txt for each prompt               | NAME.png, four seeds in a square; its side is the scorer's resolution|
-| coco30k | captions_val2014.json, or a part of it so written  | IMAGE.png, one for each image; the seed is its place in the file     |
+| suite   | prompts                   | images                                               |
+|---------|---------------------------|------------------------------------------------------|
+| geneval | evaluation_metadata.jsonl | INDEX/samples/INDEX.png per seed, and metadata.jsonl |
+| dpg     | a folder of .txt files    | NAME.png, a 2×2 grid of four seeds                   |
+| coco30k | captions_val2014.json     | IMAGE.png; the position of the image is its seed     |
+
+COCO-30K serves FID and CLIP score.
 """
 
 import json
@@ -16,83 +18,111 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from radiance import config
+from radiance.base.errors import ConfigError
 from radiance.base.files import replace_atomically
 from radiance.base.images import make_contact_sheet, save_png
 from radiance.pipeline import GeneratedImage
 
-COCO_NUM_IMAGES = 30_000  # images, of 40,504: the first captions of the first images, while papers draw theirs at random
-METADATA_KEYS = ("prompt", "seed", "size", "settings", "model")  # that a PNG of ours says of itself
+# Of 40,504 images: the first caption of each of the first images; papers draw them at random.
+COCO_NUM_IMAGES = 30_000
+METADATA_KEYS = ("prompt", "seed", "size", "settings", "model")  # of our PNG files
 
 
 class SuitePrompt(NamedTuple):
+    """A prompt, and the seeds to sample it with."""
+
     name: str
     prompt: str
     seeds: tuple[int, ...]
-    metadata_line: str = ""  # of the file of prompts, where the scorer wants it beside the images
+    metadata_line: str = ""  # line of the prompts file that the scorer reads beside the images
 
 
 class PromptSuite(NamedTuple):
-    parse_prompts: Callable[[Path, Sequence[int]], list[SuitePrompt]]
-    last_file: Callable[
-        [SuitePrompt], str
-    ]  # of a prompt's files the one that is written last, below the folder
+    """How the prompts of a suite are read and its images written.
+
+    Attributes:
+        parse_prompts: Read prompts from a file or folder, given the seeds.
+        last_file: The file of a prompt that is written last, relative to the folder.
+        write_images: Write the images of a prompt into a folder.
+        default_seeds: Seeds that papers report; empty if each prompt has its own.
+        next_file: The file that one more seed would have, if every seed has a file.
+    """
+
+    parse_prompts: Callable[[Path, tuple[int, ...]], list[SuitePrompt]]
+    last_file: Callable[[SuitePrompt], str]
     write_images: Callable[[Path, SuitePrompt, list[GeneratedImage]], None]
-    default_seeds: tuple[int, ...] = ()  # that papers report; none where each prompt has its own
-    next_file: Callable[[SuitePrompt], str] | None = (
-        None  # the file that the next seed would have, where each has one
-    )
+    default_seeds: tuple[int, ...] = ()
+    next_file: Callable[[SuitePrompt], str] | None = None
 
     def load_prompts(
         self, suite_name: str, prompts_path: Path, seeds: Sequence[int] | None
     ) -> list[SuitePrompt]:
-        """The prompts of a file or folder. Raises ConfigError for one that the suite does not know, and for seeds that it cannot use."""
+        """Return the prompts of a file or folder.
+
+        Args:
+            suite_name: Name of the suite, for messages.
+            prompts_path: File or folder of prompts.
+            seeds: Seeds of every prompt; the suite's own if None.
+
+        Raises:
+            ConfigError: The path has no prompts of the suite, or the suite cannot use such seeds.
+        """
         if seeds is not None and not self.default_seeds:
-            raise config.ConfigError(
-                f"Suite {suite_name} gives every prompt a seed of its own: leave --seeds out."
-            )
+            raise ConfigError(f"Suite {suite_name} has a seed for every prompt: leave --seeds out.")
         try:
             suite_prompts = self.parse_prompts(
-                prompts_path, tuple(seeds) if seeds is not None else self.default_seeds
+                prompts_path, self.default_seeds if seeds is None else tuple(seeds)
             )
         except OSError as error:
-            raise config.ConfigError(
+            raise ConfigError(
                 f"{prompts_path} cannot be read ({error.strerror}): give the prompts of suite "
                 f"{suite_name}."
             ) from None
         except (ValueError, TypeError, KeyError) as error:
-            raise config.ConfigError(
-                f"{prompts_path} is not the file of prompts of suite {suite_name} ({error!r})."
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{prompts_path} does not have the format of suite {suite_name} ({error!r}): give "
+                "the file of its authors."
             ) from None
         if not suite_prompts:
-            raise config.ConfigError(f"{prompts_path} has no prompts for suite {suite_name}.")
+            raise ConfigError(
+                f"{prompts_path} has no prompts for suite {suite_name}: give the file of its "
+                "authors."
+            )
         return suite_prompts
 
     def find_pending(self, folder: Path, suite_prompts: Sequence[SuitePrompt]) -> list[SuitePrompt]:
-        """What has no images yet. Raises ConfigError where an image is of another prompt or seed."""
+        """Return the prompts that have no images yet.
+
+        Args:
+            folder: Folder of the images.
+            suite_prompts: All prompts.
+
+        Raises:
+            ConfigError: An image in the folder is of another prompt or of other seeds.
+        """
         pending = []
         for suite_prompt in suite_prompts:
-            metadata = read_png_metadata(folder / self.last_file(suite_prompt))
+            path = folder / self.last_file(suite_prompt)
+            metadata = read_png_metadata(path)
             if metadata is None:
                 pending.append(suite_prompt)
-            elif metadata.get("prompt") != suite_prompt.prompt or metadata.get("seed") not in (
-                suite_prompt.seeds[-1],
-                list(suite_prompt.seeds),
-            ):
-                raise config.ConfigError(
-                    f"{folder / self.last_file(suite_prompt)} is of another prompt or seed: give "
-                    "another --out."
-                )
-            elif self.next_file and (folder / self.next_file(suite_prompt)).exists():
-                raise config.ConfigError(
-                    f"{folder / self.next_file(suite_prompt)} is of more seeds than these, and "
-                    "would be scored with them: give another --out."
+                continue
+            expected_seeds = (suite_prompt.seeds[-1], list(suite_prompt.seeds))
+            has_prompt = metadata.get("prompt") == suite_prompt.prompt
+            if not has_prompt or metadata.get("seed") not in expected_seeds:
+                raise ConfigError(f"{path} is of another prompt or seed: give another --out.")
+            if self.next_file and (folder / self.next_file(suite_prompt)).exists():
+                raise ConfigError(
+                    f"{folder / self.next_file(suite_prompt)} is of a further seed and would be "
+                    "scored too: give another --out."
                 )
         return pending
 
 
 def read_png_metadata(path: Path) -> dict[str, Any] | None:
-    """FACTS of a PNG; None where there is no file."""
+    """Return the `METADATA_KEYS` of a PNG file, or None if there is no file."""
     if not path.is_file():
         return None
     with Image.open(path) as image:
@@ -105,19 +135,28 @@ def read_png_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def check_same_metadata(path: Path, metadata: Mapping[str, Any]):
-    """Raises ConfigError where an image was painted with other facts than these, such as another model."""
+    """Check that a PNG file was made with the same settings, such as the same model.
+
+    Args:
+        path: The file.
+        metadata: Expected metadata.
+
+    Raises:
+        ConfigError: Some metadata differ.
+    """
     existing = read_png_metadata(path) or {}
-    if changed_keys := [
+    changed_keys = [
         name
         for name, value in metadata.items()
         if existing.get(name) != json.loads(json.dumps(value))
-    ]:
-        raise config.ConfigError(
-            f"{path} was painted with another {' and '.join(changed_keys)}: give another --out."
+    ]
+    if changed_keys:
+        raise ConfigError(
+            f"{path} was sampled with another {' and '.join(changed_keys)}: give another --out."
         )
 
 
-def _read_geneval(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
+def _parse_geneval(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     return [
         SuitePrompt(f"{i:05d}", json.loads(line)["prompt"], seeds, line)
@@ -131,20 +170,20 @@ def _geneval_file(suite_prompt: SuitePrompt, index: int) -> str:
 
 def _write_geneval(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
     (folder / suite_prompt.name / "samples").mkdir(parents=True, exist_ok=True)
-    with replace_atomically(folder / suite_prompt.name / "metadata.jsonl") as temporary_path:
-        temporary_path.write_text(suite_prompt.metadata_line + "\n", "utf-8")
+    with replace_atomically(folder / suite_prompt.name / "metadata.jsonl") as temp_path:
+        temp_path.write_text(suite_prompt.metadata_line + "\n", "utf-8")
     for i, output in enumerate(outputs):
         _save_image(folder / _geneval_file(suite_prompt, i), output.image, output.metadata)
 
 
-def _read_dpg(folder: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
+def _parse_dpg(folder: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
     if len(seeds) != 4:
-        raise config.ConfigError(
-            f"DPG-Bench scores squares of four images: give four --seeds, not {len(seeds)}."
+        raise ConfigError(
+            f"DPG-Bench scores grids of four images: give four --seeds, not {len(seeds)}."
         )
     if not folder.is_dir():
-        raise config.ConfigError(
-            f"{folder} is no folder: DPG-Bench keeps each prompt in a .txt of its own."
+        raise ConfigError(
+            f"{folder} is not a folder: give DPG-Bench's folder with a .txt file per prompt."
         )
     return [
         SuitePrompt(path.stem, path.read_text("utf-8").strip(), seeds)
@@ -154,19 +193,15 @@ def _read_dpg(folder: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
 
 def _write_dpg(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
     sheet = make_contact_sheet([output.image for output in outputs], columns=2, gap=0)
-    _save_image(
-        folder / f"{suite_prompt.name}.png",
-        sheet,
-        outputs[0].metadata | {"seed": list(suite_prompt.seeds)},
-    )
+    metadata = outputs[0].metadata | {"seed": list(suite_prompt.seeds)}
+    _save_image(folder / _named_file(suite_prompt), sheet, metadata)
 
 
-def _read_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
+def _parse_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
     first_captions: dict[int, str] = {}
     for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
-        first_captions.setdefault(
-            int(annotation["image_id"]), " ".join(annotation["caption"].split())
-        )
+        caption = " ".join(annotation["caption"].split())
+        first_captions.setdefault(int(annotation["image_id"]), caption)
     return [
         SuitePrompt(f"{image_id:012d}", caption, (i,))
         for i, (image_id, caption) in enumerate(list(first_captions.items())[:COCO_NUM_IMAGES])
@@ -174,22 +209,26 @@ def _read_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
 
 
 def _write_coco(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
-    _save_image(folder / f"{suite_prompt.name}.png", outputs[0].image, outputs[0].metadata)
+    _save_image(folder / _named_file(suite_prompt), outputs[0].image, outputs[0].metadata)
+
+
+def _named_file(suite_prompt: SuitePrompt) -> str:
+    return f"{suite_prompt.name}.png"
 
 
 def _save_image(path: Path, image: Image.Image, metadata: dict[str, Any]):
-    with replace_atomically(path) as temporary_path:
-        save_png(temporary_path, image, metadata)
+    with replace_atomically(path) as temp_path:
+        save_png(temp_path, image, metadata)
 
 
 SUITES = {
     "geneval": PromptSuite(
-        _read_geneval,
-        lambda asked: _geneval_file(asked, len(asked.seeds) - 1),
+        _parse_geneval,
+        lambda suite_prompt: _geneval_file(suite_prompt, len(suite_prompt.seeds) - 1),
         _write_geneval,
-        (0, 1, 2, 3),
-        next_file=lambda asked: _geneval_file(asked, len(asked.seeds)),
+        default_seeds=(0, 1, 2, 3),
+        next_file=lambda suite_prompt: _geneval_file(suite_prompt, len(suite_prompt.seeds)),
     ),
-    "dpg": PromptSuite(_read_dpg, lambda asked: f"{asked.name}.png", _write_dpg, (0, 1, 2, 3)),
-    "coco30k": PromptSuite(_read_coco, lambda asked: f"{asked.name}.png", _write_coco),
+    "dpg": PromptSuite(_parse_dpg, _named_file, _write_dpg, default_seeds=(0, 1, 2, 3)),
+    "coco30k": PromptSuite(_parse_coco, _named_file, _write_coco),
 }

@@ -84,7 +84,7 @@ def test_the_images_are_those_that_sample_paints(run, found):
     painted = pipeline([source.captions(i)[0] for i in range(21)])
     ours = np.stack([to_signed(np.asarray(image.image)) for image in painted])
     real = np.stack([to_signed(np.asarray(source.load_image(i, (16, 16)))) for i in range(21)])
-    numbers = found["sampling"]["numbers"]
+    numbers = found["sampling"]["metrics"]
     for name, value in compare_features(
         PixelExtractor()(ours), PixelExtractor()(real), "pixels16"
     ).items():
@@ -153,7 +153,7 @@ def test_features_of_real_images_are_kept(run, found):
     assert main(["evaluate", str(run.directory), *arguments]) == 0
     assert kept[0].stat().st_mtime_ns == before
     again = json.loads((run.directory / "again.json").read_text())
-    assert again["sampling"]["numbers"] == found["sampling"]["numbers"]
+    assert again["sampling"]["metrics"] == found["sampling"]["numbers"]
     assert again["validation"]["images"] == 2
     assert json.loads((run.directory / "evaluation.json").read_text()) == found
 
@@ -183,7 +183,7 @@ def test_a_perfect_model_is_perfect(tmp_path):
     )
     source = open_source(run.data, "validation")
     found = evaluate_samples(Perfect(run, source), source, range(24), [PixelExtractor()])
-    numbers, scenes = found["numbers"], found["scenes"]
+    numbers, scenes = found["metrics"], found["scenes"]
     assert abs(numbers["FD(pixels16)"]) < 1e-6
     assert numbers["precision(pixels16)"] == numbers["recall(pixels16)"] == 1
     assert numbers["log spectral distance (dB)"] < 1e-9
