@@ -242,7 +242,7 @@ def _read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     values = checkpoint.get_tensor(name)
     if not is_finite(values):
         raise CheckpointError(
-            f"{checkpoint.origin}: {name} has values that are not finite: the file is damaged."
+            f"{checkpoint.origin}: {name} holds values that are not finite: the file is damaged."
         )
     return values
 

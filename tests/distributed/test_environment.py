@@ -8,20 +8,21 @@ import pytest
 from radiance.distributed import environment
 
 
-def test_what_the_user_set_stays(monkeypatch):
+def test_settings_of_the_user_have_precedence(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304 --other")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    # A path for which the driver of an NVIDIA GPU exists.
     monkeypatch.setattr(
         environment,
         "Path",
         lambda path: type("Path", (), {"exists": lambda _: True, "expanduser": lambda _: path})(),
     )
-    monkeypatch.setenv("XLA_FLAGS", "")
     environment.prepare_environment()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
-    tpu = os.environ["LIBTPU_INIT_ARGS"].split()
-    assert tpu[:2] == ["--xla_tpu_scoped_vmem_limit_kib=98304", "--other"]
-    assert len(tpu) == len(environment.TPU_FLAGS) + 1
+    tpu_flags = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert tpu_flags[:2] == ["--xla_tpu_scoped_vmem_limit_kib=98304", "--other"]
+    assert len(tpu_flags) == len(environment.TPU_FLAGS) + 1
     assert os.environ["XLA_FLAGS"].split() == list(environment.GPU_FLAGS)
     environment.prepare_environment(multi_process=True)
     assert os.environ["XLA_FLAGS"].split() == [*environment.GPU_FLAGS, *environment.MULTI_CPU_FLAGS]
@@ -31,70 +32,67 @@ def test_what_the_user_set_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "good"),
+    ("flags", "is_valid"),
     [
         ((*environment.GPU_FLAGS, *environment.MULTI_CPU_FLAGS), True),
         ((*environment.GPU_FLAGS, "--xla_gpu_no_such_flag=on"), False),
     ],
 )
-def test_flags_of_xla_parse(flags, good):
-    """XLA ends a process at the first flag that it does not know; it knows those for GPUs everywhere too."""
-    variables = os.environ | {"XLA_FLAGS": " ".join(flags)}
-    done = subprocess.run(
+def test_xla_knows_all_flags(flags, is_valid):
+    """XLA ends a process at the first unknown flag; it knows those for GPUs on any machine."""
+    process = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
-        env=variables,
+        env=os.environ | {"XLA_FLAGS": " ".join(flags)},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode == 0) == good, done.stderr
+    assert (process.returncode == 0) == is_valid, process.stderr
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_flags_for_tpus_compile(topology):
-    """A program with a collective: some flags parse, and are refused where it is compiled for another kind of TPU."""
-    pytest.importorskip(
-        "libtpu", reason="libtpu, which knows the flags for TPUs, is not installed."
-    )
+def test_programs_compile_with_the_flags_for_tpus(topology):
+    """The program has a collective: some flags parse, but are errors on another kind of TPU."""
+    pytest.importorskip("libtpu", reason="libtpu, which knows the flags, is not installed.")
     script = f"""
 import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-devices = topologies.get_topology_desc(platform="tpu", topology_name="{topology}").devices
-mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
-whole = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(mesh, P("x")))
-x, w = (jax.ShapeDtypeStruct((512, 512), "bfloat16", sharding=NamedSharding(mesh, P("x"))) for _ in range(2))
-whole.lower(x, w).compile()
+topology = topologies.get_topology_desc(platform="tpu", topology_name="{topology}")
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=topology.devices)
+sharding = NamedSharding(mesh, P("x"))
+product = jax.jit(lambda x, w: x @ w, out_shardings=sharding)
+x, w = (jax.ShapeDtypeStruct((512, 512), "bfloat16", sharding=sharding) for _ in range(2))
+product.lower(x, w).compile()
 """
-    variables = (
-        os.environ
-        | environment.LIBTPU_OFFLINE_ENV
-        | {"LIBTPU_INIT_ARGS": " ".join(environment.TPU_FLAGS), "XLA_FLAGS": ""}
-    )  # it does not know all of XLA's
-    done = subprocess.run(
+    variables = os.environ | environment.LIBTPU_OFFLINE_ENV
+    # libtpu does not know all flags of XLA.
+    variables |= {"LIBTPU_INIT_ARGS": " ".join(environment.TPU_FLAGS), "XLA_FLAGS": ""}
+    process = subprocess.run(
         [sys.executable, "-c", script], env=variables, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc is not the allocator here."
 )
-def test_memory_is_kept():
-    """Page faults of an array that is made and freed again and again: once kept, none."""
+def test_freed_memory_is_retained():
+    """Allocating the same array again causes no page faults."""
     script = """
 import resource, sys
 import numpy as np
-from radiance.startup import keep_memory
-if sys.argv[1] == "keep":
-    keep_memory()
+from radiance.distributed.environment import retain_freed_memory
+if sys.argv[1] == "retain":
+    retain_freed_memory()
 np.ones(1 << 25)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     np.ones(1 << 25)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    kept, given_back = (
-        int(subprocess.check_output([sys.executable, "-c", script, way])) for way in ("keep", "not")
+    retained_faults, default_faults = (
+        int(subprocess.check_output([sys.executable, "-c", script, mode]))
+        for mode in ("retain", "default")
     )
-    assert kept < 100
-    assert given_back > 5000
+    assert retained_faults < 100
+    assert default_faults > 5000

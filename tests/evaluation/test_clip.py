@@ -1,4 +1,4 @@
-"""The CLIP score of a toy CLIP with random weights, step by step."""
+"""The CLIP score of a toy CLIP model with random weights, step by step."""
 
 import json
 import shutil
@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, DataError
 from radiance.base.images import to_image
-from radiance.data.datasets import DataError
 from radiance.evaluation.clip import ClipScorer
 
 WORDS = ["red", "green", "square", "circle", "a"]
@@ -50,8 +49,8 @@ def folder(tmp_path_factory):
             projection_dim=8,
         )
     )
-    torch.manual_seed(18)  # which gives cosines of both signs
-    for parameter in model.parameters():  # as they come, all embeddings are nearly the same
+    torch.manual_seed(18)  # cosines of both signs
+    for parameter in model.parameters():  # with the default scale, all embeddings are nearly equal
         parameter.data = 0.5 * torch.randn_like(parameter) + 0.5 * (parameter.ndim == 1)
     model.save_pretrained(path)
     images = transformers.CLIPImageProcessor(
@@ -63,23 +62,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images():
-    """Taller than wide, from dark to bright, with values beyond the range."""
+    """Portrait images from dark to bright, with some values out of range."""
     noise = np.random.default_rng(3).normal(0, 0.5, (4, 40, 24, 3))
     return (noise + np.linspace(-1, 1, 4)[:, None, None, None]).astype(np.float32)
 
 
 @pytest.mark.reference
-def test_scores_step_by_step(folder, images):
+def test_scores_agree_with_a_computation_step_by_step(folder, images):
     import torch
 
     clip = ClipScorer(folder)
-    found, expected = clip(images, CAPTIONS), []
+    scores, expected = clip(images, CAPTIONS), []
     for pixels, caption in zip(images, CAPTIONS):
         small = to_image(pixels).resize((16, 26), Image.Resampling.BICUBIC).crop((0, 5, 16, 21))
-        mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        values = torch.tensor(
-            (np.asarray(small) / 255 - mean) / spread, dtype=torch.float32
-        ).permute(2, 0, 1)[None]
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        values = torch.tensor((np.asarray(small) / 255 - mean) / std, dtype=torch.float32).permute(
+            2, 0, 1
+        )[None]
         ids = torch.tensor([clip.processor.tokenizer(caption).input_ids])
         with torch.no_grad():
             x = clip.model.visual_projection(clip.model.vision_model(values).pooler_output)[
@@ -87,14 +86,14 @@ def test_scores_step_by_step(folder, images):
             ].numpy()
             y = clip.model.text_projection(clip.model.text_model(ids).pooler_output)[0].numpy()
         expected.append(100 * max(x @ y / np.sqrt((x @ x) * (y @ y)), 0))
-    assert found.dtype == np.float32
+    assert scores.dtype == np.float32
     assert np.ptp(expected) > 5
     assert min(expected) == 0
-    np.testing.assert_allclose(found, expected, atol=0.01)
+    np.testing.assert_allclose(scores, expected, atol=0.01)
 
 
 @pytest.mark.reference
-def test_long_captions_are_cut_and_counts_must_agree(folder, images):
+def test_long_captions_are_truncated_and_counts_must_agree(folder, images):
     clip = ClipScorer(folder)
     assert clip(images[:1], ["a red square " * 50]).shape == (1,)
     with pytest.raises(DataError, match="4 images and 3 captions"):
@@ -102,26 +101,26 @@ def test_long_captions_are_cut_and_counts_must_agree(folder, images):
 
 
 @pytest.mark.reference
-def test_the_identity_is_that_of_the_weights(folder):
+def test_the_same_weights_have_the_same_identity(folder):
     assert ClipScorer(folder).identity == ClipScorer(folder).identity
 
 
 @pytest.mark.reference
-def test_folders_of_something_else(folder, tmp_path):
+def test_other_folders_are_errors(folder, tmp_path):
     with pytest.raises(CheckpointError, match="holds no safetensors"):
         ClipScorer(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds no whole CLIP of transformers"):
+    with pytest.raises(CheckpointError, match="has no complete CLIP model for transformers"):
         ClipScorer(tmp_path)
     for file in folder.glob("*.json"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(CheckpointError, match="its weights lack visual_projection.weight"):
+    with pytest.raises(CheckpointError, match=r"its weights lack visual_projection\.weight"):
         ClipScorer(tmp_path)
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch, tmp_path):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"radiance\[reference\]"):
         ClipScorer(tmp_path)

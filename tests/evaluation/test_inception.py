@@ -1,4 +1,4 @@
-"""The Inception network of FID, on random weights, against one written in PyTorch after the published architecture."""
+"""The Inception network of FID with random weights, against a PyTorch version from the paper."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,10 @@ from radiance.weights.tensors import TensorLocation, Tensors
 
 @cache
 def tensors():
-    """A whole file, with what is not used. Norms are far from the identity, and the variance of a ReLU network stays about 1."""
+    """Return all tensors of a file, including unused ones.
+
+    Norms are far from the identity, and the variance of activations stays about 1.
+    """
     draw = np.random.default_rng(0)
     found = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
     for name, (height, width, inner, outer) in inception.kernel_shapes().items():
@@ -40,19 +43,103 @@ def file(tmp_path_factory):
     return path
 
 
-def photographs(count, height, width):
-    """Smooth, with detail, beyond the range here and there."""
+def natural_images(count, height, width):
+    """Return smooth images with details, and a few values out of range."""
     rough = np.random.default_rng(5).standard_normal((count, height, width, 3))
     return (
         1.5 * scipy.ndimage.gaussian_filter(rough, (0, 5, 5, 0)) / 0.06 * 0.4 + 0.1 * rough
     ).astype(np.float32)
 
 
-# --- the reference ----------------------------------------------------------------------------------------------------
+# --- the reference -------------------------------------------------------------------------------
 
 
-def published(torch):
-    """Szegedy et al. (arXiv 1512.00567), figures 5 to 7 and table 1, in the names of the file, with the pools of the TensorFlow graph."""
+# Blocks are (input channels, layers, branches). A layer is (input layer or None for the block's
+# input, output channels, kernel size, stride); a branch is a chain of layers.
+ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
+
+
+def figure_5(inner, pooled):
+    layers = {
+        "branch1x1": (None, 64, ONE, 1),
+        "branch5x5_1": (None, 48, ONE, 1),
+        "branch5x5_2": ("branch5x5_1", 64, FIVE, 1),
+        "branch3x3dbl_1": (None, 64, ONE, 1),
+        "branch3x3dbl_2": ("branch3x3dbl_1", 96, THREE, 1),
+        "branch3x3dbl_3": ("branch3x3dbl_2", 96, THREE, 1),
+        "branch_pool": (None, pooled, ONE, 1),
+    }
+    deep = [f"branch3x3dbl_{i}" for i in (1, 2, 3)]
+    return (
+        inner,
+        layers,
+        [["branch1x1"], ["branch5x5_1", "branch5x5_2"], deep, ["pool", "branch_pool"]],
+    )
+
+
+def to_17():
+    layers = {
+        "branch3x3": (None, 384, THREE, 2),
+        "branch3x3dbl_1": (None, 64, ONE, 1),
+        "branch3x3dbl_2": ("branch3x3dbl_1", 96, THREE, 1),
+        "branch3x3dbl_3": ("branch3x3dbl_2", 96, THREE, 2),
+    }
+    deep = [f"branch3x3dbl_{i}" for i in (1, 2, 3)]
+    return 288, layers, [["branch3x3"], deep, ["pool"]]
+
+
+def figure_6(c):
+    layers = {
+        "branch1x1": (None, 192, ONE, 1),
+        "branch7x7_1": (None, c, ONE, 1),
+        "branch7x7_2": ("branch7x7_1", c, ROW, 1),
+        "branch7x7_3": ("branch7x7_2", 192, COLUMN, 1),
+        "branch7x7dbl_1": (None, c, ONE, 1),
+        "branch7x7dbl_2": ("branch7x7dbl_1", c, COLUMN, 1),
+        "branch7x7dbl_3": ("branch7x7dbl_2", c, ROW, 1),
+        "branch7x7dbl_4": ("branch7x7dbl_3", c, COLUMN, 1),
+        "branch7x7dbl_5": ("branch7x7dbl_4", 192, ROW, 1),
+        "branch_pool": (None, 192, ONE, 1),
+    }
+    once, twice = (
+        [f"branch7x7_{i}" for i in (1, 2, 3)],
+        [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)],
+    )
+    return 768, layers, [["branch1x1"], once, twice, ["pool", "branch_pool"]]
+
+
+def to_8():
+    layers = {
+        "branch3x3_1": (None, 192, ONE, 1),
+        "branch3x3_2": ("branch3x3_1", 320, THREE, 2),
+        "branch7x7x3_1": (None, 192, ONE, 1),
+        "branch7x7x3_2": ("branch7x7x3_1", 192, ROW, 1),
+        "branch7x7x3_3": ("branch7x7x3_2", 192, COLUMN, 1),
+        "branch7x7x3_4": ("branch7x7x3_3", 192, THREE, 2),
+    }
+    long = [f"branch7x7x3_{i}" for i in (1, 2, 3, 4)]
+    return 768, layers, [["branch3x3_1", "branch3x3_2"], long, ["pool"]]
+
+
+def figure_7(inner):
+    layers = {
+        "branch1x1": (None, 320, ONE, 1),
+        "branch3x3_1": (None, 384, ONE, 1),
+        "branch3x3_2a": ("branch3x3_1", 384, (1, 3), 1),
+        "branch3x3_2b": ("branch3x3_1", 384, (3, 1), 1),
+        "branch3x3dbl_1": (None, 448, ONE, 1),
+        "branch3x3dbl_2": ("branch3x3dbl_1", 384, THREE, 1),
+        "branch3x3dbl_3a": ("branch3x3dbl_2", 384, (1, 3), 1),
+        "branch3x3dbl_3b": ("branch3x3dbl_2", 384, (3, 1), 1),
+        "branch_pool": (None, 192, ONE, 1),
+    }
+    short = ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")]
+    deep = ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")]
+    return inner, layers, [["branch1x1"], short, deep, ["pool", "branch_pool"]]
+
+
+def make_layers(torch):
+    """Return classes of layers and blocks, and the two pools."""
     nn = torch.nn
 
     class Layer(nn.Module):
@@ -70,7 +157,7 @@ def published(torch):
     halve = partial(nn.functional.max_pool2d, kernel_size=3, stride=2)
 
     class Block(nn.Module):
-        """Branches side by side: chains of layers by name, of which a tuple of names is a fork."""
+        """Parallel branches: chains of layers by name; a tuple of names is a fork."""
 
         def __init__(self, inner, layers, chains, pool=average):
             super().__init__()
@@ -81,7 +168,7 @@ def published(torch):
             self.chains, self.pool = chains, pool
 
         def forward(self, x):
-            found = []
+            branches = []
             for chain in self.chains:
                 y = x
                 for name in chain:
@@ -91,86 +178,40 @@ def published(torch):
                         y = torch.cat([getattr(self, part)(y) for part in name], 1)
                     else:
                         y = getattr(self, name)(y)
-                found.append(y)
-            return torch.cat(found, 1)
+                branches.append(y)
+            return torch.cat(branches, 1)
 
-    one, three, five, row, column = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
+    return Layer, Block, average, halve
 
-    def figure_5(inner, pooled):
-        layers = {
-            "branch1x1": (None, 64, one, 1), "branch5x5_1": (None, 48, one, 1), "branch5x5_2": ("branch5x5_1", 64, five, 1),
-            "branch3x3dbl_1": (None, 64, one, 1), "branch3x3dbl_2": ("branch3x3dbl_1", 96, three, 1),
-            "branch3x3dbl_3": ("branch3x3dbl_2", 96, three, 1), "branch_pool": (None, pooled, one, 1),
-        }  # fmt: skip
-        deep = [f"branch3x3dbl_{i}" for i in (1, 2, 3)]
-        return Block(
-            inner,
-            layers,
-            [["branch1x1"], ["branch5x5_1", "branch5x5_2"], deep, ["pool", "branch_pool"]],
-        )
 
-    def to_17():
-        layers = {
-            "branch3x3": (None, 384, three, 2), "branch3x3dbl_1": (None, 64, one, 1),
-            "branch3x3dbl_2": ("branch3x3dbl_1", 96, three, 1), "branch3x3dbl_3": ("branch3x3dbl_2", 96, three, 2),
-        }  # fmt: skip
-        return Block(
-            288, layers, [["branch3x3"], [f"branch3x3dbl_{i}" for i in (1, 2, 3)], ["pool"]], halve
-        )
+def make_reference(torch):
+    """Return the network of Szegedy et al. (arXiv 1512.00567, figures 5 to 7 and table 1).
 
-    def figure_6(c):
-        layers = {
-            "branch1x1": (None, 192, one, 1), "branch7x7_1": (None, c, one, 1), "branch7x7_2": ("branch7x7_1", c, row, 1),
-            "branch7x7_3": ("branch7x7_2", 192, column, 1), "branch7x7dbl_1": (None, c, one, 1),
-            "branch7x7dbl_2": ("branch7x7dbl_1", c, column, 1), "branch7x7dbl_3": ("branch7x7dbl_2", c, row, 1),
-            "branch7x7dbl_4": ("branch7x7dbl_3", c, column, 1), "branch7x7dbl_5": ("branch7x7dbl_4", 192, row, 1),
-            "branch_pool": (None, 192, one, 1),
-        }  # fmt: skip
-        once, twice = (
-            [f"branch7x7_{i}" for i in (1, 2, 3)],
-            [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)],
-        )
-        return Block(768, layers, [["branch1x1"], once, twice, ["pool", "branch_pool"]])
+    It has the tensor names of the file and the pools of the TensorFlow graph.
+    """
+    nn = torch.nn
+    Layer, Block, _, halve = make_layers(torch)
 
-    def to_8():
-        layers = {
-            "branch3x3_1": (None, 192, one, 1), "branch3x3_2": ("branch3x3_1", 320, three, 2),
-            "branch7x7x3_1": (None, 192, one, 1), "branch7x7x3_2": ("branch7x7x3_1", 192, row, 1),
-            "branch7x7x3_3": ("branch7x7x3_2", 192, column, 1), "branch7x7x3_4": ("branch7x7x3_3", 192, three, 2),
-        }  # fmt: skip
-        long = [f"branch7x7x3_{i}" for i in (1, 2, 3, 4)]
-        return Block(768, layers, [["branch3x3_1", "branch3x3_2"], long, ["pool"]], halve)
-
-    def figure_7(inner, pool):
-        layers = {
-            "branch1x1": (None, 320, one, 1), "branch3x3_1": (None, 384, one, 1), "branch3x3_2a": ("branch3x3_1", 384, (1, 3), 1),
-            "branch3x3_2b": ("branch3x3_1", 384, (3, 1), 1), "branch3x3dbl_1": (None, 448, one, 1),
-            "branch3x3dbl_2": ("branch3x3dbl_1", 384, three, 1), "branch3x3dbl_3a": ("branch3x3dbl_2", 384, (1, 3), 1),
-            "branch3x3dbl_3b": ("branch3x3dbl_2", 384, (3, 1), 1), "branch_pool": (None, 192, one, 1),
-        }  # fmt: skip
-        short = ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")]
-        deep = ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")]
-        return Block(inner, layers, [["branch1x1"], short, deep, ["pool", "branch_pool"]], pool)
-
-    class Published(nn.Module):
+    class Reference(nn.Module):
         def __init__(self):
             super().__init__()
             self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Layer(3, 32, 3, 2), Layer(32, 32, 3)
             self.Conv2d_2b_3x3 = Layer(32, 64, 3, padding=1)
             self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Layer(64, 80, 1), Layer(80, 192, 3)
             self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
-                figure_5(192, 32),
-                figure_5(256, 64),
-                figure_5(288, 64),
+                Block(*figure_5(192, 32)),
+                Block(*figure_5(256, 64)),
+                Block(*figure_5(288, 64)),
             )
-            self.Mixed_6a = to_17()
+            self.Mixed_6a = Block(*to_17(), pool=halve)
             self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-                figure_6(c) for c in (128, 160, 160, 192)
+                Block(*figure_6(c)) for c in (128, 160, 160, 192)
             )
-            self.Mixed_7a = to_8()
-            self.Mixed_7b = figure_7(1280, average)
-            self.Mixed_7c = figure_7(
-                2048, partial(nn.functional.max_pool2d, kernel_size=3, stride=1, padding=1)
+            self.Mixed_7a = Block(*to_8(), pool=halve)
+            self.Mixed_7b = Block(*figure_7(1280))
+            self.Mixed_7c = Block(
+                *figure_7(2048),
+                pool=partial(nn.functional.max_pool2d, kernel_size=3, stride=1, padding=1),
             )
             self.fc = nn.Linear(2048, 1008)
 
@@ -182,20 +223,20 @@ def published(torch):
                 if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
                     x = halve(x)
 
-    return Published().eval()
+    return Reference().eval()
 
 
 @pytest.mark.slow
 @pytest.mark.reference
-def test_features_are_those_of_the_published_network(file):
+def test_features_agree_with_the_published_network(file):
     torch = pytest.importorskip("torch", reason="PyTorch is the reference")
-    theirs = published(torch)
-    theirs.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors().items()})
-    images = photographs(2, 64, 96)
+    reference = make_reference(torch)
+    reference.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in tensors().items()})
+    images = natural_images(2, 64, 96)
     levels = torch.tensor(
         np.stack([np.asarray(to_image(x), np.float32) for x in images]).transpose(0, 3, 1, 2)
     )
-    # TensorFlow 1's places, i · n / 299, as PyTorch counts them between -1 and 1 from the first pixel to the last.
+    # Positions i · n / 299 as in TensorFlow 1; PyTorch's range from -1 (first pixel) to 1 (last).
     down, across = (2 * np.arange(299) * (n / 299) / (n - 1) - 1 for n in (64, 96))
     grid = torch.tensor(np.stack(np.meshgrid(across, down), axis=-1), dtype=torch.float32).expand(
         2, -1, -1, -1
@@ -204,51 +245,53 @@ def test_features_are_those_of_the_published_network(file):
         resized = torch.nn.functional.grid_sample(
             levels, grid, "bilinear", "border", align_corners=True
         )
-        expected = theirs((resized - 128) / 128).numpy()
-    found = InceptionExtractor(file)(images)
-    error = np.abs(found - expected).max() / np.abs(expected).max()
+        expected = reference((resized - 128) / 128).numpy()
+    features = InceptionExtractor(file)(images)
+    error = np.abs(features - expected).max() / np.abs(expected).max()
     print(f"features: {error:.1e}")
-    assert found.shape == (2, 2048)
-    assert found.dtype == np.float32
+    assert features.shape == (2, 2048)
+    assert features.dtype == np.float32
     assert expected.std() > 0.1
     assert np.abs(expected[0] - expected[1]).max() > 0.1
     assert error < 2e-5
 
 
-# --- its parts --------------------------------------------------------------------------------------------------------
+# --- its parts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("height", "width"), [(299, 299), (32, 50), (400, 333)])
-def test_images_are_resized_as_scipy_interpolates(height, width):
-    """At TensorFlow 1's places; beyond the last pixel it counts on."""
-    images = photographs(1, height, width)
+def test_resizing_agrees_with_scipy(height, width):
+    """The positions are those of TensorFlow 1; the last pixel is repeated."""
+    images = natural_images(1, height, width)
     levels = np.asarray(to_image(images[0]), np.float64)
-    places = np.meshgrid(np.arange(299) * height / 299, np.arange(299) * width / 299, indexing="ij")
+    positions = np.meshgrid(
+        np.arange(299) * height / 299, np.arange(299) * width / 299, indexing="ij"
+    )
     expected = np.stack(
         [
-            scipy.ndimage.map_coordinates(c, places, order=1, mode="nearest")
+            scipy.ndimage.map_coordinates(c, positions, order=1, mode="nearest")
             for c in levels.transpose(2, 0, 1)
         ],
         axis=-1,
     )
-    found = np.asarray(inception.preprocess_images(images))[0]
-    assert found.min() == -1
-    assert found.max() == pytest.approx(127 / 128)
-    np.testing.assert_allclose(found, (expected - 128) / 128, atol=1e-4)
+    resized = np.asarray(inception.preprocess_images(images))[0]
+    assert resized.min() == -1
+    assert resized.max() == pytest.approx(127 / 128)
+    np.testing.assert_allclose(resized, (expected - 128) / 128, atol=1e-4)
 
 
-def test_averages_are_of_places_inside():
+def test_average_pools_leave_out_the_padding():
     x = np.random.default_rng(0).standard_normal((1, 4, 5, 2)).astype(np.float32)
-    found = np.asarray(inception.avg_pool(x))
-    np.testing.assert_allclose(found[0, 0, 0], x[0, :2, :2].mean(axis=(0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(found[0, 3, 2], x[0, 2:4, 1:4].mean(axis=(0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(found[0, 1, 1], x[0, :3, :3].mean(axis=(0, 1)), rtol=1e-5)
+    means = np.asarray(inception.avg_pool(x))
+    np.testing.assert_allclose(means[0, 0, 0], x[0, :2, :2].mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(means[0, 3, 2], x[0, 2:4, 1:4].mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(means[0, 1, 1], x[0, :3, :3].mean(axis=(0, 1)), rtol=1e-5)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 
-def test_the_identity_is_that_of_the_weights_that_are_used(file, tmp_path):
+def test_the_identity_depends_on_the_used_weights(file, tmp_path):
     identity, found = InceptionExtractor(file).identity, dict(tensors())
     assert InceptionExtractor(file).identity == identity
     for key in [
@@ -265,13 +308,13 @@ def test_the_identity_is_that_of_the_weights_that_are_used(file, tmp_path):
 FAULTS = {
     "torchvision": (
         lambda shapes: shapes | {"fc.weight": (1000, 2048)},
-        "torchvision, whose features are others",
+        "torchvision, whose features differ",
     ),
     "auxiliary": (
         lambda shapes: shapes | {"AuxLogits.fc.bias": (1000,)},
-        "torchvision, whose features are others",
+        "torchvision, whose features differ",
     ),
-    "another": (lambda shapes: {"x": (3,)}, "holds no Inception v3"),
+    "another": (lambda shapes: {"x": (3,)}, "has no Inception v3"),
     "missing": (
         lambda shapes: {k: s for k, s in shapes.items() if k != "Mixed_6c.branch1x1.bn.bias"},
         "missing Mixed_6c.branch1x1.bn.bias",
@@ -284,17 +327,17 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_files_of_something_else(fault):
+def test_other_files_are_errors(fault):
     change, message = FAULTS[fault]
 
-    def opened(shapes):
+    def open_shapes(shapes):
         return Tensors(
             Path("x"),
             {key: TensorLocation(Path("x"), 0, 0, shape, "F32") for key, shape in shapes.items()},
             {},
         )
 
-    whole = {key: x.shape for key, x in tensors().items()}
-    inception.check_inception_file(opened(whole))
+    complete = {key: x.shape for key, x in tensors().items()}
+    inception.check_inception_file(open_shapes(complete))
     with pytest.raises(CheckpointError, match=message):
-        inception.check_inception_file(opened(change(whole)))
+        inception.check_inception_file(open_shapes(change(complete)))

@@ -13,7 +13,7 @@ from radiance.weights import native
 from radiance.weights.detect import detect_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = {
+MODEL_NAMES = {
     "chroma1_base": "chroma1-base",
     "chroma1_radiance": "chroma1-radiance",
     "chroma1_radiance_x0": "chroma1-radiance-x0",
@@ -24,7 +24,7 @@ PARAMETERS = {"chroma1_base": 8.900e9, "flux1_schnell": 11.891e9}  # the pixel m
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda path: path.stem)
-def test_agrees_with_the_published_code(path):
+def test_outputs_agree_with_the_published_code(path):
     results = verify_golden_file(path)
     assert {r.output for r in results} == {"velocity", "sampled"} & set(load_file(path))
     for r in results:
@@ -33,8 +33,8 @@ def test_agrees_with_the_published_code(path):
             assert r.error < 2e-5, r
 
 
-def test_coarse_rounding_is_no_excuse():
-    """bfloat16 moves its own sampled images far, and is not forgiven for that."""
+def test_coarse_rounding_is_not_tolerated():
+    """Rounding to bfloat16 moves sampled images far, but the tolerance has a limit."""
     results = verify_golden_file(
         GOLDEN / "radiance_x0.safetensors", config.Compute(dtype="bfloat16")
     )
@@ -42,42 +42,46 @@ def test_coarse_rounding_is_no_excuse():
     assert all(r.tolerance <= 1e-3 for r in results)
 
 
-def test_all_golden_files_are_there():
+def test_all_golden_files_exist():
     assert len(list(GOLDEN.glob("*.safetensors"))) == 7
-    assert {path.name.removesuffix(".keys.json") for path in GOLDEN.glob("*.json")} == set(NAMES)
+    assert {path.name.removesuffix(".keys.json") for path in GOLDEN.glob("*.json")} == set(
+        MODEL_NAMES
+    )
 
 
-@pytest.mark.parametrize("what", ["velocity", "params.double_blocks.1.txt_mlp.0.bias", "nan"])
-def test_a_small_difference_is_seen(what, tmp_path):
-    """One number of the reference, or of the weights, off by a thousandth."""
+@pytest.mark.parametrize(
+    "changed_tensor", ["velocity", "params.double_blocks.1.txt_mlp.0.bias", "nan"]
+)
+def test_a_small_difference_is_detected(changed_tensor, tmp_path):
+    """One value of the reference, or of the weights, is off by a thousandth."""
     path = GOLDEN / "flux_modulation.safetensors"
     tensors = load_file(path)
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
-    if what == "nan":
+    if changed_tensor == "nan":
         tensors["velocity"].flat[5] = np.nan
     else:
-        tensors[what].flat[5] += (
-            1e-3 * np.abs(tensors["velocity"]).max() if what == "velocity" else 0.1
+        tensors[changed_tensor].flat[5] += (
+            1e-3 * np.abs(tensors["velocity"]).max() if changed_tensor == "velocity" else 0.1
         )
     save_file(tensors, tmp_path / "x.safetensors", metadata)
     (result,) = verify_golden_file(tmp_path / "x.safetensors")
     assert not result.is_within_tolerance, result
 
 
-def test_another_file_is_refused(tmp_path):
+def test_other_files_are_errors(tmp_path):
     save_file({"velocity": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not a golden file"):
         verify_golden_file(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("file", NAMES)
-def test_full_size_keys(file):
+@pytest.mark.parametrize("file", MODEL_NAMES)
+def test_full_size_models_have_the_published_keys(file):
     published = {
         name: tuple(shape)
         for name, shape in json.loads((GOLDEN / f"{file}.keys.json").read_text()).items()
     }
-    model = config.MODELS[NAMES[file]]
+    model = config.MODELS[MODEL_NAMES[file]]
     shapes, sources = native.native_layout(model)
     assert shapes == published
     assert set(sources) == {name for name in shapes if not name.startswith("__")}

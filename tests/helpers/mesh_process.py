@@ -1,6 +1,11 @@
-"""What 8 fake devices compute, for test_mesh.py: `python on_a_mesh.py OUT.npz`, with 8 devices in XLA_FLAGS."""
+"""Train and sample on meshes of 8 fake devices: `python -m tests.helpers.mesh_process OUT.npz`.
 
+test_multi_device.py runs this with 8 devices in XLA_FLAGS.
+"""
+
+import contextlib
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -19,55 +24,68 @@ MESHES = {
     "2x2x2": config.Mesh(2, 2, 2),
 }
 SIZES = dict(hidden=64, heads=2, rope_axes=(4, 14, 14))
-STEPS = 3
-# How matrices are kept, and images painted at once: every mesh divides 8, and none 3.
-CASES = [(None, 8), (None, 3), ("q8_0", 3)]
+NUM_STEPS = 3
+# Weight format and batch size: every mesh divides 8 rows, and none divides 3.
+SAMPLING_CASES = [(None, 8), (None, 3), ("q8_0", 3)]
 
 
-def batches():
-    draw = np.random.default_rng(0)
-    for _ in range(STEPS):
+def make_batches() -> Iterator[dict[str, np.ndarray]]:
+    """Yield the same random batches for every mesh."""
+    rng = np.random.default_rng(0)
+    for _ in range(NUM_STEPS):
         yield {
-            "image": draw.standard_normal((8, 8, 8, 3), np.float32),
-            "text": draw.standard_normal((8, 8, 16), np.float32),
-            "lengths": draw.integers(1, 9, 8, np.int32),
+            "image": rng.standard_normal((8, 8, 8, 3), np.float32),
+            "text": rng.standard_normal((8, 8, 16), np.float32),
+            "lengths": rng.integers(1, 9, 8, np.int32),
             "weight": np.ones(8, np.float32),
         }
 
 
-def trained(run: config.Config, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, dict]:
-    """Losses of a few steps, and the weights after them."""
-    fresh, pure = partial(init_state, run), make_train_step(run)
-    if mesh is None:
-        state, step, put = jax.jit(fresh)(), jax.jit(pure), lambda batch: batch
-    else:
-        places = make_shardings(jax.eval_shape(fresh), mesh)
-        state = jax.jit(fresh, out_shardings=places)()
-        step, put = (
-            jax.jit(pure, in_shardings=(places, None), out_shardings=(places, None)),
-            partial(put_batch, mesh=mesh, batch_size=8),
-        )
-        spread = [
-            x for x in jax.tree.leaves(state.params) if x.addressable_shards[0].data.size < x.size
-        ]
-        assert bool(spread) == (mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
+def train(run: config.Config, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, dict]:
+    """Return the losses of a few steps, and the weights after them."""
+    init, step = partial(init_state, run), make_train_step(run)
     losses = []
-    for batch in batches():
-        state, metrics = step(state, put(batch))
+    if mesh is None:
+        state, compiled_step = jax.jit(init)(), jax.jit(step)
+        for batch in make_batches():
+            state, metrics = compiled_step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return np.array(losses), jax.device_get(state.params)
+    shardings = make_shardings(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=shardings)()
+    compiled_step = jax.jit(step, in_shardings=(shardings, None), out_shardings=(shardings, None))
+    is_sharded = any(
+        x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state.params)
+    )
+    assert is_sharded == (mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
+    for batch in make_batches():
+        state, metrics = compiled_step(state, put_batch(batch, mesh, batch_size=8))
         losses.append(float(metrics["loss"]))
-    if mesh is not None:
-        assert step._cache_size() == 1  # nothing was compiled again
-        jax.tree.map(
-            lambda x, place: (
-                None if x.sharding.is_equivalent_to(place, x.ndim) else sys.exit(f"{x.sharding}")
-            ),
-            state,
-            places,
-        )
+    assert compiled_step._cache_size() == 1, "The step was compiled again."
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings)):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), x.sharding
     return np.array(losses), jax.device_get(state.params)
 
 
+def sample(
+    run: config.Config,
+    weights: dict,
+    mesh: jax.sharding.Mesh | None,
+    weight_format: str | None,
+    batch_size: int,
+) -> np.ndarray:
+    """Return the pixels of nine images."""
+    shardings = None if mesh is None else make_shardings(weights, mesh)
+    params = checkpoint_from_params(run.model, weights, "toy").load_params(
+        weight_format=weight_format, shardings=shardings
+    )
+    run = config.override(run, [f"sample.batch_size={batch_size}"])
+    images = Pipeline(run, params, mesh=mesh)([f"the digit {i}" for i in range(9)])
+    return np.stack([np.asarray(output.image) for output in images])
+
+
 def main(out: str):
+    """Write the results of all meshes and of one device to a file."""
     run = toy_run(
         ".",
         ".",
@@ -76,26 +94,22 @@ def main(out: str):
         "sample.batch_size=3",
         **SIZES,
     )
-    found = {}
+    results, weights = {}, None
     for name, settings in {"one": None, **MESHES}.items():
         mesh = None if settings is None else make_mesh(settings)
-        with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-            losses, params = trained(run, mesh)
-        found[f"{name}/losses"] = losses
-        found |= {f"{name}/params/{i}": x for i, x in enumerate(jax.tree.leaves(params))}
-        weights = found.setdefault("weights", params)  # the same on every mesh
-        for store, batch in CASES if name in ("one", "2x2x2") else CASES[:1]:
-            places = None if mesh is None else make_shardings(weights, mesh)
-            kept = checkpoint_from_params(run.model, weights, "toy").load_params(
-                weight_format=store, shardings=places
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0])
             )
-            pipeline = Pipeline(
-                config.override(run, [f"sample.batch_size={batch}"]), kept, mesh=mesh
-            )
-            found[f"{name}/{store}/{batch}"] = np.stack(
-                [np.asarray(p.image) for p in pipeline([f"the digit {i}" for i in range(9)])]
-            )
-    np.savez(out, **{key: x for key, x in found.items() if key != "weights"})
+            losses, params = train(run, mesh)
+        results[f"{name}/losses"] = losses
+        results |= {f"{name}/params/{i}": x for i, x in enumerate(jax.tree.leaves(params))}
+        weights = weights or params  # the same on every mesh
+        cases = SAMPLING_CASES if name in ("one", "2x2x2") else SAMPLING_CASES[:1]
+        for weight_format, batch_size in cases:
+            images = sample(run, weights, mesh, weight_format, batch_size)
+            results[f"{name}/{weight_format}/{batch_size}"] = images
+    np.savez(out, **results)
 
 
 if __name__ == "__main__":
