@@ -19,6 +19,7 @@ from radiance.base.trees import leaf_path
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # of the rows of a batch
 BATCH_SPEC = PartitionSpec(BATCH_AXES)
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 AxisNames = str | tuple[str, ...] | None  # mesh axes that one axis of an array is sharded over
 
 # The first rule whose pattern matches a parameter's path gives the mesh axes of its last axes.
@@ -66,7 +67,7 @@ def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Return the sharding of the parameter with that path and shape.
 
     An axis that its mesh axis does not divide is replicated.
@@ -85,7 +86,7 @@ def _match_rule(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     return (None,) * (len(shape) - len(axes)) + axes
 
 
-def check_divisible(params: Any, mesh: jax.sharding.Mesh):
+def check_divisible(params: Any, mesh: AnyMesh):
     """Check that the mesh divides every axis that the rules shard.
 
     Raises:

@@ -3,6 +3,7 @@
 from functools import cache, partial
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -274,7 +275,7 @@ def test_resizing_agrees_with_scipy(height, width):
         ],
         axis=-1,
     )
-    resized = np.asarray(inception.preprocess_images(images))[0]
+    resized = np.asarray(inception.preprocess_images(jnp.asarray(images)))[0]
     assert resized.min() == -1
     assert resized.max() == pytest.approx(127 / 128)
     np.testing.assert_allclose(resized, (expected - 128) / 128, atol=1e-4)
@@ -282,7 +283,7 @@ def test_resizing_agrees_with_scipy(height, width):
 
 def test_average_pools_leave_out_the_padding():
     x = np.random.default_rng(0).standard_normal((1, 4, 5, 2)).astype(np.float32)
-    means = np.asarray(inception.avg_pool(x))
+    means = np.asarray(inception.avg_pool(jnp.asarray(x)))
     np.testing.assert_allclose(means[0, 0, 0], x[0, :2, :2].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(means[0, 3, 2], x[0, 2:4, 1:4].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(means[0, 1, 1], x[0, :3, :3].mean(axis=(0, 1)), rtol=1e-5)
