@@ -125,7 +125,7 @@ class _CostCounter:
                 if branches
                 else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
             )
-            # The longest branch stands for all.
+            # The longest branch counts.
             yield max(names, key=lambda name: len(self.computations[name])), 1
 
     def make_collective(

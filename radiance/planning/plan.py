@@ -59,8 +59,7 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the peak fits into the device's memory, or None if that is unknown.
 
-        It is unknown where another compiler, which needs more memory, stands in for the device's
-        own.
+        It is unknown if another compiler, which needs more memory, replaces the device's own.
         """
         if self.memory is None:
             return None

@@ -22,19 +22,19 @@ def tensors():
 
     Norms are far from the identity, and the variance of activations stays about 1.
     """
-    draw = np.random.default_rng(0)
-    found = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
     for name, (height, width, inner, outer) in inception.kernel_shapes().items():
-        spread = np.sqrt(2 / (height * width * inner))
-        found[f"{name}.conv.weight"] = spread * draw.standard_normal(
+        std = np.sqrt(2 / (height * width * inner))
+        weights[f"{name}.conv.weight"] = std * rng.standard_normal(
             (outer, inner, height, width), np.float32
         )
-        found[f"{name}.bn.weight"], found[f"{name}.bn.running_var"] = draw.uniform(
+        weights[f"{name}.bn.weight"], weights[f"{name}.bn.running_var"] = rng.uniform(
             0.7, 1.3, (2, outer)
         )
-        found[f"{name}.bn.bias"], found[f"{name}.bn.running_mean"] = draw.normal(0, 0.2, (2, outer))
-        found[f"{name}.bn.num_batches_tracked"] = np.zeros((), np.int64)
-    return {key: x if x.dtype == np.int64 else x.astype(np.float32) for key, x in found.items()}
+        weights[f"{name}.bn.bias"], weights[f"{name}.bn.running_mean"] = rng.normal(0, 0.2, (2, outer))
+        weights[f"{name}.bn.num_batches_tracked"] = np.zeros((), np.int64)
+    return {key: x if x.dtype == np.int64 else x.astype(np.float32) for key, x in weights.items()}
 
 
 @pytest.fixture(scope="module")
@@ -293,16 +293,16 @@ def test_average_pools_leave_out_the_padding():
 
 
 def test_the_identity_depends_on_the_used_weights(file, tmp_path):
-    identity, found = InceptionExtractor(file).identity, dict(tensors())
+    identity, weights = InceptionExtractor(file).identity, dict(tensors())
     assert InceptionExtractor(file).identity == identity
     for key in [
-        key for key in found if key.endswith("num_batches_tracked") or key.startswith("fc.")
+        key for key in weights if key.endswith("num_batches_tracked") or key.startswith("fc.")
     ]:
-        del found[key]
-    save_file(found, tmp_path / "bare.safetensors")
+        del weights[key]
+    save_file(weights, tmp_path / "bare.safetensors")
     assert InceptionExtractor(tmp_path / "bare.safetensors").identity == identity
-    found["Mixed_7c.branch_pool.bn.bias"] = found["Mixed_7c.branch_pool.bn.bias"] + np.float32(1e-3)
-    save_file(found, tmp_path / "changed.safetensors")
+    weights["Mixed_7c.branch_pool.bn.bias"] = weights["Mixed_7c.branch_pool.bn.bias"] + np.float32(1e-3)
+    save_file(weights, tmp_path / "changed.safetensors")
     assert InceptionExtractor(tmp_path / "changed.safetensors").identity != identity
 
 
