@@ -1,6 +1,7 @@
-"""`radiance train · ablate · encode · sample · evaluate · plan · convert · inspect · report · verify` (also `python -m radiance`).
+"""The command line: `radiance VERB …`, also `python -m radiance VERB …`.
 
-A verb is a module with `add`, which tells argparse its arguments, and `main`. Nothing here may import JAX before `prepare`.
+A verb is a module with two functions. `add_parser` declares its arguments, and `main` executes it.
+Nothing here may import JAX before the environment is prepared.
 """
 
 import argparse
@@ -8,9 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from radiance import config
+from radiance import __version__
+from radiance.base.errors import RadianceError
 from radiance.cli import (
     ablate,
     convert,
@@ -23,72 +26,66 @@ from radiance.cli import (
     train,
     verify,
 )
-from radiance.config.experiments import load_experiment
 from radiance.distributed.environment import prepare_environment, prepare_plan_environment
 
-__all__ = ["load_experiment", "main"]
+__all__ = ["main"]
 
-COMMANDS = (
-    train,
-    ablate,
-    encode,
-    sample,
-    evaluate,
-    plan,
-    convert,
-    inspect,
-    report,
-    verify,
-)  # as the help lists them
+DESCRIPTION = (
+    "Train, sample, evaluate, convert and compare pixel-space text-to-image transformers. "
+    "`radiance VERB --help` describes a verb."
+)
+# The verbs, in the order of the help.
+COMMANDS = (train, ablate, encode, sample, evaluate, plan, convert, inspect, report, verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. What the user can mend is told in one sentence, with exit code 2; 130 after Ctrl-C and 143 after SIGTERM."""
+    """Execute a command, and report errors that a user can correct in one sentence.
+
+    Args:
+        arguments: Words of the command line; those of this process when None.
+
+    Returns:
+        The exit code: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     options = _parse_arguments(arguments)
     if options.run is plan.main:
-        prepare_plan_environment(
-            options.device,
-            max(options.mesh.data, 1) * max(options.mesh.fsdp, 1) * max(options.mesh.tensor, 1),
-        )
+        mesh = options.mesh
+        num_devices = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+        prepare_plan_environment(options.device, num_devices)
     prepare_environment(multi_process=getattr(options, "hosts", None) is not None)
-    from radiance.base.errors import CheckpointError, TextError, TrainingError
-    from radiance.data.datasets import DataError
-
-    previous_handlers = {}
     try:
-        if options.run is not train.main and threading.current_thread() is threading.main_thread():
-            signals = (
-                signum
-                for signum in (signal.SIGTERM, signal.SIGINT)
-                if signal.getsignal(signum) is not signal.SIG_IGN
-            )
-            previous_handlers = {
-                signum: signal.signal(signum, _handle_signal) for signum in signals
-            }
-        return options.run(options)
+        if options.run is train.main:  # which stops after a complete step
+            return options.run(options)
+        with _clean_up_on_signals():
+            return options.run(options)
     except KeyboardInterrupt:
         print("radiance: stopped by Ctrl-C.", file=sys.stderr)
         return 130
-    except (
-        config.ConfigError,
-        CheckpointError,
-        DataError,
-        TextError,
-        TrainingError,
-        ImportError,
-        OSError,
-    ) as error:
+    except (RadianceError, ImportError, OSError) as error:
         print(f"radiance: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _clean_up_on_signals() -> Iterator[None]:
+    """Inside the block, SIGTERM and Ctrl-C remove unfinished files and end the process."""
+    previous_handlers = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    previous_handlers[signum] = signal.signal(signum, _handle_signal)
+        yield
     finally:
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
 
 
 def _handle_signal(signum: int, *_):
-    """An end by SIGTERM or Ctrl-C that removes what is half written; training has a way of its own to stop.
+    """Remove unfinished files and end the process.
 
-    No exception: raised inside a destructor or a callback of the garbage collector it would be told and forgotten.
+    An exception would not do: raised inside a destructor or a callback of the garbage collector,
+    it would be printed and ignored.
     """
     from radiance.base.files import remove_temp_paths
 
@@ -99,21 +96,20 @@ def _handle_signal(signum: int, *_):
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse, with key=value changes allowed among and behind the flags too."""
+    """Parse the command line, where key=value changes may follow flags too."""
     parser = _make_parser()
     options, extra_words = parser.parse_known_args(arguments)
-    if extra_words and (
-        not hasattr(options, "changes")
-        or any(word.startswith("-") or "=" not in word for word in extra_words)
-    ):
-        parser.error(f"unrecognized arguments: {' '.join(extra_words)}")
     if extra_words:
+        is_change = [not word.startswith("-") and "=" in word for word in extra_words]
+        if not hasattr(options, "changes") or not all(is_change):
+            parser.error(f"unrecognized arguments: {' '.join(extra_words)}")
         options.changes += extra_words
     return options
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="radiance", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="radiance", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"radiance {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     for command in COMMANDS:
         command.add_parser(subparsers)

@@ -1,4 +1,6 @@
-"""`radiance convert`: formats, types, surgery and LoRA."""
+"""`radiance convert`: change the format, type or architecture of a model, and write LoRA files."""
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -7,43 +9,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radiance import config
-from radiance.cli.arguments import add_model_arguments, get_model_overrides, parse_path_with_number
+from radiance.cli.arguments import (
+    add_model_arguments,
+    add_verb,
+    get_model_overrides,
+    parse_path_with_number,
+)
 from radiance.config.experiments import load_experiment
-from radiance.weights.formats import DTYPE_ALIASES, EXPORT_FORMATS
+from radiance.weights.formats import DTYPE_ALIASES, EXPORT_FORMATS, LORA_NAMINGS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from radiance.weights.checkpoint import Checkpoint
 
-LORA_NAMES = ("peft", "kohya")
+LORA_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser(
+    """Add the arguments of `radiance convert`."""
+    parser = add_verb(
+        subparsers,
         "convert",
-        help="write a model in another format or type, or operate on it",
-        description=main.__doc__,
+        "write a model in another format or type, or change its architecture",
+        main.__doc__,
+        "radiance convert runs/mine model.safetensors --dtype bf16",
+        "radiance convert radiance.safetensors radiance-q8_0.gguf --dtype q8_0",
+        "radiance convert tuned.safetensors lora.safetensors --extract base.safetensors --rank 16",
     )
     add_model_arguments(parser)
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="a file (.safetensors or .gguf), or a new folder"
     )
     parser.add_argument(
-        "--to", choices=[*EXPORT_FORMATS, *LORA_NAMES], help="by default what the name of OUT says"
+        "--to",
+        choices=[*EXPORT_FORMATS, *LORA_NAMINGS],
+        help="format of OUT; by default the one of its suffix",
     )
     parser.add_argument(
         "--dtype",
-        help="fp32, bf16, fp16; fp8 and int8, or in GGUF q8_0 and q4_0; by default each tensor's own, if OUT can have it, else bf16",
+        help="fp32, bf16 or fp16; fp8 and int8; in GGUF q8_0 and q4_0; by default the type of each "
+        "tensor, or bf16 if OUT does not support it",
     )
     parser.add_argument(
-        "--weights", help="of a run: params, ema, ema=DECAY or width=WIDTH (optimizer.ema_widths)"
+        "--weights",
+        help="weights of a run: params, ema, ema=DECAY or width=WIDTH (optimizer.ema_widths)",
     )
     parser.add_argument(
         "--merge",
         type=parse_path_with_number,
         metavar="FILE:RATIO",
-        help="(1 - RATIO) of MODEL and RATIO of another of its kind",
+        help="add (1 - RATIO) of MODEL and RATIO of another model of the same architecture",
     )
     parser.add_argument(
         "--lora",
@@ -51,8 +67,20 @@ def add_parser(subparsers):
         type=parse_path_with_number,
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="merge; negative to unmerge",
+        help="merge a LoRA; a negative strength removes it",
     )
+    _add_surgery_arguments(parser)
+    _add_lora_arguments(parser)
+    parser.add_argument(
+        "--ggml-markers",
+        action="store_true",
+        help="write markers of one value, because ggml rejects empty tensors (ComfyUI expects "
+        "empty ones)",
+    )
+    parser.set_defaults(run=main)
+
+
+def _add_surgery_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--head",
         choices=["nerf_conv"],
@@ -61,100 +89,138 @@ def add_parser(subparsers):
     parser.add_argument(
         "--dilate",
         choices=["conv", "conv_half"],
-        help="patches twice as large: a larger kernel, or every second pixel",
+        help="double the patch size: by a larger kernel, or by reading every second pixel",
     )
     parser.add_argument(
         "--graft",
         metavar="MODEL",
-        help="put the blocks under a fresh pixel head of this named model, or of this experiment's (a file)",
+        help="put the blocks between a new pixel embedding and head, those of a named model or of "
+        "an experiment (a file)",
     )
     parser.add_argument(
         "--pooled",
         metavar="zero|FILE",
-        help="of a FLUX-style model: hold its pooled text vector at zero, or at the mean of those in a safetensors file, [prompts, width]",
+        help="fix the pooled text vector of a FLUX-style model: at zero, or at the mean of the "
+        "vectors in a safetensors file, [prompts, width]",
     )
     parser.add_argument(
         "--modulation",
         choices=["approximator"],
-        help="replace FLUX's layers of modulation as Chroma did; the pooled vector is held, by default at zero",
+        help="replace FLUX's modulation layers by Chroma's approximator; the pooled vector is "
+        "fixed, by default at zero",
     )
     parser.add_argument(
         "--modulation-steps",
         type=int,
         metavar="N",
-        help="of the approximator's fit; by default 5000",
+        help="steps of the approximator's fit (default: 5000)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the fresh head, and of the approximator's fit"
+        "--seed", type=int, default=0, help="seed of the new head and of the approximator's fit"
     )
+
+
+def _add_lora_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--extract",
         metavar="BASE",
-        help="write what MODEL changed in BASE as a LoRA (--to peft or kohya)",
+        help="write the difference of MODEL and BASE as a LoRA (--to peft or kohya)",
     )
-    parser.add_argument("--rank", type=int, default=32, help="of the extracted LoRA")
-    parser.add_argument(
-        "--ggml-markers",
-        action="store_true",
-        help="markers with one value: ggml refuses empty tensors, ComfyUI others",
-    )
-    parser.set_defaults(run=main)
+    parser.add_argument("--rank", type=int, default=32, help="rank of the extracted LoRA")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Writes MODEL to OUT, tensor by tensor, and tells what was done. Operations come in the order of the flags in this help."""
-    from tqdm import tqdm
+    """Write MODEL to OUT tensor by tensor, and report what was changed.
 
-    from radiance.loading import make_prompts_writer, open_model
-    from radiance.training.run_directory import RunDirectory, is_run_directory
-    from radiance.weights import lora, surgery
-    from radiance.weights.convert import (
-        check_export,
-        convert_checkpoint,
-        infer_format,
-    )
+    Operations are applied in the order of the flags in this help.
+    """
+    from radiance.loading import open_model
+    from radiance.weights.convert import check_export, infer_format
 
     target_format = options.to or ("peft" if options.extract else infer_format(options.out))
     dtype = DTYPE_ALIASES.get(options.dtype, options.dtype)
-    if options.extract and target_format not in LORA_NAMES:
-        raise config.ConfigError(
-            f"--extract writes a LoRA: --to is {' or '.join(LORA_NAMES)}, not {target_format}."
+    _check_options(options, target_format, dtype)
+    checkpoint = open_model(options.model, options.weights, **get_model_overrides(options))
+    if options.merge:
+        from radiance.weights import surgery
+
+        checkpoint = surgery.merge_checkpoints(
+            checkpoint, _open_other(options.merge[0], options), options.merge[1]
         )
-    if options.modulation_steps is not None and (
-        not options.modulation or options.modulation_steps < 1
-    ):
-        raise config.ConfigError(
-            "--modulation-steps is a number of at least 1, for --modulation approximator: give that too."
+    if target_format in LORA_NAMINGS:
+        return _write_lora(options, checkpoint, target_format, dtype or "bfloat16")
+    checkpoint = _apply_surgery(options, checkpoint)
+    checkpoint, pooled_description = _fix_pooled_vector(options, checkpoint)
+    if options.modulation:
+        from radiance.weights.surgery import make_approximator_model
+
+        # Before the fit, which takes long.
+        check_export(make_approximator_model(checkpoint), options.out, target_format, dtype)
+        checkpoint = _fit_approximator(checkpoint, options)
+    _write_model(options, checkpoint, target_format, dtype)
+    if pooled_description:
+        print(
+            f"The pooled text vector is {pooled_description} for every prompt: its information "
+            "about prompts is lost."
         )
-    if target_format in LORA_NAMES and (options.modulation or options.pooled):
+    print(f"{checkpoint.origin} is written to {options.out}.")
+    return 0
+
+
+def _check_options(options: argparse.Namespace, target_format: str, dtype: str | None):
+    """Raise ConfigError if options contradict each other."""
+    is_lora = target_format in LORA_NAMINGS
+    if options.extract and not is_lora:
         raise config.ConfigError(
-            f"--modulation and --pooled make another model, and --to {target_format} writes a LoRA: convert first."
+            f"--extract writes a LoRA: --to must be {' or '.join(LORA_NAMINGS)}, not "
+            f"{target_format}."
         )
-    if target_format in LORA_NAMES and (
-        options.head or options.dilate or options.graft or (options.extract and options.lora)
-    ):
+    steps = options.modulation_steps
+    if steps is not None and (not options.modulation or steps < 1):
         raise config.ConfigError(
-            f"--to {target_format} writes a LoRA, and --lora, --head, --dilate and --graft make another model: convert first."
-        )
-    if target_format in LORA_NAMES and (dtype or "bfloat16") not in (
-        "float32",
-        "bfloat16",
-        "float16",
-    ):
-        raise config.ConfigError(
-            f"--dtype {options.dtype}: a LoRA is written as fp32, bf16 or fp16."
+            "--modulation-steps is a number of at least 1, for --modulation approximator: give "
+            "that too."
         )
     if options.merge and options.merge[1] is None:
         raise config.ConfigError(
             f"--merge {options.merge[0]} needs a ratio, such as {options.merge[0]}:0.5."
         )
-    checkpoint = open_model(options.model, options.weights, **get_model_overrides(options))
-    if options.merge:
-        checkpoint = surgery.merge_checkpoints(
-            checkpoint, _open_other(options.merge[0], options), options.merge[1]
+    if not is_lora:
+        return
+    if options.modulation or options.pooled:
+        raise config.ConfigError(
+            f"--modulation and --pooled change the architecture, and --to {target_format} writes "
+            "a LoRA: convert the model first."
         )
-    if target_format in LORA_NAMES:
-        return _write_lora(options, checkpoint, target_format)
+    changes_model = options.head or options.dilate or options.graft
+    if changes_model or (options.extract and options.lora):
+        raise config.ConfigError(
+            f"--to {target_format} writes a LoRA, and --lora, --head, --dilate and --graft change "
+            "the model: convert it first."
+        )
+    if dtype not in (None, *LORA_DTYPES):
+        raise config.ConfigError(
+            f"--dtype {options.dtype}: a LoRA is written as fp32, bf16 or fp16."
+        )
+
+
+def _open_other(path: str, options: argparse.Namespace) -> Checkpoint:
+    """Open a second model; the options that describe MODEL also apply to it if it is a file."""
+    from radiance.loading import open_model
+    from radiance.training.run_directory import is_run_directory
+
+    if is_run_directory(path):
+        return open_model(path)
+    return open_model(path, **get_model_overrides(options))
+
+
+# --- operations on a model ------------------------------------------------------------------------
+
+
+def _apply_surgery(options: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """Merge LoRAs, and change the head, the patches and the latent space."""
+    from radiance.weights import lora, surgery
+
     for path, strength in options.lora:
         checkpoint = lora.merge_lora(
             checkpoint,
@@ -167,76 +233,42 @@ def main(options: argparse.Namespace) -> int:
         checkpoint = surgery.dilate_patches(checkpoint, options.dilate)
     if options.graft:
         checkpoint = surgery.graft(checkpoint, _resolve_model(options.graft), options.seed)
-    if options.pooled or (options.modulation and checkpoint.model.pooled_dim):
-        pooled_vector, pooled_description = _load_pooled(options.pooled or "zero", checkpoint.model)
-        checkpoint = surgery.fix_pooled_vector(checkpoint, pooled_vector, pooled_description)
-    else:
-        pooled_description = None
-    if options.modulation:
-        check_export(
-            surgery.make_approximator_model(checkpoint), options.out, target_format, dtype
-        )  # before the fit
-        checkpoint = _fit_approximator(checkpoint, options)
-    write_extra_files = (
-        make_prompts_writer(RunDirectory(Path(options.model)).read_config())
-        if target_format == "torch" and is_run_directory(options.model)
-        else lambda folder: None
-    )
-    num_params = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    with tqdm(total=num_params, unit="parameter", unit_scale=True, disable=None) as bar:
-        report = convert_checkpoint(
-            checkpoint,
-            options.out,
-            target_format,
-            dtype,
-            not options.ggml_markers,
-            bar.update,
-            write_extra_files,
-        )
-    print(report)
-    if pooled_description:
-        print(
-            f"The pooled text vector is {pooled_description}, whatever the prompt: what it said of prompts is lost."
-        )
-    print(f"{checkpoint.origin} is written to {options.out}.")
-    return 0
+    return checkpoint
 
 
 def _resolve_model(name: str) -> config.Model:
-    """A named one, or an experiment's."""
-    return (
-        load_experiment(name).model
-        if name.partition(":")[0].endswith(".py")
-        else config.Model.from_name(name)
-    )
+    """Return a named model, or the model of an experiment."""
+    if name.partition(":")[0].endswith(".py"):
+        return load_experiment(name).model
+    return config.Model.from_name(name)
 
 
-def _open_other(path: str, options: argparse.Namespace) -> "Checkpoint":
-    """A second model. What is told of the first is meant for it too, unless it is a run, which knows."""
-    from radiance.loading import open_model
-    from radiance.training.run_directory import is_run_directory
+def _fix_pooled_vector(
+    options: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[Checkpoint, str | None]:
+    """Fix the pooled text vector if an option asks for it, and return its description."""
+    from radiance.weights import surgery
 
-    return (
-        open_model(path)
-        if is_run_directory(path)
-        else open_model(path, **get_model_overrides(options))
-    )
+    if not options.pooled and not (options.modulation and checkpoint.model.pooled_dim):
+        return checkpoint, None
+    vector, description = _load_pooled_vector(options.pooled or "zero", checkpoint.model)
+    return surgery.fix_pooled_vector(checkpoint, vector, description), description
 
 
-def _load_pooled(pooled_source: str, model: config.Model) -> tuple["np.ndarray", str]:
-    """The vector that is held, and what it is."""
+def _load_pooled_vector(source: str, model: config.Model) -> tuple[np.ndarray, str]:
+    """Return the fixed vector, and its description."""
     import numpy as np
 
     from radiance.evaluation.modulation_variance import make_grid
 
-    if pooled_source == "zero":
+    if source == "zero":
         return np.zeros(model.pooled_dim, np.float32), "zero"
-    grid = make_grid(model, Path(pooled_source))
+    grid = make_grid(model, Path(source))
     return grid.pooled.mean(axis=0), f"the mean of {grid.pooled_description}"
 
 
-def _fit_approximator(checkpoint: "Checkpoint", options: argparse.Namespace) -> "Checkpoint":
-    """With an approximator, fitted here."""
+def _fit_approximator(checkpoint: Checkpoint, options: argparse.Namespace) -> Checkpoint:
+    """Fit an approximator to the modulation layers, and replace them by it."""
     from tqdm import tqdm
 
     from radiance.training import modulation_fit
@@ -248,60 +280,122 @@ def _fit_approximator(checkpoint: "Checkpoint", options: argparse.Namespace) -> 
     print(fit.report)
     if checkpoint.model.guidance_embed:
         print(
-            "Guidance is read as before: Chroma's tools give 0, and get what this model does at 0."
+            "The guidance input remains: Chroma's tools set it to 0, and get what this model "
+            "computes at 0."
         )
     return surgery.replace_modulation(checkpoint, fit.modulation)
 
 
-def _write_lora(options: argparse.Namespace, checkpoint: "Checkpoint", naming: str) -> int:
-    """The difference to another checkpoint as a LoRA, or a LoRA file under other names."""
+def _write_model(
+    options: argparse.Namespace, checkpoint: Checkpoint, target_format: str, dtype: str | None
+):
+    """Write the model, and print the report of the conversion."""
     from tqdm import tqdm
 
-    from radiance.loading import trained_lora
+    from radiance.loading import make_prompts_writer
     from radiance.training.run_directory import RunDirectory, is_run_directory
+    from radiance.weights.convert import convert_checkpoint
+
+    def write_no_files(folder: Path):
+        pass
+
+    write_extra_files = write_no_files
+    if target_format == "torch" and is_run_directory(options.model):
+        write_extra_files = make_prompts_writer(RunDirectory(Path(options.model)).read_config())
+    with tqdm(
+        total=_count_params(checkpoint), unit="parameter", unit_scale=True, disable=None
+    ) as bar:
+        report = convert_checkpoint(
+            checkpoint,
+            options.out,
+            target_format,
+            dtype,
+            not options.ggml_markers,
+            bar.update,
+            write_extra_files,
+        )
+    print(report)
+
+
+def _count_params(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(shape) for shape in checkpoint.shapes.values())
+
+
+# --- LoRA files -----------------------------------------------------------------------------------
+
+
+def _write_lora(
+    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
+) -> int:
+    """Write the LoRA of a run, the difference of two models, or a LoRA file with other names."""
+    from radiance.training.run_directory import RunDirectory, is_run_directory
+
+    if is_run_directory(options.model) and not options.extract and not options.lora:
+        run = RunDirectory(Path(options.model)).read_config()
+        if run.lora.rank:
+            return _write_trained_lora(options, run, naming, dtype)
+    if options.extract:
+        return _extract_lora(options, checkpoint, naming, dtype)
+    if len(options.lora) == 1:
+        return _rename_lora(options, checkpoint, naming, dtype)
+    raise config.ConfigError(
+        f"--to {naming} writes a LoRA: give a run that trained one, --extract BASE, the model that "
+        "MODEL was trained from, or one --lora FILE to rename."
+    )
+
+
+def _write_trained_lora(
+    options: argparse.Namespace, run: config.Config, naming: str, dtype: str
+) -> int:
+    from radiance.loading import trained_lora
+    from radiance.weights import lora
+
+    weights = options.weights or run.sample.weights
+    result = trained_lora(options.model, replace(run, sample=replace(run.sample, weights=weights)))
+    lora.write_lora(options.out, result, naming, dtype)
+    print(f"{result.origin} is written to {options.out}: {len(result.pairs)} matrices.")
+    return 0
+
+
+def _extract_lora(
+    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
+) -> int:
+    from tqdm import tqdm
+
     from radiance.weights import lora
     from radiance.weights.lora_extraction import extract_lora
 
-    dtype = DTYPE_ALIASES.get(options.dtype, options.dtype) or "bfloat16"
-    run = (
-        RunDirectory(Path(options.model)).read_config() if is_run_directory(options.model) else None
+    base = _open_other(options.extract, options)
+    with tqdm(
+        total=_count_params(checkpoint), unit="parameter", unit_scale=True, disable=None
+    ) as bar:
+        result = extract_lora(base, checkpoint, options.rank, on_progress=bar.update)
+    lora.write_lora(options.out, result.lora, naming, dtype)
+    print(
+        f"{options.out} contains {result.total_explained_fraction:.1%} of the squared difference "
+        f"of {len(result.lora.pairs)} matrices at rank {options.rank}."
     )
-    if run is not None and run.lora.rank and not options.extract and not options.lora:
-        run = replace(
-            run, sample=replace(run.sample, weights=options.weights or run.sample.weights)
-        )
-        result = trained_lora(options.model, run)
-        lora.write_lora(options.out, result, naming, dtype)
-        print(f"{result.origin} is written to {options.out}: {len(result.pairs)} matrices.")
-    elif options.extract:
-        base = _open_other(options.extract, options)
-        num_params = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-        with tqdm(total=num_params, unit="parameter", unit_scale=True, disable=None) as bar:
-            result = extract_lora(base, checkpoint, options.rank, on_progress=bar.update)
-        lora.write_lora(options.out, result.lora, naming, dtype)
+    if result.remaining_changes:
+        largest_changes = sorted(result.remaining_changes.items(), key=lambda x: -x[1])[:3]
+        names = ", ".join(f"{name} ({change:.1e})" for name, change in largest_changes)
         print(
-            f"{options.out} keeps {result.total_explained_fraction:.1%} of the squared difference of {len(result.lora.pairs)} matrices at rank {options.rank}."
+            f"{len(result.remaining_changes)} other tensors changed too, which a LoRA of the "
+            f"blocks' matrices cannot contain; most of all {names}."
         )
-        if result.remaining_changes:
-            largest_changes = ", ".join(
-                f"{name} ({change:.1e})"
-                for name, change in sorted(result.remaining_changes.items(), key=lambda x: -x[1])[
-                    :3
-                ]
-            )
-            print(
-                f"{len(result.remaining_changes)} other tensors changed too, which a LoRA of the blocks' matrices cannot carry; most of all {largest_changes}."
-            )
-    elif len(options.lora) == 1:
-        (path, strength), *_ = options.lora
-        if strength is not None:
-            raise config.ConfigError(
-                f"--lora {path}:{strength:g}: a LoRA is renamed as it is; give it a strength where it is used."
-            )
-        lora.write_lora(options.out, lora.read_lora(path, checkpoint.model), naming, dtype)
-        print(f"{path} is written to {options.out} with the names of {naming}.")
-    else:
+    return 0
+
+
+def _rename_lora(
+    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
+) -> int:
+    from radiance.weights import lora
+
+    (path, strength), *_ = options.lora
+    if strength is not None:
         raise config.ConfigError(
-            f"--to {naming} writes a LoRA: give a run that trained one, --extract BASE, from which MODEL was trained, or one --lora FILE to rename."
+            f"--lora {path}:{strength:g}: renaming does not change the strength of a LoRA; give "
+            "it where the LoRA is used."
         )
+    lora.write_lora(options.out, lora.read_lora(path, checkpoint.model), naming, dtype)
+    print(f"{path} is written to {options.out} with the names of {naming}.")
     return 0

@@ -1,4 +1,6 @@
-"""`radiance evaluate`: a model in numbers."""
+"""`radiance evaluate`: measure the loss and the samples of a model."""
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -12,47 +14,58 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radiance import config
-from radiance.cli.arguments import add_model_arguments, get_model_overrides, parse_mesh
+from radiance.cli.arguments import (
+    EXPERIMENT_METAVAR,
+    add_changes_argument,
+    add_model_arguments,
+    add_verb,
+    get_model_overrides,
+    parse_mesh,
+)
 from radiance.config.experiments import load_experiment
 
 if TYPE_CHECKING:
+    from radiance.data.source import Source
     from radiance.evaluation.features import Extractor
+    from radiance.pipeline import Pipeline
 
 FEATURE_NAMES = ("pixels16", "random", "inception:FILE")
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser(
-        "evaluate", help="measure a model on the validation split", description=main.__doc__
+    """Add the arguments of `radiance evaluate`."""
+    parser = add_verb(
+        subparsers,
+        "evaluate",
+        "measure a model on the validation split",
+        main.__doc__,
+        "radiance evaluate runs/quickstart",
+        "radiance evaluate runs/mine sample.guidance_scale=2 --images 2000 --features pixels16",
+        "radiance evaluate model.safetensors --experiment experiments/quickstart.py --out e.json",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="key=value",
-        help="changes of its config, such as sample.guidance_scale=2 or model.masking=off",
-    )
+    add_changes_argument(parser, "sample.guidance_scale=2 or model.masking=off")
     parser.add_argument(
         "--experiment",
-        metavar="EXPERIMENT[:ARM…]",
-        help="of a checkpoint file: whose data and settings it is measured with",
+        metavar=EXPERIMENT_METAVAR,
+        help="data and settings for a checkpoint file",
     )
     parser.add_argument(
         "--weights",
-        help="of a run: params, ema, ema=DECAY or width=WIDTH; its own choice by default",
+        help="weights of a run: params, ema, ema=DECAY or width=WIDTH; by default sample.weights",
     )
     parser.add_argument(
         "--validate",
         type=int,
         metavar="N",
-        help="images for the loss; by default train.validation_images",
+        help="images of the validation loss; by default train.validation_images",
     )
     parser.add_argument(
         "--images",
         type=int,
         default=0,
         metavar="N",
-        help="captions of the validation split to paint and compare; 0: none",
+        help="captions of the validation split to sample and compare with their images; 0: none",
     )
     parser.add_argument(
         "--features",
@@ -60,39 +73,37 @@ def add_parser(subparsers):
         type=_parse_feature_name,
         default=["pixels16", "random"],
         metavar="NAME",
-        help=f"for the distances: {', '.join(FEATURE_NAMES)}",
+        help=f"features of the distances: {', '.join(FEATURE_NAMES)}",
     )
     parser.add_argument(
-        "--clip", type=Path, metavar="FOLDER", help="a CLIP of transformers, for the CLIP score"
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP model of transformers, for the CLIP score",
     )
     parser.add_argument(
-        "--mesh",
-        type=parse_mesh,
-        help="over which the model and the images are spread, such as fsdp=8",
+        "--mesh", type=parse_mesh, help="shard the model and the images, such as fsdp=8"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="by default evaluation.json in the run directory"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the result; by default evaluation.json in the run directory",
     )
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures a model's loss in bins of time, and with --images what it paints beside real images; writes evaluation.json."""
-    import jax
-    from tqdm import tqdm
+    """Measure the validation loss of a model in bins of time, and write evaluation.json.
 
+    With --images, also compare samples with real images.
+    """
     from radiance.base.files import replace_atomically, require_file
-    from radiance.data.datasets import describe_source, open_source
-    from radiance.distributed.sharding import make_mesh
+    from radiance.data.datasets import open_source
     from radiance.evaluation.clip import ClipScorer
-    from radiance.evaluation.evaluate import (
-        check_images,
-        evaluate_loss,
-        evaluate_samples,
-        select_images,
-    )
+    from radiance.evaluation.evaluate import check_images, select_images
     from radiance.loading import load
-    from radiance.training.run_directory import describe_environment, is_run_directory
+    from radiance.training.run_directory import is_run_directory
 
     run = _resolve_config(options)
     if options.out is None and not is_run_directory(options.model):
@@ -101,7 +112,7 @@ def main(options: argparse.Namespace) -> int:
         )
     out = options.out or Path(options.model) / "evaluation.json"
     require_file(out)
-    extractors = [_make_extractor(name) for name in options.features] if options.pictures else []
+    extractors = [_make_extractor(name) for name in options.features] if options.images else []
     clip = ClipScorer(options.clip) if options.clip else None
     source = open_source(run.data, "validation")
     pipeline = load(
@@ -111,11 +122,33 @@ def main(options: argparse.Namespace) -> int:
         mesh=options.mesh,
         **get_model_overrides(options),
     )
-    if options.pictures:
-        indices = select_images(source, run.data, pipeline.encoder, options.pictures)
+    indices = []
+    if options.images:
+        indices = select_images(source, run.data, pipeline.encoder, options.images)
         check_images(source, indices, run.data.resolution)
 
-    result: dict[str, Any] = {
+    result = _describe_evaluation(pipeline, source)
+    num_images = min(options.validate or run.train.validation_images, len(source))
+    result["validation"] = _evaluate_loss(pipeline, source, num_images)
+    if options.images:
+        result["sampling"] = _evaluate_samples(pipeline, source, indices, extractors, clip) | {
+            "captions_too_long": min(options.images, len(source)) - len(indices)
+        }
+    result = _replace_nonfinite(result)
+    print(_format_result(result), flush=True)  # even if writing the file fails
+    with replace_atomically(out) as temp_path:
+        temp_path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(f"The complete result is in {out}.")
+    return 0
+
+
+def _describe_evaluation(pipeline: Pipeline, source: Source) -> dict[str, Any]:
+    """Return what the numbers depend on: model, settings, data and environment."""
+    from radiance.data.datasets import describe_source
+    from radiance.training.run_directory import describe_environment
+
+    run = pipeline.run
+    return {
         "model": pipeline.origin,
         "command": shlex.join(sys.argv),
         "environment": describe_environment(),
@@ -124,84 +157,105 @@ def main(options: argparse.Namespace) -> int:
         "data": describe_source(source, run.data, "validation"),
         "text": {"encoder": run.text.encoder, "identity": pipeline.encoder.identity},
     }
-    num_images = min(options.validate or run.train.validation_images, len(source))
-    device_mesh = pipeline.mesh or make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
-    with tqdm(total=-(-num_images // run.data.batch_size), unit="batch", disable=None) as bar:
-        result["validation"] = evaluate_loss(
-            pipeline, source, num_images, device_mesh, bar.update
-        ) | {"seed": run.train.seed}
-    if options.pictures:
-        with tqdm(total=len(indices), unit="image", disable=None) as bar:
-            result["sampling"] = evaluate_samples(
-                pipeline, source, indices, extractors, clip, bar.update
-            ) | {
-                "images": len(indices),
-                "seeds": [0, len(indices) - 1],
-                "captions_too_long": min(options.pictures, len(source)) - len(indices),
-                "extractors": {extractor.name: extractor.identity for extractor in extractors},
-                "clip": clip and clip.identity,
-            }
-    result = _replace_nonfinite(result)
-    print(_format_result(result), flush=True)  # whatever becomes of the file
-    with replace_atomically(out) as temp_path:
-        temp_path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    print(f"All of it is in {out}.")
-    return 0
+
+
+def _evaluate_loss(pipeline: Pipeline, source: Source, num_images: int) -> dict[str, Any]:
+    import jax
+    from tqdm import tqdm
+
+    from radiance.distributed.sharding import make_mesh
+    from radiance.evaluation.evaluate import evaluate_loss
+
+    run = pipeline.run
+    mesh = pipeline.mesh or make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
+    num_batches = -(-num_images // run.data.batch_size)
+    with tqdm(total=num_batches, unit="batch", disable=None) as bar:
+        losses = evaluate_loss(pipeline, source, num_images, mesh, bar.update)
+    return losses | {"seed": run.train.seed}
+
+
+def _evaluate_samples(
+    pipeline: Pipeline, source: Source, indices: list[int], extractors: list[Extractor], clip: Any
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from radiance.evaluation.evaluate import evaluate_samples
+
+    with tqdm(total=len(indices), unit="image", disable=None) as bar:
+        metrics = evaluate_samples(pipeline, source, indices, extractors, clip, bar.update)
+    return metrics | {
+        "images": len(indices),
+        "seeds": [0, len(indices) - 1],
+        "extractors": {extractor.name: extractor.identity for extractor in extractors},
+        "clip": clip and clip.identity,
+    }
+
+
+# --- options --------------------------------------------------------------------------------------
 
 
 def _resolve_config(options: argparse.Namespace) -> config.Config:
-    """The config that the model is measured with. Raises ConfigError when it cannot be."""
+    """Return the settings of the evaluation, or raise ConfigError if options contradict."""
     from radiance.model.transformer import make_abstract_params
     from radiance.training.run_directory import RunDirectory, is_run_directory
 
-    if is_run_directory(options.model) == bool(options.experiment):
-        reason = (
-            "is a run directory and has a config"
-            if options.experiment
-            else "is a file, and does not say what it is measured on"
-        )
-        raise config.ConfigError(
-            f"{options.model} {reason}: {'leave --experiment out' if options.experiment else 'give --experiment'}."
-        )
-    if options.weights and options.experiment:
-        raise config.ConfigError(
-            f"{options.model} is a file and has one kind of weights: --weights is for run directories."
-        )
-    trained_run = (
-        load_experiment(options.experiment)
-        if options.experiment
-        else RunDirectory(Path(options.model)).read_config()
-    )
+    _check_options(options, is_run_directory(options.model))
+    if options.experiment:
+        trained_run = load_experiment(options.experiment)
+    else:
+        trained_run = RunDirectory(Path(options.model)).read_config()
     run = config.override(trained_run, options.changes)
     if make_abstract_params(run.model) != make_abstract_params(trained_run.model):
         changed_fields = ", ".join(config.differences(trained_run.model, run.model, "model."))
         raise config.ConfigError(
-            f"{options.model} was trained as another network than {changed_fields} would make: change what leaves its parameters as they are."
+            f"{options.model} was trained with other parameters than {changed_fields} would need: "
+            "change only settings that leave the parameters as they are."
         )
     if options.weights:
         run = replace(run, sample=replace(run.sample, weights=options.weights))
     if run.model.channels != 3:
         raise config.ConfigError(
-            f"{options.model} has model.channels={run.model.channels}, and images have 3: measure a pixel model."
+            f"{options.model} has model.channels={run.model.channels}, and images have 3: evaluate "
+            "a pixel model."
         )
-    if options.pictures < 0 or (options.validate is not None and options.validate < 1):
-        raise config.ConfigError(
-            "--validate and --images are numbers of images: give at least 1, or leave them out."
-        )
-    if options.clip and not options.pictures:
-        raise config.ConfigError("--clip measures images that are painted: give --images too.")
     return run
 
 
+def _check_options(options: argparse.Namespace, is_run: bool):
+    """Raise ConfigError if options contradict each other or the kind of model."""
+    if is_run and options.experiment:
+        raise config.ConfigError(
+            f"{options.model} is a run directory and has a config: do not give --experiment."
+        )
+    if not is_run and not options.experiment:
+        raise config.ConfigError(
+            f"{options.model} is a file, which does not name its data: give --experiment."
+        )
+    if options.weights and not is_run:
+        raise config.ConfigError(
+            f"{options.model} is a file and has one kind of weights: --weights is for run "
+            "directories."
+        )
+    if options.images < 0 or (options.validate is not None and options.validate < 1):
+        raise config.ConfigError(
+            "--validate and --images are numbers of images: give at least 1, or do not give them."
+        )
+    if options.clip and not options.images:
+        raise config.ConfigError("--clip measures samples: give --images too.")
+
+
 def _parse_feature_name(name: str) -> str:
+    """Return the name of a feature extractor, or raise an error of argparse."""
     if name not in FEATURE_NAMES[:2] and not name.startswith("inception:"):
         raise argparse.ArgumentTypeError(
-            f"{name} is none of {', '.join(FEATURE_NAMES)} (changes of the config come before --features)"
+            f"{name} is not one of {', '.join(FEATURE_NAMES)} (give changes of settings before "
+            "--features)"
         )
     return name
 
 
-def _make_extractor(name: str) -> "Extractor":
+def _make_extractor(name: str) -> Extractor:
+    """Return the feature extractor of that name."""
     from radiance.evaluation.features import PixelExtractor, RandomNetworkExtractor
     from radiance.evaluation.inception import InceptionExtractor
 
@@ -214,7 +268,7 @@ def _make_extractor(name: str) -> "Extractor":
 
 
 def _replace_nonfinite(value: Any) -> Any:
-    """JSON has no other numbers: null stands for them."""
+    """Replace numbers that JSON does not support by None."""
     if isinstance(value, Mapping):
         return {key: _replace_nonfinite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -222,13 +276,18 @@ def _replace_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# --- report ---------------------------------------------------------------------------------------
+
+
 def _format_result(result: Mapping[str, Any]) -> str:
+    """Format the numbers of an evaluation as tables."""
     from radiance.base.tables import format_table
 
     validation, bins = result["validation"], result["validation"]["bins"]
     bin_labels = [f"{i / len(bins):.4g} – {(i + 1) / len(bins):.4g}" for i in range(len(bins))]
     sections = [
-        f"{result['model']}: validation loss {validation['loss']:.5f} ({validation['images']} images)",
+        f"{result['model']}: validation loss {validation['loss']:.5f} "
+        f"({validation['images']} images)",
         format_table(
             [
                 ("time", "loss"),
@@ -241,7 +300,7 @@ def _format_result(result: Mapping[str, Any]) -> str:
         sections.append(
             format_table(
                 [
-                    ("painted", _format_number(sampling["images"])),
+                    ("samples", _format_number(sampling["images"])),
                     *((name, _format_number(x)) for name, x in sampling["metrics"].items()),
                 ],
                 num_text_columns=1,
@@ -253,7 +312,10 @@ def _format_result(result: Mapping[str, Any]) -> str:
                 for name, x in scenes.items()
             ]
             sections.append(
-                format_table([("read as told", "share", "by chance"), *rows], num_text_columns=1)
+                format_table(
+                    [("agreement with captions", "fraction", "by chance"), *rows],
+                    num_text_columns=1,
+                )
             )
     return "\n\n".join(sections)
 

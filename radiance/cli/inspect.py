@@ -1,9 +1,10 @@
-"""`radiance inspect`: what a model's file holds, or what a data set does."""
+"""`radiance inspect`: describe a model file or a data set."""
 
 import argparse
 from pathlib import Path
 
 from radiance import config
+from radiance.cli.arguments import add_changes_argument, add_verb
 from radiance.config.experiments import load_experiment
 
 SHARD_SOURCES = {".tar": "tar", ".parquet": "parquet"}
@@ -11,21 +12,24 @@ FILE_SOURCES = {".jsonl": "jsonl", **SHARD_SOURCES}
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser(
-        "inspect", help="say what a model's file or a data set holds", description=main.__doc__
+    """Add the arguments of `radiance inspect`."""
+    parser = add_verb(
+        subparsers,
+        "inspect",
+        "describe a model file or a data set",
+        main.__doc__,
+        "radiance inspect model.safetensors",
+        "radiance inspect photos data.resolution=512 data.bucket_step=32 --duplicates",
+        "radiance inspect flux1-schnell.safetensors --modulation",
     )
     parser.add_argument(
-        "what",
+        "target",
         metavar="MODEL|DATA",
-        help="a checkpoint, LoRA, T5 or autoencoder file, a run directory, or a size name; or a folder of images, a .jsonl, shards "
-        "(.tar, .parquet), or an EXPERIMENT[:ARM], whose data it then is",
+        help="a checkpoint, LoRA, T5 or autoencoder file, a run directory, or the name of a model; "
+        "or a folder of images, a .jsonl file, shards (.tar, .parquet), or an experiment, whose "
+        "data is described",
     )
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="key=value",
-        help="of data: settings by which it is judged, such as data.resolution=1024",
-    )
+    add_changes_argument(parser, "data.resolution=1024 (of data)")
     parser.add_argument(
         "--duplicates", action="store_true", help="decode all images and find near-duplicates"
     )
@@ -33,42 +37,45 @@ def add_parser(subparsers):
         "--distance",
         type=int,
         metavar="BITS",
-        help="of 64 that may differ between near-duplicates; by default 4",
+        help="number of the 64 bits of a hash in which near-duplicates may differ (default: 4)",
     )
     parser.add_argument(
         "--write",
         type=Path,
         metavar="FILE",
-        help="a list for data.source=jsonl, of near-duplicates with the largest alone (--duplicates); or the page of --modulation, by default "
-        "modulation.html",
+        help="write a list for data.source=jsonl, with only the largest image of near-duplicates "
+        "(--duplicates); or the page of --modulation (default: modulation.html)",
     )
     parser.add_argument(
         "--modulation",
         action="store_true",
-        help="of a FLUX-style checkpoint: how much of each block's modulation is a function of time alone",
+        help="of a FLUX-style checkpoint: measure how much of each block's modulation depends on "
+        "time alone",
     )
     parser.add_argument(
         "--pooled",
         type=Path,
         metavar="FILE",
-        help="safetensors with pooled text vectors [prompts, width] (--modulation)",
+        help="safetensors file with pooled text vectors [prompts, width], for --modulation",
     )
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Of a model: variant, sizes, parameters by part, types and metadata. Of data: what is used and left out, sizes, shapes, lengths of captions,
-    and near-duplicates. Of a model's modulation: what share of its variance time alone explains, read layer by layer.
+    """Describe a model file (architecture, parameters, types, metadata) or a data set.
+
+    Of a data set: the images that are used and skipped, their sizes and buckets, lengths of
+    captions, and near-duplicates.
     """
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # the accelerators may be a run's
+    jax.config.update("jax_platforms", "cpu")  # a running training may use the accelerators
     if options.pooled and not options.modulation:
         raise config.ConfigError("--pooled is for --modulation: give that too.")
-    if (run := load_data_config(options.what)) is not None:
+    if (run := load_data_config(options.target)) is not None:
         if options.modulation:
             raise config.ConfigError(
-                f"{options.what} is data, and --modulation is for a checkpoint."
+                f"{options.target} is a data set, and --modulation is for a checkpoint."
             )
         return _inspect_data(config.override(run, options.changes), options)
     if data_options := [
@@ -81,34 +88,36 @@ def main(options: argparse.Namespace) -> int:
         *(["--write"] if options.write and not options.modulation else []),
     ]:
         raise config.ConfigError(
-            f"{options.what} is a model, and {data_options[0]} is for data: leave it out."
+            f"{options.target} is a model, and {data_options[0]} is for data: do not give it."
         )
     from radiance.training.run_directory import RunDirectory, is_run_directory
     from radiance.weights.inspect import inspect_file, inspect_model
 
     if options.modulation:
         return _inspect_modulation(options)
-    if options.what in config.MODELS:
-        print(inspect_model(config.Model.from_name(options.what)))
-    elif is_run_directory(options.what):
-        print(inspect_model(RunDirectory(Path(options.what)).read_config().model))
+    if options.target in config.MODELS:
+        print(inspect_model(config.Model.from_name(options.target)))
+    elif is_run_directory(options.target):
+        print(inspect_model(RunDirectory(Path(options.target)).read_config().model))
     else:
-        print(inspect_file(options.what))
+        print(inspect_file(options.target))
     return 0
 
 
 def _inspect_modulation(options: argparse.Namespace) -> int:
+    """Measure the variance of the modulation, and write its page."""
     from tqdm import tqdm
 
     from radiance.evaluation import modulation_report, modulation_variance
     from radiance.training.run_directory import is_run_directory
     from radiance.weights.checkpoint import open_checkpoint
 
-    if options.what in config.MODELS or is_run_directory(options.what):
+    if options.target in config.MODELS or is_run_directory(options.target):
         raise config.ConfigError(
-            f"--modulation reads the weights of a checkpoint file, and {options.what} is none: of a run, convert it first."
+            f"--modulation reads a checkpoint file, and {options.target} is not one: convert a run "
+            "first."
         )
-    checkpoint = open_checkpoint(options.what)
+    checkpoint = open_checkpoint(options.target)
     if reason := modulation_variance.explain_trivial_case(checkpoint.model):
         print(reason)
         return 0
@@ -122,7 +131,7 @@ def _inspect_modulation(options: argparse.Namespace) -> int:
         )
     )
     page_path = options.write or Path("modulation.html")
-    modulation_report.write_modulation_report(page_path, Path(options.what).name, vectors, grid)
+    modulation_report.write_modulation_report(page_path, Path(options.target).name, vectors, grid)
     summary = modulation_report.format_summary(vectors, grid)
     table = modulation_report.format_vector_table(vectors)
     print(f"{summary}\n\n{table}\n\n{page_path} shows every block.")
@@ -130,7 +139,14 @@ def _inspect_modulation(options: argparse.Namespace) -> int:
 
 
 def load_data_config(address: str) -> config.Config | None:
-    """The config of an experiment, or the default one with the data that lies there; None where it is no data but a model."""
+    """Return the config of an experiment, or the default one with a data set.
+
+    Args:
+        address: An experiment, or the location of a data set.
+
+    Returns:
+        The config, or None if the address is a model.
+    """
     location = address.partition(":")[0]
     path = Path(address).expanduser()
     if location.endswith(".py") or (
@@ -148,13 +164,13 @@ def load_data_config(address: str) -> config.Config | None:
 
 
 def _is_model_dir(path: Path) -> bool:
-    """Whether a folder is a run's or a checkpoint's."""
+    """Return whether a folder is a run directory or a checkpoint."""
     patterns = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "transformer")
     return any(any(path.glob(pattern)) for pattern in patterns)
 
 
 def _detect_source(path: Path) -> str:
-    """What a folder of data holds: shards, unless images lie beside them."""
+    """Return the source of a folder: shards, unless there are also images."""
     from radiance.data.sources.folder import IMAGE_SUFFIXES
 
     suffixes = {file.suffix.lower() for file in path.iterdir()}
@@ -177,7 +193,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     distance = duplicates.DEFAULT_DISTANCE if options.distance is None else options.distance
     if not 0 <= distance <= duplicates.MAX_DISTANCE:
         raise config.ConfigError(
-            f"--distance {distance} must lie between 0 and {duplicates.MAX_DISTANCE}."
+            f"--distance {distance} must be between 0 and {duplicates.MAX_DISTANCE}."
         )
     if options.distance is not None and not options.duplicates:
         raise config.ConfigError("--distance is for --duplicates: give that too.")
@@ -212,10 +228,12 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
         with tqdm(total=len(indices), unit="line", disable=None) as bar:
             has_new_names = write_list(options.write, all_images, indices, bar.update)
         print(
-            f"\n{options.write} lists {len(indices):,} of the {len(all_images):,} images, for data.source=jsonl data.path=…"
+            f"\n{options.write} lists {len(indices):,} of the {len(all_images):,} images, for "
+            "data.source=jsonl data.path=…"
         )
         if has_new_names:
             print(
-                "Under new names, other images are held out: a list in the images' own folder keeps the splits as they are."
+                "The names of the images change, and so does the validation split: write the list into "
+                "the folder of the images to keep it."
             )
     return 0

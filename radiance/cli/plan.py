@@ -1,4 +1,4 @@
-"""`radiance plan`: what a run will cost."""
+"""`radiance plan`: estimate the cost of a run."""
 
 import argparse
 import json
@@ -6,27 +6,32 @@ from dataclasses import replace
 from pathlib import Path
 
 from radiance import config
-from radiance.cli.arguments import parse_mesh
+from radiance.cli.arguments import (
+    EXPERIMENT_METAVAR,
+    add_changes_argument,
+    add_verb,
+    parse_mesh,
+)
 from radiance.config.experiments import load_experiment
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser(
+    """Add the arguments of `radiance plan`."""
+    parser = add_verb(
+        subparsers,
         "plan",
-        help="say what a run will cost on devices that are not here",
-        description=main.__doc__,
+        "estimate memory, work and time of a run on devices that are absent",
+        main.__doc__,
+        "radiance plan experiments/quickstart.py --device cpu",
+        "radiance plan experiments.radiance_512 --device h100 --mesh fsdp=8",
+        "radiance plan chroma1-radiance --sample --device v5e --mesh fsdp=4",
     )
     parser.add_argument(
         "experiment",
-        metavar="EXPERIMENT[:ARM…]",
-        help="or, with --sample, the name of a published model or a size",
+        metavar=EXPERIMENT_METAVAR,
+        help="an experiment, or the name of a published model or of a size for research",
     )
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="key=value",
-        help="changes of its config, such as data.batch_size=64",
-    )
+    add_changes_argument(parser, "data.batch_size=64")
     parser.add_argument(
         "--mesh",
         type=parse_mesh,
@@ -34,40 +39,40 @@ def add_parser(subparsers):
         help="such as fsdp=8 or data=16,fsdp=64; by default one device",
     )
     parser.add_argument(
-        "--device", required=True, help="a100, h100, h200, b200, v4, v5e, v5p, v6e, v7x, or cpu"
+        "--device", required=True, help="a100, h100, h200, b200, v4, v5e, v5p, v6e, v7x or cpu"
     )
     parser.add_argument(
         "--sample",
         action="store_true",
-        help="plan the painting of sample.batch_size images, not a training step",
+        help="plan the sampling of sample.batch_size images, not a training step",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Compiles a training step (or, with --sample, a sampling program) for devices that are not here, without weights, and tells the
-    memory, work and time of one of them.
+    """Compile a training step, or a sampling program, for devices that are not present.
+
+    No weights are needed. The plan reports memory, work and time of one device.
     """
+    from radiance.base.files import replace_atomically
     from radiance.planning.plan import format_plan, make_plan
 
     if mesh_changes := [change for change in options.changes if change.startswith("mesh")]:
         raise config.ConfigError(
-            f"{mesh_changes[0]}: a plan's mesh is given as --mesh, such as --mesh fsdp=8."
+            f"{mesh_changes[0]}: the mesh of a plan is given as --mesh, such as --mesh fsdp=8."
         )
-    run = (
-        config.make_sampling_config(config.Model.from_name(options.experiment), options.experiment)
-        if options.experiment in config.MODELS
-        else load_experiment(options.experiment)
-    )
+    name = options.experiment
+    if name in config.MODELS:
+        run = config.make_sampling_config(config.Model.from_name(name), name)
+    else:
+        run = load_experiment(name)
     run = config.override(run, options.changes)
     error_on_uneven = "error" in (options.mesh.uneven, run.mesh.uneven)
-    run = replace(run, mesh=replace(options.mesh, uneven="error" if error_on_uneven else "replicate"))
-    estimate = make_plan(run, options.device, options.sample)
+    mesh = replace(options.mesh, uneven="error" if error_on_uneven else "replicate")
+    estimate = make_plan(replace(run, mesh=mesh), options.device, options.sample)
     print(format_plan(estimate))
     if options.json:
-        from radiance.base.files import replace_atomically
-
         with replace_atomically(options.json) as temp_path:
             temp_path.write_text(json.dumps(estimate.to_dict(), indent=2) + "\n")
     return 0

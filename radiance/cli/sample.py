@@ -1,12 +1,19 @@
-"""`radiance sample`: images of prompts."""
+"""`radiance sample`: sample images from prompts."""
+
+from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from radiance import config
+from radiance.base.files import require_folder
 from radiance.cli.arguments import (
+    add_changes_argument,
     add_model_arguments,
+    add_verb,
     get_model_overrides,
     parse_mesh,
     parse_path_with_number,
@@ -15,53 +22,90 @@ from radiance.cli.arguments import (
     read_option_file,
     read_prompts,
 )
-from radiance.cli.hosts import add_host_arguments, join_hosts_and_wait, retain_freed_memory_on_cpu
+from radiance.cli.hosts import add_host_arguments, join_independent_hosts
+from radiance.cli.output import (
+    MAX_SHEET_IMAGES,
+    DatasetFolder,
+    OutputFolder,
+    SampleJob,
+    Writer,
+)
 
-MAX_SHEET_IMAGES = 400  # images that sheet.png shows at most: of more there is none
-SUITE_NAMES = ("geneval", "dpg", "coco30k")  # see evaluation/prompt_suites.py
+if TYPE_CHECKING:
+    import numpy as np
+
+    from radiance.pipeline import GeneratedImage, InitImage, Pipeline
+
+MAX_SHEET_COLUMNS = 10
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser("sample", help="make images", description=main.__doc__)
-    add_model_arguments(parser)
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="key=value",
-        help="changes of its sample settings, such as guidance=2",
+    """Add the arguments of `radiance sample`."""
+    parser = add_verb(
+        subparsers,
+        "sample",
+        "sample images from prompts",
+        main.__doc__,
+        'radiance sample runs/quickstart --prompt "a handwritten seven" --seeds 0-7',
+        "radiance sample radiance.safetensors --text-encoder t5.gguf --prompts prompts.txt "
+        "guidance_scale=4 steps=28",
+        'radiance sample runs/mine --prompt "a red barn" --image photo.png --strength 0.5',
     )
-    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    add_model_arguments(parser)
+    add_changes_argument(parser, "guidance_scale=2 (of the section sample)")
+    _add_input_arguments(parser)
+    _add_loading_arguments(parser)
+    add_host_arguments(parser)
+    _add_output_arguments(parser)
+    parser.set_defaults(run=main)
+
+
+def _add_input_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given more than once"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="a file with one prompt a line; of a suite its own file or folder",
+        metavar="FILE",
+        help="a file with one prompt per line; with --suite, its own file or folder",
     )
     parser.add_argument(
         "--seeds",
         type=parse_seeds,
-        help="such as 0, 0-3 or 1,5,9: every prompt is painted with each (default: 0, or the suite's)",
+        help="seeds of every prompt, such as 0, 0-3 or 1,5,9 (default: 0, or those of the suite)",
     )
     parser.add_argument(
-        "--size", type=parse_size, help="WIDTHxHEIGHT; by default the run's or the preset's"
+        "--size",
+        type=parse_size,
+        metavar="WIDTHxHEIGHT",
+        help="pixels; by default those of the run or the preset",
     )
     parser.add_argument(
         "--image",
         type=Path,
-        help="start from this image instead of from noise alone; scaled and cut to --size where that is given",
+        metavar="FILE",
+        help="start from this image, scaled and cropped to --size, and not from noise alone",
     )
     parser.add_argument(
         "--mask",
         type=Path,
-        help="of --image: white is painted anew, black stays exactly as it is, grey blends",
+        metavar="FILE",
+        help="mask of --image: white is sampled anew, black remains unchanged, gray is blended",
     )
     parser.add_argument(
         "--strength",
         type=float,
-        help="how much of --image is painted over: near 0 little, 1 all (default: 0.6, with --mask 1)",
+        help="time at which sampling from --image starts: near 0 little changes, 1 changes "
+        "everything (default: 0.6, with --mask 1)",
     )
     parser.add_argument(
-        "--preset", help=f"settings of a published model: {', '.join(config.PRESETS)}"
+        "--preset",
+        help=f"recommended settings of a published model: {', '.join(config.PRESETS)}",
     )
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--text-encoder",
         default="",
@@ -72,10 +116,10 @@ def add_parser(subparsers):
         "--tokenizer",
         default="",
         metavar="FILE",
-        help="spiece.model or tokenizer.json; found beside T5 by default",
+        help="spiece.model or tokenizer.json; by default the one beside T5",
     )
     parser.add_argument(
-        "--autoencoder", default="", metavar="FILE", help="FLUX's, for latent models"
+        "--autoencoder", default="", metavar="FILE", help="FLUX's autoencoder, for latent models"
     )
     parser.add_argument(
         "--lora",
@@ -83,120 +127,112 @@ def add_parser(subparsers):
         type=parse_path_with_number,
         default=[],
         metavar="FILE[:STRENGTH]",
+        help="apply a LoRA; may be given more than once",
     )
     parser.add_argument(
-        "--store",
+        "--weight-format",
         choices=["none", *config.WEIGHT_FORMATS],
-        help="how the blocks' matrices are kept in memory; by default as in the file",
+        help="quantization of the blocks' matrices in memory; by default that of the file",
     )
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],
         default="bfloat16",
-        help="of a checkpoint file's weights and computation",
+        help="type of a checkpoint file's weights and of the computation (default: bfloat16)",
     )
     parser.add_argument(
         "--mesh",
         type=parse_mesh,
-        help="over which the model and the images are spread, such as fsdp=8 or data=2,fsdp=4",
+        help="shard the model and the images over devices, such as fsdp=8 or data=2,fsdp=4",
     )
-    add_host_arguments(parser)
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("images"),
-        help=f"directory for the PNGs and, of up to {MAX_SHEET_IMAGES}, sheet.png (default: images)",
+        metavar="FOLDER",
+        help=f"folder of the PNG files and, for up to {MAX_SHEET_IMAGES} images, sheet.png "
+        "(default: images)",
     )
     parser.add_argument(
         "--folder",
         type=Path,
-        help="instead of --out: a data set for data.source=folder, each prompt in a .txt beside its image; the same command goes on",
+        help="in place of --out: a data set for data.source=folder, with each prompt in a .txt "
+        "file beside its image; the same command continues it",
     )
     parser.add_argument(
         "--suite",
-        choices=SUITE_NAMES,
-        help="paint a public set of prompts into the folders that its scorer reads; the same command goes on",
+        choices=config.PROMPT_SUITES,
+        help="sample a public set of prompts into the folders that its scorer reads; the same "
+        "command continues it",
     )
-    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Paints every prompt with every seed. The PNGs carry prompt, seed and settings. Several hosts share the images."""
+    """Sample every prompt with every seed. PNG files contain their prompt, seed and settings.
+
+    Several hosts share the images.
+    """
     if options.suite:
         return _sample_suite(options)
     options.seeds = options.seeds or [0]
     prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
     if not prompts:
-        raise config.ConfigError("There is nothing to paint: give --prompt TEXT or --prompts FILE.")
-    with join_hosts_and_wait(options) as (host_index, num_hosts):
-        retain_freed_memory_on_cpu()
+        raise config.ConfigError("There is no prompt: give --prompt TEXT or --prompts FILE.")
+    with join_independent_hosts(options) as (host_index, num_hosts):
         return _sample_prompts(options, prompts, host_index, num_hosts)
 
 
 def _sample_prompts(
     options: argparse.Namespace, prompts: list[str], host_index: int, num_hosts: int
 ) -> int:
-    """This host's share of the images."""
-    from radiance.base.files import replace_atomically, require_folder
-    from radiance.base.images import make_contact_sheet, save_png
-    from radiance.evaluation.prompt_suites import check_same_metadata
-
-    jobs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    jobs_by_name = {
-        f"{i:05d}_seed{seed}.png": (prompt, seed) for i, (prompt, seed) in enumerate(jobs)
-    }
-    host_jobs = dict(islice(jobs_by_name.items(), host_index, None, num_hosts))
-    out_dir = options.folder or options.out
-    require_folder(out_dir)
+    """Sample this host's part of the images."""
+    pairs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
+    jobs = [
+        SampleJob(f"{i:05d}_seed{seed}.png", prompt, seed) for i, (prompt, seed) in enumerate(pairs)
+    ]
+    require_folder(options.folder or options.out)
+    writer: Writer
     if options.folder:
-        _check_existing(out_dir, jobs_by_name)
-        host_jobs = {name: job for name, job in host_jobs.items() if not (out_dir / name).is_file()}
-        if not host_jobs:
-            print(f"Nothing is left to paint for {out_dir}.")
-            return 0
-        finished_paths = sorted(
-            out_dir / name
-            for name in jobs_by_name.keys() - host_jobs.keys()
-            if (out_dir / name).is_file()
-        )
-    elif any((out_dir / name).exists() for name in (*host_jobs, "sheet.png")):
-        raise config.ConfigError(f"{out_dir} holds images already: give another --out.")
+        writer = DatasetFolder(options.folder, jobs)
+    else:
+        writer = OutputFolder(options.out, len(jobs), has_sheet=num_hosts == 1)
+    pending = writer.pending(jobs[host_index::num_hosts])
+    if not pending:
+        print(f"All images of {writer.folder} exist.")
+        return 0
+
     init_image = _load_init_image(options)
     pipeline = _load_pipeline(options)
-    if options.folder and finished_paths:
-        width, height = (
-            options.size or (pipeline.run.data.resolution,) * 2
-            if init_image is None
-            else init_image.image.shape[1::-1]
-        )
-        check_same_metadata(finished_paths[0], pipeline.make_metadata(width, height))
-    images = []
-    for name, result in zip(
-        host_jobs, _generate_images(options, pipeline, list(host_jobs.values()), init_image)
-    ):
-        if options.folder:
-            with replace_atomically((out_dir / name).with_suffix(".txt")) as temp_path:
-                temp_path.write_text(_join_lines(host_jobs[name][0]) + "\n", "utf-8")
-        elif len(jobs) <= MAX_SHEET_IMAGES:
-            images.append(result.image)
-        with replace_atomically(out_dir / name) as temp_path:
-            save_png(temp_path, result.image, result.metadata)
-    if num_hosts == 1 and images:
-        sheet = make_contact_sheet(
-            images, len(options.seeds) if len(options.seeds) > 1 else min(len(prompts), 10)
-        )
-        settings = config.to_dict(pipeline.run.sample)
-        with replace_atomically(out_dir / "sheet.png") as temp_path:
-            save_png(
-                temp_path, sheet, {"prompts": prompts, "seeds": options.seeds, "settings": settings}
-            )
-    suffix = " and sheet.png" if num_hosts == 1 and images else f" of {len(jobs)}"
-    print(f"{len(host_jobs)} images{suffix} are in {out_dir}.")
+    size = _image_size(options, pipeline) if init_image is None else init_image.size
+    writer.check_metadata(pipeline.make_metadata(*size))
+    images = _generate_images(
+        options, pipeline, [(job.prompt, job.seed) for job in pending], init_image
+    )
+    for job, result in zip(pending, images):
+        writer.write(job, result)
+    has_seeds = len(options.seeds) > 1
+    description = writer.finish(
+        sheet_columns=len(options.seeds) if has_seeds else min(len(prompts), MAX_SHEET_COLUMNS),
+        metadata={
+            "prompts": prompts,
+            "seeds": options.seeds,
+            "settings": config.to_dict(pipeline.run.sample),
+        },
+    )
+    print(f"{len(pending)} images{description} are in {writer.folder}.")
     return 0
 
 
-def _load_pipeline(options: argparse.Namespace):
-    """The pipeline that the options ask for."""
+def _image_size(options: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
+    """Return width and height of the images in pixels."""
+    return options.size or (pipeline.run.data.resolution,) * 2
+
+
+def _load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """Load the model that the options name."""
     from radiance.loading import load
 
     return load(
@@ -207,7 +243,7 @@ def _load_pipeline(options: argparse.Namespace):
         loras=[(path, 1.0 if strength is None else strength) for path, strength in options.lora],
         preset=options.preset,
         changes=options.changes,
-        weight_format=options.store,
+        weight_format=options.weight_format,
         dtype=options.dtype,
         mesh=options.mesh,
         **get_model_overrides(options),
@@ -215,104 +251,84 @@ def _load_pipeline(options: argparse.Namespace):
 
 
 def _generate_images(
-    options: argparse.Namespace, pipeline, jobs: list[tuple[str, int]], init_image=None
-):
-    """The images of prompts with their seeds, one after another."""
+    options: argparse.Namespace,
+    pipeline: Pipeline,
+    jobs: Sequence[tuple[str, int]],
+    init_image: InitImage | None = None,
+) -> Iterator[GeneratedImage]:
+    """Yield the images of (prompt, seed) pairs one by one, with a progress bar."""
     from tqdm import tqdm
 
     width, height = options.size or (None, None)
-    images = pipeline.paint(
+    images = pipeline.generate(
         [prompt for prompt, _ in jobs],
         [seed for _, seed in jobs],
         width,
         height,
         init_image=init_image,
     )
-    return tqdm(images, total=len(jobs), unit="image", disable=None)  # None: no bar in a log
+    yield from tqdm(images, total=len(jobs), unit="image", disable=None)  # None: no bar in a log
 
 
-def _load_init_image(options: argparse.Namespace):
-    """The image to start from, with its mask."""
+def _load_init_image(options: argparse.Namespace) -> InitImage | None:
+    """Load the image to start from, with its mask."""
     if options.image is None:
         if options.mask or options.strength is not None:
             raise config.ConfigError(
-                "--mask and --strength are of an image to start from: give --image FILE too."
+                "--mask and --strength need an image to start from: give --image FILE too."
             )
         return None
     import numpy as np
 
-    from radiance.base.images import resize_and_crop
-    from radiance.data.decode import UnusableError, decode_image
     from radiance.pipeline import InitImage
 
-    def load_pixels(path: Path) -> np.ndarray:
-        try:
-            image = decode_image(read_option_file(path))
-        except UnusableError as reason:
-            raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
-        return resize_and_crop(image, *(options.size or image.size))
+    mask = None
+    if options.mask:
+        mask = _load_pixels(options.mask, options.size)[..., 0].astype(np.float32) / np.float32(255)
+    default_strength = 0.6 if mask is None else 1.0
+    strength = default_strength if options.strength is None else options.strength
+    return InitImage(_load_pixels(options.image, options.size), mask, strength)
 
-    mask = (
-        load_pixels(options.mask)[..., 0].astype(np.float32) / np.float32(255)
-        if options.mask
-        else None
-    )
-    strength = options.strength if options.strength is not None else 0.6 if mask is None else 1.0
-    return InitImage(load_pixels(options.image), mask, strength)
+
+def _load_pixels(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """Return the 8-bit pixels of an image file, scaled and cropped to `size` if given."""
+    from radiance.base.images import resize_and_crop
+    from radiance.data.decode import UnusableError, decode_image
+
+    try:
+        image = decode_image(read_option_file(path))
+    except UnusableError as reason:
+        raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
+    return resize_and_crop(image, *(size or image.size))
 
 
 def _sample_suite(options: argparse.Namespace) -> int:
-    from radiance.base.files import require_folder
+    """Sample this host's part of a suite of prompts."""
     from radiance.evaluation import prompt_suites
 
     if options.folder or options.prompt or options.image or not options.prompts:
         raise config.ConfigError(
-            f"--suite {options.suite} takes its prompts from --prompts PATH and nothing else, and writes into --out."
+            f"--suite {options.suite} takes its prompts only from --prompts PATH, and writes into "
+            "--out: do not give --prompt, --image and --folder."
         )
     suite = prompt_suites.SUITES[options.suite]
-    requests = suite.load_prompts(options.suite, options.prompts, options.seeds)
+    suite_prompts = suite.load_prompts(options.suite, options.prompts, options.seeds)
     require_folder(options.out)
-    with join_hosts_and_wait(options) as (host_index, num_hosts):
-        retain_freed_memory_on_cpu()
-        host_requests = requests[host_index::num_hosts]
-        pending = suite.find_pending(options.out, host_requests)
+    with join_independent_hosts(options) as (host_index, num_hosts):
+        host_prompts = suite_prompts[host_index::num_hosts]
+        pending = suite.find_pending(options.out, host_prompts)
         if not pending:
-            print(f"Nothing is left to paint for {options.out}.")
+            print(f"All images of {options.out} exist.")
             return 0
         pipeline = _load_pipeline(options)
-        if finished := set(host_requests) - set(pending):
-            width, height = options.size or (pipeline.run.data.resolution,) * 2
-            prompt_suites.check_same_metadata(
-                options.out / suite.last_file(finished.pop()), pipeline.make_metadata(width, height)
-            )
-        images = iter(
-            _generate_images(
-                options,
-                pipeline,
-                [(request.prompt, seed) for request in pending for seed in request.seeds],
-            )
-        )
-        for request in pending:
-            suite.write_images(options.out, request, list(islice(images, len(request.seeds))))
-    print(f"Images of {len(pending)} prompts of {len(requests)} are in {options.out}.")
+        if finished := set(host_prompts) - set(pending):
+            metadata: dict[str, Any] = pipeline.make_metadata(*_image_size(options, pipeline))
+            last_file = suite.last_file(finished.pop())
+            prompt_suites.check_same_metadata(options.out / last_file, metadata)
+        pairs = [(x.prompt, seed) for x in pending for seed in x.seeds]
+        images = _generate_images(options, pipeline, pairs)
+        for suite_prompt in pending:
+            results = list(islice(images, len(suite_prompt.seeds)))
+            suite.write_images(options.out, suite_prompt, results)
+    print(f"Images of {len(pending)} of {len(suite_prompts)} prompts are in {options.out}.")
     return 0
-
-
-def _join_lines(prompt: str) -> str:
-    """One line, for each line of a caption file is a caption."""
-    return " ".join(prompt.splitlines())
-
-
-def _check_existing(folder: Path, jobs: dict[str, tuple[str, int]]):
-    """Raises ConfigError when a data set was begun with other prompts or seeds."""
-    conflicts = {path.name for path in folder.glob("*.png")} - jobs.keys()
-    for name, (prompt, _) in jobs.items():
-        caption_path = (folder / name).with_suffix(".txt")
-        if caption_path.is_file() and caption_path.read_text("utf-8").removesuffix(
-            "\n"
-        ) != _join_lines(prompt):
-            conflicts.add(caption_path.name)
-    if conflicts:
-        raise config.ConfigError(
-            f"{folder} was begun with other prompts or seeds (it holds {min(conflicts)}): give another --folder."
-        )

@@ -1,4 +1,4 @@
-"""A survey of data in words, tables and bars."""
+"""Format the survey of a data set as text: tables, bar charts and sentences."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from radiance.data.inspection.survey import ASPECT_RATIOS, DatasetSurvey, Histog
 from radiance.data.source import MAX_EXAMPLES, Source
 
 LINE_WIDTH = 100
-BAR_WIDTH = 50  # of them
+BAR_WIDTH = 50  # characters of the longest bar
 BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 MAX_NAME_LENGTH = 24  # characters of a name
 MAX_GROUPS = 5  # groups of duplicates
@@ -21,22 +21,28 @@ MAX_GROUPS = 5  # groups of duplicates
 def format_data_report(
     run: config.Config, splits: Mapping[str, Source | str], survey: DatasetSurvey
 ) -> str:
-    """splits: what is in them, or why nothing is."""
+    """Format all sections of the report.
+
+    Args:
+        run: Settings of data and text.
+        splits: Sources by split, or the reason why a split is empty.
+        survey: Statistics of the training split.
+    """
     return "\n\n".join(
         [
             _format_settings(run),
             _format_splits(splits),
             *([_format_sources(run, survey)] if len(survey.sources) > 1 else []),
-            "Sides in pixels, of a square of as many\n"
+            "Resolutions: side in pixels of a square of the same area\n"
             + _format_bars(
                 _bin_labels(survey.resolution_histogram), survey.resolution_histogram.counts
             ),
-            "Width to height\n"
+            "Aspect ratios: width to height\n"
             + _format_bars(
                 [_format_ratio(ratio) for ratio in survey.aspect_ratios],
                 list(survey.aspect_ratios.values()),
             ),
-            _format_shapes(run, survey),
+            _format_buckets(run, survey),
             _format_captions(run, survey),
             _format_programs(survey),
         ]
@@ -46,9 +52,12 @@ def format_data_report(
 def _format_settings(run: config.Config) -> str:
     data = run.data
     resolutions = " and ".join(map(str, data.resolutions))
-    shapes = f"buckets in steps of {data.bucket_step}" if data.bucket_step else "squares alone"
+    shapes = f"buckets in steps of {data.bucket_step}" if data.bucket_step else "squares only"
     location = f"{run.data.source} {run.data.path}".strip()
-    return f"{location}\nside {resolutions}, {shapes}, {data.batch_size} images a batch; text {run.text.encoder}, {run.text.max_length} tokens"
+    return (
+        f"{location}\nresolution {resolutions}, {shapes}, {data.batch_size} images per batch; "
+        f"text encoder {run.text.encoder}, {run.text.max_length} tokens"
+    )
 
 
 def _format_splits(splits: Mapping[str, Source | str]) -> str:
@@ -63,7 +72,7 @@ def _format_splits(splits: Mapping[str, Source | str]) -> str:
     for kind in sorted(set().union(*(split.skip_counts for split in sources.values()))):
         rows.append(
             (
-                f"left out: {kind}",
+                f"skipped: {kind}",
                 *(f"{split.skip_counts.get(kind, 0):,}" for split in sources.values()),
             )
         )
@@ -92,7 +101,7 @@ def _wrap(sentence: str) -> str:
 
 
 def _format_sources(run: config.Config, survey: DatasetSurvey) -> str:
-    rows = [("Parts of the mixture", "images", "share", "seen in an epoch", "turns")]
+    rows = [("Sources of the mixture", "images", "weight", "seen per epoch", "repeats")]
     for source, (num_images, fraction, num_seen) in zip(run.data.sources, survey.sources):
         rows.append(
             (
@@ -106,29 +115,29 @@ def _format_sources(run: config.Config, survey: DatasetSurvey) -> str:
     return format_table(rows, num_text_columns=1)
 
 
-def _format_shapes(run: config.Config, survey: DatasetSurvey) -> str:
-    incomplete_label = {"carry": "carried over", "fill": "in a filled one", "drop": "dropped"}[
+def _format_buckets(run: config.Config, survey: DatasetSurvey) -> str:
+    incomplete_label = {"carry": "carried over", "pad": "in padded ones", "drop": "dropped"}[
         run.data.incomplete_batches
     ]
-    rows = [("Shapes of an epoch", "images", "batches", incomplete_label)]
+    rows = [("Buckets of an epoch", "images", "batches", incomplete_label)]
     rows += [
-        (f"{shape.width} × {shape.height}", *(f"{count:,}" for count in shape[2:]))
-        for shape in survey.buckets
+        (f"{bucket.width} × {bucket.height}", *(f"{count:,}" for count in bucket[2:]))
+        for bucket in survey.buckets
     ]
     if len(survey.buckets) > 1:
-        rows.append(
-            ("together", *(f"{sum(column):,}" for column in list(zip(*survey.buckets))[2:]))
-        )
+        rows.append(("total", *(f"{sum(column):,}" for column in list(zip(*survey.buckets))[2:])))
     lines = [format_table(rows, num_text_columns=1)]
     if survey.num_upscaled:
         lines.append(
-            f"Enlarged: {_pluralize(survey.num_upscaled, 'image')}, {survey.max_upscale:.2f} times at most"
+            f"Upscaled: {_pluralize(survey.num_upscaled, 'image')}, by a factor of at most "
+            f"{survey.max_upscale:.2f}"
         )
     if run.data.incomplete_batches == "drop" and not any(
-        shape.num_batches for shape in survey.buckets
+        bucket.num_batches for bucket in survey.buckets
     ):
         lines.append(
-            f"No shape fills a batch of {run.data.batch_size}, so nothing is left to train on: use data.incomplete_batches=carry or fill."
+            f"No bucket fills a batch of {run.data.batch_size}, so there is nothing to train on: use "
+            "data.incomplete_batches=carry or pad."
         )
     return "\n".join(lines)
 
@@ -149,31 +158,36 @@ def _format_captions(run: config.Config, survey: DatasetSurvey) -> str:
         if percent < 100
     )
     lines = [
-        f"Tokens of {captions.num_captions:,} captions, {per_image} an image, with the end of the sequence",
+        f"Tokens of {captions.num_captions:,} captions, {per_image} per image, including the end of "
+        "the sequence",
         _format_bars(labels, captions.length_histogram.counts),
         f"{lengths}; the longest has {captions.length_percentiles[100]}",
     ]
     if captions.num_truncated:
         lines.append(
-            f"Longer than text.max_length={max_length}, and cut: {_pluralize(captions.num_truncated, 'caption')} ({captions.num_truncated / captions.num_captions:.1%})"
+            f"Longer than text.max_length={max_length}, and truncated: "
+            f"{_pluralize(captions.num_truncated, 'caption')} "
+            f"({captions.num_truncated / captions.num_captions:.1%})"
         )
     if captions.num_tagged_images:
         median_tags, max_tags = captions.tags_per_caption
         lines.append(
-            f"With tags: {_pluralize(captions.num_tagged_images, 'image')}, {median_tags} tags in the median caption and {max_tags} at most"
+            f"With tags: {_pluralize(captions.num_tagged_images, 'image')}, {median_tags} tags in the "
+            f"median caption and {max_tags} at most"
         )
     low, mean, high = survey.weight_range
     if (low, high) != (1.0, 1.0):
-        lines.append(f"Weights of losses: {low:g} to {high:g}, {mean:.3g} on average")
+        lines.append(f"Loss weights: {low:g} to {high:g}, {mean:.3g} on average")
     return "\n".join(lines)
 
 
 def _format_programs(survey: DatasetSurvey) -> str:
-    shapes, widths = (
-        _pluralize(len(survey.buckets), "shape"),
-        _pluralize(len(survey.text_lengths), "text width"),
+    buckets = _pluralize(len(survey.buckets), "bucket")
+    text_lengths = _pluralize(len(survey.text_lengths), "text length")
+    return (
+        f"Programs to compile, at most: {survey.num_programs} = {buckets} × {text_lengths} "
+        f"({', '.join(map(str, survey.text_lengths))} tokens)"
     )
-    return f"Programs to compile, at most: {survey.num_programs} = {shapes} × {widths} ({', '.join(map(str, survey.text_lengths))} tokens)"
 
 
 def format_duplicates(
@@ -183,7 +197,15 @@ def format_duplicates(
     groups: Sequence[DuplicateGroup],
     distance: int,
 ) -> str:
-    """held_out_from: the number of the first image of the validation split."""
+    """Format the groups of near-duplicates.
+
+    Args:
+        source: All images, with those of the training split first.
+        validation_start: Index of the first image of the validation split.
+        hashes: Perceptual hashes of the images.
+        groups: Groups of near-duplicates.
+        distance: Number of bits in which they may differ.
+    """
     num_duplicates = sum(len(group.duplicates) for group in groups)
     num_split_groups = sum(
         min(group.representative, *group.duplicates)
@@ -192,7 +214,9 @@ def format_duplicates(
         for group in groups
     )
     lines = [
-        f"Near-duplicates, at most {distance} of 64 bits apart: {_pluralize(num_duplicates, 'image')} like a larger one, of {_pluralize(len(groups), 'group')}"
+        f"Near-duplicates, which differ in at most {distance} of 64 bits: "
+        f"{_pluralize(num_duplicates, 'image')} besides the largest of "
+        f"{_pluralize(len(groups), 'group')}"
     ]
     for group in groups[:MAX_GROUPS]:
         members = [
@@ -208,10 +232,11 @@ def format_duplicates(
         lines.append(f"  and {_pluralize(len(groups) - MAX_GROUPS, 'group')} more")
     if num_split_groups:
         lines.append(
-            f"Of {_pluralize(num_split_groups, 'group')} some images are held out and others trained on."
+            f"{_pluralize(num_split_groups, 'group')} with images of both splits, training and "
+            "validation"
         )
     if num_plain := int((~hashes.has_hash).sum()) - len(hashes.errors):
-        lines.append(f"Too plain to be compared: {_pluralize(num_plain, 'image')}")
+        lines.append(f"Too uniform to compare: {_pluralize(num_plain, 'image')}")
     if hashes.errors:
         lines.append(f"Cannot be decoded: {_pluralize(len(hashes.errors), 'image')}")
         lines += [
@@ -247,7 +272,10 @@ def _format_ratio(ratio: Fraction) -> str:
 
 
 def _format_bars(labels: Sequence[str], counts: Sequence[int]) -> str:
-    """A line each: the label, the count, its share, and a bar in proportion to it; any count that is not 0 has something of a bar."""
+    """Format a line per count: its label, the count, its fraction, and a proportional bar.
+
+    Every count above 0 has a visible bar.
+    """
     total, max_count = sum(counts), max(counts)
     rows = [
         (f"  {label}", f"{count:,}", f"{count / total:.1%}") for label, count in zip(labels, counts)
@@ -276,5 +304,5 @@ def _format_bar(eighths: int) -> str:
 
 
 def _shorten(name: str) -> str:
-    """The end of a long name, which says more than its beginning."""
+    """Return the end of a long name, which is more specific than its beginning."""
     return repr(name if len(name) <= MAX_NAME_LENGTH else "…" + name[1 - MAX_NAME_LENGTH :])

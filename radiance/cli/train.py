@@ -1,36 +1,42 @@
-"""`radiance train`: an experiment, from its start or on from where it stopped."""
+"""`radiance train`: train an experiment, or resume it."""
 
 import argparse
 import sys
 
 from radiance import config
-from radiance.cli.hosts import (
-    add_host_arguments,
-    join_hosts_from_options,
-    retain_freed_memory_on_cpu,
-)
+from radiance.cli.arguments import EXPERIMENT_METAVAR, add_changes_argument, add_verb
+from radiance.cli.hosts import add_host_arguments, join_hosts_from_options
 from radiance.config.experiments import load_experiment
 
 
 def add_parser(subparsers):
-    parser = subparsers.add_parser(
-        "train", help="train an experiment, or go on with it", description=main.__doc__
+    """Add the arguments of `radiance train`."""
+    parser = add_verb(
+        subparsers,
+        "train",
+        "train an experiment, or resume it",
+        main.__doc__,
+        "radiance train experiments/quickstart.py",
+        "radiance train experiments/quickstart.py name=fast optimizer.learning_rate=2e-3",
+        "radiance train experiments.radiance_512 data.path=photos text.file=t5.safetensors",
     )
     parser.add_argument(
-        "experiment", metavar="EXPERIMENT[:ARM…]", help="a file of experiments/, or its dotted name"
+        "experiment",
+        metavar=EXPERIMENT_METAVAR,
+        help="a file, such as experiments/quickstart.py, or its dotted name; with variants",
     )
-    parser.add_argument(
-        "changes",
-        nargs="*",
-        metavar="key=value",
-        help="changes of its config, such as optimizer.learning_rate=2e-4",
-    )
+    add_changes_argument(parser, "optimizer.learning_rate=2e-4")
     add_host_arguments(parser)
     parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Trains an experiment in its run directory; the same command goes on where it stopped. Exit code 143 after SIGTERM."""
+    """Train an experiment in its run directory. The same command resumes a run that has stopped.
+
+    Returns:
+        The exit code: 0 when all steps are done, 143 after a stop by SIGTERM or Ctrl-C.
+    """
+    from radiance.distributed.hosts import retain_freed_memory_on_cpu
     from radiance.evaluation.report import write_report
     from radiance.training.loop import train
 
@@ -38,10 +44,9 @@ def main(options: argparse.Namespace) -> int:
     is_first_host = join_hosts_from_options(options)[0] == 0
     retain_freed_memory_on_cpu()
     last_step = train(run)
-    if not is_first_host:
-        return 0 if last_step == run.train.steps else 143
-    if last_step < run.train.steps:
-        print(f"Stopped at step {last_step}: the same command goes on.", file=sys.stderr)
-        return 143
-    print(f"{run.run_dir} is trained for {last_step} steps; see {write_report(run.run_dir)}.")
-    return 0
+    is_complete = last_step >= run.train.steps
+    if is_first_host and is_complete:
+        print(f"{run.run_dir} is trained for {last_step} steps; see {write_report(run.run_dir)}.")
+    elif is_first_host:
+        print(f"Stopped at step {last_step}: the same command resumes the run.", file=sys.stderr)
+    return 0 if is_complete else 143
