@@ -1,11 +1,11 @@
-"""Finding a model by what the user calls it: a run directory, or a checkpoint file with the files that belong to it."""
+"""Load a model by its address: a run directory, or a checkpoint file with its companions."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -32,9 +32,13 @@ from radiance.weights.checkpoint import (
 from radiance.weights.lora_adapters import apply_loras
 from radiance.weights.safetensors import write_safetensors
 
-# What our own exports carry, so that they are sampled as the run was: settings that the weights do not tell.
+# Key of the settings that our exports contain, so that they are sampled as the run was.
 RUN_METADATA_KEY = "radiance.run"
-T5_MAX_LENGTH = 512  # tokens; what the published models were trained with
+
+Loras = list[tuple[lora_files.LoraWeights, float]]  # with their strengths
+
+
+# --- pipelines ------------------------------------------------------------------------------------
 
 
 def load(
@@ -53,189 +57,325 @@ def load(
     run: config.Config | None = None,
     **model_overrides: Any,
 ) -> Pipeline:
-    """The pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
+    """Load the pipeline of a run directory at its newest checkpoint, or of a checkpoint file.
 
-    weights: of a run: params, ema, ema=DECAY or width=WIDTH; its own choice when None. text_encoder, tokenizer: T5's files; a run's own when
-    empty. autoencoder: the file that latent models (Chroma1-Base, -HD, -Flash) need. loras: files and strengths. preset: settings
-    by name (`config.PRESETS`); when None a run's own, or those that suit the file. changes: of the settings, such as "guidance=2".
-    store: q8_0, int8 or float8_e4m3fn keeps the blocks' matrices small in memory, none does not; when None as the file has
-    them.
-    dtype: of a file's weights and of the computation. known: fields of the model that a file does not tell, such as
-    text_ids="sequential". mesh: of this host's devices, over which the model and the images are spread; one device when None. run: settings in
-    place of a run directory's own, or of those that suit a file.
+    Args:
+        model: A run directory or a checkpoint file.
+        weights: Weights of a run: params, ema, ema=DECAY or width=WIDTH; `sample.weights` when
+            None.
+        text_encoder: Weights of T5; those of the run when empty.
+        tokenizer: Tokenizer of `text_encoder`; the one beside it when empty.
+        autoencoder: The autoencoder file that latent models need (Chroma1-Base, -HD and -Flash).
+        loras: LoRA files and their strengths.
+        preset: Name of recommended settings (`config.PRESETS`); when None the settings of the run,
+            or those that suit the file.
+        changes: Changes of `run.sample`, such as "guidance_scale=2".
+        weight_format: Quantization of the blocks' matrices in memory (`config.WEIGHT_FORMATS`) or
+            "none"; the one of the file when None.
+        dtype: Type of a file's weights and of the computation.
+        mesh: Mesh of this host's devices, over which the model and the images are sharded; one
+            device when None.
+        run: Settings in place of those of the run directory, or of those that suit the file.
+        **model_overrides: Fields of the model that a file does not contain, such as
+            text_ids="sequential".
 
-    Raises ConfigError or CheckpointError, in one sentence and before the weights are read, when something is missing or unfit.
+    Returns:
+        The pipeline.
+
+    Raises:
+        ConfigError: When a file or an option is missing or does not fit the model.
+        CheckpointError: When a file is damaged or is not a model. Both are raised before the
+            weights are read.
     """
-    if is_run_directory(model):
-        run = run or RunDirectory(Path(model)).read_config()
-        _reject_model_overrides(model, model_overrides)
-    else:
-        checkpoint = open_checkpoint(model, run and run.model, **model_overrides)
-        run = run or make_sampling_config(checkpoint, dtype)
-    if preset is not None:
-        preset_settings = config.get_preset(preset)
-        run = replace(
-            run,
-            sample=replace(preset_settings.sample, weights=run.sample.weights),
-            data=replace(run.data, resolution=preset_settings.resolution, extra_resolutions=(), bucket_step=0),
-        )
-    if weights:
-        changes = [*changes, f"weights={weights}"]
-    run = replace(run, sample=config.override(run.sample, changes))
-    if text_encoder:
-        run = replace(
-            run,
-            text=replace(run.text, encoder="t5", file=text_encoder, tokenizer=tokenizer, cache=""),
-        )
-    elif tokenizer:
-        raise config.ConfigError(
-            f"--tokenizer {tokenizer} is of a text encoder: give --text-encoder FILE too."
-        )
+    source = _open_source(model, run, dtype, model_overrides)
+    run = _resolve_settings(source.run, weights, preset, changes)
+    run = replace(run, text=_resolve_text(run.text, text_encoder, tokenizer))
     _check_loadable(run, model, autoencoder)
-    decoder = (
-        LatentDecoder(*autoencoder_files.read_autoencoder(autoencoder), run.compute.dtype)
-        if autoencoder
-        else None
-    )
-    if decoder and 4 * decoder.architecture.latent_channels != run.model.channels:
-        raise config.ConfigError(
-            f"{model} paints latents of {run.model.channels // 4} channels, and {autoencoder} has {decoder.architecture.latent_channels}: give FLUX's."
-        )
+    decoder = _load_decoder(autoencoder, run, model) if autoencoder else None
     adapters = [(lora_files.read_lora(path, run.model), strength) for path, strength in loras]
-    device_mesh = None if mesh is None else make_mesh(mesh, jax.local_devices())
-    make_param_shardings = (
-        None if device_mesh is None else partial(make_shardings, mesh=device_mesh)
-    )
-    encoder = make_encoder(run.text, run.model.text_dim, make_param_shardings)
 
-    param_shardings = make_param_shardings and make_param_shardings(make_abstract_params(run.model))
-    if is_run_directory(model) and run.lora.rank:
-        check_base_identity(RunDirectory(Path(model)), run)
-        run_lora = trained_lora(model, run)
-        base_run = (
-            run
-            if weight_format is None
-            else replace(run, lora=replace(run.lora, weight_format=weight_format))
-        )
-        params, origin, adapters = (
-            load_base_params(base_run, param_shardings),
-            run_lora.origin,
-            [(run_lora, 1.0), *adapters],
-        )
-    elif is_run_directory(model):
-        quantization = weight_format not in (None, "none")
-        params, origin = restore_run_weights(
-            model,
-            run,
-            host_shardings(make_abstract_params(run.model)) if quantization else param_shardings,
-        )
-        if quantization:
-            params = checkpoint_from_params(run.model, params, origin).load_params(
-                weight_format=weight_format, shardings=param_shardings
-            )
-    else:
-        quantization = (
-            "file" if weight_format is None else None if weight_format == "none" else weight_format
-        )
-        params, origin = (
-            checkpoint.load_params(dtype, quantization, param_shardings),
-            checkpoint.origin,
-        )
+    device_mesh = None if mesh is None else make_mesh(mesh, jax.local_devices())
+    make_param_shardings, shardings = None, None
+    if device_mesh is not None:
+        make_param_shardings = partial(make_shardings, mesh=device_mesh)
+        shardings = make_param_shardings(make_abstract_params(run.model))
+    encoder = make_encoder(run.text, run.model.text_dim, make_param_shardings)
+    loaded = source.load_params(run, weight_format, shardings)
+    params, adapters = loaded.params, [*loaded.adapters, *adapters]
     if adapters:
         params = apply_loras(params, run.model, adapters)
-    origin += "".join(f" + {strength:g} × {path}" for path, strength in loras)
+    origin = loaded.origin + "".join(f" + {strength:g} × {path}" for path, strength in loras)
     return Pipeline(run, params, origin, encoder, decoder, device_mesh)
 
 
+@dataclass(frozen=True)
+class _LoadedParams:
+    """Parameters, the name of their origin, and the LoRAs that belong to them."""
+
+    params: Params
+    origin: str
+    adapters: Loras
+
+
+class _ModelSource(Protocol):
+    """A run directory or a file."""
+
+    @property
+    def run(self) -> config.Config:
+        """Settings of the model and of sampling."""
+        ...
+
+    def load_params(
+        self, run: config.Config, weight_format: str | None, shardings: Params | None
+    ) -> _LoadedParams:
+        """Load the parameters of `run.model`, quantized and sharded."""
+        ...
+
+
+@dataclass(frozen=True)
+class _RunModel:
+    """A run directory."""
+
+    path: str | Path
+    run: config.Config
+
+    def load_params(
+        self, run: config.Config, weight_format: str | None, shardings: Params | None
+    ) -> _LoadedParams:
+        """Load the newest checkpoint; of a LoRA run, the base and its adapters."""
+        if run.lora.rank:
+            check_base_identity(RunDirectory(Path(self.path)), run)
+            run_lora = trained_lora(self.path, run)
+            if weight_format is not None:
+                run = config.override(run, [f"lora.weight_format={weight_format}"])
+            return _LoadedParams(
+                load_base_params(run, shardings), run_lora.origin, [(run_lora, 1.0)]
+            )
+        if weight_format in (None, "none"):
+            return _LoadedParams(*restore_run_weights(self.path, run, shardings), [])
+        # Quantization starts from weights in the memory of the host.
+        abstract_params = make_abstract_params(run.model)
+        params, origin = restore_run_weights(self.path, run, host_shardings(abstract_params))
+        checkpoint = checkpoint_from_params(run.model, params, origin)
+        params = checkpoint.load_params(weight_format=weight_format, shardings=shardings)
+        return _LoadedParams(params, origin, [])
+
+
+@dataclass(frozen=True)
+class _FileModel:
+    """A checkpoint file."""
+
+    checkpoint: Checkpoint
+    run: config.Config
+    dtype: str
+
+    def load_params(
+        self, run: config.Config, weight_format: str | None, shardings: Params | None
+    ) -> _LoadedParams:
+        """Load the weights of the file."""
+        quantization = {None: "file", "none": None}.get(weight_format, weight_format)
+        params = self.checkpoint.load_params(self.dtype, quantization, shardings)
+        return _LoadedParams(params, self.checkpoint.origin, [])
+
+
+def _open_source(
+    model: str | Path, run: config.Config | None, dtype: str, model_overrides: dict[str, Any]
+) -> _ModelSource:
+    """Open a run directory or a file, with its settings unless `run` is given."""
+    if is_run_directory(model):
+        run = run or RunDirectory(Path(model)).read_config()
+        _reject_model_overrides(model, model_overrides)
+        return _RunModel(model, run)
+    checkpoint = open_checkpoint(model, run and run.model, **model_overrides)
+    return _FileModel(checkpoint, run or make_sampling_config(checkpoint, dtype), dtype)
+
+
+def _resolve_settings(
+    run: config.Config, weights: str | None, preset: str | None, changes: Sequence[str]
+) -> config.Config:
+    """Apply a preset, changes of sampling, and the choice of weights."""
+    if preset is not None:
+        settings = config.get_preset(preset)
+        run = replace(
+            run,
+            sample=replace(settings.sample, weights=run.sample.weights),
+            data=replace(
+                run.data, resolution=settings.resolution, extra_resolutions=(), bucket_step=0
+            ),
+        )
+    if weights:
+        changes = [*changes, f"weights={weights}"]
+    return replace(run, sample=config.override(run.sample, changes))
+
+
+def _resolve_text(text: config.Text, text_encoder: str, tokenizer: str) -> config.Text:
+    """Replace the text encoder by the given files."""
+    if text_encoder:
+        return replace(text, encoder="t5", file=text_encoder, tokenizer=tokenizer, cache="")
+    if tokenizer:
+        raise config.ConfigError(
+            f"--tokenizer {tokenizer} belongs to a text encoder: give --text-encoder FILE too."
+        )
+    return text
+
+
+def _load_decoder(path: str, run: config.Config, model: str | Path) -> LatentDecoder:
+    """Load an autoencoder that fits the model."""
+    decoder = LatentDecoder(*autoencoder_files.read_autoencoder(path), run.compute.dtype)
+    latent_channels = decoder.architecture.latent_channels
+    if 4 * latent_channels != run.model.channels:
+        raise config.ConfigError(
+            f"{model} generates latents of {run.model.channels // 4} channels, and {path} has "
+            f"{latent_channels}: give FLUX's autoencoder."
+        )
+    return decoder
+
+
+def _reject_model_overrides(model: str | Path, model_overrides: dict[str, Any]):
+    if model_overrides:
+        raise config.ConfigError(
+            f"{model} is a run directory, which contains its {' and '.join(model_overrides)}: "
+            "these options are for files that do not."
+        )
+
+
+def _check_loadable(run: config.Config, model: str | Path, autoencoder: str):
+    """Raise ConfigError if a file that sampling needs is missing or superfluous."""
+    if run.model.pooled_dim:
+        raise config.ConfigError(
+            f"{model} needs a pooled CLIP vector (FLUX), which no encoder here computes: it can be "
+            "converted, not sampled."
+        )
+    if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
+        raise config.ConfigError(
+            f"{model} needs its text encoder: give --text-encoder FILE, or text.file=FILE where "
+            "settings are changed (T5 v1.1; safetensors or GGUF)."
+        )
+    if run.model.patch == 1 and not autoencoder:
+        raise config.ConfigError(
+            f"{model} generates latents: give --autoencoder FILE, FLUX's autoencoder."
+        )
+    if run.model.patch > 1 and autoencoder:
+        raise config.ConfigError(
+            f"{model} generates pixels and needs no autoencoder: do not give --autoencoder."
+        )
+
+
+# --- weights of runs and files --------------------------------------------------------------------
+
+
 def trained_lora(model: str | Path, run: config.Config) -> lora_files.LoraWeights:
-    """What a LoRA run has trained, at its newest checkpoint."""
+    """Return the LoRA of a run at its newest checkpoint."""
     return to_lora_weights(run, *restore_run_weights(model, run))
 
 
 def restore_run_weights(
     model: str | Path, run: config.Config, param_shardings: Params | None = None
 ) -> tuple[Params, str]:
-    """Weights of a run's newest checkpoint (of a LoRA run, what it adds), on one device or as `places` says, and what they are called."""
+    """Restore the weights of a run's newest checkpoint.
+
+    Args:
+        model: The run directory.
+        run: Its settings; `run.sample.weights` selects the weights or an average.
+        param_shardings: Shardings of the parameters; one device when None.
+
+    Returns:
+        The parameters (of a LoRA run, the adapters), and a name for them.
+
+    Raises:
+        ConfigError: When there is no checkpoint.
+    """
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoint_dir)
-    if checkpoints.latest_step is None:
+    step, weights = checkpoints.latest_step, run.sample.weights
+    if step is None:
         raise config.ConfigError(
             f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps."
         )
-    weights_name = run.sample.weights
-    return checkpoints.restore_params(
-        checkpoints.latest_step, run, weights_name, param_shardings
-    ), f"{run.name} step {checkpoints.latest_step} {weights_name}"
+    params = checkpoints.restore_params(step, run, weights, param_shardings)
+    return params, f"{run.name} step {step} {weights}"
 
 
 def open_model(model: str | Path, weights: str | None = None, **model_overrides: Any) -> Checkpoint:
-    """The checkpoint of a run, with what its exports say of it, or of a file."""
-    if not is_run_directory(model):
-        if weights:
-            raise config.ConfigError(
-                f"{model} is a file and has one kind of weights: --weights is for run directories."
-            )
-        return open_checkpoint(model, **model_overrides)
+    """Open the weights of a run, with the metadata of its exports, or of a file.
+
+    Args:
+        model: A run directory or a checkpoint file.
+        weights: Weights of a run: params, ema, ema=DECAY or width=WIDTH; `sample.weights` when
+            None.
+        **model_overrides: Fields of the model that a file does not contain.
+    """
+    if is_run_directory(model):
+        _reject_model_overrides(model, model_overrides)
+        return _open_run(model, weights)
+    if weights:
+        raise config.ConfigError(
+            f"{model} is a file and has one kind of weights: --weights is for run directories."
+        )
+    return open_checkpoint(model, **model_overrides)
+
+
+def _open_run(model: str | Path, weights: str | None) -> Checkpoint:
+    """Open the weights of a run; the LoRA of a LoRA run is merged."""
     run_directory = RunDirectory(Path(model))
-    run = run_directory.read_config()
-    _reject_model_overrides(model, model_overrides)
-    validated_weights = run.sample.weights
+    trained_run = run_directory.read_config()
+    run = trained_run
     if weights:
         run = replace(run, sample=replace(run.sample, weights=weights))
-    export_settings = {
+    metadata = _make_export_metadata(run)
+    loss = run_directory.last_validation_loss()
+    if loss is not None and run.sample.weights == trained_run.sample.weights:
+        metadata[LOSS_KEY] = f"{loss:.6g}"
+    if run.lora.rank:
+        check_base_identity(run_directory, run)
+        if is_run_directory(run.init):
+            base = open_model(run.init)
+        else:
+            base = open_checkpoint(run.init, run.model)
+        return replace(lora_files.merge_lora(base, trained_lora(model, run)), metadata=metadata)
+    shardings = host_shardings(make_abstract_params(run.model))
+    return checkpoint_from_params(run.model, *restore_run_weights(model, run, shardings), metadata)
+
+
+def check_base_identity(run_directory: RunDirectory, run: config.Config):
+    """Raise ConfigError if the base of a LoRA run has changed since its training."""
+    trained_identity = run_directory.read_base_identity()
+    current_identity = identify_weights(run.init, run)
+    if trained_identity not in (None, current_identity):
+        raise config.ConfigError(
+            f"{run_directory.path} was trained on another {run.init} ({trained_identity}; now it "
+            f"is {current_identity}): restore that file."
+        )
+
+
+# --- settings of exports --------------------------------------------------------------------------
+
+
+def _make_export_metadata(run: config.Config) -> dict[str, str]:
+    """Return the settings of sampling that an export contains."""
+    settings = {
         "text": config.to_dict(replace(run.text, file="", tokenizer="", cache="")),
         "sample": config.to_dict(replace(run.sample, weights="params")),
         "resolution": run.data.resolution,
         "noise_scale": run.flow.noise_scale,
     }
-    loss = run_directory.last_validation_loss()
-    loss_metadata = (
-        {LOSS_KEY: f"{loss:.6g}"}
-        if loss is not None and run.sample.weights == validated_weights
-        else {}
-    )
-    metadata = {RUN_METADATA_KEY: json.dumps(export_settings), **loss_metadata}
-    if run.lora.rank:
-        check_base_identity(run_directory, run)
-        base = (
-            open_model(run.init)
-            if is_run_directory(run.init)
-            else open_checkpoint(run.init, run.model)
-        )
-        return replace(lora_files.merge_lora(base, trained_lora(model, run)), metadata=metadata)
-    return checkpoint_from_params(
-        run.model,
-        *restore_run_weights(model, run, host_shardings(make_abstract_params(run.model))),
-        metadata,
-    )
-
-
-def check_base_identity(run_directory: RunDirectory, run: config.Config):
-    """Raises ConfigError when a LoRA run's base is no longer the one that it was trained on."""
-    trained_identity, current_identity = (
-        run_directory.read_base_identity(),
-        identify_weights(run.init, run),
-    )
-    if trained_identity not in (None, current_identity):
-        raise config.ConfigError(
-            f"{run_directory.path} was trained on another {run.init} ({trained_identity}; now it is {current_identity}): bring that back."
-        )
+    return {RUN_METADATA_KEY: json.dumps(settings)}
 
 
 def make_sampling_config(checkpoint: Checkpoint, dtype: str) -> config.Config:
-    """Settings to sample a checkpoint file with: those of the run it comes from, or those that suit the published model."""
-    compute = config.Compute(dtype=dtype)
-    model = checkpoint.model
+    """Return the settings to sample a checkpoint file with.
+
+    They are those of the run that exported it, or those that suit the published model.
+
+    Args:
+        checkpoint: The file.
+        dtype: Type of the computation.
+
+    Raises:
+        CheckpointError: When the settings in its metadata are damaged.
+    """
+    compute, model = config.from_dict(config.Compute, {"dtype": dtype}), checkpoint.model
     if RUN_METADATA_KEY not in checkpoint.metadata:
-        preset = config.get_preset(config.find_preset_name(model))
-        text = config.Text(encoder="t5", max_length=T5_MAX_LENGTH)
-        return config.Config(
-            model=model,
-            compute=compute,
-            text=text,
-            sample=preset.sample,
-            data=config.Data(resolution=preset.resolution),
-            optimizer=config.Optimizer(),
-        )
+        return config.make_sampling_config(model, compute=compute)
     try:
         settings = json.loads(checkpoint.metadata[RUN_METADATA_KEY])
         return config.Config(
@@ -248,43 +388,22 @@ def make_sampling_config(checkpoint: Checkpoint, dtype: str) -> config.Config:
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"{checkpoint.origin} does not say in its metadata how it is sampled, as our exports do ({RUN_METADATA_KEY}: {error}): export it again."
+            f"The metadata of {checkpoint.origin} does not contain the settings of sampling that "
+            f"our exports have ({RUN_METADATA_KEY}: {error}): export the model again."
         ) from None
 
 
-def _reject_model_overrides(model: str | Path, model_overrides: dict[str, Any]):
-    if model_overrides:
-        raise config.ConfigError(
-            f"{model} is a run directory and knows its {' and '.join(model_overrides)}: these flags are for files that do not say it."
-        )
-
-
-def _check_loadable(run: config.Config, model: str | Path, autoencoder: str):
-    if run.model.pooled_dim:
-        raise config.ConfigError(
-            f"{model} reads a pooled CLIP vector (FLUX), which no encoder here gives: it can be converted, not sampled."
-        )
-    if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
-        raise config.ConfigError(
-            f"{model} needs its text encoder: give --text-encoder FILE, or text.file=FILE where settings are changed (T5 v1.1; safetensors or GGUF)."
-        )
-    if run.model.patch == 1 and not autoencoder:
-        raise config.ConfigError(
-            f"{model} paints latents: give --autoencoder FILE, FLUX's autoencoder."
-        )
-    if run.model.patch > 1 and autoencoder:
-        raise config.ConfigError(
-            f"{model} paints pixels and needs no autoencoder: leave --autoencoder out."
-        )
-
-
 def make_prompts_writer(run: config.Config) -> Callable[[Path], None]:
-    """What writes `prompts.safetensors` into the folder of an exported PyTorch model: the run's sample prompts, encoded, and how to paint them."""
+    """Return a function that writes `prompts.safetensors` into the folder of an exported model.
+
+    The file contains the run's sample prompts, encoded, and the settings to sample them with.
+    """
     prompts = list(run.train.sample_prompts or ("",))
     encoder = make_encoder(run.text, run.model.text_dim)
     positive, negative = encode_prompts(encoder, prompts, run.sample, run.model.masking)
-    tensors = {"text": positive.text.astype(np.float32), "lengths": positive.lengths}
-    tensors |= {
+    tensors = {
+        "text": positive.text.astype(np.float32),
+        "lengths": positive.lengths,
         "negative_text": negative.text.astype(np.float32),
         "negative_lengths": negative.lengths,
     }
@@ -294,11 +413,12 @@ def make_prompts_writer(run: config.Config) -> Callable[[Path], None]:
         "noise_scale": run.flow.noise_scale,
         "times": times.tolist(),
     }
-    shapes, dtypes = (
-        {name: getattr(x, attribute) for name, x in tensors.items()}
-        for attribute in ("shape", "dtype")
-    )
     metadata = {"prompts": json.dumps(prompts), "sample": json.dumps(settings)}
-    return lambda folder: write_safetensors(
-        folder / "prompts.safetensors", shapes, dtypes, tensors.__getitem__, metadata
-    )
+    shapes = {name: x.shape for name, x in tensors.items()}
+    dtypes = {name: x.dtype for name, x in tensors.items()}
+
+    def write_prompts(folder: Path):
+        path = folder / "prompts.safetensors"
+        write_safetensors(path, shapes, dtypes, tensors.__getitem__, metadata)
+
+    return write_prompts

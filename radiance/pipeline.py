@@ -1,4 +1,4 @@
-"""From prompts to images with a model, its text encoder and, for latent models, an autoencoder."""
+"""Generate images from prompts with a model, its text encoder and an autoencoder for latents."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -25,27 +25,40 @@ from radiance.model.transformer import Params, visible_lengths
 from radiance.text.encoder import TextEncoder, round_up_length
 from radiance.text.factory import make_encoder
 
-DECODE_TILE_SIZE = 1024  # pixels; larger images are decoded from latents in tiles of this side
+DECODE_TILE_SIZE = 1024  # pixels; larger images are decoded from latents in tiles of this size
 
 
 class GeneratedImage(NamedTuple):
+    """An image, and the metadata of its PNG file."""
+
     image: Image.Image
-    metadata: dict[str, Any]  # prompt, seed, size, settings, model: what its PNG carries
+    metadata: dict[str, Any]  # prompt, seed, size, settings and model
 
 
 @dataclass(frozen=True, eq=False)
 class InitImage:
-    """An image that painting starts from. Raises ConfigError for a mask of another size and a strength that cannot be."""
+    """An image that sampling starts from.
+
+    Attributes:
+        image: The pixels.
+        mask: 1 where pixels are sampled anew, 0 where they remain unchanged, and between where the
+            two are blended. None: all pixels are sampled anew.
+        strength: The time in (0, 1] that sampling starts at. Near 0 little changes; at 1 the
+            sampled pixels do not depend on the image.
+
+    Raises:
+        ConfigError: For a mask of another size, or an impossible strength.
+    """
 
     image: UInt8[np.ndarray, "height width 3"]
-    # 1 where it is painted anew, 0 where it stays to the last bit, and between where the two are blended; everything anew when None.
     mask: Float32[np.ndarray, "height width"] | None = None
-    strength: float = 1.0  # the time that painting starts at: near 0 little changes, and at 1 what is painted anew forgets the image
+    strength: float = 1.0
 
     def __post_init__(self):
         require(
             0 < self.strength <= 1,
-            f"strength={self.strength} must be more than 0 and at most 1: it is the time that painting starts at.",
+            f"strength={self.strength} must be more than 0 and at most 1: it is the time that "
+            "sampling starts at.",
         )
         if self.mask is not None:
             mask_size, image_size = (
@@ -53,12 +66,19 @@ class InitImage:
             )
             require(
                 mask_size == image_size,
-                f"The mask is of {mask_size} pixels, and the image of {image_size}: make them alike.",
+                f"The mask has {mask_size} pixels, and the image {image_size}: give them the same "
+                "size.",
             )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.image.shape[:2]
+        return width, height
+
+    @property
     def metadata(self) -> dict[str, Any]:
-        """For a PNG: which image and mask it was, by the hash of their pixels."""
+        """Metadata of a PNG file: the strength, and hashes of the pixels of image and mask."""
         arrays = {"image": self.image, "mask": self.mask}
         hashes = {
             name: hashlib.blake2b(x.tobytes(), digest_size=8).hexdigest()
@@ -68,7 +88,13 @@ class InitImage:
         return {"start": {"strength": self.strength, **hashes}}
 
     def to_start_image(self, height: int, width: int, batch_size: int) -> StartImage:
-        """As the network needs it: so many times, and grown to whole patches by its last rows and columns."""
+        """Return the image for the sampler, repeated for a batch.
+
+        Args:
+            height: Height of the samples; the last row is repeated to reach it.
+            width: Width of the samples; the last column is repeated to reach it.
+            batch_size: Number of samples.
+        """
         mask = np.ones(self.image.shape[:2], np.float32) if self.mask is None else self.mask
         padding = [(0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)]
         return StartImage(
@@ -80,18 +106,17 @@ class InitImage:
 
 
 class Trajectory(NamedTuple):
-    """The way from noise to images, about in [-1, 1]; of latent models, to latents."""
+    """States from noise to images, about in [-1, 1]; of latent models, to latents."""
 
-    times: Float32[np.ndarray, " steps+1"]  # falling from 1 to 0
-    noisy: Float32[
-        np.ndarray, "steps+1 b height width c"
-    ]  # x_t at each of them, in whole patches: what the network sees, and the image
+    times: Float32[np.ndarray, " steps+1"]  # decreasing from 1 to 0
+    # x_t at each time, in complete patches: the inputs of the network, then the images.
+    noisy: Float32[np.ndarray, "steps+1 b height width c"]
 
     @property
     def clean(self) -> Float32[np.ndarray, "steps b height width c"]:
-        """x̂ at all times but the last: where each step, gone on with straight, ends at time 0.
+        """Prediction x̂ at all times but the last: each step extrapolated linearly to time 0.
 
-        With Euler that is the image which the network expects at that time, led by guidance.
+        For the Euler solver, this is the guided prediction of the network.
         """
         by_step = (slice(None), *[None] * (self.noisy.ndim - 1))
         velocity = np.diff(self.noisy, axis=0) / np.diff(self.times)[by_step]
@@ -99,7 +124,7 @@ class Trajectory(NamedTuple):
 
 
 class LatentDecoder(NamedTuple):
-    """What turns a latent model's images into pixels."""
+    """The decoder that turns the latents of a latent model into pixels."""
 
     architecture: autoencoder.Autoencoder
     params: Params
@@ -108,7 +133,7 @@ class LatentDecoder(NamedTuple):
     def decode(
         self, latents: Float32[np.ndarray, "b rows columns packed"]
     ) -> Float32[np.ndarray, "b height width 3"]:
-        """One image at a time, in tiles where it is large, so that memory is bounded."""
+        """Decode latents one by one, large ones in tiles, so that memory is bounded."""
         return np.concatenate(
             [
                 np.asarray(
@@ -126,7 +151,17 @@ class LatentDecoder(NamedTuple):
 
 
 class Pipeline:
-    """`pipeline(["a handwritten seven"], seeds=[1])` gives images."""
+    """A model that generates images: `pipeline(["a handwritten seven"], seeds=[1])`.
+
+    Args:
+        run: Settings of the model, and defaults of sampling.
+        params: Parameters of the network.
+        origin: Name of the model in the metadata of images.
+        encoder: The text encoder; made from `run.text` when None.
+        decoder: The decoder of a latent model.
+        mesh: Mesh of `params`, over which images are sharded. When None, the mesh of
+            `jax.set_mesh`, or one device.
+    """
 
     def __init__(
         self,
@@ -137,15 +172,15 @@ class Pipeline:
         decoder: LatentDecoder | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        """mesh: over which `params` lie, and images are spread; the one of `jax.set_mesh`, or one device, when None."""
         self.run, self.origin, self.decoder, self.mesh = run, origin, decoder, mesh
-        # What makes the modulation is wanted once a schedule, and otherwise waits in the host's memory.
+        # The layers that compute the modulation are needed once per schedule; otherwise they are in
+        # the memory of the host.
         self._network = {name: value for name, value in params.items() if name != "modulation"}
         self._modulation = jax.tree.map(jnp.asarray, params["modulation"])
         self._modulation_shardings = jax.tree.map(lambda x: x.sharding, self._modulation)
         self._cached_vectors: tuple[bytes, ModulationVectors] | None = None
         self.encoder = encoder or make_encoder(run.text, run.model.text_dim)
-        # Pixels along the side of what one token stands for.
+        # Side in pixels of the square that a token represents.
         self.pixels_per_token = run.model.patch * (
             decoder.architecture.patch_size if decoder else 1
         )
@@ -159,7 +194,7 @@ class Pipeline:
         }
 
     def __call__(self, prompts: Sequence[str], *args, **kwargs) -> list[GeneratedImage]:
-        """The list of what `paint` yields."""
+        """Return the images of `generate` as a list."""
         return list(self.generate(prompts, *args, **kwargs))
 
     def generate(
@@ -171,15 +206,26 @@ class Pipeline:
         settings: config.Sample | None = None,
         init_image: InitImage | None = None,
     ) -> Iterator[GeneratedImage]:
-        """One image per prompt and seed (0, 1, 2, … when None), of any size: whole patches are painted and cropped.
+        """Yield one image for each prompt and its seed.
 
-        An image depends on its prompt, seed, size, settings and start, not on the others. Prompts are encoded batch by batch: any number of
-        them takes the memory of a few. start: an image to start from, whose size they have. Raises TextError for one over the encoder's
-        limit, before anything is painted, and ConfigError for a start of another size or with a latent model.
+        An image depends only on its own prompt, seed, size, settings and initial image. Prompts are
+        encoded batch by batch, so memory does not grow with their number.
+
+        Args:
+            prompts: Texts.
+            seeds: A seed below 2³² for each prompt; 0, 1, 2, … when None.
+            width: Pixels, not necessarily complete patches; `run.data.resolution` when None.
+            height: Pixels; the width when None.
+            settings: Settings of sampling; `run.sample` when None.
+            init_image: An image to start from, which also determines the size.
+
+        Raises:
+            TextError: For a prompt over the encoder's limit, before any image is sampled.
+            ConfigError: For an initial image of another size, or with a latent model.
         """
         if init_image:
             self._check_init_image(init_image, width, height)
-            height, width = init_image.image.shape[:2]
+            width, height = init_image.size
         seeds, width, height, settings = self._fill_defaults(
             prompts, seeds, width, height, settings
         )
@@ -203,7 +249,7 @@ class Pipeline:
         height: int | None,
         settings: config.Sample | None,
     ) -> tuple[list[int], int, int, config.Sample]:
-        """With what was left open."""
+        """Return seeds, width, height and settings with defaults in place of None."""
         resolution = self.run.data.resolution
         return (
             list(range(len(prompts)) if seeds is None else seeds),
@@ -215,17 +261,23 @@ class Pipeline:
     def _check_init_image(self, init_image: InitImage, width: int | None, height: int | None):
         if self.decoder:
             raise config.ConfigError(
-                "Latent models cannot start from an image here: give a pixel model."
+                "Latent models cannot start from an image: give a pixel model."
             )
-        if (width, height) not in ((None, None), init_image.image.shape[1::-1]):
+        if (width, height) not in ((None, None), init_image.size):
             raise config.ConfigError(
-                f"Painting from an image gives one of its size, not of {width}×{height}: scale it first."
+                f"Samples that start from an image have its size, not {width}×{height}: scale it first."
             )
 
     def make_metadata(
         self, width: int, height: int, settings: config.Sample | None = None
     ) -> dict[str, Any]:
-        """What images of that size have in common and say of themselves."""
+        """Return the metadata that all images of a size share.
+
+        Args:
+            width: Width in pixels.
+            height: Height in pixels.
+            settings: Settings of sampling; `run.sample` when None.
+        """
         return {
             "size": [width, height],
             "settings": config.to_dict(settings or self.run.sample),
@@ -241,7 +293,10 @@ class Pipeline:
         settings: config.Sample,
         init_image: InitImage | None = None,
     ) -> Iterator[Float32[np.ndarray, "b height width 3"]]:
-        """The images of `paint` as the network gives them, batch by batch: about in [-1, 1], and not rounded."""
+        """Yield batches of images as arrays, about in [-1, 1], without rounding.
+
+        The arguments are those of `generate`.
+        """
         for images in self._run_sampler(prompts, seeds, width, height, settings, init_image):
             yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
 
@@ -253,7 +308,11 @@ class Pipeline:
         height: int | None = None,
         settings: config.Sample | None = None,
     ) -> Trajectory:
-        """How the images of `paint` come about. All of it is in memory: as many images as there are steps, and one, of each."""
+        """Return the trajectories of the images of `generate`.
+
+        All states are in memory: the number of steps and one more for each image. The arguments
+        are those of `generate`.
+        """
         seeds, width, height, settings = self._fill_defaults(
             prompts, seeds, width, height, settings
         )
@@ -268,7 +327,7 @@ class Pipeline:
         height: int,
         settings: config.Sample,
     ) -> Iterator[Float32[np.ndarray, "steps+1 b rows columns c"]]:
-        """What `trajectory` calls noisy, batch by batch."""
+        """Yield `Trajectory.noisy` batch by batch. The arguments are those of `generate`."""
         return self._run_sampler(prompts, seeds, width, height, settings, return_trajectory=True)
 
     def _make_times(
@@ -290,7 +349,7 @@ class Pipeline:
         init_image: InitImage | None = None,
         return_trajectory: bool = False,
     ) -> Iterator[Float32[np.ndarray, "*steps b rows columns c"]]:
-        """What the sampler gives, batch by batch, in whole patches."""
+        """Yield batches of samples or trajectories in complete patches."""
         run = self.run
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
@@ -308,9 +367,8 @@ class Pipeline:
 
         batch_size = min(settings.batch_size, len(prompts))
         for first in range(0, len(prompts), batch_size):
-            indices = np.minimum(
-                np.arange(first, first + batch_size), len(prompts) - 1
-            )  # a last, shorter batch is filled up
+            indices = np.arange(first, first + batch_size)
+            indices = np.minimum(indices, len(prompts) - 1)  # pads the last batch
             positive, negative = encode_prompts(
                 self.encoder,
                 [prompts[index] for index in indices],
@@ -329,9 +387,8 @@ class Pipeline:
                     ),
                     model=run.model,
                     compute=run.compute,
-                    settings=replace(
-                        settings, negative_prompt=""
-                    ),  # already encoded: another text needs no other program
+                    # The negative prompt is encoded already: another one needs no other program.
+                    settings=replace(settings, negative_prompt=""),
                     noise_scale=run.flow.noise_scale,
                     vectors=self.modulation_vectors(times, settings),
                     start_image=init_image.to_start_image(**size, batch_size=batch_size)
@@ -346,7 +403,12 @@ class Pipeline:
     def modulation_vectors(
         self, times: Float32[np.ndarray, " t"], settings: config.Sample | None = None
     ) -> ModulationVectors:
-        """The modulation of the network at these times; that of the last schedule is kept."""
+        """Return the modulation vectors at the given times; those of the last schedule are cached.
+
+        Args:
+            times: Times in [0, 1].
+            settings: Settings of sampling; `run.sample` when None.
+        """
         lengths = compute_step_lengths(settings or self.run.sample, times)
         cache_key = times.tobytes() + (b"" if lengths is None else lengths.tobytes())
         if self._cached_vectors is None or self._cached_vectors[0] != cache_key:
@@ -372,10 +434,20 @@ def encode_prompts(
     masking: str,
     num_tokens: int | None = None,
 ) -> tuple[TextCondition, TextCondition]:
-    """Conditions of the prompts, and of what guidance leads away from: the negative prompt, or a text of length 0.
+    """Encode prompts, and the text of the unconditional prediction.
 
-    They are cut to `tokens`, or where no token is visible in any of them. What is cut off is masked anyway: the image is the same for less
-    work.
+    Texts are padded to a common length. Tokens beyond it are masked in any case.
+
+    Args:
+        encoder: The text encoder.
+        prompts: Texts.
+        settings: Settings of sampling, which determine the unconditional text: the negative prompt,
+            or a text of length 0.
+        masking: `model.masking`.
+        num_tokens: The common length; the shortest with all visible tokens when None.
+
+    Returns:
+        Conditions of the prompts, and of the unconditional text.
     """
     encoded = encoder.encode([*prompts, settings.negative_prompt])
     text, lengths = encoder.pad_embeddings(
@@ -388,8 +460,12 @@ def encode_prompts(
 
 
 def count_visible_tokens(encoder: TextEncoder, texts: Sequence[str], masking: str) -> int:
-    """Tokens that hold what is visible of every text, in steps, so that few programs are compiled. Raises TextError for a text over the
-    limit.
+    """Return a length that contains the visible tokens of all texts.
+
+    It is rounded up, so that few programs are compiled.
+
+    Raises:
+        TextError: For a text over the limit of the encoder.
     """
     counts = np.array([encoder.count_tokens(text) for text in texts])
     for text, count in zip(texts, counts.tolist()):

@@ -233,7 +233,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
         )
         if has_new_names:
             print(
-                "The names of the images change, and so does the validation split: write the list into "
-                "the folder of the images to keep it."
+                "The names of the images change, and so does the validation split: write the list "
+                "into the folder of the images to keep it."
             )
     return 0

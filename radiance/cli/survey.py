@@ -136,8 +136,8 @@ def _format_buckets(run: config.Config, survey: DatasetSurvey) -> str:
         bucket.num_batches for bucket in survey.buckets
     ):
         lines.append(
-            f"No bucket fills a batch of {run.data.batch_size}, so there is nothing to train on: use "
-            "data.incomplete_batches=carry or pad."
+            f"No bucket fills a batch of {run.data.batch_size}, so there is nothing to train on: "
+            "use data.incomplete_batches=carry or pad."
         )
     return "\n".join(lines)
 
@@ -158,8 +158,8 @@ def _format_captions(run: config.Config, survey: DatasetSurvey) -> str:
         if percent < 100
     )
     lines = [
-        f"Tokens of {captions.num_captions:,} captions, {per_image} per image, including the end of "
-        "the sequence",
+        f"Tokens of {captions.num_captions:,} captions, {per_image} per image, including the end "
+        "of the sequence",
         _format_bars(labels, captions.length_histogram.counts),
         f"{lengths}; the longest has {captions.length_percentiles[100]}",
     ]
@@ -172,8 +172,8 @@ def _format_captions(run: config.Config, survey: DatasetSurvey) -> str:
     if captions.num_tagged_images:
         median_tags, max_tags = captions.tags_per_caption
         lines.append(
-            f"With tags: {_pluralize(captions.num_tagged_images, 'image')}, {median_tags} tags in the "
-            f"median caption and {max_tags} at most"
+            f"With tags: {_pluralize(captions.num_tagged_images, 'image')}, {median_tags} tags in "
+            f"the median caption and {max_tags} at most"
         )
     low, mean, high = survey.weight_range
     if (low, high) != (1.0, 1.0):
@@ -250,7 +250,7 @@ def _pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-# --- bars ---------------------------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
 
 
 def _bin_labels(histogram: Histogram) -> list[str]:
