@@ -265,7 +265,8 @@ class Pipeline:
             )
         if (width, height) not in ((None, None), init_image.size):
             raise config.ConfigError(
-                f"Samples that start from an image have its size, not {width}×{height}: scale it first."
+                f"Samples that start from an image have its size, not {width}×{height}: scale it "
+                "first."
             )
 
     def make_metadata(

@@ -16,9 +16,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from radiance import config
-from radiance.cli import hosts, load_experiment, main, sample
+from radiance.cli import main, output
 from radiance.cli.inspect import load_data_config
+from radiance.config.experiments import load_experiment
 from radiance.data.datasets import open_source
+from radiance.distributed import hosts
 from tests.helpers.toy_files import PIXELS, published, save
 from tests.helpers.toy_runs import PLAIN, toy_run, train
 
@@ -32,7 +34,7 @@ def trained(tmp_path_factory, data_directory):
     return run.run_dir
 
 
-def told(capsys, *arguments) -> str:
+def read_error(capsys, *arguments) -> str:
     """The one line on stderr of a command that fails."""
     assert main([str(a) for a in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -88,9 +90,9 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path, out, number):
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background are born without
 from radiance.cli import main
-from radiance.weights import convert
-whole = convert.part_of
-convert.part_of = lambda name: time.sleep(0.2) or whole(name)
+from radiance.weights import conversion_report
+find_network_part = conversion_report.find_network_part
+conversion_report.find_network_part = lambda name: time.sleep(0.2) or find_network_part(name)
 sys.exit(main(["convert", *sys.argv[1:]]))
 """
     save(tmp_path / "in.safetensors", published(PIXELS), PIXELS)
@@ -126,7 +128,7 @@ def test_sample(trained, tmp_path, capsys):
             [
                 "sample",
                 str(trained),
-                "guidance=1",
+                "guidance_scale=1",
                 "--prompts",
                 str(prompts),
                 "--seeds",
@@ -152,13 +154,13 @@ def test_sample(trained, tmp_path, capsys):
 
 
 def test_of_many_images_no_sheet_is_kept_in_memory(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "MAX_SHEET_IMAGES", 1)
+    monkeypatch.setattr(output, "MAX_SHEET_IMAGES", 1)
     assert (
         main(
             [
                 "sample",
                 str(trained),
-                "guidance=1",
+                "guidance_scale=1",
                 "--prompt",
                 "the digit 2",
                 "--seeds",
@@ -185,7 +187,7 @@ def test_sample_from_a_image(capsys, trained, tmp_path):
     command = [
         "sample",
         trained,
-        "guidance=1",
+        "guidance_scale=1",
         "--prompt",
         "a one",
         "--image",
@@ -199,21 +201,21 @@ def test_sample_from_a_image(capsys, trained, tmp_path):
     assert not changed[:, :4].any()
     assert changed[:, 4:].any()
     assert json.loads(picture.text["start"])["strength"] == 1
-    assert "give --image FILE too" in told(
+    assert "give --image FILE too" in read_error(
         capsys, *command[:5], "--strength", "0.5", "--out", tmp_path / "other"
     )
-    assert "strength=2.0 must be" in told(
+    assert "strength=2.0 must be" in read_error(
         capsys, *command, "--strength", "2", "--out", tmp_path / "other"
     )
     assert (
-        "mask is of 12×8 pixels"
+        "mask has 12×8 pixels"
         in (
             mask.resize((12, 8)).save(tmp_path / "mask.png"),
-            told(capsys, *command, "--out", tmp_path / "other"),
+            read_error(capsys, *command, "--out", tmp_path / "other"),
         )[1]
     )
     (tmp_path / "mask.png").write_text("no image")
-    assert "mask.png cannot be used: not an image." in told(
+    assert "mask.png cannot be used: not an image." in read_error(
         capsys, *command, "--out", tmp_path / "other"
     )
 
@@ -233,19 +235,19 @@ def test_sample_with_changes_behind_the_flags(trained, tmp_path):
             "--out",
             str(out),
             f"weights={weights}",
-            "guidance=3",
+            "guidance_scale=3",
         ]
         assert main(command) == 0
         image = Image.open(out / "00000_seed0.png")
         assert image.text["model"].endswith(weights)
-        assert '"guidance": 3.0' in image.text["settings"]
+        assert '"guidance_scale": 3.0' in image.text["settings"]
         pixels[weights] = np.asarray(image, int)
     assert np.abs(pixels["params"] - pixels["ema=0.9"]).max() > 0
 
 
 def test_images_are_not_overwritten(capsys, trained, tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "00000_seed0.png")
-    assert "holds images already" in told(
+    assert "contains images already" in read_error(
         capsys, "sample", trained, "--prompt", "one", "--out", tmp_path
     )
 
@@ -258,7 +260,7 @@ def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, 
     command = [
         "sample",
         str(trained),
-        "guidance=1",
+        "guidance_scale=1",
         "--prompts",
         str(prompts),
         "--seeds",
@@ -292,16 +294,16 @@ def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, 
     lost.with_suffix(".txt").write_bytes(before.pop(lost.with_suffix(".txt"))[0])
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
     assert main(command) == 0
-    assert "Nothing is left" in capsys.readouterr().out
+    assert "All images of" in capsys.readouterr().out
     lost.unlink()
-    assert "was painted with another settings" in told(
-        capsys, *(part.replace("guidance=1", "guidance=2") for part in command)
+    assert "was painted with another settings" in read_error(
+        capsys, *(part.replace("guidance_scale=1", "guidance_scale=2") for part in command)
     )
     lost.write_bytes((folder / f"{names[0]}.png").read_bytes())
-    assert "begun with other prompts" in told(
+    assert "was started with other prompts" in read_error(
         capsys, *command[:-4], "--seeds", "4-5", "--folder", folder
     )
-    assert "(it holds 00002_seed3.txt)" in told(
+    assert "(it contains 00002_seed3.txt)" in read_error(
         capsys, *command[:3], "--prompt", "a handwritten one", "--prompt", "3", *command[5:]
     )
 
@@ -444,51 +446,51 @@ def test_what_is_inspected(capsys, tmp_path, trained):
 
     assert main(["inspect", str(trained)]) == 0
     assert "total" in capsys.readouterr().out
-    assert "--write is for data" in told(capsys, "inspect", trained, "--write", "kept.jsonl")
-    assert "data.resolution=8 is for data" in told(
+    assert "--write is for data" in read_error(capsys, "inspect", trained, "--write", "kept.jsonl")
+    assert "data.resolution=8 is for data" in read_error(
         capsys, "inspect", "chroma1-base", "data.resolution=8"
     )
-    assert "There is no run directory and no checkpoint missing" in told(
+    assert "There is no run directory and no checkpoint missing" in read_error(
         capsys, "inspect", "missing"
     )
-    assert "--distance 12 must lie between 0 and 11" in told(
+    assert "--distance 12 must be between 0 and 11" in read_error(
         capsys, "inspect", tmp_path / "images", "--duplicates", "--distance", 12
     )
-    assert "give that too" in told(capsys, "inspect", tmp_path / "images", "--distance", 3)
+    assert "give that too" in read_error(capsys, "inspect", tmp_path / "images", "--distance", 3)
 
 
 def test_unknown_keys_and_names(capsys):
-    assert "did you mean 'learning_rate'?" in told(
+    assert "did you mean 'learning_rate'?" in read_error(
         capsys, "train", "experiments/quickstart.py", "optimizer.learning_rte=1"
     )
-    assert "did you mean 'chroma1-radiance'" in told(
+    assert "did you mean 'chroma1-radiance'" in read_error(
         capsys, "train", "experiments/quickstart.py", "model=chroma1-radianse"
     )
-    assert "did you mean 'parabola'?" in told(
+    assert "did you mean 'parabola'?" in read_error(
         capsys, "train", "experiments/quickstart.py", "flow.timestep_distribution=parabol"
     )
-    assert "a whole number is expected" in told(
+    assert "a whole number is expected" in read_error(
         capsys, "train", "experiments/quickstart.py", "train.steps=many"
     )
-    assert "not of the form key=value" in told(
+    assert "not of the form key=value" in read_error(
         capsys, "train", "experiments/quickstart.py", "faster"
     )
-    assert "name one of them" in told(
+    assert "name one of them" in read_error(
         capsys, "train", "experiments/quickstart.py", "sample.weights=ema=0.5"
     )
 
 
 def test_sizes_that_do_not_divide(capsys):
-    assert "does not divide into model.heads=5" in told(
+    assert "does not divide into model.heads=5" in read_error(
         capsys, "train", "experiments/quickstart.py", "model.heads=5"
     )
-    assert "whole patches" in told(
+    assert "complete patches" in read_error(
         capsys, "train", "experiments/quickstart.py", "data.resolution=18"
     )
-    assert "does not divide into 3 parts" in told(
+    assert "does not divide into 3 microbatches" in read_error(
         capsys, "train", "experiments/quickstart.py", "optimizer.gradient_accumulation_steps=3"
-    ).replace("optimizer.gradient_accumulation_steps=3 parts", "3 parts")
-    assert "there are 1" in told(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
+    ).replace("optimizer.gradient_accumulation_steps=3 microbatches", "3 microbatches")
+    assert "there are 1" in read_error(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
 
 
 @pytest.mark.parametrize(
@@ -505,34 +507,35 @@ def test_hosts_wait_for_each_other(error, waits, monkeypatch):
         lambda: lambda key, timeout_ms: waited.append((key, timeout_ms)),
     )
     for count in (2, 1):
-        monkeypatch.setattr(hosts, "join_hosts_from_options", lambda options, count=count: (0, count))
-        with (
-            pytest.raises(error) if error else nullcontext(),
-            hosts.join_hosts_and_wait(None) as found,
-        ):
-            assert found == (0, count)
+        monkeypatch.setattr("jax.process_count", lambda count=count: count)
+        with pytest.raises(error) if error else nullcontext(), hosts.wait_for_hosts():
             if error:
                 raise error
     assert waited == [("done", hosts.BARRIER_TIMEOUT_MS)] * waits
 
 
 def test_prompts(capsys, trained, tmp_path):
-    assert "nothing to paint" in told(capsys, "sample", trained)
-    assert "has 21 tokens, and the limit is 8" in told(
+    assert "There is no prompt" in read_error(capsys, "sample", trained)
+    assert "has 21 tokens, and the limit is 8" in read_error(
         capsys, "sample", trained, "--prompt", "one " * 20
     )
-    assert "is not a run directory" in told(capsys, "sample", tmp_path, "--prompt", "one")
-    assert "give --hosts N too" in told(capsys, "sample", trained, "--prompt", "one", "--host", "1")
-    assert "none of --hosts 2" in told(
+    assert "is not a run directory" in read_error(capsys, "sample", tmp_path, "--prompt", "one")
+    assert "give --hosts N too" in read_error(
+        capsys, "sample", trained, "--prompt", "one", "--host", "1"
+    )
+    assert "is not an index of --hosts 2" in read_error(
         capsys, "encode", "experiments/quickstart.py", "text.cache=x", "--host", "2", "--hosts", "2"
     )
     for option in ("--prompts", "--image"):
-        missing = told(capsys, "sample", trained, "--prompt", "one", option, tmp_path / "missing")
-        assert (
-            "missing cannot be read (No such file or directory): give a file that is there."
-            in missing
+        missing = read_error(
+            capsys, "sample", trained, "--prompt", "one", option, tmp_path / "missing"
         )
-    suite = told(capsys, "sample", trained, "--suite", "geneval", "--prompts", tmp_path / "missing")
+        assert (
+            "missing cannot be read (No such file or directory): give an existing file." in missing
+        )
+    suite = read_error(
+        capsys, "sample", trained, "--suite", "geneval", "--prompts", tmp_path / "missing"
+    )
     assert (
         "missing cannot be read (No such file or directory): give the prompts of suite geneval."
         in suite
@@ -543,28 +546,30 @@ def test_prompts(capsys, trained, tmp_path):
         ("train", "experiments/quickstart.py", f"output={tmp_path / 'file'}"),
         ("evaluate", trained, "--out", tmp_path / "file" / "evaluation.json"),
     ):
-        assert f"{tmp_path / 'file'} is a file, and nothing can be written below it" in told(
+        assert f"{tmp_path / 'file'} is a file, so nothing can be written below it" in read_error(
             capsys, *command
         )
-    assert "is a folder: give the name of a file" in told(
+    assert "is a folder: give the name of a file" in read_error(
         capsys, "evaluate", trained, "--out", tmp_path
     )
-    assert "did you mean 'guidance'" in told(
-        capsys, "sample", trained, "guidence=2", "--prompt", "one"
+    assert "did you mean 'guidance_scale'" in read_error(
+        capsys, "sample", trained, "guidance_scal=2", "--prompt", "one"
     )
 
 
 def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
     whole = (GOLDEN / "radiance_v.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-100])
-    assert "not a complete safetensors file" in told(capsys, "verify", tmp_path / "short.safetensors")
+    assert "not a complete safetensors file" in read_error(
+        capsys, "verify", tmp_path / "short.safetensors"
+    )
     (tmp_path / "foreign.safetensors").write_bytes(b"hello world, this is no checkpoint at all")
-    assert "not a complete safetensors file" in told(
+    assert "not a complete safetensors file" in read_error(
         capsys, "verify", tmp_path / "foreign.safetensors"
     )
-    assert "There is no file" in told(capsys, "verify", tmp_path / "missing.safetensors")
+    assert "There is no file" in read_error(capsys, "verify", tmp_path / "missing.safetensors")
     init = f"init={GOLDEN / 'radiance_v.safetensors'}"
-    message = told(
+    message = read_error(
         capsys,
         "train",
         "experiments/quickstart.py",
@@ -573,7 +578,7 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
         init,
     )
     assert "does not hold this model" in message
-    assert "no checkpoint nowhere" in told(
+    assert "no checkpoint nowhere" in read_error(
         capsys,
         "train",
         "experiments/quickstart.py",
