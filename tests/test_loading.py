@@ -36,7 +36,7 @@ SIZES = dict(hidden=64, heads=2, rope_axes=(4, 14, 14), text_dim=TOY.hidden)
 MODEL = toy_model(prediction="x0", **SIZES)
 LATENT = toy_model(patch=1, head="linear", channels=16, **SIZES)
 SMALL = autoencoder.Autoencoder(latent_channels=4, width=8, multipliers=(1, 2), blocks=1, groups=4)
-QUICK = ["steps=2", "guidance=2"]
+QUICK = ["steps=2", "guidance_scale=2"]
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +122,12 @@ def test_a_latent_model_through_the_autoencoder(files, tmp_path):
     assert np.array_equal(pixels(cropped), pixels(image)[:15, :22])
 
 
-def test_the_painted_latents_are_decoded(files):
+def test_sampled_latents_are_decoded(files):
     """The pipeline against its parts, put together by hand."""
     named = dict(
         text_encoder=str(files / "t5"),
         autoencoder=str(files / "ae.safetensors"),
-        changes=["steps=2", "guidance=1"],
+        changes=["steps=2", "guidance_scale=1"],
         dtype="float32",
     )
     pipeline = radiance.load(files / "latents.safetensors", **named)
@@ -150,7 +150,9 @@ def test_the_painted_latents_are_decoded(files):
     "name", ["model.gguf", "q8.gguf", "expanded.gguf", "int8", "float8_e4m3fn"]
 )
 def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, name):
-    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    named = dict(
+        text_encoder=str(files / "t5"), changes=["steps=2", "guidance_scale=1"], dtype="float32"
+    )
     exact = radiance.load(files / "pixels.safetensors", **named)
     reference = pixels(exact(["a red cat"], seeds=[0], width=16, height=16)[0].image)
     path = files / "pixels.safetensors"
@@ -191,7 +193,9 @@ def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, value
     ]
     assert len(told) == 1
     assert told[0].endswith(("e-02", "e-03"))
-    named = dict(text_encoder=str(files / "t5"), changes=["steps=2", "guidance=1"], dtype="float32")
+    named = dict(
+        text_encoder=str(files / "t5"), changes=["steps=2", "guidance_scale=1"], dtype="float32"
+    )
     small, whole = radiance.load(path, **named), radiance.load(path, store="none", **named)
     kept = [
         leaf
@@ -294,7 +298,7 @@ def test_a_preset_of_a_run_that_was_trained_at_several_sides(tmp_path):
         ("nothing", {}, "no run directory and no checkpoint"),
     ],
 )
-def test_what_is_missing_or_unfit_is_told_in_a_sentence(files, name, arguments, expected):
+def test_missing_or_unfit_files_are_reported_in_a_sentence(files, name, arguments, expected):
     for key in ("text_encoder", "autoencoder"):
         if key in arguments:
             arguments = arguments | {key: str(files / arguments[key])}
@@ -307,7 +311,7 @@ def test_what_is_missing_or_unfit_is_told_in_a_sentence(files, name, arguments, 
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_told_what_it_does_not_say(files, tmp_path):
+def test_options_describe_what_a_file_does_not_contain(files, tmp_path):
     """A checkpoint of the days before the marker."""
     named = dict(text_encoder=str(files / "t5"), changes=QUICK)
     told = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
@@ -343,16 +347,16 @@ def run(tmp_path_factory, data_directory):
 
 def test_a_run_exports_what_it_takes_to_sample_it(run, tmp_path, capsys):
     out = tmp_path / "export.safetensors"
-    assert main(["convert", str(run.directory), str(out), "--weights", "ema=0.9"]) == 0
+    assert main(["convert", str(run.run_dir), str(out), "--weights", "ema=0.9"]) == 0
     assert "single blocks" in capsys.readouterr().out
-    theirs = radiance.load(run.directory, "ema=0.9")(["the digit 2"], seeds=[1])[0]
+    theirs = radiance.load(run.run_dir, "ema=0.9")(["the digit 2"], seeds=[1])[0]
     ours = radiance.load(out, dtype="float32")(["the digit 2"], seeds=[1])[
         0
     ]  # the hash encoder and settings come with it
     assert np.array_equal(pixels(theirs.image), pixels(ours.image))
 
 
-def told(capsys, *arguments) -> str:
+def read_error(capsys, *arguments) -> str:
     """The one line that a command says when it refuses."""
     assert main([str(x) for x in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -360,18 +364,16 @@ def told(capsys, *arguments) -> str:
 
 
 def test_a_run_stays_one_when_it_is_exported_into_itself(run, tmp_path):
-    inside = run.directory / "export.safetensors"
+    inside = run.run_dir / "export.safetensors"
     assert (
-        main(
-            ["convert", str(run.directory), str(inside), "--weights", "ema=0.9", "--dtype", "bf16"]
-        )
+        main(["convert", str(run.run_dir), str(inside), "--weights", "ema=0.9", "--dtype", "bf16"])
         == 0
     )
     assert (
         main(
             [
                 "convert",
-                str(run.directory),
+                str(run.run_dir),
                 str(tmp_path / "out.safetensors"),
                 "--weights",
                 "params",
@@ -388,7 +390,7 @@ def test_a_run_stays_one_when_it_is_exported_into_itself(run, tmp_path):
     )
 
 
-def test_a_loss_goes_with_the_weights_that_had_it(run, tmp_path):
+def test_a_validation_loss_belongs_to_the_weights_that_had_it(run, tmp_path):
     def noted(*arguments):
         assert (
             main(
@@ -406,25 +408,25 @@ def test_a_loss_goes_with_the_weights_that_had_it(run, tmp_path):
             in checkpoint.open_checkpoint(tmp_path / "out.safetensors").metadata
         )
 
-    assert noted(run.directory)
-    assert not noted(run.directory, "--weights", "params")
-    assert main(["convert", str(run.directory), str(tmp_path / "a.safetensors")]) == 0
+    assert noted(run.run_dir)
+    assert not noted(run.run_dir, "--weights", "params")
+    assert main(["convert", str(run.run_dir), str(tmp_path / "a.safetensors")]) == 0
     assert noted(tmp_path / "a.safetensors", "--dtype", "bf16")
     assert not noted(tmp_path / "a.safetensors", "--merge", f"{tmp_path / 'a.safetensors'}:0.5")
 
 
-def test_no_request_is_ignored(run, files, tmp_path, capsys):
+def test_contradicting_options_are_rejected(run, files, tmp_path, capsys):
     file, out = files / "pixels.safetensors", tmp_path / "out.safetensors"
-    assert "--weights is for run directories" in told(
+    assert "--weights is for run directories" in read_error(
         capsys, "convert", file, out, "--weights", "params"
     )
-    assert "knows its prediction" in told(
-        capsys, "convert", run.directory, out, "--prediction", "velocity"
+    assert "contains its prediction" in read_error(
+        capsys, "convert", run.run_dir, out, "--prediction", "velocity"
     )
-    assert "knows its text_ids" in told(
+    assert "contains its text_ids" in read_error(
         capsys,
         "sample",
-        run.directory,
+        run.run_dir,
         "--prompt",
         "x",
         "--text-ids",
@@ -432,17 +434,17 @@ def test_no_request_is_ignored(run, files, tmp_path, capsys):
         "--out",
         tmp_path / "p",
     )
-    assert "needs a ratio" in told(capsys, "convert", file, out, "--merge", file)
-    assert "--extract writes a LoRA" in told(
+    assert "needs a ratio" in read_error(capsys, "convert", file, out, "--merge", file)
+    assert "--extract writes a LoRA" in read_error(
         capsys, "convert", file, out, "--extract", file, "--to", "native"
     )
-    assert "a LoRA is written as fp32, bf16 or fp16" in told(
+    assert "a LoRA is written as fp32, bf16 or fp16" in read_error(
         capsys, "convert", file, out, "--extract", file, "--dtype", "q8_0"
     )
-    assert "give --text-encoder FILE too" in told(
+    assert "give --text-encoder FILE too" in read_error(
         capsys,
         "sample",
-        run.directory,
+        run.run_dir,
         "--prompt",
         "x",
         "--tokenizer",
@@ -454,8 +456,9 @@ def test_no_request_is_ignored(run, files, tmp_path, capsys):
         ["--extract", file, "--lora", "x"],
         ["--lora", "x", "--to", "peft", "--dilate", "conv"],
     ):
-        assert "writes a LoRA, and --lora, --head, --dilate and --graft make another model" in told(
-            capsys, "convert", file, out, *more
+        assert (
+            "writes a LoRA, and --lora, --head, --dilate and --graft change the model"
+            in read_error(capsys, "convert", file, out, *more)
         )
     assert not out.exists()
     with pytest.raises(SystemExit):
@@ -463,7 +466,7 @@ def test_no_request_is_ignored(run, files, tmp_path, capsys):
     assert "not a finite number" in capsys.readouterr().err
 
 
-def test_what_is_extracted_is_a_lora(files, tmp_path, capsys):
+def test_an_extracted_difference_is_a_lora(files, tmp_path, capsys):
     file, out = files / "pixels.safetensors", tmp_path / "lora.safetensors"
     other = jax.tree.map(lambda x: x * 1.01, toy_params(MODEL))
     checkpoint.write_checkpoint(tmp_path / "other.safetensors", MODEL, other)
@@ -487,7 +490,7 @@ def test_what_is_extracted_is_a_lora(files, tmp_path, capsys):
     assert all(".lora_" in key or key.endswith(".alpha") for key in tensors)
     assert {x.dtype for x in tensors.values()} == {np.dtype("float32")}
     again = ["convert", file, tmp_path / "kohya.safetensors", "--to", "kohya", "--lora"]
-    assert "renamed as it is" in told(capsys, *again, f"{out}:0.5")
+    assert "renaming does not change the strength" in read_error(capsys, *again, f"{out}:0.5")
     assert main([str(x) for x in [*again, out]]) == 0
 
 
@@ -505,7 +508,7 @@ def test_damaged_settings_of_an_export(files, tmp_path, metadata, capsys):
     checkpoint.write_checkpoint(
         tmp_path / "x.safetensors", MODEL, toy_params(MODEL), metadata={"radiance.run": metadata}
     )
-    assert "does not say in its metadata how it is sampled" in told(
+    assert "does not contain the settings of sampling" in read_error(
         capsys, "sample", tmp_path / "x.safetensors", "--prompt", "x", "--out", tmp_path / "p"
     )
 
@@ -523,20 +526,20 @@ def test_a_damaged_loss_stops_a_run_before_it_begins(run, tmp_path, data_directo
     assert not (tmp_path / "toy").exists()
 
 
-def test_a_torch_folder_is_whole_or_not_there(run, tmp_path, monkeypatch, capsys):
+def test_a_torch_folder_is_complete_or_absent(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "radiance.loading.make_encoder",
         lambda *_: (_ for _ in ()).throw(config.ConfigError("the cache is gone.")),
     )
-    assert "the cache is gone" in told(
-        capsys, "convert", run.directory, tmp_path / "torch", "--to", "torch"
+    assert "the cache is gone" in read_error(
+        capsys, "convert", run.run_dir, tmp_path / "torch", "--to", "torch"
     )
     assert not (tmp_path / "torch").exists()
 
 
-def test_prompts_that_are_no_text(files, tmp_path, capsys):
+def test_prompts_must_be_utf8(files, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_bytes("ein Häuschen".encode("latin-1"))
-    line = told(
+    line = read_error(
         capsys,
         "sample",
         files / "pixels.safetensors",
@@ -548,7 +551,7 @@ def test_prompts_that_are_no_text(files, tmp_path, capsys):
     assert "is not UTF-8 text (byte 5)" in line
 
 
-def test_captions_over_the_limit_are_no_prompts(tmp_path, data_directory):
+def test_captions_over_the_limit_are_not_prompts(tmp_path, data_directory):
     """Of which the shortest, "oh the digit 7" and its end, are five: as the run's captions begin."""
     for length, count in ((5, validation.NUM_DEFAULT_PROMPTS), (4, 1)):
         run = toy_run(

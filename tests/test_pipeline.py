@@ -27,7 +27,7 @@ def pixels(image):
     return np.asarray(image.image, int)
 
 
-def test_images_do_not_depend_on_their_neighbours(pipeline):
+def test_images_do_not_depend_on_the_others(pipeline):
     prompts = [
         "a one",
         "two and three and four",
@@ -42,42 +42,42 @@ def test_images_do_not_depend_on_their_neighbours(pipeline):
     assert np.abs(pixels(together[0]) - pixels(pipeline(["a one"], seeds=[9])[0])).max() > 5
 
 
-def test_prompts_are_encoded_batch_by_batch_after_all_were_counted(pipeline, monkeypatch):
-    asked, whole = [], pipeline.encoder.encode
+def test_prompts_are_encoded_in_batches_after_their_tokens_are_counted(pipeline, monkeypatch):
+    batch_sizes, encode = [], pipeline.encoder.encode
     monkeypatch.setattr(
         pipeline.encoder,
         "encode",
-        lambda texts, cut=False: asked.append(len(texts)) or whole(texts, cut),
+        lambda texts, *options: batch_sizes.append(len(texts)) or encode(texts, *options),
     )
-    painted = pipeline.paint(["a one", "two", "three", "four", "five"], seeds=[4, 5, 6, 7, 8])
-    next(painted)
-    assert asked == [4]  # three prompts, and the negative one
-    assert len([*painted]) == 4
-    assert asked == [4, 4]
-    asked.clear()
+    images = pipeline.generate(["a one", "two", "three", "four", "five"], seeds=[4, 5, 6, 7, 8])
+    next(images)
+    assert batch_sizes == [4]  # three prompts, and the negative one
+    assert len([*images]) == 4
+    assert batch_sizes == [4, 4]
+    batch_sizes.clear()
     with pytest.raises(TextError, match="has 51 tokens"):
-        next(pipeline.paint(["a one", "two", "three", "four " * 50]))
-    assert not asked
+        next(pipeline.generate(["a one", "two", "three", "four " * 50]))
+    assert not batch_sizes
 
 
-def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(
+def test_modulation_is_computed_once_per_schedule_and_then_stored_on_the_host(
     pipeline, monkeypatch
 ):
-    made = []
+    calls = []
     monkeypatch.setattr(
-        "radiance.pipeline.modulations",
-        lambda *a, **k: made.append(1) or compute_modulations(*a, **k),
+        "radiance.pipeline.compute_modulations",
+        lambda *a, **k: calls.append(1) or compute_modulations(*a, **k),
     )
     first = pipeline(["a one"], seeds=[2])
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(pipeline._modulation))
     assert "modulation" not in pipeline._network
-    made.clear()
+    calls.clear()
     pipeline(["a two", "three", "four", "five"])
-    assert not made
+    assert not calls
     pipeline(["a one"], settings=config.override(pipeline.run.sample, ["steps=3"]))
     assert np.array_equal(pixels(pipeline(["a one"], seeds=[2])[0]), pixels(first[0]))
-    assert len(made) == 2
-    # as when the program makes it itself
+    assert len(calls) == 2
+    # The result is the same as when the program computes the modulation itself.
     positive, negative = encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     run = pipeline.run
     whole = generate_images(
@@ -87,44 +87,40 @@ def test_modulation_is_made_once_a_schedule_and_then_waits_in_the_hosts_memory(
     assert np.abs(np.asarray(to_image(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
 
 
-def test_a_trajectory_ends_in_the_image_and_tells_what_the_network_expects_on_the_way(pipeline):
+def test_a_trajectory_ends_in_the_image_and_contains_predictions(pipeline):
     run = pipeline.run
-    settings = config.override(run.sample, ["guidance=1", "steps=3", "solver=euler"])
-    prompts, seeds = (
-        ["a one", "two", "three", "four"],
-        [4, 5, 6, 7],
-    )  # a batch of three, and one that is filled up
-    way = pipeline.trajectory(prompts, seeds, settings=settings)
-    assert way.noisy.shape == (4, 4, 8, 8, 3)
-    assert way.clean.shape == (3, 4, 8, 8, 3)
-    values = np.concatenate([*pipeline.values(prompts, seeds, 8, 8, settings)])
-    np.testing.assert_allclose(way.noisy[-1], values, atol=1e-5)
+    settings = config.override(run.sample, ["guidance_scale=1", "steps=3", "solver=euler"])
+    # A batch of three, and one that is padded.
+    prompts, seeds = ["a one", "two", "three", "four"], [4, 5, 6, 7]
+    trajectory = pipeline.generate_trajectory(prompts, seeds, settings=settings)
+    assert trajectory.noisy.shape == (4, 4, 8, 8, 3)
+    assert trajectory.clean.shape == (3, 4, 8, 8, 3)
+    values = np.concatenate([*pipeline.generate_arrays(prompts, seeds, 8, 8, settings)])
+    np.testing.assert_allclose(trajectory.noisy[-1], values, atol=1e-5)
     text, lengths = pipeline.encoder(prompts)
     velocity = jax.jit(
         lambda x, t: bind_model(run.model, run.compute, pipeline.params)(
             x, jnp.asarray(text), jnp.asarray(lengths), t
         )
     )
-    for t, x, clean in zip(way.times, way.noisy, way.clean):
+    for t, x, clean in zip(trajectory.times, trajectory.noisy, trajectory.clean):
         np.testing.assert_allclose(clean, x - t * velocity(x, np.full(4, t)), atol=1e-4)
-    np.testing.assert_allclose(
-        way.clean[-1], values, atol=1e-4
-    )  # the last step goes there straight
+    np.testing.assert_allclose(trajectory.clean[-1], values, atol=1e-4)
 
 
-def test_any_size(pipeline):
+def test_images_of_any_size_are_crops_of_complete_patches(pipeline):
     image = pipeline(["a one"], width=13, height=7)[0]
     assert image.image.size == (13, 7)
     whole = pipeline(["a one"], width=16, height=8)[0]
     assert np.array_equal(pixels(image), pixels(whole)[:7, :13])
 
 
-def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
+def test_shorter_padding_of_texts_changes_nothing(pipeline, monkeypatch):
     positive, negative = encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     assert positive.text.shape[1] == 16
     assert negative.text.shape[1] == 16
     cut = pipeline(["a one"])
-    monkeypatch.setattr("radiance.pipeline.bucket", lambda tokens, limit: limit)
+    monkeypatch.setattr("radiance.pipeline.round_up_length", lambda length, max_length: max_length)
     assert (
         encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1]
         == 40
@@ -132,7 +128,7 @@ def test_cutting_the_text_changes_nothing(pipeline, monkeypatch):
     assert np.abs(pixels(pipeline(["a one"])[0]) - pixels(cut[0])).max() <= 1
 
 
-def test_without_any_text_guidance_leads_away_from_a_learned_text(pipeline):
+def test_the_masked_unconditional_text_is_the_learned_padding(pipeline):
     run = config.override(
         toy_run("unused", "unused", "text.max_length=40", padding="learned", masking="off"),
         ["sample.unconditional=masked", "sample.steps=2"],
@@ -147,85 +143,90 @@ def test_without_any_text_guidance_leads_away_from_a_learned_text(pipeline):
         config.override(run.sample, ["unconditional=negative"]),
     )
     assert np.abs(masked - pixels(learned(["a one"], settings=named)[0])).max() > 2
-    # no encoder is asked what stands there
+    # The learned embedding is used, not the output of the encoder.
     params = dict(learned.params, padding=learned.params["padding"] + 1)
     assert np.abs(masked - pixels(Pipeline(run, params, "toy")(["a one"])[0])).max() > 2
 
 
-def test_the_negative_prompt_and_settings_count(pipeline):
+def test_the_negative_prompt_and_settings_change_the_image(pipeline):
     plain = pixels(pipeline(["a one"])[0])
-    for change in ("negative=bad", "guidance=1", "solver=heun", "steps=3", "schedule=shifted"):
+    for change in (
+        "negative_prompt=bad",
+        "guidance_scale=1",
+        "solver=heun",
+        "steps=3",
+        "schedule=shifted",
+    ):
         settings = config.override(pipeline.run.sample, [change])
         assert np.abs(pixels(pipeline(["a one"], settings=settings)[0]) - plain).max() > 0, change
 
 
-def test_a_png_says_how_it_was_made(pipeline, tmp_path):
+def test_a_png_contains_prompt_seed_and_settings(pipeline, tmp_path):
     image = pipeline(["a ünï one"], seeds=[3])[0]
-    save_png(tmp_path / "a" / "x.png", image.image, image.facts)
+    save_png(tmp_path / "a" / "x.png", image.image, image.metadata)
     text = Image.open(tmp_path / "a" / "x.png").text
     assert text["prompt"] == "a ünï one"
     assert json.loads(text["seed"]) == 3
     assert json.loads(text["size"]) == [8, 8]
-    assert json.loads(text["settings"])["guidance"] == 2.0
+    assert json.loads(text["settings"])["guidance_scale"] == 2.0
     assert text["model"] == "toy"
 
 
-def test_what_a_mask_hides_stays_to_the_last_bit(pipeline, tmp_path):
-    image = (
-        np.random.RandomState(0).randint(0, 256, (7, 10, 3)).astype(np.uint8)
-    )  # neither side is whole patches
+def test_masked_pixels_remain_unchanged(pipeline, tmp_path):
+    # Neither side consists of complete patches.
+    image = np.random.RandomState(0).randint(0, 256, (7, 10, 3)).astype(np.uint8)
     mask = np.zeros((7, 10), np.float32)
     mask[2:, 3:8], mask[0, 0] = 1, 0.5
-    painted = pipeline(["a one", "two"], seeds=[3, 4], start=InitImage(image, mask))
-    for picture in painted:
-        assert picture.image.size == (10, 7)
-        changed = pixels(picture) - image
+    samples = pipeline(["a one", "two"], seeds=[3, 4], init_image=InitImage(image, mask))
+    for sample in samples:
+        assert sample.image.size == (10, 7)
+        changed = pixels(sample) - image
         assert not changed[mask == 0].any()
         assert np.abs(changed[mask == 1]).mean() > 10
-    anew = [pixels(p) for p in pipeline(["a one", "two"], seeds=[3, 4], start=InitImage(image))]
+    full = [
+        pixels(p) for p in pipeline(["a one", "two"], seeds=[3, 4], init_image=InitImage(image))
+    ]
     assert (
-        np.abs(anew[0] - pixels(pipeline(["a one"], seeds=[3], width=10, height=7)[0])).max() <= 1
-    )  # at full strength the image is forgotten
-    half = pipeline(["a one"], seeds=[3], start=InitImage(image, strength=0.5))[0]
-    assert np.abs(pixels(half) - anew[0]).max() > 5
-    assert half.facts["start"]["strength"] == 0.5
-    facts = painted[0].facts["start"]
-    assert facts["strength"] == 1
+        np.abs(full[0] - pixels(pipeline(["a one"], seeds=[3], width=10, height=7)[0])).max() <= 1
+    )  # at full strength the samples do not depend on the image
+    half = pipeline(["a one"], seeds=[3], init_image=InitImage(image, strength=0.5))[0]
+    assert np.abs(pixels(half) - full[0]).max() > 5
+    assert half.metadata["start"]["strength"] == 0.5
+    metadata = samples[0].metadata["start"]
+    assert metadata["strength"] == 1
     assert (
         len(
             {
-                facts["image"],
-                facts["mask"],
-                pipeline(["two"], start=InitImage(image + 1))[0].facts["start"]["image"],
+                metadata["image"],
+                metadata["mask"],
+                pipeline(["two"], init_image=InitImage(image + 1))[0].metadata["start"]["image"],
             }
         )
         == 3
     )
 
 
-def test_starts_that_cannot_be(pipeline):
+def test_impossible_initial_images_are_rejected(pipeline):
     image = np.zeros((8, 12, 3), np.uint8)
-    with pytest.raises(
-        config.ConfigError, match="The mask is of 8×12 pixels, and the image of 12×8"
-    ):
+    with pytest.raises(config.ConfigError, match="The mask has 8×12 pixels, and the image 12×8"):
         InitImage(image, np.zeros((12, 8), np.float32))
     with pytest.raises(config.ConfigError, match="strength=0 must be more than 0"):
         InitImage(image, strength=0)
-    with pytest.raises(config.ConfigError, match="not of 8×8"):
-        pipeline(["one"], width=8, height=8, start=InitImage(image))
+    with pytest.raises(config.ConfigError, match="not 8×8"):
+        pipeline(["one"], width=8, height=8, init_image=InitImage(image))
 
 
-def test_a_prompt_over_the_limit_is_told_before_any_work(pipeline):
+def test_a_prompt_over_the_limit_is_reported_before_any_work(pipeline):
     with pytest.raises(TextError, match="has 61 tokens, and the limit is 40"):
         pipeline(["one", "word " * 60])
 
 
-def test_seeds_are_one_a_prompt(pipeline):
+def test_the_number_of_seeds_must_be_that_of_prompts(pipeline):
     with pytest.raises(ValueError, match="2 prompts need as many seeds"):
         pipeline(["a", "b"], seeds=[1])
 
 
-def test_a_run_without_a_checkpoint(tmp_path):
+def test_a_run_without_a_checkpoint_is_rejected(tmp_path):
     with pytest.raises(config.ConfigError, match="is not a run directory"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(config.to_json(config.Config()))

@@ -45,7 +45,7 @@ def found(run):
         main(
             [
                 "evaluate",
-                str(run.directory),
+                str(run.run_dir),
                 "sample.steps=1",
                 "--validate",
                 "10",
@@ -57,14 +57,14 @@ def found(run):
         )
         == 0
     )
-    return json.loads((run.directory / "evaluation.json").read_text())
+    return json.loads((run.run_dir / "evaluation.json").read_text())
 
 
 def test_the_loss_is_that_of_the_fixed_images(run, found):
     """Over uniform time, whatever the run was trained on."""
     plain = config.override(run, ["flow.timestep_distribution=uniform", "flow.logit_mean=none"])
     pipeline, measure = (
-        load(run.directory),
+        load(run.run_dir),
         jax.jit(partial(compute_validation_losses, plain, num_bins=16)),
     )
     total = np.zeros(16)
@@ -79,32 +79,32 @@ def test_the_loss_is_that_of_the_fixed_images(run, found):
     assert found["validation"]["images"] == 10
 
 
-def test_the_images_are_those_that_sample_paints(run, found):
-    source, pipeline = open_source(run.data, "validation"), load(run.directory, changes=["steps=1"])
-    painted = pipeline([source.captions(i)[0] for i in range(21)])
-    ours = np.stack([to_signed(np.asarray(image.image)) for image in painted])
+def test_the_samples_are_those_of_radiance_sample(run, found):
+    source, pipeline = open_source(run.data, "validation"), load(run.run_dir, changes=["steps=1"])
+    samples = pipeline([source.captions(i)[0] for i in range(21)])
+    ours = np.stack([to_signed(np.asarray(image.image)) for image in samples])
     real = np.stack([to_signed(np.asarray(source.load_image(i, (16, 16)))) for i in range(21)])
     numbers = found["sampling"]["metrics"]
     for name, value in compare_features(
         PixelExtractor()(ours), PixelExtractor()(real), "pixels16"
     ).items():
         assert numbers[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    told = [source.attributes(i)["described"] for i in range(21)]
+    descriptions = [source.attributes(i)["described"] for i in range(21)]
     assert (
         found["sampling"]["scenes"]["count"]
-        == scoring.score_readings(scoring.read_pixels(ours), told).count
+        == scoring.score_readings(scoring.read_pixels(ours), descriptions).count
     )
     assert set(found["sampling"]["scenes by chance"]) == set(found["sampling"]["scenes"])
     assert numbers["seam score of real images"] > 0
     assert len(found["sampling"]["spectrum error (dB)"]) == 8
 
 
-def test_captions_are_painted_as_the_run_begins_them(run, monkeypatch):
+def test_captions_are_sampled_with_the_prefix_of_the_run(run, monkeypatch):
     framed, source = (
         config.override(run, ["data.caption_prefix=oh "]),
         open_source(run.data, "validation"),
     )
-    pipeline, seen = load(run.directory, run=framed), []
+    pipeline, seen = load(run.run_dir, run=framed), []
 
     def values(prompts, *_):
         seen.extend(prompts)
@@ -124,7 +124,7 @@ def test_captions_are_painted_as_the_run_begins_them(run, monkeypatch):
     )
 
 
-def test_all_that_it_takes_to_do_it_again_is_written(run, found):
+def test_the_result_contains_all_that_reproduces_it(run, found):
     assert found["config"]["sample"]["steps"] == 1
     assert found["model"] == "toy step 1 params"
     assert found["data"]["hash"] == open_source(run.data, "validation").fingerprint()
@@ -135,8 +135,8 @@ def test_all_that_it_takes_to_do_it_again_is_written(run, found):
     assert found["environment"]["packages"]["jax"]
 
 
-def test_features_of_real_images_are_kept(run, found):
-    kept = list((run.directory.parent / "data" / "features").glob("pixels16-*.safetensors"))
+def test_features_of_real_images_are_cached(run, found):
+    kept = list((run.run_dir.parent / "data" / "features").glob("pixels16-*.safetensors"))
     assert len(kept) == 1
     before = kept[0].stat().st_mtime_ns
     arguments = [
@@ -148,27 +148,27 @@ def test_features_of_real_images_are_kept(run, found):
         "--features",
         "pixels16",
         "--out",
-        str(run.directory / "again.json"),
+        str(run.run_dir / "again.json"),
     ]
-    assert main(["evaluate", str(run.directory), *arguments]) == 0
+    assert main(["evaluate", str(run.run_dir), *arguments]) == 0
     assert kept[0].stat().st_mtime_ns == before
-    again = json.loads((run.directory / "again.json").read_text())
-    assert again["sampling"]["metrics"] == found["sampling"]["numbers"]
+    again = json.loads((run.run_dir / "again.json").read_text())
+    assert again["sampling"]["metrics"] == found["sampling"]["metrics"]
     assert again["validation"]["images"] == 2
-    assert json.loads((run.directory / "evaluation.json").read_text()) == found
+    assert json.loads((run.run_dir / "evaluation.json").read_text()) == found
 
 
 class Perfect:
-    """A pipeline that paints the images themselves."""
+    """A pipeline whose samples are the real images."""
 
-    side = 4
+    pixels_per_token = 4
 
     def __init__(self, run, source):
         self.run, self.source = run, source
 
-    def values(self, prompts, seeds, width, height, settings):
+    def generate_arrays(self, prompts, seeds, width, height, settings):
         for i in seeds:
-            yield to_signed(np.asarray(self.source.picture(i, (width, height))))[None]
+            yield to_signed(np.asarray(self.source.load_image(i, (width, height))))[None]
 
 
 def test_a_perfect_model_is_perfect(tmp_path):
@@ -193,34 +193,34 @@ def test_a_perfect_model_is_perfect(tmp_path):
     assert found["scenes by chance"]["exact"] < 0.2
 
 
-def test_what_a_file_would_clip_is_counted_and_what_is_not_finite_refused():
-    painted = SampleMetrics(["a", "b"], [], None, False, 4)
+def test_clipped_values_are_counted_and_nonfinite_ones_rejected():
+    samples = SampleMetrics(["a", "b"], [], None, False, 4)
     values = np.zeros((1, 8, 8, 3), np.float32)
     values[:, :2] = 1.5
-    painted.add(values)
-    assert painted.clipping_sum == 0.25
+    samples.add(values)
+    assert samples.clipping_sum == 0.25
     with pytest.raises(ValueError, match="Image 1 has values that are not finite"):
-        painted.add(values * np.nan)
+        samples.add(values * np.nan)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--images", "3"], "comparing takes 20"),
         (["--validate", "0"], "at least 1"),
-        (["model.double_blocks=3"], "another network than model.double_blocks would make"),
+        (["model.double_blocks=3"], "other parameters than model.double_blocks would need"),
         (["--clip", "clip"], "give --images"),
-        (["--experiment", "experiments/quickstart.py"], "leave --experiment out"),
+        (["--experiment", "experiments/quickstart.py"], "do not give --experiment"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_measured(run, capsys, arguments, told):
-    assert main(["evaluate", str(run.directory), *arguments]) == 2
-    assert told in capsys.readouterr().err
+def test_impossible_options_are_reported_before_any_work(run, capsys, arguments, message):
+    assert main(["evaluate", str(run.run_dir), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_file_is_measured_with_an_experiment(run, found, tmp_path, capsys):
+def test_a_file_is_evaluated_with_an_experiment(run, found, tmp_path, capsys):
     file, out = tmp_path / "toy.safetensors", tmp_path / "out.json"
-    assert main(["convert", str(run.directory), str(file), "--dtype", "fp32"]) == 0
+    assert main(["convert", str(run.run_dir), str(file), "--dtype", "fp32"]) == 0
     assert main(["evaluate", str(file), "--out", str(out)]) == 2
     assert "give --experiment" in capsys.readouterr().err
     name = str(written_experiment(run, tmp_path))
