@@ -1,3 +1,5 @@
+"""Run the command line: `python -m radiance`."""
+
 from radiance.cli import main
 
 raise SystemExit(main())

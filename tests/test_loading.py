@@ -1,4 +1,4 @@
-"""Files in, images out: what `radiance.load` and the command line make of checkpoints, encoders and autoencoders."""
+"""Load checkpoints, text encoders and autoencoders, in Python and on the command line."""
 
 import json
 
@@ -186,13 +186,13 @@ def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, value
     checkpoint.write_checkpoint(tmp_path / "in.safetensors", model, toy_params(model), "bfloat16")
     path = tmp_path / ("out.gguf" if dtype == "q8_0" else "out.safetensors")
     assert main(["convert", str(tmp_path / "in.safetensors"), str(path), "--dtype", dtype]) == 0
-    told = [
+    errors = [
         line
         for line in capsys.readouterr().out.splitlines()
         if "double blocks" in line and (dtype in line or values in line)
     ]
-    assert len(told) == 1
-    assert told[0].endswith(("e-02", "e-03"))
+    assert len(errors) == 1
+    assert errors[0].endswith(("e-02", "e-03"))
     named = dict(
         text_encoder=str(files / "t5"), changes=["steps=2", "guidance_scale=1"], dtype="float32"
     )
@@ -245,7 +245,7 @@ def test_a_lora_at_a_strength(files, tmp_path):
     ]
     assert main(merge) == 0
 
-    def painted(name, *more):
+    def sample_once(name, *more):
         size = ["--size", "16x16", "--dtype", "float32", "--text-encoder", str(files / "t5")]
         return pixels(
             sample(
@@ -257,12 +257,16 @@ def test_a_lora_at_a_strength(files, tmp_path):
             )
         )
 
-    plain, half = painted("base"), painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.5")
+    plain, half = (
+        sample_once("base"),
+        sample_once("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.5"),
+    )
     assert (
-        np.abs(plain - painted("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.0")).max() <= 1
+        np.abs(plain - sample_once("base", "--lora", f"{tmp_path / 'lora.safetensors'}:0.0")).max()
+        <= 1
     )
     assert np.abs(plain - half).max() > 1
-    assert np.abs(half - painted("merged")).max() <= 1
+    assert np.abs(half - sample_once("merged")).max() <= 1
     facts = [Image.open(path).text["model"] for path in sorted(tmp_path.glob("base*/*_seed*.png"))]
     assert sum("lora.safetensors" in model for model in facts) == 2
     assert any("+ 0.5 × " in model for model in facts)
@@ -314,9 +318,9 @@ def test_missing_or_unfit_files_are_reported_in_a_sentence(files, name, argument
 def test_options_describe_what_a_file_does_not_contain(files, tmp_path):
     """A checkpoint of the days before the marker."""
     named = dict(text_encoder=str(files / "t5"), changes=QUICK)
-    told = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
-    assert told.run.model.text_ids == "sequential"
-    assert told.run.model.prediction == "x0"
+    described = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
+    assert described.run.model.text_ids == "sequential"
+    assert described.run.model.prediction == "x0"
     assert (
         main(
             [

@@ -1,4 +1,4 @@
-"""What a user sees: results, and one clear sentence for each thing that is wrong."""
+"""The command line: results, and one sentence for each error."""
 
 import json
 import os
@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+import radiance
 from radiance import config
-from radiance.cli import main, output
+from radiance.cli import COMMANDS, main, output
 from radiance.cli.inspect import load_data_config
 from radiance.config.experiments import load_experiment
 from radiance.data.datasets import open_source
@@ -38,21 +39,50 @@ def read_error(capsys, *arguments) -> str:
     """The one line on stderr of a command that fails."""
     assert main([str(a) for a in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("radiance: "), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("radiance: ")
     return lines[0]
 
 
 def test_help_comes_without_jax():
     """JAX takes seconds, and reads the environment that `prepare` sets."""
-    script = "import sys\nfrom radiance.cli import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules, 'numpy' in sys.modules)"
+    script = """
+import sys
+from radiance.cli import main
+try: main(['--help'])
+finally: print('jax' in sys.modules, 'numpy' in sys.modules)
+"""
     assert (
         subprocess.check_output([sys.executable, "-c", script], text=True).splitlines()[-1]
         == "False False"
     )
 
 
+@pytest.mark.parametrize("verb", [command.__name__.rpartition(".")[2] for command in COMMANDS])
+def test_the_help_of_every_verb_ends_with_examples(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    text, _, examples = capsys.readouterr().out.partition("examples:\n")
+    assert "usage: radiance" in text
+    lines = examples.splitlines()
+    assert 2 <= len(lines) <= 3
+    assert all(line.startswith(f"  radiance {verb} ") for line in lines)
+
+
+def test_the_version_is_printed_without_jax():
+    script = """
+import sys
+from radiance.cli import main
+try: main(['--version'])
+finally: print('jax' in sys.modules)
+"""
+    output_text = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert output_text.splitlines() == [f"radiance {radiance.__version__}", "False"]
+
+
 def test_verify():
-    """As users run it: with the compiler's optimisations, which tests do without."""
+    """As users run it: with the compiler's optimizations, which tests disable."""
     user = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [
         sys.executable,
@@ -62,7 +92,8 @@ def test_verify():
         str(GOLDEN / "radiance_linear_head.safetensors"),
     ]
     done = subprocess.run(command, env=user, capture_output=True, text=True)
-    assert done.returncode == 0 and "velocity" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "velocity" in done.stdout
 
 
 def test_verify_fails_on_another_result(capsys, tmp_path):
@@ -88,7 +119,7 @@ def test_verify_fails_on_another_result(capsys, tmp_path):
 def test_a_stopped_conversion_leaves_nothing(tmp_path, out, number):
     slow = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background are born without
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from radiance.cli import main
 from radiance.weights import conversion_report
 find_network_part = conversion_report.find_network_part
@@ -153,7 +184,7 @@ def test_sample(trained, tmp_path, capsys):
     assert np.asarray(image).std() > 0
 
 
-def test_of_many_images_no_sheet_is_kept_in_memory(trained, tmp_path, capsys, monkeypatch):
+def test_no_contact_sheet_of_many_images_is_made(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(output, "MAX_SHEET_IMAGES", 1)
     assert (
         main(
@@ -196,11 +227,11 @@ def test_sample_from_a_image(capsys, trained, tmp_path):
         tmp_path / "mask.png",
     ]
     assert main([str(part) for part in [*command, "--out", tmp_path / "out"]]) == 0
-    picture = Image.open(tmp_path / "out" / "00000_seed0.png")
-    changed = np.asarray(picture, int) - np.asarray(image)
+    sample = Image.open(tmp_path / "out" / "00000_seed0.png")
+    changed = np.asarray(sample, int) - np.asarray(image)
     assert not changed[:, :4].any()
     assert changed[:, 4:].any()
-    assert json.loads(picture.text["start"])["strength"] == 1
+    assert json.loads(sample.text["start"])["strength"] == 1
     assert "give --image FILE too" in read_error(
         capsys, *command[:5], "--strength", "0.5", "--out", tmp_path / "other"
     )
@@ -220,8 +251,8 @@ def test_sample_from_a_image(capsys, trained, tmp_path):
     )
 
 
-def test_sample_with_changes_behind_the_flags(trained, tmp_path):
-    """As the README writes it; and the weights that are asked for are those that paint."""
+def test_changes_may_follow_flags(trained, tmp_path):
+    """As in the README; and samples come from the chosen weights."""
     pixels = {}
     for weights in ("ema=0.9", "params"):
         out = tmp_path / weights
@@ -252,8 +283,8 @@ def test_images_are_not_overwritten(capsys, trained, tmp_path):
     )
 
 
-def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, data_directory):
-    prompts, folder = tmp_path / "prompts.txt", tmp_path / "painted"
+def test_an_interrupted_data_set_is_continued(capsys, trained, tmp_path, data_directory):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "samples"
     prompts.write_text(
         "\ufeffa handwritten one\nthe digit 2\n", "utf-8"
     )  # as editors on Windows begin a file
@@ -296,7 +327,7 @@ def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, 
     assert main(command) == 0
     assert "All images of" in capsys.readouterr().out
     lost.unlink()
-    assert "was painted with another settings" in read_error(
+    assert "was sampled with another settings" in read_error(
         capsys, *(part.replace("guidance_scale=1", "guidance_scale=2") for part in command)
     )
     lost.write_bytes((folder / f"{names[0]}.png").read_bytes())
@@ -308,13 +339,13 @@ def test_a_painted_data_set_goes_on_where_it_stopped(capsys, trained, tmp_path, 
     )
 
 
-def test_a_dotted_experiment(monkeypatch, tmp_path):
+def test_experiments_have_dotted_names(monkeypatch, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "small.py").write_text(
         "from radiance import config as c\n\n\ndef config():\n    return c.Config(name='mine')\n"
     )
     (tmp_path / "mine" / "larger.py").write_text(
-        "import small\n\nARMS = {'b': ['data.batch_size=8']}\nconfig = small.config\n"
+        "import small\n\nVARIANTS = {'b': ['data.batch_size=8']}\nconfig = small.config\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -331,7 +362,11 @@ def test_experiments(tmp_path):
     assert run.name == "quickstart"
     file = tmp_path / "arms.py"
     file.write_text(
-        "from radiance import config as c\nARMS = {'none': ['model.modulation=none'], 'shared': ['model.modulation=shared', 'data.batch_size=8']}\n"
+        "from radiance import config as c\n"
+        "VARIANTS = {\n"
+        "    'none': ['model.modulation=none'],\n"
+        "    'shared': ['model.modulation=shared', 'data.batch_size=8'],\n"
+        "}\n"
         "\n\ndef config():\n    return c.Config()\n"
     )
     arm = load_experiment(f"{file}:none")
@@ -348,12 +383,12 @@ def test_experiments(tmp_path):
             load_experiment(f"{file}:{name}")
     with pytest.raises(config.ConfigError, match="There is no experiment file"):
         load_experiment("experiments/quickstrat.py")
-    with pytest.raises(config.ConfigError, match="There is no experiment nothing.here"):
+    with pytest.raises(config.ConfigError, match=r"There is no experiment nothing\.here"):
         load_experiment("nothing.here")
 
 
 def test_inspect_data(capsys, tmp_path):
-    """Of a folder: what is used, how it is cut, which images are alike; and a list of the others."""
+    """A folder: skipped images, buckets, captions, near-duplicates, and a list without them."""
     china = Image.fromarray(load_sample_image("china.jpg"))
     images = {
         "a.jpg": china,
@@ -388,26 +423,26 @@ def test_inspect_data(capsys, tmp_path):
         )
         == 0
     )
-    told, errors = capsys.readouterr()
+    output_text, errors = capsys.readouterr()
     assert not errors
-    assert all(len(line) <= 100 for line in told.splitlines() if str(tmp_path) not in line)
+    assert all(len(line) <= 100 for line in output_text.splitlines() if str(tmp_path) not in line)
     for line in (
         r"images +5",
-        r"left out: no caption +1\n  'none.png'",
-        r"left out: too small +1\n  'd.png'",
+        r"skipped: no caption +1\n  'none.png'",
+        r"skipped: too small +1\n  'd.png'",
         r"The validation split of folder .* is empty",
         r"  256 – 383  3  60.0%  █{50}\n  384 – 511  0   0.0%\n  512 – 767  2  40.0%  █{33}▍\n",
         r"  3:2  3  60.0%  █{50}",
         r"128 × 128 +5 +2 +1\n",
         r"over 16  4  80.0%  █{50}",
-        r"cut: 4 captions \(80.0%\)",
-        r"Programs to compile, at most: 1 = 1 shape × 1 text width \(16 tokens\)",
-        r"1 image like a larger one, of 1 group\n  'a.jpg' 640×427, 'b.png' 320×213",
-        r"Too plain to be compared: 1 image",
+        r"truncated: 4 captions \(80.0%\)",
+        r"Programs to compile, at most: 1 = 1 bucket × 1 text length \(16 tokens\)",
+        r"1 image besides the largest of 1 group\n  'a.jpg' 640×427, 'b.png' 320×213",
+        r"Too uniform to compare: 1 image",
         r"Cannot be decoded: 1 image\n  'broken.jpg'",
         r"kept.jsonl lists 3 of the 5 images",
     ):
-        assert re.search(line, told), (line, told)
+        assert re.search(line, output_text), (line, output_text)
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert [(line["filename"], line["width"]) for line in lines] == [
         ("a.jpg", 640),
@@ -416,7 +451,7 @@ def test_inspect_data(capsys, tmp_path):
     ]
 
 
-def test_what_is_inspected(capsys, tmp_path, trained):
+def test_inspect_detects_models_and_data_sets(capsys, tmp_path, trained):
     def source(what):
         run = load_data_config(str(what))
         return run and (run.data.source, run.data.path)
@@ -459,7 +494,7 @@ def test_what_is_inspected(capsys, tmp_path, trained):
     assert "give that too" in read_error(capsys, "inspect", tmp_path / "images", "--distance", 3)
 
 
-def test_unknown_keys_and_names(capsys):
+def test_unknown_keys_and_names_are_reported_with_a_suggestion(capsys):
     assert "did you mean 'learning_rate'?" in read_error(
         capsys, "train", "experiments/quickstart.py", "optimizer.learning_rte=1"
     )
@@ -480,7 +515,7 @@ def test_unknown_keys_and_names(capsys):
     )
 
 
-def test_sizes_that_do_not_divide(capsys):
+def test_sizes_that_do_not_divide_are_reported(capsys):
     assert "does not divide into model.heads=5" in read_error(
         capsys, "train", "experiments/quickstart.py", "model.heads=5"
     )
@@ -514,7 +549,7 @@ def test_hosts_wait_for_each_other(error, waits, monkeypatch):
     assert waited == [("done", hosts.BARRIER_TIMEOUT_MS)] * waits
 
 
-def test_prompts(capsys, trained, tmp_path):
+def test_missing_and_wrong_inputs_are_reported(capsys, trained, tmp_path):
     assert "There is no prompt" in read_error(capsys, "sample", trained)
     assert "has 21 tokens, and the limit is 8" in read_error(
         capsys, "sample", trained, "--prompt", "one " * 20
@@ -557,7 +592,7 @@ def test_prompts(capsys, trained, tmp_path):
     )
 
 
-def test_checkpoints_that_do_not_fit(capsys, tmp_path, data_directory):
+def test_unfit_checkpoints_are_reported(capsys, tmp_path, data_directory):
     whole = (GOLDEN / "radiance_v.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-100])
     assert "not a complete safetensors file" in read_error(
