@@ -220,9 +220,7 @@ def test_validation_captions_have_prefix_and_suffix():
     data = config.Data(resolution=4, batch_size=4, caption_prefix="oh ", caption_suffix="!")
     encoder = HashEncoder(8, 6)
     (batch,) = make_validation_batches(IndexSource(4), data, encoder, 4, "off")
-    text, lengths = encoder.pad_embeddings(
-        encoder.encode([f"oh number {i}!" for i in range(4)]), 6
-    )
+    text, lengths = encoder.pad_embeddings(encoder.encode([f"oh number {i}!" for i in range(4)]), 6)
     np.testing.assert_array_equal(batch["text"], text)
     np.testing.assert_array_equal(batch["lengths"], lengths)
 

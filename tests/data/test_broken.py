@@ -1,4 +1,4 @@
-"""Images of a folder that turn out broken, or go, while they are needed; and a run on such a folder."""
+"""Images of a folder that turn out broken or disappear during training."""
 
 import io
 import json
@@ -19,153 +19,158 @@ from tests.helpers.toy_folders import fill, first_pixels, open_folder, save, set
 from tests.helpers.toy_runs import PLAIN, toy_run, train
 
 
-def broken_folder(folder):
-    """Five images whose pixels say their number; 1, 3 and 4 are cut short behind their heads."""
-    draw = np.random.default_rng(0)
+def fill_broken(folder):
+    """Write five images with their index in the first pixel; 1, 3 and 4 are truncated."""
+    rng = np.random.default_rng(0)
     for i in range(5):
-        pixels = draw.integers(0, 256, (64, 64, 3), np.uint8)
+        pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
         pixels[0, 0] = i
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"image {i}")
+        path = folder / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        path.with_suffix(".txt").write_text(f"image {i}")
         if i in (1, 3, 4):
-            content = (folder / f"{i}.png").read_bytes()
-            (folder / f"{i}.png").write_bytes(content[: len(content) // 2])
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
     return folder
 
 
-def numbers_of(source):
-    """Each image's number, or the kind of what is wrong with it."""
+def make_batches(data, num_steps=10):
+    return Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, num_steps, "one_pad")
 
-    def number_of(i):
+
+def load_in_threads(source):
+    """Return the index in each image's first pixel, or the kind of its error, many times."""
+
+    def load(i):
         try:
             return source.load_image(i).getpixel((0, 0))[0]
-        except UnusableError as broken:
-            return broken.kind
+        except UnusableError as error:
+            return error.kind
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(number_of, [*range(5)] * 40))
+        return list(pool.map(load, [*range(5)] * 40))
 
 
-def test_a_broken_image_is_told_once_and_passed_over(tmp_path, capsys):
-    source = open_folder(broken_folder(tmp_path))
+def test_broken_images_are_reported_once_and_skipped(tmp_path, capsys):
+    source = open_folder(fill_broken(tmp_path))
     assert len(source) == 5
     assert source.skip_counts == {}
-    assert numbers_of(source) == [0, "broken image", 2, "broken image", "broken image"] * 40
-    batches = Batches(source, settings(tmp_path, batch_size=5), HashEncoder(8, 6), 0, 20, "one_pad")
+    kinds = [0, "broken image", 2, "broken image", "broken image"]
+    assert load_in_threads(source) == kinds * 40
+    batches = make_batches(settings(tmp_path, batch_size=5), 20)
     assert [batch["skipped"] for batch in batches.start(0)] == [3] * 20
-    told = sorted(capsys.readouterr().err.splitlines())
-    assert len(told) == 3
-    assert all("cannot be used" in line and "passed over" in line for line in told)
-    assert "1.png" in told[0]
-    assert any(line.endswith("So far 3 were broken.") for line in told)
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert len(lines) == 3
+    assert all("cannot be used" in line and "is skipped" in line for line in lines)
+    assert "1.png" in lines[0]
+    assert any(line.endswith("Broken images so far: 3.") for line in lines)
     assert batches.broken_images.keys() == {1, 3, 4}
 
 
-def test_broken_images_have_no_weight_and_keep_their_captions_to_themselves(tmp_path):
-    data, encoder = (
-        settings(broken_folder(tmp_path), resolution=64, batch_size=5),
-        HashEncoder(8, 6),
-    )
-    source = open_source(data, "train")
-    batch = Batches(source, data, encoder, 0, 1, "one_pad")[0]
-    numbers = first_pixels(batch)
-    assert sorted(zip(batch["weight"], numbers)) == [(0, 128), (0, 128), (0, 128), (1, 0), (1, 2)]
+def test_broken_images_have_no_weight_and_change_no_other_row(tmp_path):
+    data = settings(fill_broken(tmp_path), resolution=64, batch_size=5)
+    batches = make_batches(data, 1)
+    batch = batches[0]
+    indices = first_pixels(batch)
+    expected = [(0, 128), (0, 128), (0, 128), (1, 0), (1, 2)]
+    assert sorted(zip(batch["weight"], indices)) == expected
     for row in np.flatnonzero(batch["weight"]):
-        assert np.array_equal(
-            batch["text"][row, :2], encoder.encode([f"image {numbers[row]}"])[0].rows[:2]
-        )
-    fixed = make_validation_batches(source, data, encoder, 5, "one_pad")[0]
-    assert list(fixed["weight"]) == [1, 0, 1, 0, 0]
+        (embedding,) = batches.encoder.encode([f"image {indices[row]}"])
+        assert np.array_equal(batch["text"][row, :2], embedding.rows[:2])
+    (validation,) = make_validation_batches(batches.source, data, batches.encoder, 5, "one_pad")
+    assert list(validation["weight"]) == [1, 0, 1, 0, 0]
 
 
-def test_too_many_broken_images_end_the_run(tmp_path):
-    data = settings(broken_folder(tmp_path), resolution=64, batch_size=5, max_broken_fraction=0.4)
-    with pytest.raises(
-        DataError, match=r"3 of the 5 images .* data.max_broken_fraction=0.4: put whole ones there"
-    ):
-        list(
-            Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad").start(0)
-        )
+def test_too_many_broken_images_stop_the_run(tmp_path):
+    data = settings(fill_broken(tmp_path), resolution=64, batch_size=5, max_broken_fraction=0.4)
+    message = r"3 of the 5 images .* data\.max_broken_fraction=0\.4: replace them"
+    with pytest.raises(DataError, match=message):
+        list(make_batches(data).start(0))
 
 
-def test_a_batch_without_any_image_ends_the_run(tmp_path):
-    """As where a disk is gone: the limit is a share of all, which takes long to reach."""
+def test_a_batch_without_any_image_stops_the_run(tmp_path):
+    """The limit is a fraction of all images, which a lost disk takes long to reach."""
     data = settings(fill(tmp_path, 40), batch_size=8, max_broken_fraction=1.0)
-    source = open_source(data, "train")
+    batches = make_batches(data)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="None of the 8 images of step 1 can be used"):
-        list(Batches(source, data, HashEncoder(8, 6), 0, 10, "one_pad").start(0))
+        list(batches.start(0))
 
 
-def test_an_orientation_that_cannot_be_read(tmp_path):
+def test_an_unreadable_orientation_is_ignored(tmp_path):
     save(tmp_path / "a.png", "a caption", exif=b"Exif\0\0no TIFF", size=(12, 8))
     source = open_folder(tmp_path)
     assert to_array(source.load_image(0), 12, 8).shape == (8, 12, 3)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".gif"])
-def test_no_broken_file_ends_a_run(suffix, tmp_path):
-    """Files cut short and with wrong bytes: each is left out, passed over, or is painted from."""
-    draw = np.random.default_rng(0)
+def test_no_broken_file_stops_a_run(suffix, tmp_path):
+    """Truncated files, and files with wrong bytes, are left out, skipped or decoded."""
+    rng = np.random.default_rng(0)
     exif = {"exif": Image.Exif()} if suffix in (".png", ".jpg", ".webp") else {}
     file = io.BytesIO()
-    Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(
         file, Image.registered_extensions()[suffix], **exif
     )
-    whole = file.getvalue()
+    intact = file.getvalue()
     for i in range(150):
-        content = bytearray(whole[: draw.integers(len(whole))] if i % 3 == 0 else whole)
-        for place in draw.integers(0, max(min(len(content), 200), 1), draw.integers(4)):
-            content[place : place + 1] = draw.bytes(1)
+        content = bytearray(intact[: rng.integers(len(intact))] if i % 3 == 0 else intact)
+        for position in rng.integers(0, max(min(len(content), 200), 1), rng.integers(4)):
+            content[position : position + 1] = rng.bytes(1)
         (tmp_path / f"{i}{suffix}").write_bytes(content)
         (tmp_path / f"{i}.txt").write_text("a caption")
     source = open_folder(tmp_path)
-    whole = 0
+    num_decoded = 0
     for i in range(len(source)):
         with suppress(UnusableError):
             assert to_array(source.load_image(i), 8, 8).shape == (8, 8, 3)
-            whole += 1
-    assert whole < len(source) or suffix == ".webp"  # whose head is checked against the whole
+            num_decoded += 1
+    # The header of a WebP file is checked against the complete file.
+    assert num_decoded < len(source) or suffix == ".webp"
     assert 0 < len(source) < 150
     assert sum(source.skip_counts.values()) == 150 - len(source)
 
 
-def test_a_file_that_goes_while_it_is_needed(tmp_path):
+def test_a_file_that_disappears_raises_an_error(tmp_path):
     source = open_folder(fill(tmp_path, 2))
     (tmp_path / "01.png").unlink()
-    with pytest.raises(DataError, match="01.png was there at the start and cannot be read now"):
+    with pytest.raises(DataError, match=r"01\.png existed at the start and cannot be read now"):
         source.load_image(1)
 
 
-def test_batches(tmp_path):
-    data = settings(fill(tmp_path, 20), batch_size=5)
-    batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
-    ahead = list(batches.start(0))
-    assert sorted(np.concatenate([first_pixels(batch) for batch in ahead[:4]])) == list(range(20))
-    assert all(np.array_equal(b["image"], batches[i]["image"]) for i, b in enumerate(ahead))
+def test_batches_of_a_folder_have_every_image_once_an_epoch(tmp_path):
+    batches = make_batches(settings(fill(tmp_path, 20), batch_size=5))
+    read_ahead = list(batches.start(0))
+    indices = np.concatenate([first_pixels(batch) for batch in read_ahead[:4]])
+    assert sorted(indices) == list(range(20))
+    assert all(np.array_equal(b["image"], batches[i]["image"]) for i, b in enumerate(read_ahead))
 
 
-def test_a_file_that_goes_ends_the_run_with_its_sentence(tmp_path):
-    data = settings(fill(tmp_path, 8), batch_size=8)
-    batches = Batches(open_source(data, "train"), data, HashEncoder(8, 6), 0, 10, "one_pad")
+def test_a_file_that_disappears_stops_the_run_with_its_message(tmp_path):
+    batches = make_batches(settings(fill(tmp_path, 8), batch_size=8))
     (tmp_path / "03.png").unlink()
-    with pytest.raises(DataError, match="03.png was there at the start"):
+    with pytest.raises(DataError, match=r"03\.png existed at the start and cannot be read now"):
         list(batches.start(0))
 
 
 @pytest.mark.slow
-def test_a_run_on_a_folder(tmp_path):
-    """It records what it left out, goes on when the folder has moved, and refuses one that has changed."""
+def test_a_run_records_its_data_and_resumes_only_on_the_same(tmp_path):
+    """It resumes when the folder has moved, and refuses a folder that has changed."""
     fill(tmp_path / "images")
     save(tmp_path / "images" / "no_caption.png")
-    changes = "data.source=folder data.validation_fraction=0.2 data.batch_size=4 train.checkpoint_every=1 train.sample_prompts=[] sample.steps=1 data.max_upscale=2"
     run = toy_run(
         tmp_path,
         str(tmp_path / "prepared"),
-        *changes.split(),
+        "data.source=folder",
         f"data.path={tmp_path / 'images'}",
+        "data.validation_fraction=0.2",
+        "data.batch_size=4",
+        "data.max_upscale=2",
         "train.steps=2",
+        "train.checkpoint_every=1",
+        "train.sample_prompts=[]",
+        "sample.steps=1",
         **PLAIN,
     )
     assert train(run) == 2

@@ -1,4 +1,4 @@
-"""Files of images to sRGB: as a browser would show them, or Broken."""
+"""Decoding of image files to sRGB: as browsers show them, or `UnusableError`."""
 
 import contextlib
 import errno
@@ -22,15 +22,15 @@ from radiance.data.decode import (
 )
 from tests.helpers.toy_runs import output_of
 
-DRAW = np.random.default_rng(0)
-SMOOTH = Image.fromarray(DRAW.integers(0, 256, (4, 6, 3), np.uint8)).resize(
+RNG = np.random.default_rng(0)
+SMOOTH = Image.fromarray(RNG.integers(0, 256, (4, 6, 3), np.uint8)).resize(
     (48, 32), Image.Resampling.BICUBIC
 )
 
 
-def saved(image, form, **how):
+def encode(image, image_format, **options):
     file = io.BytesIO()
-    image.save(file, form, **how)
+    image.save(file, image_format, **options)
     return file.getvalue()
 
 
@@ -40,87 +40,106 @@ def psnr(a, b):
     )
 
 
-def pixel(content, **how):
-    return decode_image(content, **how).getpixel((0, 0))
+def pixel(content, **options):
+    return decode_image(content, **options).getpixel((0, 0))
 
 
 FILES = {
-    "png": saved(SMOOTH, "PNG"),
-    "jpeg": saved(SMOOTH, "JPEG"),
-    "progressive": saved(SMOOTH, "JPEG", progressive=True),
-    "cmyk": saved(SMOOTH.convert("CMYK"), "JPEG"),
-    "webp": saved(SMOOTH, "WEBP"),
-    "lossless webp": saved(SMOOTH, "WEBP", lossless=True),
-    "gif": saved(SMOOTH.quantize(), "GIF"),
-    "bmp": saved(SMOOTH, "BMP"),
-    "tiff": saved(SMOOTH, "TIFF"),
-    "deflated tiff": saved(SMOOTH, "TIFF", compression="tiff_adobe_deflate"),
-    "jpeg 2000": saved(SMOOTH, "JPEG2000"),
-    "ppm": saved(SMOOTH, "PPM"),
-    "tga": saved(SMOOTH, "TGA", compression="tga_rle"),
+    "png": encode(SMOOTH, "PNG"),
+    "jpeg": encode(SMOOTH, "JPEG"),
+    "progressive": encode(SMOOTH, "JPEG", progressive=True),
+    "cmyk": encode(SMOOTH.convert("CMYK"), "JPEG"),
+    "webp": encode(SMOOTH, "WEBP"),
+    "lossless webp": encode(SMOOTH, "WEBP", lossless=True),
+    "gif": encode(SMOOTH.quantize(), "GIF"),
+    "bmp": encode(SMOOTH, "BMP"),
+    "tiff": encode(SMOOTH, "TIFF"),
+    "deflated tiff": encode(SMOOTH, "TIFF", compression="tiff_adobe_deflate"),
+    "jpeg 2000": encode(SMOOTH, "JPEG2000"),
+    "ppm": encode(SMOOTH, "PPM"),
+    "tga": encode(SMOOTH, "TGA", compression="tga_rle"),
 }
 if features.check("avif"):
-    FILES["avif"] = saved(SMOOTH, "AVIF")
+    FILES["avif"] = encode(SMOOTH, "AVIF")
 
 
-def test_no_jax():
-    told = "import sys, radiance.data.decode, radiance.data.captions, radiance.images; print('jax' in sys.modules)"
-    assert output_of(told) == b"False\n"
+def test_decoding_does_not_import_jax():
+    code = (
+        "import sys, radiance.data.decode, radiance.data.captions, radiance.base.images; "
+        "print('jax' in sys.modules)"
+    )
+    assert output_of(code) == b"False\n"
 
 
-# --- upright ------------------------------------------------------------------------------------------------------------
+# --- orientation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation(form, orientation):
+def test_images_are_rotated_and_flipped_by_their_orientation(image_format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = saved(SMOOTH, form, exif=exif, **({} if form == "PNG" else {"quality": 95}))
+    content = encode(
+        SMOOTH, image_format, exif=exif, **({} if image_format == "PNG" else {"quality": 95})
+    )
     upright = SMOOTH.transpose(ORIENTATION_TRANSPOSES[orientation]) if orientation > 1 else SMOOTH
     assert read_image_size(io.BytesIO(content)) == upright.size == decode_image(content).size
     assert psnr(decode_image(content), upright) > 30
 
 
-def test_an_orientation_that_cannot_be_read():
+def test_an_unreadable_orientation_is_ignored():
     for exif in (b"Exif\0\0no TIFF", b""):
-        assert read_image_size(io.BytesIO(saved(SMOOTH, "PNG", exif=exif))) == SMOOTH.size
+        assert read_image_size(io.BytesIO(encode(SMOOTH, "PNG", exif=exif))) == SMOOTH.size
 
 
 def test_the_size_of_a_png_is_read_without_its_pixels():
     assert read_image_size(io.BytesIO(FILES["png"][:60])) == SMOOTH.size
 
 
-# --- colors ------------------------------------------------------------------------------------------------------------
+# --- colors ---------------------------------------------------------------------------------------
 
 
-def tag(kind, body):
+def profile_tag(kind, body):
     return kind + b"\0\0\0\0" + body
 
 
 def matrix_profile(primaries, gamma):
-    """An ICC profile of RGB with a gamma curve; columns of `primaries` are XYZ of D50."""
-    fixed = [
-        tag(b"XYZ ", struct.pack(">3i", *np.rint(column * 65536).astype(int)))
+    """Return an RGB profile with a gamma curve; columns of `primaries` are XYZ of D50."""
+    fixed_point_tags = [
+        profile_tag(b"XYZ ", struct.pack(">3i", *np.rint(column * 65536).astype(int)))
         for column in [*primaries.T, primaries.sum(1)]
     ]
-    curve = tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0")
-    tags = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), fixed)) | {
+    curve = profile_tag(b"curv", struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0")
+    tags = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), fixed_point_tags)) | {
         name: curve for name in (b"rTRC", b"gTRC", b"bTRC")
     }
-    return profile(b"RGB ", b"XYZ ", tags)
+    return make_profile(b"RGB ", b"XYZ ", tags)
 
 
-def profile(space, connection, tags, kind=b"mntr"):
+def make_profile(color_space, connection_space, tags, kind=b"mntr"):
+    """Return an ICC profile (version 2) with these tags."""
     offset, table, body = 132 + 12 * len(tags), b"", b""
     for name, content in tags.items():
         table += name + struct.pack(">2I", offset + len(body), len(content))
         body += content + b"\0" * (-len(content) % 4)
-    head = struct.pack(">I4sI4s4s4s12s4s28x3i48x", offset + len(body), b"\0" * 4, 0x02400000, kind, space, connection, b"\0" * 12, b"acsp", 63190, 65536, 54061)  # fmt: skip
-    return head + struct.pack(">I", len(tags)) + table + body
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s28x3i48x",
+        offset + len(body),
+        b"\0" * 4,
+        0x02400000,
+        kind,
+        color_space,
+        connection_space,
+        b"\0" * 12,
+        b"acsp",
+        63190,
+        65536,
+        54061,
+    )
+    return header + struct.pack(">I", len(tags)) + table + body
 
 
-# Of D50, columns red, green and blue.
+# XYZ of D50; columns are red, green and blue.
 P3 = np.array(
     [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
 )
@@ -146,23 +165,27 @@ COLORS = [
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_profiles_lead_to_srgb(color):
+def test_colors_are_converted_by_their_profile(color):
     p3 = matrix_profile(P3, 2.2)
-    content = saved(Image.new("RGB", (8, 8), color), "PNG", icc_profile=p3)
+    content = encode(Image.new("RGB", (8, 8), color), "PNG", icc_profile=p3)
     np.testing.assert_allclose(pixel(content), p3_to_srgb(color), atol=2)
     palette = Image.new("RGB", (8, 8), color).quantize(2)
     np.testing.assert_allclose(
-        pixel(saved(palette, "PNG", icc_profile=p3)), p3_to_srgb(color), atol=2
+        pixel(encode(palette, "PNG", icc_profile=p3)), p3_to_srgb(color), atol=2
     )
-    half = Image.new("RGBA", (8, 8), (*color, 128))
-    over = 255 * (127 / 255) + p3_to_srgb(color) * (128 / 255)  # the background is sRGB already
-    np.testing.assert_allclose(pixel(saved(half, "PNG", icc_profile=p3)), over, atol=2)
+    half_opaque = Image.new("RGBA", (8, 8), (*color, 128))
+    composited = 255 * (127 / 255) + p3_to_srgb(color) * (
+        128 / 255
+    )  # the background is sRGB already
+    np.testing.assert_allclose(
+        pixel(encode(half_opaque, "PNG", icc_profile=p3)), composited, atol=2
+    )
 
 
-def test_profiles_that_change_nothing():
+def test_srgb_and_unusable_profiles_change_nothing():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     p3 = matrix_profile(P3, 2.2)
-    for wrong in (
+    for icc_profile in (
         srgb,
         b"no profile",
         b"",
@@ -170,25 +193,25 @@ def test_profiles_that_change_nothing():
         p3.replace(b"acsp", b"abcd"),
         p3.replace(b"RGB ", b"CMYK"),
     ):
-        assert np.array_equal(decode_image(saved(SMOOTH, "PNG", icc_profile=wrong)), SMOOTH)
-    grey = SMOOTH.convert("L")
-    assert np.array_equal(decode_image(saved(grey, "PNG", icc_profile=p3)), grey.convert("RGB"))
+        assert np.array_equal(decode_image(encode(SMOOTH, "PNG", icc_profile=icc_profile)), SMOOTH)
+    gray = SMOOTH.convert("L")
+    assert np.array_equal(decode_image(encode(gray, "PNG", icc_profile=p3)), gray.convert("RGB"))
 
 
-def test_a_profile_of_greys():
-    white = tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
-    linear = profile(
+def test_gray_levels_are_converted_by_their_profile():
+    white = profile_tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
+    linear = make_profile(
         b"GRAY",
         b"XYZ ",
-        {b"wtpt": white, b"kTRC": tag(b"curv", struct.pack(">IH", 1, 256) + b"\0\0")},
+        {b"wtpt": white, b"kTRC": profile_tag(b"curv", struct.pack(">IH", 1, 256) + b"\0\0")},
     )
-    told = pixel(saved(Image.new("L", (4, 4), 55), "PNG", icc_profile=linear))
-    np.testing.assert_allclose(told, 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055), atol=1)
+    level = pixel(encode(Image.new("L", (4, 4), 55), "PNG", icc_profile=linear))
+    np.testing.assert_allclose(level, 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055), atol=1)
 
 
-def test_cmyk():
-    """(1 − ink)(1 − black), where Adobe's files keep the ink inverted; with a profile, as that says."""
-    content = saved(Image.new("CMYK", (16, 16), (0, 255, 255, 51)), "JPEG", quality=100)
+def test_cmyk_is_converted_with_and_without_a_profile():
+    """Without one it is (1 − ink)(1 − black); Adobe's files store the ink inverted."""
+    content = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 51)), "JPEG", quality=100)
     np.testing.assert_allclose(pixel(content), (204, 0, 0), atol=2)
     lut = struct.pack(">4B", 4, 3, 2, 0) + struct.pack(
         ">9i", *(np.eye(3, dtype=int).ravel() * 65536)
@@ -196,47 +219,55 @@ def test_cmyk():
     lut += bytes(range(256)) * 4
     corners = [
         (255 - 255 * black, 128, 128) for *_, black in np.ndindex(2, 2, 2, 2)
-    ]  # lightness is what black leaves
+    ]  # black alone decides the lightness
     lut += bytes(np.array(corners, np.uint8).ravel()) + bytes(range(256)) * 3
-    white = tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
-    press = profile(b"CMYK", b"Lab ", {b"wtpt": white, b"A2B0": tag(b"mft1", lut)}, b"prtr")
-    half = pixel(
-        saved(Image.new("CMYK", (16, 16), (200, 0, 0, 128)), "JPEG", quality=100, icc_profile=press)
+    white = profile_tag(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
+    press = make_profile(
+        b"CMYK", b"Lab ", {b"wtpt": white, b"A2B0": profile_tag(b"mft1", lut)}, b"prtr"
     )
-    np.testing.assert_allclose(half, (118, 118, 118), atol=4)  # L* = 50 whatever the cyan
+    half_black = pixel(
+        encode(
+            Image.new("CMYK", (16, 16), (200, 0, 0, 128)), "JPEG", quality=100, icc_profile=press
+        )
+    )
+    np.testing.assert_allclose(half_black, (118, 118, 118), atol=4)  # L* = 50 whatever the cyan
 
 
-def test_transparent_pixels():
+def test_transparent_pixels_show_the_background():
     green = (0, 255, 0)
-    assert pixel(saved(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG"), background=green) == green
-    assert pixel(saved(Image.new("LA", (4, 4), (0, 51)), "PNG")) == (204, 204, 204)
-    assert pixel(saved(Image.new("P", (4, 4), 0), "PNG", transparency=0), background=green) == green
-    assert pixel(saved(Image.new("P", (4, 4), 0), "PNG", transparency=bytes([51]))) == (
+    assert pixel(encode(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG"), background=green) == green
+    assert pixel(encode(Image.new("LA", (4, 4), (0, 51)), "PNG")) == (204, 204, 204)
+    assert (
+        pixel(encode(Image.new("P", (4, 4), 0), "PNG", transparency=0), background=green) == green
+    )
+    assert pixel(encode(Image.new("P", (4, 4), 0), "PNG", transparency=bytes([51]))) == (
         204,
         204,
         204,
     )
-    assert pixel(saved(Image.new("L", (4, 4), 7), "PNG", transparency=7), background=green) == green
+    assert (
+        pixel(encode(Image.new("L", (4, 4), 7), "PNG", transparency=7), background=green) == green
+    )
     assert (
         pixel(
-            saved(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+            encode(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
             background=green,
         )
         == green
     )
     assert pixel(
-        saved(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 4)), background=green
+        encode(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 4)), background=green
     ) == (1, 2, 3)
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_greys_of_16_bits_are_scaled(form):
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_gray_levels_of_16_bits_are_scaled(image_format):
     levels = np.array([[0, 256, 0x8080, 0xFFFF]], np.uint16)
-    told = np.asarray(decode_image(saved(Image.fromarray(levels), form)))
-    assert told[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+    pixels = np.asarray(decode_image(encode(Image.fromarray(levels), image_format)))
+    assert pixels[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
 
 
-def test_greys_of_32_bits():
+def test_gray_levels_of_32_bits_are_scaled_if_their_range_is_known():
     for levels in (
         np.float32([[0, 0.5, 1]]),
         np.float32([[0, 127.5, 255]]),
@@ -244,7 +275,7 @@ def test_greys_of_32_bits():
     ):
         assert (
             np.abs(
-                np.asarray(decode_image(saved(Image.fromarray(levels), "TIFF")))[0, :, 0]
+                np.asarray(decode_image(encode(Image.fromarray(levels), "TIFF")))[0, :, 0]
                 - np.array([0.0, 128, 255])
             ).max()
             <= 1
@@ -255,21 +286,21 @@ def test_greys_of_32_bits():
         np.float32([[0, 1e9]]),
         np.int32([[-5, 5]]),
     ):
-        with pytest.raises(UnusableError, match="unknown range of greys"):
-            decode_image(saved(Image.fromarray(levels), "TIFF"))
+        with pytest.raises(UnusableError, match="unknown range of gray levels"):
+            decode_image(encode(Image.fromarray(levels), "TIFF"))
 
 
-def test_other_modes():
-    assert pixel(saved(Image.new("1", (4, 4), 1), "PNG")) == (255, 255, 255)
+def test_other_modes_are_converted():
+    assert pixel(encode(Image.new("1", (4, 4), 1), "PNG")) == (255, 255, 255)
     np.testing.assert_allclose(
-        pixel(saved(Image.new("YCbCr", (4, 4), (128, 128, 128)), "TIFF")), 128, atol=1
+        pixel(encode(Image.new("YCbCr", (4, 4), (128, 128, 128)), "TIFF")), 128, atol=1
     )
     np.testing.assert_allclose(
-        pixel(saved(Image.new("LAB", (4, 4), (128, 128, 128)), "TIFF")), 119, atol=2
+        pixel(encode(Image.new("LAB", (4, 4), (128, 128, 128)), "TIFF")), 119, atol=2
     )
 
 
-# --- smaller and cut ----------------------------------------------------------------------------------------------------
+# --- smaller JPEGs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(1024, 768), (1021, 779)])
@@ -277,21 +308,22 @@ def test_other_modes():
 def test_a_large_jpeg_is_decoded_smaller(size, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = saved(SMOOTH.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
-    whole, cover = decode_image(content), (64, 48)[:: 1 if orientation == 1 else -1]
-    for asked in (cover, (cover[0] * 3, cover[1] * 3)):
-        small = decode_image(content, asked)
-        assert small.size in [
-            (whole.width // f, whole.height // f) for f in (2, 4, 8)
-        ]  # no pixel of a part of the image
-        assert small.width >= 2 * asked[0]
-        assert small.height >= 2 * asked[1]
-        assert psnr(*(np.asarray(to_image(to_array(x, *asked))) for x in (small, whole))) > 38
-    assert decode_image(content, whole.size).size == whole.size
+    content = encode(SMOOTH.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+    full_image, size = decode_image(content), (64, 48)[:: 1 if orientation == 1 else -1]
+    for cover_size in (size, (size[0] * 3, size[1] * 3)):
+        small_image = decode_image(content, cover_size)
+        # Pixels that the image covers only partly are cropped.
+        sizes = [(full_image.width // f, full_image.height // f) for f in (2, 4, 8)]
+        assert small_image.size in sizes
+        assert small_image.width >= 2 * cover_size[0]
+        assert small_image.height >= 2 * cover_size[1]
+        resized = [to_image(to_array(image, *cover_size)) for image in (small_image, full_image)]
+        assert psnr(*map(np.asarray, resized)) > 38
+    assert decode_image(content, full_image.size).size == full_image.size
     assert decode_image(FILES["png"], (4, 4)).size == SMOOTH.size
 
 
-# --- what cannot be used ------------------------------------------------------------------------------------------------
+# --- unusable files -------------------------------------------------------------------------------
 
 
 def chunk(name, content):
@@ -311,57 +343,57 @@ def png(width, height, *chunks):
     )
 
 
-def frames(form):
+def frames(image_format):
     first, second = (Image.new("RGB", (12, 10), color) for color in ("red", "blue"))
-    return saved(first, form, save_all=True, append_images=[second])
+    return encode(first, image_format, save_all=True, append_images=[second])
 
 
 def jpeg_of_many_scans():
-    content = saved(Image.new("L", (5000, 5000)), "JPEG", progressive=True)
+    content = encode(Image.new("L", (5000, 5000)), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     return content[:-2] + content[last:-2] * 2000 + content[-2:]
 
 
 ZEROS = chunk(b"IDAT", zlib.compress(b"\0" * 10**7)) + chunk(b"IEND", b"")
-UNFIT = {
+UNUSABLE = {
     "page": (b"<!DOCTYPE html>404", "not an image"),
     "empty": (b"", "not an image"),
     "postscript": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "not an image",
     ),
-    "icon": (saved(SMOOTH, "ICO", sizes=[(16, 16)]), "not an image"),
+    "icon": (encode(SMOOTH, "ICO", sizes=[(16, 16)]), "not an image"),
     "gif": (frames("GIF"), "animated"),
     "apng": (frames("PNG"), "animated"),
     "webp": (frames("WEBP"), "animated"),
-    "claimed": (png(60_000, 60_000, ZEROS), "too large"),
+    "png that claims to be large": (png(60_000, 60_000, ZEROS), "too large"),
     "just too large": (png(MAX_PIXELS // 1000 + 1, 1000, ZEROS), "too large"),
     "absurd": (png(2**31 - 1, 2**31 - 1, ZEROS), "too large"),
-    "gif's claim": (
-        saved(SMOOTH.quantize(), "GIF").replace(struct.pack("<2H", 48, 32), b"\xff" * 4, 1),
+    "gif that claims to be large": (
+        encode(SMOOTH.quantize(), "GIF").replace(struct.pack("<2H", 48, 32), b"\xff" * 4, 1),
         "too large",
     ),
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_what_a_head_tells(case, recwarn):
-    content, kind = UNFIT[case]
-    for look in (lambda: read_image_size(io.BytesIO(content)), lambda: decode_image(content)):
-        with pytest.raises(UnusableError) as told:
-            look()
-        assert told.value.kind == kind
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_headers_of_unusable_images_raise_an_error(case, recwarn):
+    content, kind = UNUSABLE[case]
+    for read in (lambda: read_image_size(io.BytesIO(content)), lambda: decode_image(content)):
+        with pytest.raises(UnusableError) as error:
+            read()
+        assert error.value.kind == kind
     assert not recwarn.list
-    assert pickle.loads(pickle.dumps(told.value)).kind == kind
+    assert pickle.loads(pickle.dumps(error.value)).kind == kind
 
 
-def test_photographs_with_previews_and_pages_are_still():
+def test_photographs_with_previews_or_pages_are_not_animated():
     assert pixel(frames("MPO"))[0] > 200
     assert pixel(frames("TIFF")) == (255, 0, 0)
 
 
-def test_bombs():
-    content = saved(Image.new("1", (9000, 9900)), "PNG")  # real, of 12 KB, and just small enough
+def test_decompression_bombs_raise_an_error():
+    content = encode(Image.new("1", (9000, 9900)), "PNG")  # 12 KB, and just small enough
     assert decode_image(content).size == (9000, 9900)
     row = chunk(b"IDAT", zlib.compress(b"\0" * 5)) + chunk(b"IEND", b"")
     assert decode_image(png(4, 1, row)).size == (4, 1)
@@ -372,40 +404,40 @@ def test_bombs():
         decode_image(jpeg_of_many_scans())
 
 
-def test_a_file_that_fails_is_no_broken_image():
-    class Failing(io.BytesIO):
+def test_an_error_of_the_storage_is_not_a_broken_image():
+    class FailingFile(io.BytesIO):
         def read(self, *_):
             raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output"):
-        read_image_size(Failing(FILES["png"]))
+        read_image_size(FailingFile(FILES["png"]))
 
 
-@pytest.mark.parametrize("form", FILES)
-def test_files_cut_short(form):
-    """Never half an image: what lacks only its last bytes may still be whole."""
-    content = FILES[form]
-    whole = np.asarray(decode_image(content))
+@pytest.mark.parametrize("image_format", FILES)
+def test_truncated_files_are_never_decoded_in_part(image_format):
+    """A file that lacks only its last bytes may still be complete."""
+    content = FILES[image_format]
+    complete = np.asarray(decode_image(content))
     for tenth in range(10):
         with pytest.raises(UnusableError):
             decode_image(content[: len(content) * tenth // 10])
-    for cut in (1, 2, 3, 8, 12):
+    for num_missing in (1, 2, 3, 8, 12):
         with contextlib.suppress(UnusableError):
-            assert np.array_equal(decode_image(content[:-cut]), whole)
+            assert np.array_equal(decode_image(content[:-num_missing]), complete)
 
 
-def test_wrong_bytes(recwarn):
-    """Each file is an image or Broken; the slowest is printed, to be looked at."""
-    draw, slowest = np.random.default_rng(1), (0.0, "")
+def test_files_with_wrong_bytes_are_decoded_or_unusable(recwarn):
+    """The time of the slowest file is printed."""
+    rng, slowest = np.random.default_rng(1), (0.0, "")
     for i in range(2000):
-        form = list(FILES)[i % len(FILES)]
-        content = bytearray(FILES[form])
-        for place in draw.integers(0, len(content) if i % 2 else 200, draw.integers(1, 6)):
-            content[place] = draw.integers(256)
+        image_format = list(FILES)[i % len(FILES)]
+        content = bytearray(FILES[image_format])
+        for position in rng.integers(0, len(content) if i % 2 else 200, rng.integers(1, 6)):
+            content[position] = rng.integers(256)
         start = time.perf_counter()
         with contextlib.suppress(UnusableError):
             read_image_size(io.BytesIO(content))
             decode_image(bytes(content), (8, 8))
-        slowest = max(slowest, (time.perf_counter() - start, form))
+        slowest = max(slowest, (time.perf_counter() - start, image_format))
     print(f"slowest: {slowest[0]:.3f} s, {slowest[1]}")
     assert not recwarn.list
