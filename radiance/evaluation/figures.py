@@ -198,7 +198,7 @@ def _make_axes(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(GRAY)
-    axes.tick_params(colors=GRAY, labelsize=8)
+    axes.tick_params(which="both", colors=GRAY, labelsize=8)
     axes.grid(color=GRID_COLOR, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_title(title, color=GRAY, fontsize=9, parse_math=False)

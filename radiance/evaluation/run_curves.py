@@ -188,4 +188,4 @@ def _bin_color(i: int, num_bins: int) -> str:
     import matplotlib
     from matplotlib.colors import to_hex
 
-    return to_hex(matplotlib.colormaps["plasma"](0.15 + 0.7 * i / max(num_bins - 1, 1)))
+    return to_hex(matplotlib.colormaps["plasma"](0.3 + 0.55 * i / max(num_bins - 1, 1)))

@@ -48,7 +48,8 @@ def test_a_legend_has_the_named_lines():
 
 def test_svg_is_reproducible_and_transparent():
     def draw() -> str:
-        return render_svg(plot_lines("<loss & $x>", "x", [Line("name", [(0, 1.0), (1, 2.0)])]))
+        lines = [Line("name", [(0, 1.0), (1, 2.0)])]
+        return render_svg(plot_lines("<loss & $x>", "x", lines, log_scale=True))
 
     svg = draw()
     assert svg == draw()
