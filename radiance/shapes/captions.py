@@ -94,9 +94,7 @@ class Phrase(NamedTuple):
     values: dict[str, str]  # of the templates' placeholders
 
 
-def make_caption(
-    scene: Scene, caption_lengths: CaptionLengths = "mixed", max_tokens: int = 256
-) -> Caption:
+def make_caption(scene: Scene, caption_lengths: CaptionLengths, max_tokens: int) -> Caption:
     """Write the caption of a scene. It is a function of the arguments.
 
     Args:

@@ -89,7 +89,7 @@ def test_length_does_not_depend_on_the_image(caption_lengths, max_tokens, median
 
 def test_half_of_the_captions_name_the_background():
     for caption_lengths in ("short", "mixed", "full"):
-        captions = [make_caption(scene, caption_lengths) for scene in TRAINING_SCENES]
+        captions = [make_caption(scene, caption_lengths, 256) for scene in TRAINING_SCENES]
         fraction = np.mean([caption.description.background is not None for caption in captions])
         assert abs(fraction - 0.5) < 0.09
 

@@ -227,7 +227,7 @@ def test_scores_weight_all_objects_alike():
 @pytest.mark.parametrize("caption_lengths", ["short", "full"])
 def test_chance_is_the_score_with_captions_of_other_images(caption_lengths):
     """The tolerance is 4.5 standard deviations around the expected values."""
-    described = [make_caption(scene, caption_lengths).description for scene in SCENES]
+    described = [make_caption(scene, caption_lengths, 256).description for scene in SCENES]
     readings = [Reading(scene.objects, scene.background) for scene in SCENES]
     assert score_readings(readings, described)[:4] == (1, 1, 1, 1)
     scores = score_chance(readings, described)
