@@ -1,73 +1,128 @@
-"""The interface of text encoders."""
+"""The interface of text encoders: texts to embeddings [b, l, d] and lengths [b].
+
+Lengths count real tokens, end-of-sequence included. The row behind them belongs to a padding token,
+which published models see (`model.masking` "one_pad"); T5 computes it with the real tokens in view,
+so it differs from text to text. Later rows, which only masking "off" sees, repeat it; the random T5
+computes them too.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Int32, Shaped
 
 from radiance.base.errors import TextError
 
-LENGTH_STEP = 16  # texts are cut to multiples of this, so that few shapes are compiled
+LENGTH_STEP = 16  # texts are padded to multiples of it, so that few shapes are compiled
+MAX_QUOTED_CHARACTERS = 60  # of a text in an error message
+
+Embeddings = Shaped[np.ndarray, "b l d"]  # float32 or bfloat16
 
 
 class TextEmbedding(NamedTuple):
-    """One text."""
+    """The embedding of one text.
 
-    rows: Float[
-        np.ndarray, "n d"
-    ]  # of the real tokens and of padding, at least one, as far as the limit goes; not to be written to
-    length: int  # real tokens
+    Attributes:
+        rows: Rows of the real tokens and of padding, at least one, up to the maximum length;
+            read-only.
+        length: Number of real tokens.
+    """
+
+    rows: Shaped[np.ndarray, "n d"]
+    length: int
 
 
 class TextEncoder:
-    """What all encoders have. A subclass gives `count` and `encode`."""
+    """Interface of text encoders; a subclass has `count_tokens` and `encode`.
 
-    kind: str  # as text.encoder names it
-    dim: int  # of the embeddings
-    max_length: int  # tokens
-    dtype: np.dtype  # of the embeddings
-    identity: str  # a hash of what the embeddings depend on besides the text and the limit
+    Attributes:
+        kind: The setting `text.encoder` of this encoder.
+        dim: Size of an embedding.
+        max_length: Maximum number of tokens.
+        dtype: Type of the embeddings.
+        identity: A hash of everything that embeddings depend on besides text and maximum length.
+    """
+
+    kind: str
+    dim: int
+    max_length: int
+    dtype: np.dtype
+    identity: str
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of `text`, end-of-sequence included, without a limit."""
+        """Count the tokens of a text, end-of-sequence included, without a maximum."""
         raise NotImplementedError
 
     def encode(self, texts: Sequence[str], truncate: bool = False) -> list[TextEmbedding]:
-        """The embeddings without padding but the first. Raises TextError for a text over the limit, unless `cut`."""
+        """Encode texts without padding to a common length.
+
+        Args:
+            texts: Texts.
+            truncate: Whether to cut texts at the maximum length.
+
+        Returns:
+            Their embeddings.
+
+        Raises:
+            TextError: If a text is too long and `truncate` is false.
+        """
         raise NotImplementedError
 
     def __call__(
         self, texts: Sequence[str], truncate: bool = False
-    ) -> tuple[Float[np.ndarray, "b l d"], Int32[np.ndarray, " b"]]:
-        """Embeddings padded to the limit, and lengths. Raises TextError for a text over the limit, unless `cut`."""
+    ) -> tuple[Embeddings, Int32[np.ndarray, " b"]]:
+        """Encode texts, and pad them to the maximum length.
+
+        Args:
+            texts: Texts.
+            truncate: Whether to cut texts at the maximum length.
+
+        Returns:
+            Embeddings and lengths.
+
+        Raises:
+            TextError: If a text is too long and `truncate` is false.
+        """
         return self.pad_embeddings(self.encode(texts, truncate), self.max_length)
 
     def pad_embeddings(
-        self, text_embeddings: Sequence[TextEmbedding], width: int
-    ) -> tuple[Float[np.ndarray, "b {width} d"], Int32[np.ndarray, " b"]]:
-        """Embeddings in one array, and lengths; what is longer than `width` is cut.
+        self, text_embeddings: Sequence[TextEmbedding], padded_length: int
+    ) -> tuple[Embeddings, Int32[np.ndarray, " b"]]:
+        """Pad or cut embeddings to a common length.
 
-        At 512 tokens of 4096 numbers a text takes 4 MB in bfloat16: who needs no more than the visible ones pads to fewer.
+        512 tokens of 4096 numbers take 4 MB in bfloat16, so pad to the visible tokens if no others
+        are needed.
+
+        Args:
+            text_embeddings: Embeddings of texts.
+            padded_length: Rows of each text in the result.
+
+        Returns:
+            Embeddings and lengths.
         """
-        embeddings = np.empty((len(text_embeddings), width, self.dim), self.dtype)
+        shape = (len(text_embeddings), padded_length, self.dim)
+        embeddings = np.empty(shape, self.dtype)
         for out, (rows, _) in zip(embeddings, text_embeddings):
-            out[: len(rows)], out[len(rows) :] = rows[:width], rows[-1]
-        return embeddings, np.array([min(length, width) for _, length in text_embeddings], np.int32)
+            out[: len(rows)], out[len(rows) :] = rows[:padded_length], rows[-1]
+        lengths = [min(length, padded_length) for _, length in text_embeddings]
+        return embeddings, np.array(lengths, np.int32)
 
     def check_length(self, text: str, num_tokens: int, truncate: bool):
-        """Raises TextError for a text of `count` tokens that is over the limit and must not be cut."""
+        """Raise TextError for a text of `num_tokens` tokens that is too long, unless it is cut."""
         if num_tokens > self.max_length and not truncate:
             raise TextError(
-                f"The prompt {quote_text(text)} has {num_tokens} tokens, and the limit is {self.max_length}: shorten it, or raise text.max_length."
+                f"The prompt {quote_text(text)} has {num_tokens} tokens, and the limit is "
+                f"{self.max_length}: shorten it, or raise text.max_length."
             )
 
 
 def round_up_length(num_tokens: int, max_length: int, step: int = LENGTH_STEP) -> int:
-    """The least multiple of `step` that holds that many tokens, at most the limit."""
+    """Round a number of tokens up to a multiple of `step`, at most `max_length`."""
     return min(-(-num_tokens // step) * step, max_length)
 
 
 def quote_text(text: str) -> str:
-    """A text as an error names it."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    """Quote a text for an error message, shortened if it is long."""
+    is_long = len(text) > MAX_QUOTED_CHARACTERS
+    return repr(text[: MAX_QUOTED_CHARACTERS - 3] + "..." if is_long else text)

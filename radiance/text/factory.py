@@ -1,16 +1,14 @@
-"""Text in, (embeddings [b, l, d], lengths [b]) out: the interface of all encoders, one that needs no download, and T5.
-
-`lengths` counts real tokens, the end of the sequence included. The row behind them is a padding token's, which the published
-models see (`masking: one_pad`); T5 computes it with the real tokens in view, so it is not the same in every text. The rows behind
-that one, which only `masking: off` sees, repeat it; the random T5 gives them too.
-"""
+"""Make the text encoder, or the token counter, of a configuration."""
 
 from collections.abc import Callable
 
 from radiance import config
+from radiance.base.errors import ConfigError
 from radiance.text import t5
+from radiance.text.embedding_cache import CachedEncoder
 from radiance.text.encoder import TextEncoder
 from radiance.text.hash_encoder import HashEncoder
+from radiance.text.random_t5 import RandomT5Encoder
 from radiance.text.t5_encoder import T5Encoder
 from radiance.text.tokenizers import open_tokenizer
 
@@ -18,39 +16,61 @@ from radiance.text.tokenizers import open_tokenizer
 def make_encoder(
     text: config.Text, dim: int, shardings: Callable[[t5.Params], t5.Params] | None = None
 ) -> TextEncoder:
-    """The encoder of a config; with `text.cache`, one that looks texts up there and encodes those it does not find.
+    """Make the encoder of a configuration.
 
-    dim: the model's `text_dim`; ConfigError when the encoder has another. shardings: gives the places of T5's parameters.
+    Args:
+        text: Settings. With `text.cache` the encoder reads embeddings there, and encodes the texts
+            that it does not find.
+        dim: Size of an embedding that the model reads (`model.text_dim`).
+        shardings: Function from T5's parameter shapes to their shardings.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ConfigError: If T5 has neither weights nor a cache, or the encoder has another size.
     """
-    from radiance.text.embedding_cache import CachedEncoder  # which is an Encoder itself
-    from radiance.text.random_t5 import RandomT5Encoder
-
-    if text.encoder == "t5" and not text.file and not text.cache:
-        raise config.ConfigError(
-            "text.encoder=t5 needs T5's weights (text.file=FILE.safetensors or .gguf) or embeddings that `radiance encode` made (text.cache=FOLDER)."
-        )
-    encoder: TextEncoder | None = None
-    if text.encoder == "hash":
-        encoder = HashEncoder(dim, text.max_length)
-    elif text.encoder == "random_t5":
-        encoder = RandomT5Encoder(dim, text.max_length, text.dtype)
-    elif text.file:
-        encoder = T5Encoder(text.file, text.tokenizer, text.max_length, text.dtype, shardings)
+    encoder = _make_network_encoder(text, dim, shardings)
     if text.cache:
         encoder = CachedEncoder(text.cache, text.encoder, text.max_length, encoder)
+    if encoder is None:
+        raise ConfigError(
+            "text.encoder=t5 needs T5's weights (text.file=FILE.safetensors or .gguf) or "
+            "embeddings that `radiance encode` made (text.cache=FOLDER)."
+        )
     if encoder.dim != dim:
-        origin = text.file or text.cache
-        raise config.ConfigError(
-            f"{origin} gives embeddings of {encoder.dim} numbers, but model.text_dim is {dim}: set model.text_dim={encoder.dim}, or give another."
+        raise ConfigError(
+            f"{text.file or text.cache} gives embeddings of {encoder.dim} numbers, but "
+            f"model.text_dim is {dim}: set model.text_dim={encoder.dim}, or use another encoder."
         )
     return encoder
 
 
-def make_token_counter(text: config.Text) -> Callable[[str], int]:
-    """`Encoder.count` of a config's encoder, for which T5's tokenizer alone will do. Raises ConfigError when there is not even that."""
-    from radiance.text.embedding_cache import CachedEncoder  # which is an Encoder itself
-    from radiance.text.random_t5 import RandomT5Encoder
+def _make_network_encoder(
+    text: config.Text, dim: int, shardings: Callable[[t5.Params], t5.Params] | None
+) -> TextEncoder | None:
+    """Make the encoder without a cache; None for a T5 without weights."""
+    if text.encoder == "hash":
+        return HashEncoder(dim, text.max_length)
+    if text.encoder == "random_t5":
+        return RandomT5Encoder(dim, text.max_length, text.dtype)
+    if text.file:
+        return T5Encoder(text.file, text.tokenizer, text.max_length, text.dtype, shardings)
+    return None
 
+
+def make_token_counter(text: config.Text) -> Callable[[str], int]:
+    """Make `TextEncoder.count_tokens` of a configuration; T5's tokenizer suffices for it.
+
+    Args:
+        text: Settings.
+
+    Returns:
+        A function from a text to its number of tokens.
+
+    Raises:
+        ConfigError: If T5 has neither tokenizer nor weights nor a cache.
+    """
     if text.encoder == "hash":
         return HashEncoder(1, text.max_length).count_tokens
     if text.encoder == "random_t5":
@@ -62,6 +82,7 @@ def make_token_counter(text: config.Text) -> Callable[[str], int]:
         return T5Encoder(text.file, max_length=text.max_length).count_tokens
     if text.cache:
         return CachedEncoder(text.cache, text.encoder, text.max_length).count_tokens
-    raise config.ConfigError(
-        "text.encoder=t5 counts tokens with T5's tokenizer: give it as text.tokenizer (spiece.model or tokenizer.json), or change text.encoder."
+    raise ConfigError(
+        "text.encoder=t5 counts tokens with T5's tokenizer: set text.tokenizer (spiece.model or "
+        "tokenizer.json), or change text.encoder."
     )

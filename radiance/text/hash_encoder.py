@@ -1,4 +1,4 @@
-"""A text encoder without learned weights or downloads: hashed word pieces."""
+"""A text encoder without learned weights or downloads: hashed words."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float32
 
 from radiance.base.hashing import hash_parts
 from radiance.text.encoder import TextEmbedding, TextEncoder
@@ -18,11 +18,12 @@ UNSPACED_LETTERS = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020
 
 
 class HashEncoder(TextEncoder):
-    """Each word, with its neighbors as n-grams, to fixed Gaussian vectors: any language, no vocabulary, nothing learned.
+    """Maps words and their neighbors to fixed Gaussian vectors, for any language.
 
-    Row i is the sum of the vectors of word i, of the pair before it and of the pair after it, scaled to unit variance. The pairs
-    bind "red" to "square"; a bag of words cannot. Letters of scripts written without spaces are words of their own.
-    The vectors come from NumPy's frozen legacy generator, so they are the same everywhere and always.
+    Row i is the sum of the vectors of word i, of the pair that ends with it and of the pair that
+    begins with it, scaled to unit variance. The pairs bind "red" to "square"; a bag of words
+    cannot. Letters of scripts that are written without spaces are words of their own. The vectors
+    come from NumPy's frozen legacy generator, so they are the same on every machine and version.
     """
 
     kind = "hash"
@@ -34,16 +35,19 @@ class HashEncoder(TextEncoder):
 
     @staticmethod
     def split_words(text: str) -> list[str]:
+        """Split a text, normalized and in lower case, into words and punctuation marks."""
         text = unicodedata.normalize("NFKC", text).casefold()
         return re.findall(rf"[{UNSPACED_LETTERS}]|[^\W{UNSPACED_LETTERS}]+|[^\w\s]", text)
 
     def count_tokens(self, text: str) -> int:
+        """Count the words and punctuation marks of a text, and its end."""
         return len(self.split_words(text)) + 1
 
     def encode(self, texts: Sequence[str], truncate: bool = False) -> list[TextEmbedding]:
+        """Encode texts; see `TextEncoder.encode`."""
         return [self._encode_text(text, truncate) for text in texts]
 
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=4096)  # noqa: B019 (few encoders are made, and they live as long as a run)
     def _encode_text(self, text: str, truncate: bool) -> TextEmbedding:
         words = self.split_words(text)
         self.check_length(text, len(words) + 1, truncate)
@@ -55,15 +59,13 @@ class HashEncoder(TextEncoder):
             sum(gaussian_vector(ngram, self.dim) for ngram in row) / np.sqrt(3, dtype=np.float32)
             for row in ngrams
         ]
-        return TextEmbedding(
-            np.stack([*rows, gaussian_vector(self.PAD_WORD, self.dim)][: self.max_length]),
-            len(words),
-        )
+        rows = [*rows, gaussian_vector(self.PAD_WORD, self.dim)][: self.max_length]
+        return TextEmbedding(np.stack(rows), len(words))
 
 
 @lru_cache(maxsize=65536)
-def gaussian_vector(ngram: str, dim: int) -> Float[np.ndarray, " d"]:
-    """Numbers that the text alone decides, the same everywhere and always. Not to be written to."""
+def gaussian_vector(ngram: str, dim: int) -> Float32[np.ndarray, " {dim}"]:
+    """Return a read-only Gaussian vector that depends on a text alone."""
     seed = np.frombuffer(
         hashlib.blake2b(ngram.encode(errors="surrogatepass"), digest_size=16).digest(), "<u4"
     )

@@ -6,28 +6,35 @@ from pathlib import Path
 
 import numpy as np
 
-from radiance import config
+from radiance.base.errors import ConfigError
 from radiance.base.hashing import hash_parts
 from radiance.text import t5
 from radiance.text.encoder import LENGTH_STEP, TextEmbedding, TextEncoder, round_up_length
+from radiance.text.t5_weights import T5Weights
 from radiance.text.tokenizers import PAD_ID, open_tokenizer
 from radiance.weights.tensors import DTYPES
 
-MAX_BATCH_TOKENS = (
-    4096  # of a batch of T5; the attention of 64 heads then takes at most half a gigabyte
-)
+MAX_BATCH_TOKENS = 4096  # tokens of a batch; the attention of 64 heads then takes 0.5 GB at most
 
 
 class BaseT5Encoder(TextEncoder):
-    """What runs T5's network. Texts of like length are encoded together, in arrays of few shapes; the weights are loaded by the
-    first text. Safe to call from several threads, which take turns.
+    """Base of the encoders that run T5.
 
-    A subclass gives `sizes`, `tokenizer` and `_load`, and calls this one's `__init__`.
+    Texts of similar length are encoded together, in arrays of few shapes; the first text loads the
+    weights. Threads may share an encoder; they take turns. A subclass sets `sizes` and `tokenizer`,
+    has `_load_params`, and calls `__init__` of this class.
+
+    Attributes:
+        sizes: Sizes of the network.
+        tokenizer: Function from a text to token ids, end-of-sequence last.
+        num_padding_rows: Rows of padding that are kept: "one_pad" sees one, and for masking "off"
+            later rows repeat the last one.
+        length_step: Texts are padded to multiples of it.
     """
 
     sizes: t5.T5
-    tokenizer: Callable[[str], list[int]]  # the end of the sequence last
-    num_padding_rows = 1  # rows of padding that are kept: `one_pad` sees one, and for `off` those behind repeat the last
+    tokenizer: Callable[[str], list[int]]
+    num_padding_rows = 1
     length_step = LENGTH_STEP
 
     def __init__(self):
@@ -38,34 +45,35 @@ class BaseT5Encoder(TextEncoder):
         raise NotImplementedError
 
     def count_tokens(self, text: str) -> int:
+        """Count the tokens of a text; see `TextEncoder.count_tokens`."""
         return len(self.tokenizer(text))
 
     def encode(self, texts: Sequence[str], truncate: bool = False) -> list[TextEmbedding]:
+        """Encode texts; see `TextEncoder.encode`."""
+        # Group the texts by padded length
         ids_by_length: dict[int, dict[str, list[int]]] = {}
         for text in texts:
             ids = self.tokenizer(text)
             self.check_length(text, len(ids), truncate)
             ids = [*ids[:-1][: self.max_length - 1], ids[-1]]
-            ids_by_length.setdefault(
-                round_up_length(
-                    len(ids) + self.num_padding_rows, self.max_length, self.length_step
-                ),
-                {},
-            )[text] = ids
+            num_rows = len(ids) + self.num_padding_rows
+            padded_length = round_up_length(num_rows, self.max_length, self.length_step)
+            ids_by_length.setdefault(padded_length, {})[text] = ids
+
+        # Encode the groups in batches
         embeddings: dict[str, TextEmbedding] = {}
         with self._lock:
-            for padded_length, ids in sorted(ids_by_length.items()):
-                batch_size, group_texts = max(MAX_BATCH_TOKENS // padded_length, 1), list(ids)
+            for padded_length, ids_by_text in sorted(ids_by_length.items()):
+                batch_size = max(MAX_BATCH_TOKENS // padded_length, 1)
+                group_texts, group_ids = list(ids_by_text), list(ids_by_text.values())
                 for start in range(0, len(group_texts), batch_size):
-                    batch_texts = group_texts[start : start + batch_size]
-                    embeddings |= zip(
-                        batch_texts,
-                        self._encode_ids([ids[text] for text in batch_texts], padded_length),
-                    )
+                    rows = slice(start, start + batch_size)
+                    batch_embeddings = self._encode_ids(group_ids[rows], padded_length)
+                    embeddings |= zip(group_texts[rows], batch_embeddings)
         return [embeddings[text] for text in texts]
 
     def _encode_ids(self, token_ids: list[list[int]], padded_length: int) -> list[TextEmbedding]:
-        """Of texts that fit into `width`; their number is filled up to a power of two."""
+        """Encode texts of at most `padded_length` tokens; the batch is padded to a power of two."""
         if self._params is None:
             self._params = self._load_params()
         ids = np.full((1 << (len(token_ids) - 1).bit_length(), padded_length), PAD_ID, np.int32)
@@ -80,9 +88,20 @@ class BaseT5Encoder(TextEncoder):
 
 
 class T5Encoder(BaseT5Encoder):
-    """T5 v1.1's last layer, its padding masked as Chroma's is (FLUX's own pipelines let T5 read the padding).
+    """The encoder of T5 v1.1, with masked padding as in Chroma (in FLUX's pipelines T5 sees it).
 
-    The file's header and the tokenizer are read at once, and their faults told.
+    The file's header and the tokenizer are read at once.
+
+    Args:
+        file: T5's weights, a file or a folder.
+        tokenizer: A tokenizer's file or folder; by default it is looked for beside the weights.
+        max_length: Maximum number of tokens.
+        dtype: Type of weights and products.
+        shardings: Function from the parameters' shapes to their shardings.
+
+    Raises:
+        CheckpointError: If the weights or the tokenizer cannot be read.
+        ConfigError: If the tokenizer has more tokens than the network.
     """
 
     kind = "t5"
@@ -96,16 +115,20 @@ class T5Encoder(BaseT5Encoder):
         shardings: Callable[[t5.Params], t5.Params] | None = None,
     ):
         super().__init__()
-        self.weights = t5.T5Weights(Path(file).expanduser())
+        self.weights = T5Weights(Path(file).expanduser())
         self.sizes = self.weights.sizes
-        self.tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
-        if self.tokenizer.vocab_size > self.sizes.vocabulary:
-            raise config.ConfigError(
-                f"{self.tokenizer.path} has {self.tokenizer.vocab_size} tokens, and {self.weights.file.path} vectors for {self.sizes.vocabulary}: "
-                "give the tokenizer of that model as text.tokenizer."
+        opened_tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
+        if opened_tokenizer.vocab_size > self.sizes.vocabulary:
+            raise ConfigError(
+                f"{opened_tokenizer.path} has {opened_tokenizer.vocab_size} tokens, and "
+                f"{self.weights.file.path} vectors for {self.sizes.vocabulary}: set text.tokenizer "
+                "to the tokenizer of that model."
             )
+        self.tokenizer = opened_tokenizer
         self.dim, self.max_length, self.dtype = self.sizes.hidden, max_length, DTYPES[dtype]
-        self.identity = hash_parts("t5", self.weights.fingerprint(), self.tokenizer.identity, dtype)
+        self.identity = hash_parts(
+            "t5", self.weights.fingerprint(), opened_tokenizer.identity, dtype
+        )
         self._shardings = shardings
 
     def _load_params(self) -> t5.Params:

@@ -1,9 +1,10 @@
-"""T5's tokenizer, from its SentencePiece model or from the `tokenizer.json` that Hugging Face makes of it.
+"""T5's tokenizer, from its SentencePiece model or from Hugging Face's `tokenizer.json`.
 
-Both give the ids that transformers' T5Tokenizer gives. That includes control text in a prompt: "</s>", "<pad>", "<unk>" and
-"<extra_id_0>" to "<extra_id_99>" become the tokens they name (SentencePiece alone would spell them out). One thing differs:
-a letter and its accent as two characters, with a joiner or an emoji modifier right behind them, are one letter to SentencePiece
-and two to the `tokenizers` package.
+Both give the ids of transformers' T5Tokenizer. This includes control text in a prompt: "</s>",
+"<pad>", "<unk>" and "<extra_id_0>" to "<extra_id_99>" become the tokens of those names, where
+SentencePiece alone would spell them out. There is one difference: a letter and its accent as two
+characters, followed by a joiner or an emoji modifier, are one letter for SentencePiece and two for
+the `tokenizers` package.
 """
 
 import hashlib
@@ -16,65 +17,91 @@ from radiance.base.errors import CheckpointError
 
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 PAD_ID, END_ID = 0, 1
-PROBE_TEXT = "a cat \ue000"  # with a letter that no tokenizer knows: some files are read, and fail at such a text
-NUM_SENTINELS = 100  # with ids after the pieces, the last one first
+PROBE_TEXT = "a cat \ue000"  # has a letter that no tokenizer knows: damaged files fail with it
+NUM_SENTINELS = 100  # their ids follow those of the pieces, the last sentinel first
+
+OpenedTokenizer = tuple[Callable[[str], list[int]], int, dict[str, int | None]]
 
 
 class Tokenizer:
-    """Text in, ids out, the end of the sequence (1) last. Ids are below `size`."""
+    """A function from a text to token ids, end-of-sequence (1) last.
+
+    Args:
+        path: The tokenizer's file.
+        tokenize: Function from a text to token ids, without end-of-sequence.
+        vocab_size: A number above all ids.
+    """
 
     def __init__(self, path: Path, tokenize: Callable[[str], list[int]], vocab_size: int):
         self.path, self.tokenize, self.vocab_size = path, tokenize, vocab_size
         self.identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
     def __call__(self, text: str) -> list[int]:
-        """Half of a surrogate pair, which is no text, becomes U+FFFD."""
+        """Convert a text to token ids; lone surrogates, which are invalid, become U+FFFD."""
         valid_text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return [*self.tokenize(valid_text), END_ID]
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or of the model in a folder (see `find`).
+    """Open the tokenizer in a file, or of the model in a folder (see `find_tokenizer`).
 
-    Raises CheckpointError when there is none, when the file is damaged, or when it is not T5's.
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: If there is none, if the file is damaged, or if it is not T5's.
     """
     path = Path(path).expanduser()
     path = find_tokenizer(path) if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"There is no tokenizer {path}.")
+        raise CheckpointError(f"There is no tokenizer {path}: set text.tokenizer to one.")
     with path.open("rb") as file:
         header = file.read(64)
-    tokenize, vocab_size, control_ids = (
-        _open_tokenizer_json if header.lstrip().startswith(b"{") else _open_sentencepiece
-    )(path)
+    is_json = header.lstrip().startswith(b"{")
+    opened = _open_tokenizer_json(path) if is_json else _open_sentencepiece(path)
+    tokenize, vocab_size, control_ids = opened
     if control_ids != {"<pad>": PAD_ID, "</s>": END_ID}:
         id_list = ", ".join(f"{token} is {token_id}" for token, token_id in control_ids.items())
         raise CheckpointError(
-            f"{path} is not a tokenizer of T5, which has <pad> as 0 and </s> as 1 (here {id_list}): give T5's."
+            f"{path} is not a tokenizer of T5, which has <pad> as 0 and </s> as 1 "
+            f"(here {id_list}): use T5's."
         )
     return Tokenizer(path, tokenize, vocab_size)
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """The first spiece.model or tokenizer.json of a model's folder: in itself, in its tokenizer_2 or tokenizer, or (diffusers'
-    layout) in the tokenizer_2 beside text_encoder_2. Raises CheckpointError when there is none.
+    """Find the first spiece.model or tokenizer.json of a model's folder.
+
+    It is looked for in the folder itself, in its tokenizer_2 and tokenizer, and, for diffusers'
+    layout, in the tokenizer_2 beside text_encoder_2.
+
+    Args:
+        folder: Folder of a model or of a text encoder.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: If there is none.
     """
     folders = [folder, folder / "tokenizer_2", folder / "tokenizer"]
     if folder.name.startswith("text_encoder"):
         folders.append(folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
-    for candidate in (
-        candidate_folder / name for candidate_folder in folders for name in TOKENIZER_FILES
-    ):
-        if candidate.is_file():
-            return candidate
+    for candidate_folder in folders:
+        for name in TOKENIZER_FILES:
+            if (candidate_folder / name).is_file():
+                return candidate_folder / name
     raise CheckpointError(
-        f"There is no {' or '.join(TOKENIZER_FILES)} in {folder} (nor in a tokenizer folder of it): give one as text.tokenizer."
+        f"There is no {' or '.join(TOKENIZER_FILES)} in {folder} (nor in a tokenizer folder of "
+        "it): set text.tokenizer to one."
     )
 
 
-def _open_sentencepiece(
-    path: Path,
-) -> tuple[Callable[[str], list[int]], int, dict[str, int | None]]:
+def _open_sentencepiece(path: Path) -> OpenedTokenizer:
+    """Open a SentencePiece model: a function to ids, the vocabulary's size, ids of control text."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -86,7 +113,7 @@ def _open_sentencepiece(
         model.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError:
         raise CheckpointError(
-            f"{path} is not a SentencePiece model, or not a whole one: copy or download it again."
+            f"{path} is not a complete SentencePiece model: copy or download it again."
         ) from None
     num_pieces = model.get_piece_size()
     piece_ids = {model.id_to_piece(i): i for i in range(num_pieces)}
@@ -100,20 +127,18 @@ def _open_sentencepiece(
     split_at_special = re.compile(f"({'|'.join(map(re.escape, special_ids))})").split
 
     def tokenize(text: str) -> list[int]:
-        # SentencePiece takes every space for one but this; `tokenizers` takes this too.
-        segments = split_at_special(text.replace("\x85", " "))
-        return [
-            i
-            for segment in segments
-            for i in ([special_ids[segment]] if segment in special_ids else model.encode(segment))
-        ]
+        ids = []
+        # SentencePiece treats every space as one except U+0085; `tokenizers` treats that as one
+        # too.
+        for segment in split_at_special(text.replace("\x85", " ")):
+            ids += [special_ids[segment]] if segment in special_ids else model.encode(segment)
+        return ids
 
     return tokenize, num_pieces + NUM_SENTINELS, control_ids
 
 
-def _open_tokenizer_json(
-    path: Path,
-) -> tuple[Callable[[str], list[int]], int, dict[str, int | None]]:
+def _open_tokenizer_json(path: Path) -> OpenedTokenizer:
+    """Open a tokenizer.json: a function to ids, the vocabulary's size, ids of control text."""
     try:
         import tokenizers
     except ImportError:
@@ -124,12 +149,12 @@ def _open_tokenizer_json(
         text = path.read_text()
         json.loads(text)
         tokenizer = tokenizers.Tokenizer.from_str(text)
-        tokenizer.no_truncation()  # files keep what they were last used with
+        tokenizer.no_truncation()  # files store the settings of their last use
         tokenizer.no_padding()
         tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
-    except Exception as error:  # what tokenizers raises is of no narrower type
+    except Exception as error:  # tokenizers raises plain exceptions
         raise CheckpointError(
-            f"{path} is not a tokenizer, or not a whole one ({error}): copy or download it again."
+            f"{path} is not a complete tokenizer ({error}): copy or download it again."
         ) from None
     control_ids = {token: tokenizer.token_to_id(token) for token in ("<pad>", "</s>")}
     return (

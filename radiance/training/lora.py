@@ -1,7 +1,7 @@
-"""LoRA training (arXiv 2106.09685): low-rank additions to the blocks' matrices are the weights of the run, and what they are added to
-stays as `init` has it, quantized if the config says so.
+"""LoRA training (arXiv 2106.09685): the run trains low-rank adapters of the blocks' matrices.
 
-Checkpoints hold the additions alone; `weights/lora.py` exports them.
+The base weights are those of `init` and do not change; they are quantized by `lora.weight_format`.
+Checkpoints hold the adapters alone; `weights/lora.py` exports them.
 """
 
 import math
@@ -23,10 +23,23 @@ from radiance.weights.lora_adapters import adapters_to_lora
 
 
 def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> Params:
-    """For every adapted matrix of the tree {"down": [blocks, in, rank], "up": [blocks, rank, out]}, float32.
+    """Initialize the adapters.
 
-    `up` is 0, so that the first step starts from the weights as they are; `down` has variance 1/in, so that x · down is as large as x.
-    Raises ConfigError for one of `lora.target_modules` that no matrix has, but for a kind of block that this model does without.
+    `up` is 0, so that training starts from the base weights; `down` has variance 1/in, so that
+    x · down is as large as x.
+
+    Args:
+        model: Sizes of the network.
+        lora: Settings.
+        key: Random key.
+
+    Returns:
+        A tree with {"down": [blocks, in, rank], "up": [blocks, rank, out]}, float32, in place of
+        each adapted matrix.
+
+    Raises:
+        ConfigError: If one of `lora.target_modules` matches no matrix. A kind of block that this
+            model does not have is allowed unless nothing else matches.
     """
     matrix_shapes = {
         path: leaf.shape
@@ -40,7 +53,8 @@ def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> 
     ]
     if any("/" in module for module in unused) or len(unused) == len(lora.target_modules):
         raise config.ConfigError(
-            f"lora.target_modules: none of the model's matrices is in {', '.join(unused)}; they are {', '.join(matrix_shapes)}."
+            f"lora.target_modules: none of the model's matrices is in {', '.join(unused)}: choose "
+            f"among {', '.join(matrix_shapes)}."
         )
     target_shapes = {
         path: shape
@@ -48,23 +62,30 @@ def init_adapters(model: config.Model, lora: config.Lora, key: PRNGKeyArray) -> 
         if any(is_under(path, module) for module in lora.target_modules)
     }
     adapters: Params = {}
-    for (path, shape), matrix_key in zip(
-        target_shapes.items(), jax.random.split(key, len(target_shapes))
-    ):
+    keys = jax.random.split(key, len(target_shapes))
+    for (path, shape), matrix_key in zip(target_shapes.items(), keys):
         num_blocks, in_features = shape[0], count_inputs(path, shape)
         out_features = math.prod(shape[1:]) // in_features
         node = adapters
         for name in path.split("/"):
             node = node.setdefault(name, {})
-        node["down"] = jax.random.normal(
-            matrix_key, (num_blocks, in_features, lora.rank)
-        ) / jnp.sqrt(in_features)
+        noise = jax.random.normal(matrix_key, (num_blocks, in_features, lora.rank))
+        node["down"] = noise / jnp.sqrt(in_features)
         node["up"] = jnp.zeros((num_blocks, lora.rank, out_features))
     return adapters
 
 
 def attach_adapters(base: Params, adapters: Params, lora: config.Lora) -> Params:
-    """The weights to compute with: `base`, and beside its matrices the additions."""
+    """Combine base weights and adapters to weights that the network computes with.
+
+    Args:
+        base: The parameter tree, with arrays or quantized kernels.
+        adapters: The tree of `init_adapters`.
+        lora: Settings; the scale multiplies `up`.
+
+    Returns:
+        The parameter tree with `LoraKernel`s in place of the adapted matrices.
+    """
 
     def visit(base: Any, adapters: Mapping) -> Any:
         if "down" in adapters:
@@ -78,5 +99,14 @@ def attach_adapters(base: Params, adapters: Params, lora: config.Lora) -> Params
 
 
 def to_lora_weights(run: config.Config, adapters: Params, origin: str) -> LoraWeights:
-    """What a run has trained, as files hold it."""
+    """Convert the adapters of a run to the weights that LoRA files hold.
+
+    Args:
+        run: The run's settings.
+        adapters: The tree of `init_adapters`, trained.
+        origin: Where they come from, for messages.
+
+    Returns:
+        Pairs of matrices by native module name.
+    """
     return adapters_to_lora(run.model, adapters, run.lora.scale, origin)

@@ -1,4 +1,4 @@
-"""The Muon optimizer for the matrices of the blocks."""
+"""The Muon optimizer (Jordan et al. 2024) for the matrices of the blocks."""
 
 from typing import Any
 
@@ -16,8 +16,16 @@ from radiance.training.stochastic_rounding import stochastic_round
 
 
 def muon_axes(path: str) -> MuonDimensionNumbers | None:
-    """Which axes of a stacked leaf are a matrix's inputs and outputs, if it is one of the blocks' matrices. The others, the block among them,
-    count matrices, each orthogonalised by itself: so are queries, keys and values, which share a leaf.
+    """Return the axes of a stacked leaf that are its matrices' inputs and outputs.
+
+    The other axes, such as that of the blocks, count matrices, and each matrix is orthogonalized by
+    itself. So are queries, keys and values, which share a leaf.
+
+    Args:
+        path: Path in the parameter tree.
+
+    Returns:
+        The axes; None if it is no matrix of a block.
     """
     if not is_in_blocks(path):
         return None
@@ -29,23 +37,32 @@ def muon_axes(path: str) -> MuonDimensionNumbers | None:
 
 
 def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the blocks' matrices, scaled to the mean size of Adam's steps: 0.2 √max(in, out) (arXiv 2502.16982, eq. 4);
-    Adam for the rest.
+    """Make Muon for the blocks' matrices, and Adam for the rest.
+
+    Muon's updates are scaled to the mean size of Adam's: 0.2 √max(in, out) (arXiv 2502.16982,
+    eq. 4).
+
+    Args:
+        optimizer: Settings.
+
+    Returns:
+        The transformation from gradients to updates.
     """
 
-    def labels(params: Params) -> Any:
+    def label_leaves(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda keys, _: "muon" if muon_axes(leaf_path(keys)) else "adam", params
         )
 
-    def axes(params: Params) -> Any:
+    def find_axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, _: muon_axes(leaf_path(keys)), params)
 
     def scale_update(keys: tuple, update: jax.Array) -> jax.Array:
-        dimension_numbers = muon_axes(leaf_path(keys))
+        axis_groups = muon_axes(leaf_path(keys))
+        assert axis_groups is not None
         sizes = (
             np.prod([update.shape[axis] for axis in np.atleast_1d(axis_group)])
-            for axis_group in dimension_numbers
+            for axis_group in axis_groups
         )
         return 0.2 * np.sqrt(max(sizes)) * update
 
@@ -53,7 +70,7 @@ def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransfo
         lambda updates, _: jax.tree_util.tree_map_with_path(scale_update, updates)
     )
     orthogonalize = scale_by_muon(
-        beta=optimizer.muon_beta, mu_dtype="float32", weight_dimension_numbers=axes
+        beta=optimizer.muon_beta, mu_dtype="float32", weight_dimension_numbers=find_axes
     )
     return optax.partition(
         {
@@ -62,23 +79,26 @@ def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransfo
             ),
             "adam": scale_by_adam(optimizer),
         },
-        labels,
+        label_leaves,
     )
 
 
 def _with_momentum_dtype(
     dtype: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """The same with a momentum that is kept in another type, rounded at random as Adam's."""
+    """Store the momentum in another type, rounded stochastically."""
 
     def cast(state: MuonState, target_dtype: str) -> MuonState:
         return state._replace(mu=jax.tree.map(lambda m: m.astype(target_dtype), state.mu))
 
-    def update(
-        gradients: Params, state: MuonState, params: Params | None = None
-    ) -> tuple[Params, MuonState]:
+    def init(params: Any) -> Any:
+        state: Any = inner.init(params)
+        return cast(state, dtype)
+
+    def update(gradients: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        new_state: Any
         updates, new_state = inner.update(gradients, cast(state, "float32"), params)
         key = jax.random.fold_in(jax.random.key(1), new_state.count)
         return updates, new_state._replace(mu=stochastic_round(key, new_state.mu, state.mu))
 
-    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The optimizer, what it leaves alone, the averages of the weights, and rounding that does not lose small changes."""
+"""The optimizer: clipping, Adam or Muon, weight decay and the learning-rate schedule."""
 
 from typing import Any
 
@@ -15,20 +15,36 @@ from radiance.training.parameter_groups import scale_by_path
 
 
 def make_lr_schedule(optimizer: config.Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then constant, or a cosine to 0 at `steps`."""
+    """Make the learning-rate schedule: linear warm-up from 0, then constant or a cosine to 0.
+
+    Args:
+        optimizer: Settings.
+        steps: Step at which the cosine reaches 0.
+
+    Returns:
+        A function from the step to the learning rate.
+    """
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     if optimizer.lr_schedule == "cosine":
         main_schedule = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     else:
         main_schedule = optax.constant_schedule(peak)
-    # Step 0 is the first of the warm-up, not a step of length 0.
+    # Step 0 is the first of the warm-up, and its learning rate is not 0.
     return optax.join_schedules(
         [lambda step: peak * (step + 1) / (warmup + 1), main_schedule], [warmup]
     )
 
 
 def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam or Muon, decoupled weight decay on matrices, and learning rates."""
+    """Make the optimizer: clipping, Adam or Muon, decoupled weight decay, learning rates.
+
+    Args:
+        optimizer: Settings.
+        steps: Number of steps of the run, for the learning-rate schedule.
+
+    Returns:
+        The transformation from gradients to updates.
+    """
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         scale_by_muon_and_adam(optimizer) if optimizer.kind == "muon" else scale_by_adam(optimizer),
@@ -38,10 +54,17 @@ def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTra
     )
 
 
-def reset_moments(
-    state: optax.OptState, initial_state: optax.OptState, should_reset: Bool[Array, ""]
-) -> optax.OptState:
-    """The state of `make_optimizer` with moments from the beginning where `now`; the learning rate goes on."""
+def reset_moments(state: Any, initial_state: Any, should_reset: Bool[Array, ""]) -> Any:
+    """Reset the moments of `make_optimizer`; the learning-rate schedule continues.
+
+    Args:
+        state: The optimizer's state.
+        initial_state: Its initial state.
+        should_reset: Whether to reset.
+
+    Returns:
+        The new state.
+    """
     clip_state, moments, *other_states = state
     return (
         clip_state,
@@ -51,7 +74,7 @@ def reset_moments(
 
 
 def _is_matrix(params: Params) -> Any:
-    """Norms, biases, registers and tables of vectors are not decayed."""
+    """Mark the matrices: norms, biases, registers and tables of vectors do not decay."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "down", "up"), params
     )

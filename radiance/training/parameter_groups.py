@@ -3,47 +3,67 @@
 import jax
 import optax
 
-from radiance import config
+from radiance.base.errors import ConfigError
 from radiance.base.trees import leaf_path
 from radiance.model.transformer import Params
 
 
 def scale_by_path(multipliers: dict[str, float]) -> optax.GradientTransformation:
-    """Multiplies what lies under each path, the longest that fits. `init` raises ConfigError for a path that is not in the tree."""
+    """Make a transformation that multiplies updates by path.
 
-    def matching_prefix(path: str) -> str | None:
-        return max(
-            (prefix for prefix in multipliers if is_under(path, prefix)), key=len, default=None
-        )
+    Args:
+        multipliers: Factors by path or prefix of paths; the longest prefix counts, and other
+            parameters have the factor 1.
+
+    Returns:
+        The transformation; its `init` raises ConfigError for a path that is not in the tree.
+    """
+
+    def find_multiplier(path: str) -> float:
+        prefixes = [prefix for prefix in multipliers if is_under(path, prefix)]
+        return multipliers[max(prefixes, key=len)] if prefixes else 1.0
 
     def init(params: Params) -> optax.EmptyState:
         paths = [leaf_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-        if unused := [
+        unused = [
             prefix for prefix in multipliers if not any(is_under(path, prefix) for path in paths)
-        ]:
-            raise config.ConfigError(
-                f"optimizer.lr_multipliers names {', '.join(unused)}, which is not among what is trained: that has {', '.join(params)}."
+        ]
+        if unused:
+            raise ConfigError(
+                f"optimizer.lr_multipliers names {', '.join(unused)}, which is not among the "
+                f"trained parameters: use {', '.join(params)}, or paths below them."
             )
         return optax.EmptyState()
 
     def update(
         updates: Params, state: optax.EmptyState, params: Params | None = None
     ) -> tuple[Params, optax.EmptyState]:
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: multipliers.get(matching_prefix(leaf_path(keys)), 1.0) * leaf,
-            updates,
-        ), state
+        scaled_updates = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: find_multiplier(leaf_path(keys)) * leaf, updates
+        )
+        return scaled_updates, state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def is_under(path: str, prefix: str) -> bool:
-    """Whether `start` is a path's first part or parts; whole names count."""
+    """Return whether a path equals the prefix or is below it; only complete names match."""
     return f"{path}/".startswith(f"{prefix}/")
 
 
 def split_frozen(params: Params, frozen_paths: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trained, frozen) parts of the tree, by the start of each path. Raises ConfigError for a name that matches nothing, or all."""
+    """Split the parameters into trained and frozen ones.
+
+    Args:
+        params: The parameter tree.
+        frozen_paths: Paths, or prefixes of paths, of frozen parameters.
+
+    Returns:
+        Trees of the trained and of the frozen parameters.
+
+    Raises:
+        ConfigError: If a path matches nothing, or if everything is frozen.
+    """
     trainable, frozen_params = {}, {}
     unused = set(frozen_paths)
 
@@ -55,12 +75,8 @@ def split_frozen(params: Params, frozen_paths: tuple[str, ...]) -> tuple[Params,
             if matches:
                 frozen_params[key] = value
             elif isinstance(value, dict):
-                visit(
-                    value,
-                    child_path,
-                    trainable.setdefault(key, {}),
-                    frozen_params.setdefault(key, {}),
-                )
+                subtrees = trainable.setdefault(key, {}), frozen_params.setdefault(key, {})
+                visit(value, child_path, *subtrees)
                 for subtree in (trainable, frozen_params):
                     if not subtree[key]:
                         del subtree[key]
@@ -69,15 +85,16 @@ def split_frozen(params: Params, frozen_paths: tuple[str, ...]) -> tuple[Params,
 
     visit(params, "", trainable, frozen_params)
     if unused:
-        raise config.ConfigError(
-            f"optimizer.frozen names {', '.join(sorted(unused))}, which is not in the model: it has {', '.join(params)}."
+        raise ConfigError(
+            f"optimizer.frozen names {', '.join(sorted(unused))}, which is not in the model: use "
+            f"{', '.join(params)}, or paths below them."
         )
     if not trainable:
-        raise config.ConfigError("optimizer.frozen leaves nothing to train: name fewer parts.")
+        raise ConfigError("optimizer.frozen leaves nothing to train: name fewer paths.")
     return trainable, frozen_params
 
 
 def merge_params(a: Params, b: Params) -> Params:
-    """The tree of which `split_frozen` made two parts."""
+    """Merge the two trees of `split_frozen`."""
     shared_params = {key: merge_params(a[key], b[key]) for key in a.keys() & b.keys()}
     return {**a, **b, **shared_params}

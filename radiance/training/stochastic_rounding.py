@@ -2,13 +2,23 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
+from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray, PyTree
 
 from radiance.model.transformer import Params
 
 
-def stochastic_round(key: PRNGKeyArray, tree: Params, like: Params) -> Params:
-    """A float32 tree in the types of `like`; bfloat16 is rounded at random to one of its two neighbors, so that its mean is the value."""
+def stochastic_round(key: PRNGKeyArray, tree: PyTree, like: PyTree) -> PyTree:
+    """Round a float32 tree to the types of another tree.
+
+    Args:
+        key: Random key.
+        tree: Float32 arrays.
+        like: A tree with the same structure, whose leaves have type float32 or bfloat16.
+
+    Returns:
+        The tree in the types of `like`; a bfloat16 value is one of the two neighbors of the
+        original value, with probabilities such that its mean is that value.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     leaf_triples = zip(jax.random.split(key, len(leaves)), leaves, jax.tree.leaves(like))
     return jax.tree.unflatten(
@@ -21,7 +31,7 @@ def stochastic_round(key: PRNGKeyArray, tree: Params, like: Params) -> Params:
 
 
 def _round_to_bfloat16(key: PRNGKeyArray, x: Float32[Array, "..."]) -> BFloat16[Array, "..."]:
-    """bfloat16 is the upper half of float32: what is added to the lower half carries over as often as it should."""
+    """Add random bits to the lower half of float32, which carry into the upper half, bfloat16."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded_bits = (bits + jax.random.bits(key, x.shape, jnp.uint16)) & jnp.uint32(0xFFFF0000)
     return jnp.where(
@@ -30,7 +40,15 @@ def _round_to_bfloat16(key: PRNGKeyArray, x: Float32[Array, "..."]) -> BFloat16[
 
 
 def cast_params(params: Params, dtype: str) -> Params:
-    """Parameters as they are kept: matrices in `dtype`, but for the pixel embedder's, which the published files have in float32 too."""
+    """Cast parameters to the types in which they are stored.
+
+    Args:
+        params: The parameter tree.
+        dtype: Type of the matrices, except the pixel embedder's.
+
+    Returns:
+        The tree; vectors and the pixel embedder are float32, as in the published files.
+    """
 
     def cast_leaf(path, p):
         is_float32 = path[-1].key != "kernel" or [k.key for k in path[:2]] == ["head", "embedder"]

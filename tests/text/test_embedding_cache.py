@@ -198,10 +198,11 @@ def test_killed_while_it_writes(tmp_path):
     """SIGKILL at any moment: what is there is whole, and the next run does the rest."""
     script = f"""
 from itertools import count
-from radiance.text import cache
-from radiance.text.encoders import HashEncoder
-cache.SHARD, cache.CHUNK = 200_000, 8
-cache.encode_captions((f"image {{i}} of a red square" for i in count()), HashEncoder(512, 12), {str(tmp_path)!r})
+from radiance.text import embedding_cache
+from radiance.text.hash_encoder import HashEncoder
+embedding_cache.SHARD_BYTES, embedding_cache.ENCODING_BATCH_SIZE = 200_000, 8
+captions = (f"image {{i}} of a red square" for i in count())
+embedding_cache.encode_captions(captions, HashEncoder(512, 12), {str(tmp_path)!r})
 """
     kept = 0
     for pause in (0.02, 0.1):
@@ -231,26 +232,26 @@ def test_memory_is_bounded(tmp_path):
     """Both while 200 MB are written in shards of 8 MB, and while they are read."""
     script = f"""
 import numpy as np
-from radiance.text import cache
-from radiance.text.encoders import Encoded, Encoder
+from radiance.text import embedding_cache
+from radiance.text.encoder import TextEmbedding, TextEncoder
 
-class Wide(Encoder):
-    kind, dim, limit, identity, dtype = "hash", 4096, 64, "wide", np.dtype(np.float32)
-    def count(self, text):
+class Wide(TextEncoder):
+    kind, dim, max_length, identity, dtype = "hash", 4096, 64, "wide", np.dtype(np.float32)
+    def count_tokens(self, text):
         return 10
     def encode(self, texts, truncate=False):
-        return [Encoded(np.full((11, 4096), len(text), np.float32), 10) for text in texts]
+        return [TextEmbedding(np.full((11, 4096), len(text), np.float32), 10) for text in texts]
 
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
-cache.SHARD, cache.CHUNK = 8_000_000, 16
+embedding_cache.SHARD_BYTES, embedding_cache.ENCODING_BATCH_SIZE = 8_000_000, 16
 texts = ["x" * i for i in range(1, 1200)]
 before = peak()
-cache.encode_captions(texts, Wide(), {str(tmp_path)!r})
+embedding_cache.encode_captions(texts, Wide(), {str(tmp_path)!r})
 written = peak()
-encoder = cache.CachedEncoder({str(tmp_path)!r}, "hash", 64)
+encoder = embedding_cache.CachedEncoder({str(tmp_path)!r}, "hash", 64)
 for i in range(0, 1199, 16):
     assert encoder.encode(texts[i : i + 16])[0].rows[5, 7] == i + 1
 print(written - before, peak() - before)
@@ -403,12 +404,12 @@ def test_bad_manifest(tmp_path):
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["identity"] == Counting().identity
-    assert manifest["limit"] == 12
+    assert manifest["max_length"] == 12
     for text in (
         "",
         "[]",
         "{",
-        json.dumps(manifest | {"limit": "12"}),
+        json.dumps(manifest | {"max_length": "12"}),
         json.dumps(manifest | {"dtype": "float12"}),
         "{}",
     ):

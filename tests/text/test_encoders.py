@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from radiance.base.errors import CheckpointError, TextError
 from radiance.config import ConfigError, Text
-from radiance.text import factory, t5
+from radiance.text import t5, t5_encoder
 from radiance.text.encoder import round_up_length
 from radiance.text.factory import make_encoder, make_token_counter
 from radiance.text.hash_encoder import HashEncoder
@@ -84,7 +84,7 @@ def test_same_in_every_process():
     texts = ["A red square", "红色方块 🐱", "قطة"]
     script = f"""
 import hashlib
-from radiance.text.encoders import HashEncoder
+from radiance.text.hash_encoder import HashEncoder
 print(hashlib.sha256(HashEncoder(8, 16)({texts!r})[0].tobytes()).hexdigest())
 """
     ours = hashlib.sha256(HashEncoder(8, 16)(texts)[0].tobytes()).hexdigest()
@@ -284,7 +284,7 @@ def test_tokens_are_counted_without_weights(toy, folder):
         == make_token_counter(Text("random_t5", 3))("one two, three")
         == 5
     )
-    with pytest.raises(ConfigError, match="give it as text.tokenizer"):
+    with pytest.raises(ConfigError, match="set text.tokenizer"):
         make_token_counter(Text("t5"))
 
 
@@ -338,8 +338,8 @@ def test_t5_many_texts_in_few_shapes(toy, monkeypatch):
         shapes.append(ids.shape)
         return run(sizes, dtype, params, ids, lengths)
 
-    monkeypatch.setattr(factory, "MAX_BATCH_TOKENS", 128)
-    monkeypatch.setattr(factory.t5, "encode_ids", recorded)
+    monkeypatch.setattr(t5_encoder, "MAX_BATCH_TOKENS", 128)
+    monkeypatch.setattr(t5, "encode_ids", recorded)
     texts = [("cat " * (i % 7 + 1) + "dog " * (i // 7)).strip() for i in range(28)] + [
         "cat",
         "cat dog",

@@ -14,12 +14,13 @@ from safetensors.numpy import save_file
 
 from radiance.base.errors import CheckpointError, ConfigError
 from radiance.text import t5
-from radiance.text.t5 import T5, T5Weights, position_buckets
+from radiance.text.t5 import T5, position_buckets
+from radiance.text.t5_weights import T5_RULES, T5Weights
 from tests.helpers.toy_runs import output_of
 from tests.helpers.toy_t5 import TOY, torch_tensors
 
 LENGTHS = np.array([1, 4, 17, 40], np.int32)
-GGUF = {row.torch_name: row.gguf_name for row in t5.T5_RULES}
+GGUF = {row.torch_name: row.gguf_name for row in T5_RULES}
 
 
 def token_ids(lengths=LENGTHS, width=40, vocabulary=TOY.vocabulary):
@@ -378,17 +379,20 @@ def test_on_a_mesh(file, params):
 import sys, jax, numpy as np
 from functools import partial
 from radiance import config
-from radiance.sharding import make_mesh, shardings
+from radiance.distributed.sharding import make_mesh, make_shardings
 from radiance.text import t5
+from radiance.text.t5_weights import T5Weights
 
-params = t5.Weights({str(file)!r}).load("float32", partial(shardings, mesh=make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))))
-for path in (("blocks", "attention", "q"), ("blocks", "attention", "proj"), ("blocks", "mlp", "gate"), ("blocks", "mlp", "linear_out")):
-    leaf = params
-    for part in (*path, "kernel"):
+mesh = make_mesh(config.Mesh(data=1, fsdp=2, tensor=2))
+params = T5Weights({str(file)!r}).load_params("float32", partial(make_shardings, mesh=mesh))
+for path in ("attention/q", "attention/proj", "mlp/gate", "mlp/linear_out"):
+    leaf = params["blocks"]
+    for part in (*path.split("/"), "kernel"):
         leaf = leaf[part]
     assert 4 * leaf.addressable_shards[0].data.size == leaf.size, path
 ids, lengths = (np.array(x, np.int32) for x in {(token_ids().tolist(), LENGTHS.tolist())!r})
-np.save(sys.stdout.buffer, np.asarray(t5.encode(t5.T5(**{vars(TOY)!r}), "float32", params, ids, lengths)))
+sizes = t5.T5(**{vars(TOY)!r})
+np.save(sys.stdout.buffer, np.asarray(t5.encode_ids(sizes, "float32", params, ids, lengths)))
 """
     found = np.load(io.BytesIO(output_of(script, devices=4)))
     np.testing.assert_allclose(found, apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
@@ -427,16 +431,16 @@ def test_loading_holds_no_second_copy(tmp_path):
     path = saved(tmp_path, torch_tensors(sizes))
     script = f"""
 import jax
-from radiance.text.t5 import Weights
+from radiance.text.t5_weights import T5Weights
 
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 jax.block_until_ready(jax.numpy.ones(3) + 1)
-weights = Weights({str(path)!r})
+weights = T5Weights({str(path)!r})
 before = peak()
-params = jax.block_until_ready(weights.load("bfloat16"))
+params = jax.block_until_ready(weights.load_params("bfloat16"))
 print(peak() - before)
 """
     held = int(output_of(script)) * 1024 / path.stat().st_size

@@ -263,7 +263,7 @@ def test_parts_that_the_model_does_not_have(parts):
     model = toy_model(**SIZES | dict(text_refiner_blocks=0))
     with pytest.raises(
         config.ConfigError,
-        match=f"none of the model's matrices is in {parts[-1]}; they are .*double/image/attention",
+        match=f"none of the model's matrices is in {parts[-1]}; choose among .*double/image/attention",
     ):
         noisy_adapters(model, config.Lora(rank=2, target_modules=parts))
     noisy_adapters(

@@ -93,7 +93,7 @@ def test_rates_multiply_the_whole_step_under_the_longest_path():
 def test_rates_that_cannot_be():
     with pytest.raises(
         config.ConfigError,
-        match="optimizer.lr_multipliers names b/cc, which is not among what is trained: that has a, b",
+        match="optimizer.lr_multipliers names b/cc, which is not among the trained parameters: use a, b",
     ):
         make_optimizer(config.Optimizer(lr_multipliers=("b/cc=2", "a=3")), 10).init(TREE)
     for rates, told in (
