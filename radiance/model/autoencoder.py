@@ -400,8 +400,7 @@ def make_abstract_autoencoder(sizes: Autoencoder) -> Params:
 @partial(jax.jit, static_argnames="sizes")
 def init_autoencoder_params(sizes: Autoencoder, key: PRNGKeyArray) -> Params:
     """Initialize float32 parameters: normal kernels of variance 1 / inputs, norms 1, biases 0."""
-    # One call samples all noise, and is not fused with the rest: a call per kernel compiles for 20
-    # s.
+    # One call for all noise, not fused with the rest: a call per kernel takes 20 s to compile.
     leaves, treedef = jax.tree_util.tree_flatten_with_path(make_abstract_autoencoder(sizes))
     leaf_ends = np.cumsum([shape.size for _, shape in leaves])
     leaf_noises = jnp.split(

@@ -82,9 +82,10 @@ class Transformer(nnx.Module):
             time: Times; 1 is noise, 0 is the image.
             guidance: Guidance scales that some models embed; 0 when None, as in all published
                 training of Chroma.
-            pooled: Pooled text vectors, for models that read them. divisor: Divisor of image − x̂
-            for x0 models; `time` when None, which must then not be 0. vectors: Output of
-            `modulation(time, guidance, pooled)`, if it is known; its b may be 1.
+            pooled: Pooled text vectors, for models that read them.
+            divisor: Divisor of image − x̂ for x0 models; when None it is `time`, which must then not
+                be 0.
+            vectors: Output of `modulation(time, guidance, pooled)`, if it is known; its b may be 1.
 
         Returns:
             The velocity.

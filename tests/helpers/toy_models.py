@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters, weights without zeros, and inputs, for tests."""
+"""Toy models of a few thousand parameters, weights that are not zero, and inputs."""
 
 from functools import lru_cache, partial
 
@@ -12,8 +12,7 @@ from radiance.model.transformer import Params, bind_model, make_abstract_params
 
 FLOAT32 = config.Compute(dtype="float32")
 
-
-# Every part of the network in every kind at least once.
+# Every option of the network occurs at least once.
 VARIANTS = {
     "one_pad": dict(),
     "strict": dict(masking="strict", head="nerf_linear"),
@@ -62,25 +61,26 @@ VARIANTS = {
 
 def toy_model(**changes) -> config.Model:
     sizes = dict(
-        hidden=48, heads=2, double_blocks=2, single_blocks=3, rope_axes=(4, 10, 10), text_dim=32, approximator_hidden=40,
-        patch=4, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=3,
+        hidden=48, heads=2, double_blocks=2, single_blocks=3, rope_axes=(4, 10, 10), text_dim=32,
+        approximator_hidden=40, patch=4, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=3,
     )  # fmt: skip
     return config.Model(**(sizes | changes))
 
 
 @lru_cache
 def toy_params(model: config.Model, seed: int = 0) -> Params:
-    """Every leaf with noise of 0.1, norms around 1: with fresh weights all gates are zero and nothing would be tested.
+    """Sample parameters with a standard deviation of 0.1, and norms around 1.
 
-    Made on the host from the shapes, for compiling `init` takes seconds a model.
+    With initial weights all gates are zero, and the blocks would not be tested. They are sampled on
+    the host, because `init_params` compiles for seconds per model.
     """
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
-    def leaf(path, shape):
-        noise = 0.1 * draw.standard_normal(shape.shape, np.float32)
+    def sample_leaf(path, shape):
+        noise = 0.1 * rng.standard_normal(shape.shape, np.float32)
         return jnp.asarray(noise + 1 if path[-1].key == "scale" else noise)
 
-    return jax.tree_util.tree_map_with_path(leaf, make_abstract_params(model))
+    return jax.tree_util.tree_map_with_path(sample_leaf, make_abstract_params(model))
 
 
 def toy_inputs(
@@ -91,11 +91,11 @@ def toy_inputs(
     columns: int = 3,
     seed: int = 1,
 ) -> dict[str, np.ndarray | None]:
-    """Arguments of the model by name: images of rows × columns patches, and what stands in padded text is not zero."""
-    draw, b = np.random.default_rng(seed), len(lengths)
+    """Sample the model's arguments: images of rows × columns patches, and text with random padding."""
+    rng, b = np.random.default_rng(seed), len(lengths)
 
     def normal(*shape):
-        return draw.standard_normal(shape, np.float32)
+        return rng.standard_normal(shape, np.float32)
 
     return dict(
         image=normal(b, rows * model.patch, columns * model.patch, model.channels),
@@ -128,7 +128,7 @@ def gradients(
     weights: jax.Array,
     compute: config.Compute = FLOAT32,
 ):
-    """The loss Σ weights·velocity, and its gradient to (parameters, image, text)."""
+    """Compute Σ weights·velocity, and its gradient to (parameters, image, text)."""
 
     def loss(params, image, text):
         return jnp.vdot(
@@ -140,15 +140,17 @@ def gradients(
 
 @lru_cache
 def noisy_autoencoder(sizes: autoencoder.Autoencoder, seed: int = 0) -> Params:
-    """Kernels that keep the variance, norms around 1, biases that are not zero."""
-    draw = np.random.default_rng(seed)
+    """Sample kernels that keep the variance, norms around 1, and biases."""
+    rng = np.random.default_rng(seed)
 
-    def leaf(path, x):
-        noise, kind = draw.standard_normal(x.shape, np.float32), path[-1].key
+    def sample_leaf(path, x):
+        noise, kind = rng.standard_normal(x.shape, np.float32), path[-1].key
         return (
             noise / np.sqrt(np.prod(x.shape[:-1]), dtype=np.float32)
             if kind == "kernel"
             else 0.1 * noise + (kind == "scale")
         )
 
-    return jax.tree_util.tree_map_with_path(leaf, autoencoder.make_abstract_autoencoder(sizes))
+    return jax.tree_util.tree_map_with_path(
+        sample_leaf, autoencoder.make_abstract_autoencoder(sizes)
+    )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from radiance.base.errors import ConfigError
-from radiance.model import autoencoder
+from radiance.model import autoencoder, tiling
 from radiance.model.autoencoder import Autoencoder
 from tests.helpers.toy_models import noisy_autoencoder
 
@@ -188,7 +188,7 @@ def test_a_tile_that_holds_all_is_no_tile(tile):
 @pytest.mark.parametrize("n", [*range(9, 24), 100])
 @pytest.mark.parametrize("tile", [4, 7, 8])
 def test_tiles_cover_the_axis_with_weights_of_one(n, tile):
-    firsts, weights = autoencoder.place_tiles(n, tile, 3)
+    firsts, weights = tiling.place_tiles(n, tile, 3)
     assert firsts[0] == 0
     assert firsts[-1] == n - tile
     assert (np.diff(firsts) > 0).all()
@@ -219,16 +219,16 @@ def test_what_looks_at_no_neighbours_is_not_changed(rows, columns, reads, writes
         x = x[:, ::reads, ::reads, 1:]  # one place of each token
         return x.repeat(writes, axis=1).repeat(writes, axis=2)
 
-    tiled = autoencoder.apply_in_tiles(body, x, reads, writes, 3, 8)
+    tiled = tiling.apply_in_tiles(body, x, reads, writes, 3, 8)
     assert set(seen) == {(2, reads * min(rows, 8), reads * min(columns, 8), 4)}
     np.testing.assert_allclose(tiled, body(x), atol=1e-6)
 
 
 def test_tiles_of_different_brightness_blend_without_seams():
     x = jnp.broadcast_to(jnp.arange(40.0)[:, None, None], (1, 40, 24, 1))
-    painted = autoencoder.apply_in_tiles(
-        lambda part: jnp.full_like(part, part.mean()), x, 1, 1, 1, 16
-    )[0, ..., 0]
+    painted = tiling.apply_in_tiles(lambda part: jnp.full_like(part, part.mean()), x, 1, 1, 1, 16)[
+        0, ..., 0
+    ]
     assert painted[0, 0] == 7.5
     assert painted[-1, 0] == 31.5
     steps = np.diff(painted, axis=0)
@@ -248,7 +248,7 @@ def test_a_tiled_image_is_near_the_whole_one_and_has_no_seams(latents):
     if latents == "noise":
         assert 0.01 < np.std(wrong) / np.std(whole) < 0.2
     for axis, n in enumerate(x.shape[1:3]):
-        firsts, _ = autoencoder.place_tiles(n, tile, SIDE)
+        firsts, _ = tiling.place_tiles(n, tile, SIDE)
         edges = np.concatenate([firsts[1:], firsts[:-1] + tile]) * SIDE - 1
         steps = np.abs(np.diff(wrong, axis=axis)).mean(axis=(1 - axis, 2))
         assert steps[edges].max() < 2 * steps.mean() + 1e-6

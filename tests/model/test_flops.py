@@ -1,3 +1,5 @@
+"""Counted operations against the compiler's and against published numbers."""
+
 import jax
 import pytest
 
@@ -5,10 +7,11 @@ from radiance.model.flops import forward_flops, training_flops
 from radiance.model.transformer import bind_model, make_abstract_params
 from tests.helpers.toy_models import FLOAT32, toy_inputs, toy_model
 
-# Wide enough that what is not a matrix product hardly counts; a block of each kind, for the compiler counts a loop's body once.
+# Wide enough for other operations than matrix products to be few; one block of each kind, because
+# the compiler counts the body of a loop once.
 WIDE = dict(
-    hidden=256, heads=4, rope_axes=(16, 24, 24), double_blocks=1, single_blocks=1, text_dim=64, approximator_hidden=128, nerf_hidden=16,
-    patch=8,
+    hidden=256, heads=4, rope_axes=(16, 24, 24), double_blocks=1, single_blocks=1, text_dim=64, approximator_hidden=128,
+    nerf_hidden=16, patch=8,
 )  # fmt: skip
 
 
@@ -36,7 +39,7 @@ WIDE = dict(
     ],
     ids=["approximator", "per_block", "shared", "none", "bottleneck"],
 )
-def test_the_compiler_counts_as_many(changes):
+def test_counts_equal_the_compilers(changes):
     model = toy_model(**(WIDE | changes))
     inputs = toy_inputs(model, lengths=(5,), words=24, rows=8, columns=6)
     count = forward_flops(model, 8 * model.patch, 6 * model.patch, 24)
@@ -50,8 +53,8 @@ def test_the_compiler_counts_as_many(changes):
     )
 
 
-def test_the_published_model():
-    """74.4 TFLOP of FLUX's trunk at 1024² with 512 words, and the pixel head on top."""
+def test_the_count_of_the_published_model():
+    """FLUX's blocks take 74.4 TFLOP at 1024² with 512 text tokens; the pixel head adds to it."""
     from radiance import config
 
     trunk = forward_flops(config.MODELS["chroma1-base"], 64, 64, 512)

@@ -1,3 +1,5 @@
+"""Modulation: embeddings, the order of vectors, initial zeros, and inputs."""
+
 import math
 from functools import partial
 
@@ -32,7 +34,7 @@ def run(model, params, time, guidance=None, pooled=None):
     return bind_model(model, FLOAT32, params).modulation(time, guidance, pooled)
 
 
-def pooled_of(model):
+def sample_pooled(model):
     return (
         jnp.asarray(np.random.default_rng(3).standard_normal((3, model.pooled_dim), np.float32))
         if model.pooled_dim
@@ -41,7 +43,7 @@ def pooled_of(model):
 
 
 @pytest.mark.parametrize(("count", "width"), [(344, 32), (11, 8)])
-def test_index_table_is_rounded_as_the_reference_rounds(count, width):
+def test_index_embeddings_round_like_the_published_code(count, width):
     half = width // 2
     expected, naive = np.empty((2, count, width))
     for j in range(half):
@@ -56,10 +58,10 @@ def test_index_table_is_rounded_as_the_reference_rounds(count, width):
     assert table.dtype == np.float32
     np.testing.assert_allclose(table, expected, atol=1e-7)
     if count == 344:
-        assert np.abs(table - naive).max() > 1e-3  # the rounding can be seen
+        assert np.abs(table - naive).max() > 1e-3  # rounding has an effect
 
 
-def test_sinusoid_has_cosines_then_sines_of_a_thousand_times():
+def test_sinusoids_are_cosines_then_sines_of_a_thousand_times_x():
     x, half = np.array([0.0, 0.001, 0.25, 1.0], np.float32), 8
     angles = np.outer(1000 * x.astype(np.float64), [10_000.0 ** (-j / half) for j in range(half)])
     np.testing.assert_allclose(
@@ -69,7 +71,7 @@ def test_sinusoid_has_cosines_then_sines_of_a_thousand_times():
     )
 
 
-def test_order_of_the_vectors():
+def test_vectors_are_in_chromas_order():
     doubles, singles, b = 2, 3, 2
     count = 3 * singles + 12 * doubles + 2
     assert count == toy_model(double_blocks=doubles, single_blocks=singles).num_modulation_vectors
@@ -89,16 +91,16 @@ def test_order_of_the_vectors():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fresh_vectors_are_zero(kind):
+def test_initial_vectors_are_zero(kind):
     model = toy_model(**KINDS[kind])
 
     @jax.jit
-    def fresh(key):
+    def initialize(key):
         return make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))(
-            jnp.asarray(TIME), jnp.ones(3), pooled_of(model)
+            jnp.asarray(TIME), jnp.ones(3), sample_pooled(model)
         )
 
-    vectors = fresh(jax.random.key(0))
+    vectors = initialize(jax.random.key(0))
     d, rows = model.hidden, 1 if kind == "none" else 3
     assert [x.shape for x in vectors] == [
         (2, rows, 6, d),
@@ -110,34 +112,33 @@ def test_fresh_vectors_are_zero(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_vectors_depend_on(kind):
+def test_vectors_depend_on_the_inputs_that_the_network_reads(kind):
     model = toy_model(**KINDS[kind])
-    params, pooled = toy_params(model), pooled_of(model)
+    params, pooled = toy_params(model), sample_pooled(model)
 
-    def moved(**changes):
+    def changes_of_vectors(**changes):
         arguments = dict(time=TIME, guidance=np.zeros(3, np.float32), pooled=pooled) | changes
         shifts = [np.abs(x - y).max() for x, y in zip(run(model, params, **arguments), base)]
-        return (
-            shifts[:-1] if kind == "per_block_nerf" else shifts
-        )  # nothing reads the last pair: it is zero
+        # The NeRF head does not read the output vectors, which are zero.
+        return shifts[:-1] if kind == "per_block_nerf" else shifts
 
     base = run(model, params, TIME, np.zeros(3, np.float32), pooled)
     if kind == "none":
-        assert max(moved(time=TIME / 2)) == 0
+        assert max(changes_of_vectors(time=TIME / 2)) == 0
         return
-    assert min(moved(time=TIME / 2)) > 1e-3
-    assert max(moved(guidance=None)) == 0
-    read = model.modulation == "approximator" or model.guidance_embed
+    assert min(changes_of_vectors(time=TIME / 2)) > 1e-3
+    assert max(changes_of_vectors(guidance=None)) == 0
+    reads_guidance = model.modulation == "approximator" or model.guidance_embed
     assert (
-        min(moved(guidance=np.full(3, 2.0, np.float32))) > 1e-3
-        if read
-        else max(moved(guidance=np.full(3, 2.0, np.float32))) == 0
+        min(changes_of_vectors(guidance=np.full(3, 2.0, np.float32))) > 1e-3
+        if reads_guidance
+        else max(changes_of_vectors(guidance=np.full(3, 2.0, np.float32))) == 0
     )
     if model.pooled_dim:
-        assert min(moved(pooled=-pooled)) > 1e-3
+        assert min(changes_of_vectors(pooled=-pooled)) > 1e-3
         with pytest.raises(ValueError, match="pooled_dim"):
             run(model, params, TIME)
-    # every sample has its own vectors
+    # Every sample has its own vectors.
     second = run(
         model, params, TIME[1:2], np.zeros(1, np.float32), None if pooled is None else pooled[1:2]
     )

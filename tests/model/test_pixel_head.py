@@ -1,3 +1,5 @@
+"""The NeRF head: features, chunks, independence of patches, and precision."""
+
 from dataclasses import replace
 
 import jax
@@ -24,14 +26,14 @@ def head_inputs(model=MODEL):
     )
 
 
-def lower_head(model, tile, params):
-    """Velocity, and the gradient of Σ w·velocity to the head's parameters, the tokens and the image."""
+def lower_head(model, chunk_size, params):
+    """Lower the gradient of Σ w·velocity to the head's parameters, tokens and image, and the velocity."""
     tokens, image = head_inputs()
     weights = normal(*image.shape, seed=2)
 
     def loss(head, tokens, image):
         predicted = bind_model(
-            model, replace(FLOAT32, head_chunk_size=tile), params | dict(head=head)
+            model, replace(FLOAT32, head_chunk_size=chunk_size), params | dict(head=head)
         ).head(tokens, image)
         velocity = predicted if model.prediction == "velocity" else (image - predicted) / 0.3
         return jnp.vdot(weights, velocity), velocity
@@ -41,12 +43,12 @@ def lower_head(model, tile, params):
     )
 
 
-def run_head(model, tile, params=None):
+def run_head(model, chunk_size, params=None):
     params = toy_params(model) if params is None else params
-    return lower_head(model, tile, params).compile()(params["head"], *head_inputs())
+    return lower_head(model, chunk_size, params).compile()(params["head"], *head_inputs())
 
 
-def test_unfold_order_and_the_way_back():
+def test_patches_are_row_major_and_join_to_the_image():
     image, p = normal(2, 8, 12, 5), 4
     patches = patchify(jnp.asarray(image), p)
     assert patches.shape == (2, 6, 16, 5)
@@ -58,7 +60,7 @@ def test_unfold_order_and_the_way_back():
 
 
 @pytest.mark.parametrize(("patch", "freqs"), [(4, 3), (16, 8)])
-def test_cosine_features(patch, freqs):
+def test_cosine_features_follow_their_formula(patch, freqs):
     features = cosine_features(patch, freqs)
     assert features.dtype == np.float32
     expected = np.empty((patch * patch, freqs * freqs))
@@ -72,10 +74,10 @@ def test_cosine_features(patch, freqs):
     np.testing.assert_allclose(features, expected, atol=1e-6)
 
 
-def test_unit_columns():
+def test_columns_have_unit_norm():
     w = normal(2, 5, 3).astype(np.float64)
     w[0, :, 1] = 0
-    w[1, :, 2] *= 1e-14  # shorter than the floor of 1e-12
+    w[1, :, 2] *= 1e-14  # below the minimum of 1e-12
     ours = np.asarray(normalize_columns(jnp.asarray(w, jnp.float32)))
     np.testing.assert_allclose(
         ours, w / np.maximum(np.linalg.norm(w, axis=-2, keepdims=True), 1e-12), atol=1e-6
@@ -85,17 +87,17 @@ def test_unit_columns():
 
 
 @pytest.fixture(scope="module")
-def untiled():
+def unchunked():
     return {p: run_head(replace(MODEL, prediction=p), 0) for p in ("velocity", "x0")}
 
 
 @pytest.mark.parametrize(
-    ("tile", "prediction"), [(1, "velocity"), (3, "velocity"), (5, "velocity"), (5, "x0")]
+    ("chunk_size", "prediction"), [(1, "velocity"), (3, "velocity"), (5, "velocity"), (5, "x0")]
 )
-def test_tiles_change_nothing(untiled, tile, prediction):
-    tiled = run_head(replace(MODEL, prediction=prediction), tile)
-    for path, ours in jax.tree_util.tree_leaves_with_path(tiled):
-        expected = dict(jax.tree_util.tree_leaves_with_path(untiled[prediction]))[path]
+def test_chunks_do_not_change_the_result(unchunked, chunk_size, prediction):
+    chunked = run_head(replace(MODEL, prediction=prediction), chunk_size)
+    for path, ours in jax.tree_util.tree_leaves_with_path(chunked):
+        expected = dict(jax.tree_util.tree_leaves_with_path(unchunked[prediction]))[path]
         assert np.abs(expected).max() > 0, path
         np.testing.assert_allclose(
             ours, expected, atol=1e-5 * float(np.abs(expected).max()), err_msg=str(path)
@@ -103,15 +105,16 @@ def test_tiles_change_nothing(untiled, tile, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
-def test_a_tile_that_holds_all_is_no_tile(prediction):
+def test_a_chunk_of_all_tokens_gives_the_same_program(prediction):
     model = replace(MODEL, prediction=prediction)
-    whole, same, larger, smaller = (
-        lower_head(model, tile, toy_params(model)).as_text() for tile in (0, N, N + 4, N - 1)
+    unchunked, same, larger, smaller = (
+        lower_head(model, chunk_size, toy_params(model)).as_text()
+        for chunk_size in (0, N, N + 4, N - 1)
     )
-    assert whole == same == larger != smaller
+    assert unchunked == same == larger != smaller
 
 
-def test_patches_do_not_see_each_other_before_the_convolution():
+def test_patches_are_independent_before_the_convolution():
     model = replace(MODEL, head="nerf_linear")
     params, (tokens, image) = toy_params(model), head_inputs()
     head = jax.jit(lambda tokens, image: bind_model(model, FLOAT32, params).head(tokens, image))
@@ -128,23 +131,23 @@ def test_patches_do_not_see_each_other_before_the_convolution():
     assert changed.tolist() == [[False, False, False], [True, True, False]]
 
 
-def test_gradient_is_finite_when_nothing_is_generated():
+def test_the_gradient_is_finite_for_generated_zeros():
     params = toy_params(MODEL)
     blocks = params["head"]["blocks"]
-    silent = params | dict(
+    params_without_generator = params | dict(
         head=params["head"]
         | dict(
             blocks=blocks
             | dict(param_generator=jax.tree.map(jnp.zeros_like, blocks["param_generator"]))
         )
     )
-    gradient, _ = run_head(MODEL, 3, silent)
+    gradient, _ = run_head(MODEL, 3, params_without_generator)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
     assert np.abs(gradient[0]["embedder"]["kernel"]).max() > 0
 
 
-def test_bfloat16_head_reads_and_paints_in_float32():
-    """A change of the image that bfloat16 cannot hold comes through, and so do values that it cannot hold."""
+def test_a_bfloat16_head_reads_and_predicts_float32_pixels():
+    """Changes of the input, and values of the output, may be finer than bfloat16."""
     params, (tokens, image) = toy_params(MODEL), head_inputs()
     kernel = params["head"]["embedder"]["kernel"]
     params = params | dict(
@@ -155,14 +158,14 @@ def test_bfloat16_head_reads_and_paints_in_float32():
     tokens = jnp.asarray(tokens, jnp.bfloat16)
     compute = replace(FLOAT32, dtype="bfloat16")
     head = jax.jit(lambda tokens, image: bind_model(MODEL, compute, params).head(tokens, image))
-    here, there = head(tokens, image), head(tokens, image + 2**-10)
-    assert here.dtype == jnp.float32
+    before, after = head(tokens, image), head(tokens, image + 2**-10)
+    assert before.dtype == jnp.float32
     assert jnp.bfloat16(0.75) == jnp.bfloat16(0.75 + 2**-10)
-    assert np.abs(here - there).max() > 1e-3
-    assert (here != here.astype(jnp.bfloat16)).mean() > 0.9
-    painted = jax.eval_shape(
+    assert np.abs(before - after).max() > 1e-3
+    assert (before != before.astype(jnp.bfloat16)).mean() > 0.9
+    features = jax.eval_shape(
         lambda: bind_model(MODEL, compute, params).head.apply_in_chunks(
             tokens, patchify(jnp.asarray(image), MODEL.patch)
         )
     )
-    assert painted.dtype == jnp.float32
+    assert features.dtype == jnp.float32

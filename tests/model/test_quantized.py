@@ -1,4 +1,4 @@
-"""Small storage: what is expanded, when, and how far from what was stored."""
+"""Quantized kernels: their errors, their memory, and the network's results with them."""
 
 import gguf
 import jax
@@ -24,17 +24,19 @@ MODEL = toy_model(**SIZES)
 ERRORS = {"q8_0": 5.3e-3, "int8": 5.9e-3, "float8_e4m3fn": 2.7e-2}
 
 
-def small(x):
+def is_quantized(x):
     return isinstance(x, QuantizedKernel)
 
 
-def whole(params):
-    """Every stored leaf as an array."""
-    return jax.tree.map(lambda x: x.dequantize() if small(x) else x, params, is_leaf=small)
+def dequantize(params):
+    """Replace quantized leaves by arrays."""
+    return jax.tree.map(
+        lambda x: x.dequantize() if is_quantized(x) else x, params, is_leaf=is_quantized
+    )
 
 
-def blurred(params, error):
-    """White noise of the relative size ``error`` on every matrix of a block."""
+def add_noise(params, error):
+    """Add white noise of a relative size to every matrix of the blocks."""
     rng = np.random.default_rng(1)
     leaves = [
         x + error * np.sqrt(np.mean(np.square(x))) * rng.standard_normal(x.shape, np.float32)
@@ -53,16 +55,18 @@ def relative(a, b):
     return float(np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
-def test_errors(store):
-    values, scales = quantize(matrix(), store)
+@pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
+def test_quantization_errors_are_as_expected(weight_format):
+    values, scales = quantize(matrix(), weight_format)
     found = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
     assert found.shape == (64, 2, 48)
-    assert relative(found.reshape(64, 96), matrix()) == pytest.approx(ERRORS[store], rel=0.1)
+    assert relative(found.reshape(64, 96), matrix()) == pytest.approx(
+        ERRORS[weight_format], rel=0.1
+    )
 
 
-def test_q8_0_is_ggmls():
-    """Bit for bit, zeros and a whole block of them too."""
+def test_q8_0_equals_ggml_bit_for_bit():
+    """The matrix has zeros, and a block of zeros."""
     x = matrix()
     x[32:, 5] = 0
     x[3] = 0
@@ -74,7 +78,7 @@ def test_q8_0_is_ggmls():
     np.testing.assert_array_equal(theirs[..., 2:].view(np.int8).reshape(96, 64), values.T)
 
 
-def test_what_was_fp8_stays_as_it_is():
+def test_fp8_values_do_not_change():
     x = matrix().astype(jnp.float8_e4m3fn)
     values, scales = quantize(x.astype(np.float32), "float8_e4m3fn")
     np.testing.assert_array_equal(
@@ -82,51 +86,53 @@ def test_what_was_fp8_stays_as_it_is():
     )
 
 
-@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
-def test_no_inputs_no_harm(store):
-    values, scales = quantize(np.zeros((32, 3)), store)
+@pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
+def test_zeros_stay_zeros(weight_format):
+    values, scales = quantize(np.zeros((32, 3)), weight_format)
     np.testing.assert_array_equal(
         QuantizedKernel(values, jnp.asarray(scales), (32, 3)).dequantize(), np.zeros((32, 3))
     )
 
 
-@pytest.mark.parametrize("store", config.WEIGHT_FORMATS)
-def test_the_network_computes_with_what_is_expanded(store):
+@pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
+def test_the_network_computes_with_dequantized_kernels(weight_format):
     exact = toy_params(MODEL)
-    params = checkpoint_from_params(MODEL, exact, "toy").load_params(weight_format=store)
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=small)[0]
-    assert {"/".join(key.key for key in path) for path, x in leaves if small(x)} == set(
+    params = checkpoint_from_params(MODEL, exact, "toy").load_params(weight_format=weight_format)
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    assert {"/".join(key.key for key in path) for path, x in leaves if is_quantized(x)} == set(
         filter(is_block_matrix, flatten_tree(exact))
     )
     inputs = toy_inputs(MODEL)
-    stored, expected = apply(MODEL, params, inputs), apply(MODEL, whole(params), inputs)
+    stored, expected = apply(MODEL, params, inputs), apply(MODEL, dequantize(params), inputs)
     np.testing.assert_allclose(stored, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    # no farther from the exact network than white noise of the same size in the same matrices takes it
-    noisy = apply(MODEL, blurred(exact, ERRORS[store]), inputs)
+    # The error is that of white noise of the same size in the same matrices.
+    noisy = apply(MODEL, add_noise(exact, ERRORS[weight_format]), inputs)
     reference = np.asarray(apply(MODEL, exact, inputs))
     assert relative(stored, reference) < 1.5 * relative(noisy, reference)
 
 
-def test_sizes():
-    """q8_0 takes 34 bytes for 32 weights; int8 and fp8 a byte each and four for an output."""
+def test_bytes_of_quantized_weights():
+    """q8_0 takes 34 bytes for 32 weights; int8 and fp8 take one each, and four for an output."""
     params = checkpoint_from_params(MODEL, toy_params(MODEL), "toy")
     count = sum(
         x.size for path, x in flatten_tree(toy_params(MODEL)).items() if is_block_matrix(path)
     )
-    for store, per_weight in (("q8_0", 34 / 32), ("int8", 1.04), ("float8_e4m3fn", 1.04)):
+    for weight_format, per_weight in (("q8_0", 34 / 32), ("int8", 1.04), ("float8_e4m3fn", 1.04)):
         leaves = [
             x
-            for x in jax.tree.leaves(params.load_params(weight_format=store), is_leaf=small)
-            if small(x)
+            for x in jax.tree.leaves(
+                params.load_params(weight_format=weight_format), is_leaf=is_quantized
+            )
+            if is_quantized(x)
         ]
         found = sum(x.values.nbytes + x.scales.nbytes for x in leaves)
         assert found == pytest.approx(per_weight * count, rel=0.02)
 
 
-def test_one_block_is_expanded_at_a_time():
-    """Twelve more blocks need as much room for what is computed: their matrices never stand there together."""
+def test_one_block_is_dequantized_at_a_time():
+    """Twelve more blocks need no more memory for activations and dequantized matrices."""
 
-    def room(depth):
+    def peak_memory(depth):
         model = toy_model(
             double_blocks=1,
             single_blocks=depth,
@@ -142,13 +148,13 @@ def test_one_block_is_expanded_at_a_time():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
-    assert room(16) - room(4) < 2 * block
+    assert peak_memory(16) - peak_memory(4) < 2 * block
 
 
-def test_nor_are_they_kept_for_the_gradient():
-    """That of what is added to them: twelve more blocks keep their activations alone."""
+def test_dequantized_kernels_are_not_saved_for_the_gradient():
+    """For the gradient of adapters twelve more blocks save their activations alone."""
 
-    def room(depth):
+    def peak_memory(depth):
         model = toy_model(
             double_blocks=0,
             single_blocks=depth,
@@ -178,32 +184,32 @@ def test_nor_are_they_kept_for_the_gradient():
         )
 
     block = 4 * 256 * (3 * 256 + 4 * 256 + 256 + 4 * 256)  # bytes of a single block's matrices
-    assert room(16) - room(4) < 12 * block / 2
+    assert peak_memory(16) - peak_memory(4) < 12 * block / 2
 
 
-def test_blocks_that_do_not_divide():
+def test_inputs_that_do_not_divide_into_blocks_are_an_error():
     with pytest.raises(ValueError, match="48 inputs do not divide into blocks of 32"):
         quantize(np.zeros((48, 3)), "q8_0")
     model = toy_model()
-    with pytest.raises(CheckpointError, match="48 inputs.*use int8"):
+    with pytest.raises(CheckpointError, match=r"48 inputs.*use int8"):
         checkpoint_from_params(model, toy_params(model), "toy").load_params(weight_format="q8_0")
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_adapted(quantized):
+def test_lora_layers_add_their_adapters(quantized):
     x, down, up = matrix(), matrix((64, 3)), matrix((3, 96))
     base = (
         QuantizedKernel(*map(jnp.asarray, quantize(x, "int8")), (64, 96))
         if quantized
         else jnp.asarray(x)
     )
-    part = nnx.Dict(
+    module = nnx.Dict(
         changed=nnx.Linear(64, 96, rngs=nnx.Rngs(0)), same=nnx.Linear(64, 2, rngs=nnx.Rngs(1))
     )
-    part.changed.kernel.set_value(LoraKernel(base, jnp.asarray(down), jnp.asarray(up)))
-    given = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 64), np.float32))
-    found = expand_weights(part)
-    expected = given @ ((np.asarray(base.dequantize()) if quantized else x) + down @ up)
-    np.testing.assert_allclose(found.changed(given), expected, rtol=1e-5, atol=1e-3)
-    np.testing.assert_array_equal(found.same(given), part.same(given))
-    assert isinstance(part.changed.kernel.get_value(), LoraKernel)  # which is as it was
+    module.changed.kernel.set_value(LoraKernel(base, jnp.asarray(down), jnp.asarray(up)))
+    inputs = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 64), np.float32))
+    expanded = expand_weights(module)
+    expected = inputs @ ((np.asarray(base.dequantize()) if quantized else x) + down @ up)
+    np.testing.assert_allclose(expanded.changed(inputs), expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_array_equal(expanded.same(inputs), module.same(inputs))
+    assert isinstance(module.changed.kernel.get_value(), LoraKernel)  # it did not change

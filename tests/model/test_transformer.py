@@ -1,3 +1,5 @@
+"""The network against an independent implementation in float64, and its masking and gradients."""
+
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,11 +21,11 @@ from tests.helpers.toy_models import (
     toy_params,
 )
 
-# --- the specification (architecture.md) in float64: one sample at a time, text first, every pair masked ----------------
+# --- the reference: float64, one sample at a time, text first, mask of all pairs ----------------
 
 
 def sinusoid(x, width):
-    """Angles are rounded to float32 on the way, as published; they are large."""
+    """Round the large angles to float32, as the published code does."""
     half = width // 2
     rounded = np.exp(
         ((np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32)) / np.float32(half)).astype(
@@ -46,7 +48,7 @@ def rms(x, p):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * p["scale"]
 
 
-def modulated(x, shift, scale):
+def modulate(x, shift, scale):
     x = x - x.mean(axis=-1, keepdims=True)
     return (1 + scale) * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) + shift
 
@@ -63,7 +65,7 @@ def at(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def oracle_vectors(model, p, time, guidance, pooled):
+def reference_vectors(model, p, time, guidance, pooled):
     doubles, singles = model.double_blocks, model.single_blocks
     if model.modulation in ("none", "shared"):
         p = {
@@ -78,7 +80,7 @@ def oracle_vectors(model, p, time, guidance, pooled):
         k = model.approximator_dim
         condition = np.concatenate([sinusoid(time, k // 4), sinusoid(guidance, k // 4)])
         rows = []
-        for index in range(model.vectors):
+        for index in range(model.num_modulation_vectors):
             x = dense(np.concatenate([condition, sinusoid(index, k // 2)]), p["proj_in"])
             for i in range(model.approximator_depth):
                 layer = at(p["layers"], i)
@@ -113,23 +115,23 @@ def oracle_vectors(model, p, time, guidance, pooled):
     )
 
 
-def oracle_sample(model, p, image, text, length, time, guidance, pooled):
-    v = oracle_vectors(model, p["modulation"], time, guidance, pooled)
-    side, (height, width, channels) = model.patch, image.shape
-    grid = [(r, c) for r in range(height // side) for c in range(width // side)]
+def reference_sample(model, p, image, text, length, time, guidance, pooled):
+    v = reference_vectors(model, p["modulation"], time, guidance, pooled)
+    size, (height, width, channels) = model.patch, image.shape
+    grid = [(r, c) for r in range(height // size) for c in range(width // size)]
 
-    def patches(image, side):
+    def patches(image, size):
         return np.stack(
             [
-                image[r * side : (r + 1) * side, c * side : (c + 1) * side].reshape(-1)
+                image[r * size : (r + 1) * size, c * size : (c + 1) * size].reshape(-1)
                 for r, c in grid
             ]
         )
 
     values = (
-        patches(image[::2, ::2], side // 2)
+        patches(image[::2, ::2], size // 2)
         if model.patch_embed == "conv_half"
-        else patches(image, side)
+        else patches(image, size)
     )
     x = (
         mlp(values, p["patch_embed"], lambda z: z)
@@ -141,28 +143,28 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
             [text[: int(length)], np.tile(p["padding"], (len(text) - int(length), 1))]
         )
     y = dense(text, p["text_embed"])
-    kept = {
+    visible = {
         "one_pad": np.arange(len(y)) <= length,
         "strict": np.arange(len(y)) < length,
         "off": np.full(len(y), True),
     }[model.masking]
     ids = [(j if model.text_ids == "sequential" else 0, 0, 0) for j in range(len(y))]
     if model.registers:
-        y, kept, ids = (
+        y, visible, ids = (
             np.concatenate([p["registers"], y]),
-            np.r_[[True] * model.registers, kept],
+            np.r_[[True] * model.registers, visible],
             [(0, 0, 0)] * model.registers + ids,
         )
-    words = len(y)
-    ids, kept = np.array(ids + [(0, r, c) for r, c in grid]), np.r_[kept, [True] * len(x)]
+    num_text = len(y)
+    ids, visible = np.array(ids + [(0, r, c) for r, c in grid]), np.r_[visible, [True] * len(x)]
     angles = [
         np.outer(ids[:, a], model.rope_theta ** (-np.arange(0, s, 2) / s))
         for a, s in enumerate(model.rope_axes)
     ]
-    turns = np.exp(1j * np.concatenate(angles, axis=1))[:, None]
+    rotations = np.exp(1j * np.concatenate(angles, axis=1))[:, None]
 
-    def turned(x):
-        z = (x[..., ::2] + 1j * x[..., 1::2]) * turns[: len(x)]
+    def rotate(x):
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * rotations[: len(x)]
         return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
 
     def project(x, p):
@@ -170,77 +172,77 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
         return rms(q, p["query_norm"]), rms(k, p["key_norm"]), v
 
     def attention(q, k, v):
-        """Of the joint sequence, or of the text alone, with which it begins."""
-        logits = np.einsum("qhk,shk->hqs", turned(q), turned(k)) / np.sqrt(model.head_dim)
-        weights = np.where(np.outer(kept, kept)[: len(q), : len(q)], np.exp(logits), 0)
+        """Attend in the joint sequence, or in the text alone, which comes first."""
+        logits = np.einsum("qhk,shk->hqs", rotate(q), rotate(k)) / np.sqrt(model.head_dim)
+        weights = np.where(np.outer(visible, visible)[: len(q), : len(q)], np.exp(logits), 0)
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
         return np.einsum("hqs,shk->qhk", weights, v).reshape(len(q), -1)
 
     for i in range(model.text_refiner_blocks):
         s = at(p["refiner"], i)
         y = y + dense(
-            attention(*project(modulated(y, 0, 0), s["attention"])), s["attention"]["proj"]
+            attention(*project(modulate(y, 0, 0), s["attention"])), s["attention"]["proj"]
         )
-        y = y + mlp(modulated(y, 0, 0), s["mlp"])
+        y = y + mlp(modulate(y, 0, 0), s["mlp"])
     for i in range(model.double_blocks):
-        sides, m = (
+        streams, m = (
             (at(p["double"]["text"], i), at(p["double"]["image"], i)),
             (v.text[i], v.image[i]),
         )
         qkv = [
-            project(modulated(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, sides)
+            project(modulate(z, w[0], w[1]), s["attention"]) for z, w, s in zip((y, x), m, streams)
         ]
         a = attention(*(np.concatenate(pair) for pair in zip(*qkv)))
         y, x = (
             z + w[2] * dense(z_a, s["attention"]["proj"])
-            for z, z_a, w, s in zip((y, x), (a[:words], a[words:]), m, sides)
+            for z, z_a, w, s in zip((y, x), (a[:num_text], a[num_text:]), m, streams)
         )
         y, x = (
-            z + w[5] * mlp(modulated(z, w[3], w[4]), s["mlp"]) for z, w, s in zip((y, x), m, sides)
+            z + w[5] * mlp(modulate(z, w[3], w[4]), s["mlp"]) for z, w, s in zip((y, x), m, streams)
         )
     joint = np.concatenate([y, x])
     for i in range(model.single_blocks):
         s, w = at(p["single"], i), v.single[i]
-        z = modulated(joint, w[0], w[1])
+        z = modulate(joint, w[0], w[1])
         joint = joint + w[2] * (
             dense(attention(*project(z, s["attention"])), s["attention"]["proj"]) + mlp(z, s["mlp"])
         )
-    tokens, head = joint[words:], p["head"]
+    tokens, head = joint[num_text:], p["head"]
 
     out = np.empty_like(image)
     if model.head == "linear":
-        painted = dense(modulated(tokens, *v.output), head["linear"]).reshape(
-            len(grid), side, side, channels
+        pixels_by_token = dense(modulate(tokens, *v.output), head["linear"]).reshape(
+            len(grid), size, size, channels
         )
     else:
-        axis, f = np.linspace(0, 1, side), np.arange(model.nerf_freqs)
-        waves = np.array([
+        axis, f = np.linspace(0, 1, size), np.arange(model.nerf_freqs)
+        features = np.array([
             [np.cos(np.pi * fx * axis[c]) * np.cos(np.pi * fy * axis[r]) / (1 + fx * fy) for fx in f for fy in f]
-            for r in range(side) for c in range(side)
+            for r in range(size) for c in range(size)
         ])  # fmt: skip
-        painted = []
+        pixels_by_token = []
         for token, pixels in zip(
-            tokens, patches(image, side).reshape(len(grid), side * side, channels)
+            tokens, patches(image, size).reshape(len(grid), size * size, channels)
         ):
-            n = dense(np.concatenate([pixels, waves], axis=1), head["embedder"])
+            n = dense(np.concatenate([pixels, features], axis=1), head["embedder"])
             for i in range(model.nerf_depth):
                 block, inner = at(head["blocks"], i), model.nerf_hidden * model.nerf_mlp_ratio
-                made = dense(token, block["param_generator"]).reshape(3, -1)
-                gate, value, back = (
+                generated = dense(token, block["param_generator"]).reshape(3, -1)
+                gate, value, output = (
                     g.reshape(s)
                     for g, s in zip(
-                        made, 2 * [(model.nerf_hidden, inner)] + [(inner, model.nerf_hidden)]
+                        generated, 2 * [(model.nerf_hidden, inner)] + [(inner, model.nerf_hidden)]
                     )
                 )
-                gate, value, back = (
-                    g / np.maximum(np.linalg.norm(g, axis=0), 1e-12) for g in (gate, value, back)
+                gate, value, output = (
+                    g / np.maximum(np.linalg.norm(g, axis=0), 1e-12) for g in (gate, value, output)
                 )
                 z = rms(n, block["norm"])
-                n = n + (silu(z @ gate) * (z @ value)) @ back
-            painted.append(rms(n, head["norm"]).reshape(side, side, -1))
+                n = n + (silu(z @ gate) * (z @ value)) @ output
+            pixels_by_token.append(rms(n, head["norm"]).reshape(size, size, -1))
         out = np.empty((height, width, model.nerf_hidden))
-    for (r, c), patch in zip(grid, painted):
-        out[r * side : (r + 1) * side, c * side : (c + 1) * side] = patch
+    for (r, c), patch in zip(grid, pixels_by_token):
+        out[r * size : (r + 1) * size, c * size : (c + 1) * size] = patch
     if model.head == "nerf_linear":
         out = dense(out, head["linear"])
     if model.head == "nerf_conv":
@@ -255,13 +257,13 @@ def oracle_sample(model, p, image, text, length, time, guidance, pooled):
     return out if model.prediction == "velocity" else (image - out) / time
 
 
-def oracle(model, params, inputs):
+def reference(model, params, inputs):
     p, inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, inputs))
     b = len(inputs["time"])
     guidance = np.zeros(b) if inputs["guidance"] is None else inputs["guidance"]
     pooled = [None] * b if inputs["pooled"] is None else inputs["pooled"]
     rows = zip(*(inputs[k] for k in ("image", "text", "lengths", "time")), guidance, pooled)
-    return np.stack([oracle_sample(model, p, *row) for row in rows])
+    return np.stack([reference_sample(model, p, *row) for row in rows])
 
 
 def assert_near(ours, expected, tolerance=1e-5):
@@ -270,16 +272,16 @@ def assert_near(ours, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_agrees_with_the_specification(variant):
+def test_the_network_equals_the_reference(variant):
     model = toy_model(**VARIANTS[variant])
     inputs = toy_inputs(model)
     ours = apply(model, toy_params(model), inputs)
     assert ours.shape == inputs["image"].shape
     assert ours.dtype == jnp.float32
-    assert_near(ours, oracle(model, toy_params(model), inputs), 2e-5)
+    assert_near(ours, reference(model, toy_params(model), inputs), 2e-5)
 
 
-# --- text lengths -------------------------------------------------------------------------------------------------------
+# --- text lengths ---------------------------------------------------------------------------------
 
 MASKED = [
     "one_pad",
@@ -293,15 +295,15 @@ MASKED = [
 ]
 
 
-def padding(model, inputs):
-    """Where text is hidden, [b, l]."""
+def hidden_text(model, inputs):
+    """Return the mask [b, l] of hidden text tokens."""
     return np.arange(inputs["text"].shape[1]) >= inputs["lengths"][:, None] + (
         model.masking == "one_pad"
     )
 
 
 @pytest.mark.parametrize("variant", MASKED)
-def test_samples_of_a_batch_do_not_meet(variant):
+def test_samples_do_not_depend_on_the_rest_of_the_batch(variant):
     model = toy_model(**VARIANTS[variant])
     inputs = toy_inputs(model)
     together = apply(model, toy_params(model), inputs)
@@ -310,10 +312,10 @@ def test_samples_of_a_batch_do_not_meet(variant):
 
 
 @pytest.mark.parametrize("variant", MASKED)
-def test_padded_text_has_no_influence(variant):
+def test_hidden_text_has_no_influence(variant):
     model = toy_model(**VARIANTS[variant])
     params, inputs = toy_params(model), toy_inputs(model, lengths=(1, 3, 4))
-    hidden = padding(model, inputs)
+    hidden = hidden_text(model, inputs)
     before = np.asarray(apply(model, params, inputs))
     for garbage in (0, 1e30, np.nan, np.inf):
         text = np.where(hidden[..., None], np.float32(garbage), inputs["text"])
@@ -321,53 +323,53 @@ def test_padded_text_has_no_influence(variant):
     longest = int((~hidden).sum(axis=1).max())
     assert longest == (5 if model.masking == "one_pad" else 4)
     assert_near(apply(model, params, inputs | dict(text=inputs["text"][:, :longest])), before)
-    # the last visible row is not padding: for one_pad that is the one padding token that is kept
+    # The last visible row has an influence; with one_pad it is the padding token.
     text = inputs["text"].copy()
     text[np.arange(3), (~hidden).sum(axis=1) - 1] += 1
-    moved = np.abs(apply(model, params, inputs | dict(text=text)) - before).max(axis=(1, 2, 3))
-    assert (moved > 1e-4).all()
+    change = np.abs(apply(model, params, inputs | dict(text=text)) - before).max(axis=(1, 2, 3))
+    assert (change > 1e-4).all()
 
 
-def test_without_masking_padding_counts():
+def test_padding_has_an_influence_without_masking():
     model = toy_model(**VARIANTS["flux"])
     inputs = toy_inputs(model)
     before = apply(model, toy_params(model), inputs)
     text = np.where((np.arange(6) >= inputs["lengths"][:, None] + 1)[..., None], 0, inputs["text"])
-    moved = np.abs(apply(model, toy_params(model), inputs | dict(text=text)) - before).max(
+    change = np.abs(apply(model, toy_params(model), inputs | dict(text=text)) - before).max(
         axis=(1, 2, 3)
     )
-    assert (moved[:2] > 1e-3).all()
-    assert moved[2] == 0
+    assert (change[:2] > 1e-3).all()
+    assert change[2] == 0
     np.testing.assert_array_equal(
         apply(model, toy_params(model), inputs | dict(lengths=np.full(3, 6, np.int32))), before
     )
 
 
-def test_a_learned_vector_stands_at_padding():
-    """Whatever the encoder has put there; a text of length 0 is that vector alone."""
+def test_a_learned_vector_replaces_the_padding():
+    """The encoder's padding has no influence, and a text of length 0 consists of that vector."""
     model = toy_model(**VARIANTS["learned"])
     params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 3, 6))
     padded = (np.arange(6) >= inputs["lengths"][:, None])[..., None]
     before = apply(model, params, inputs)
-    assert_near(before, oracle(model, params, inputs), 2e-5)
+    assert_near(before, reference(model, params, inputs), 2e-5)
     for garbage in (0, 1e30, np.nan):
         dirty = inputs | dict(text=np.where(padded, np.float32(garbage), inputs["text"]))
         np.testing.assert_array_equal(apply(model, params, dirty), before)
-    moved = apply(model, params | dict(padding=params["padding"] + 1), inputs) - before
-    assert (np.abs(moved).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, True, False]
+    change = apply(model, params | dict(padding=params["padding"] + 1), inputs) - before
+    assert (np.abs(change).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("registers", [0, 1])
-def test_a_text_of_nothing_leaves_no_trace(registers):
-    """Nothing of it is seen, in the blocks of text alone neither, and nothing becomes NaN."""
+def test_an_empty_text_has_no_influence(registers):
+    """This holds in the text refiner blocks too, and no value becomes NaN."""
     model = toy_model(**VARIANTS["refiner"], registers=registers)
     params, inputs = toy_params(model), toy_inputs(model, lengths=(0, 2, 6))
-    if not registers:  # where a softmax sees nothing, which has gradients that are not numbers
+    if not registers:  # a softmax over nothing could have gradients of NaN
         loss, (to_params, _, to_text) = gradients(model, params, inputs, weights_of(inputs))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, to_params, to_text)))
         assert (np.asarray(to_text)[0] == 0).all()
     before = apply(model, params, inputs)
-    assert_near(before, oracle(model, params, inputs), 2e-5)
+    assert_near(before, reference(model, params, inputs), 2e-5)
     np.testing.assert_array_equal(
         apply(model, params, inputs | dict(text=inputs["text"][::-1]))[0], before[0]
     )
@@ -375,15 +377,15 @@ def test_a_text_of_nothing_leaves_no_trace(registers):
 
 FULL = dict(registers=2, text_ids="sequential")
 SMALL = dict(masking="strict", head="linear", modulation="none")
-ALONE = dict(SMALL, text_refiner_blocks=1, patch_embed="bottleneck", bottleneck=7)
+REFINED = dict(SMALL, text_refiner_blocks=1, patch_embed="bottleneck", bottleneck=7)
 LEARNED = dict(VARIANTS["learned"], text_refiner_blocks=1, patch_embed="bottleneck", bottleneck=7)
 
 
-@pytest.mark.parametrize("changes", [FULL, SMALL, ALONE])
-def test_padded_text_has_no_gradient(changes):
+@pytest.mark.parametrize("changes", [FULL, SMALL, REFINED])
+def test_hidden_text_has_no_gradient(changes):
     model = toy_model(**changes)
     params, inputs = toy_params(model), toy_inputs(model)
-    hidden, weights = padding(model, inputs), weights_of(inputs)
+    hidden, weights = hidden_text(model, inputs), weights_of(inputs)
     loss, (to_params, to_image, to_text) = gradients(model, params, inputs, weights)
     assert (np.asarray(to_text)[hidden] == 0).all()
     assert (np.abs(np.asarray(to_text)[~hidden]).max(axis=-1) > 0).all()
@@ -394,7 +396,7 @@ def test_padded_text_has_no_gradient(changes):
     assert (np.asarray(again[2])[hidden] == 0).all()
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def weights_of(inputs):
@@ -402,66 +404,68 @@ def weights_of(inputs):
 
 
 @pytest.mark.parametrize("changes", [FULL, SMALL, LEARNED])
-def test_gradients_are_the_slopes_of_the_specification(changes):
-    """Central differences of the float64 oracle, along a random direction in each part of the model, the image and the text."""
+def test_gradients_equal_finite_differences_of_the_reference(changes):
+    """Compare random directions in each subtree of the parameters, in the image and in the text."""
     model = toy_model(**changes)
     params, inputs = toy_params(model), toy_inputs(model)
     weights = weights_of(inputs)
     _, (to_params, to_image, to_text) = gradients(model, params, inputs, weights)
     tree = dict(params=params, image=inputs["image"], text=inputs["text"])
     slopes = dict(params=to_params, image=to_image, text=to_text)
-    draw, h = np.random.default_rng(6), 1e-4
+    rng, h = np.random.default_rng(6), 1e-4
 
     def loss(tree):
         return np.vdot(
             weights,
-            oracle(model, tree["params"], inputs | dict(image=tree["image"], text=tree["text"])),
+            reference(model, tree["params"], inputs | dict(image=tree["image"], text=tree["text"])),
         )
 
-    def slope(part):
-        def direction(path, x):
-            return draw.standard_normal(x.shape) * (tuple(k.key for k in path)[: len(part)] == part)
+    def compare_slopes(part):
+        def sample_direction(path, x):
+            return rng.standard_normal(x.shape) * (tuple(k.key for k in path)[: len(part)] == part)
 
-        def moved(step):
-            return loss(jax.tree.map(lambda x, d: np.asarray(x, np.float64) + step * d, tree, way))
+        def loss_at(step):
+            return loss(
+                jax.tree.map(lambda x, d: np.asarray(x, np.float64) + step * d, tree, direction)
+            )
 
-        way = jax.tree_util.tree_map_with_path(direction, tree)
+        direction = jax.tree_util.tree_map_with_path(sample_direction, tree)
         ours = sum(
             np.vdot(np.asarray(g, np.float64), d)
-            for g, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way))
+            for g, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(direction))
         )
-        return ours, (moved(h) - moved(-h)) / (2 * h)
+        return ours, (loss_at(h) - loss_at(-h)) / (2 * h)
 
     for part in [("params", name) for name in params] + [("image",), ("text",)]:
-        ours, expected = slope(part)
+        ours, expected = compare_slopes(part)
         assert abs(expected) > 1e-2, part
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3, err_msg=str(part))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_nothing(remat):
-    model = toy_model(**ALONE)
+def test_rematerialization_does_not_change_gradients(remat):
+    model = toy_model(**REFINED)
     inputs = toy_inputs(model)
     arguments = model, toy_params(model), inputs, weights_of(inputs)
     expected, ours = gradients(*arguments), gradients(*arguments, replace(FLOAT32, remat=remat))
     jax.tree.map(lambda x, y: assert_near(x, y, 1e-4), ours, expected)
 
 
-# --- how it is run ------------------------------------------------------------------------------------------------------
+# --- how it is run --------------------------------------------------------------------------------
 
 
-def instructions(lowered):
+def count_instructions(lowered):
     return sum(" = " in line for line in lowered.as_text().splitlines())
 
 
-@pytest.mark.parametrize("what", ["init", "gradient"])
-def test_depth_costs_no_instructions(what):
+@pytest.mark.parametrize("function", ["init", "gradient"])
+def test_the_number_of_instructions_does_not_depend_on_depth(function):
     def count(doubles, singles):
         model = toy_model(double_blocks=doubles, single_blocks=singles)
         inputs, params = toy_inputs(model), transformer.make_abstract_params(model)
-        if what == "init":
-            return instructions(transformer.init_params.lower(model, jax.random.key(0)))
-        return instructions(
+        if function == "init":
+            return count_instructions(transformer.init_params.lower(model, jax.random.key(0)))
+        return count_instructions(
             gradients.lower(model, params, inputs, inputs["image"], replace(FLOAT32, remat="full"))
         )
 
@@ -470,12 +474,11 @@ def test_depth_costs_no_instructions(what):
     assert deep <= 1.2 * shallow
 
 
-def test_fresh_parameters():
+def test_initial_parameters():
     model = toy_model(head="linear")
     init = jax.jit(transformer.init_params.__wrapped__, static_argnames="model")
-    params, again, other = (
-        init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1)
-    )  # rbg compiles faster
+    # rbg compiles faster
+    params, again, other = (init(model, jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1))
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal((*x.shape, x.dtype), (*y.shape, y.dtype)),
         params,
@@ -485,9 +488,8 @@ def test_fresh_parameters():
     kernel = params["single"]["attention"]["qkv"]["kernel"]
     assert (kernel[0] != kernel[1]).all()
     assert (kernel != other["single"]["attention"]["qkv"]["kernel"]).all()
-    np.testing.assert_allclose(
-        kernel.std() * np.sqrt(model.hidden), 1, rtol=0.05
-    )  # unit variance is kept
+    # Outputs have unit variance.
+    np.testing.assert_allclose(kernel.std() * np.sqrt(model.hidden), 1, rtol=0.05)
     assert all(x.dtype == jnp.float32 and np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert (np.asarray(apply(model, params, toy_inputs(model))) == 0).all()
 
@@ -507,23 +509,23 @@ def test_a_kind_of_block_may_be_absent(modulation, absent):
     assert out.shape == inputs["image"].shape
 
 
-def test_vectors_made_beforehand_change_nothing():
+def test_given_modulation_vectors_equal_computed_ones():
     model = toy_model(head="linear")
     params, inputs = toy_params(model), toy_inputs(model)
     inputs |= dict(time=np.full(3, 0.6, np.float32), guidance=np.full(3, 2, np.float32))
 
     @jax.jit
-    def given(params, inputs):
+    def apply_with_vectors(params, inputs):
         module = transformer.bind_model(model, FLOAT32, params)
         vectors = module.modulation(
             jnp.asarray(inputs["time"][:1]), jnp.asarray(inputs["guidance"][:1]), None
         )
         return module(**(inputs | dict(time=jnp.full(3, 0.1), guidance=None)), vectors=vectors)
 
-    assert_near(given(params, inputs), apply(model, params, inputs))
+    assert_near(apply_with_vectors(params, inputs), apply(model, params, inputs))
 
 
-def test_x0_is_divided_by_time_or_by_what_is_given():
+def test_x0_models_divide_by_time_or_by_the_given_divisor():
     model = toy_model(head="linear", prediction="x0")
     params, inputs = toy_params(model), toy_inputs(model)
     image = apply(replace(model, prediction="velocity"), params, inputs)
@@ -539,7 +541,7 @@ def test_x0_is_divided_by_time_or_by_what_is_given():
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 10), (6, 8)])
-def test_a_image_that_does_not_divide_is_refused(height, width):
+def test_an_image_that_does_not_divide_into_patches_is_an_error(height, width):
     model = toy_model()
     inputs = toy_inputs(model) | dict(image=np.zeros((3, height, width, 3), np.float32))
     with pytest.raises(ValueError, match=f"{width}×{height} .* patches of 4") as error:
@@ -553,7 +555,7 @@ def test_a_image_that_does_not_divide_is_refused(height, width):
 
 
 @pytest.mark.parametrize("variant", ["one_pad", "linear"])
-def test_bfloat16_stays_near(variant):
+def test_bfloat16_is_near_float32(variant):
     model = toy_model(**VARIANTS[variant])
     params, inputs = toy_params(model), toy_inputs(model)
     exact, ours = (
