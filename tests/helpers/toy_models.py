@@ -62,7 +62,8 @@ VARIANTS = {
 def toy_model(**changes) -> config.Model:
     sizes = dict(
         hidden=48, heads=2, double_blocks=2, single_blocks=3, rope_axes=(4, 10, 10), text_dim=32,
-        approximator_hidden=40, patch=4, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=2, nerf_freqs=3,
+        approximator_hidden=40, patch=4, nerf_hidden=8, nerf_mlp_ratio=2, nerf_depth=2,
+        nerf_freqs=3,
     )  # fmt: skip
     return config.Model(**(sizes | changes))
 
@@ -91,7 +92,7 @@ def toy_inputs(
     columns: int = 3,
     seed: int = 1,
 ) -> dict[str, np.ndarray | None]:
-    """Sample the model's arguments: images of rows × columns patches, and text with random padding."""
+    """Sample a model's arguments: images of rows × columns patches, text with random padding."""
     rng, b = np.random.default_rng(seed), len(lengths)
 
     def normal(*shape):

@@ -1,4 +1,4 @@
-"""A T5 of a few thousand parameters under Hugging Face's names, and a tokenizer trained in a blink, for tests."""
+"""A toy T5 under Hugging Face's names, and a tokenizer that trains in a moment."""
 
 import io
 from pathlib import Path
@@ -10,13 +10,16 @@ from radiance.text.t5 import T5
 
 TOY = T5(vocabulary=200, hidden=32, layers=3, heads=4, head_dim=6, mlp_hidden=40)
 CAPTIONS = [
-    "a photo of a red cat sitting on a mat", "the quick brown fox jumps over the lazy dog", "two cats and three dogs, playing in the park!",
-    "un café à Paris, l'été", "ein Haus mit Garten. 42 images 3.14",
-]  # fmt: skip
+    "a photo of a red cat sitting on a mat",
+    "the quick brown fox jumps over the lazy dog",
+    "two cats and three dogs, playing in the park!",
+    "un café à Paris, l'été",
+    "ein Haus mit Garten. 42 images 3.14",
+]
 
 
 def torch_tensors(t5: T5 = TOY, seed: int = 0, spread: float = 1.0) -> dict[str, np.ndarray]:
-    """Of the size that T5 is initialised with, times `spread`; norms and biases are far from their initial values."""
+    """Sample weights as T5 initializes them, times `spread`, with other norms and biases."""
     draw, inner = np.random.default_rng(seed), t5.heads * t5.head_dim
 
     def normal(scale, *shape):
@@ -54,20 +57,29 @@ def torch_tensors(t5: T5 = TOY, seed: int = 0, spread: float = 1.0) -> dict[str,
 
 
 def train_tokenizer(path: Path, captions: list[str] = CAPTIONS) -> Path:
-    """A SentencePiece model with the special ids of T5's."""
+    """Train a SentencePiece model with T5's special ids."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(captions * 20), model_writer=model, vocab_size=180, model_type="unigram", hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc", minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(captions * 20),
+        model_writer=model,
+        vocab_size=180,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
     return path
 
 
 def toy_folder(folder: Path, t5: T5 = TOY, seed: int = 0) -> Path:
-    """Weights and tokenizer, as they lie in a folder of Hugging Face's."""
+    """Write weights and tokenizer to a folder in Hugging Face's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(torch_tensors(t5, seed), folder / "model.safetensors")
     train_tokenizer(folder / "spiece.model")

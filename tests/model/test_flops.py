@@ -10,8 +10,8 @@ from tests.helpers.toy_models import FLOAT32, toy_inputs, toy_model
 # Wide enough for other operations than matrix products to be few; one block of each kind, because
 # the compiler counts the body of a loop once.
 WIDE = dict(
-    hidden=256, heads=4, rope_axes=(16, 24, 24), double_blocks=1, single_blocks=1, text_dim=64, approximator_hidden=128,
-    nerf_hidden=16, patch=8,
+    hidden=256, heads=4, rope_axes=(16, 24, 24), double_blocks=1, single_blocks=1, text_dim=64,
+    approximator_hidden=128, nerf_hidden=16, patch=8,
 )  # fmt: skip
 
 

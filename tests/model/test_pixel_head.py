@@ -27,7 +27,7 @@ def head_inputs(model=MODEL):
 
 
 def lower_head(model, chunk_size, params):
-    """Lower the gradient of Σ w·velocity to the head's parameters, tokens and image, and the velocity."""
+    """Lower the velocity, and the gradient of Σ w·velocity to parameters, tokens and image."""
     tokens, image = head_inputs()
     weights = normal(*image.shape, seed=2)
 

@@ -108,14 +108,21 @@ def reference_vectors(model, p, time, guidance, pooled):
             single=single + p["single"],
             output=output,
         )
-    stacked = {k: [dense(x, at(p[f], i)).reshape(n, -1) for i in range(blocks)] for k, f, n, blocks in (
-        ("image", "double_image", 6, doubles), ("text", "double_text", 6, doubles), ("single", "single", 3, singles))}  # fmt: skip
+
+    def vectors_of(name, num_vectors, num_blocks):
+        return [dense(x, at(p[name], i)).reshape(num_vectors, -1) for i in range(num_blocks)]
+
     return SimpleNamespace(
-        **stacked, output=dense(x, p["output"]).reshape(2, -1) if "output" in p else None
+        image=vectors_of("double_image", 6, doubles),
+        text=vectors_of("double_text", 6, doubles),
+        single=vectors_of("single", 3, singles),
+        output=dense(x, p["output"]).reshape(2, -1) if "output" in p else None,
     )
 
 
-def reference_sample(model, p, image, text, length, time, guidance, pooled):
+def reference_sample(  # noqa: C901 (the specification in one place)
+    model, p, image, text, length, time, guidance, pooled
+):
     v = reference_vectors(model, p["modulation"], time, guidance, pooled)
     size, (height, width, channels) = model.patch, image.shape
     grid = [(r, c) for r in range(height // size) for c in range(width // size)]
@@ -216,10 +223,17 @@ def reference_sample(model, p, image, text, length, time, guidance, pooled):
         )
     else:
         axis, f = np.linspace(0, 1, size), np.arange(model.nerf_freqs)
-        features = np.array([
-            [np.cos(np.pi * fx * axis[c]) * np.cos(np.pi * fy * axis[r]) / (1 + fx * fy) for fx in f for fy in f]
-            for r in range(size) for c in range(size)
-        ])  # fmt: skip
+
+        def feature(r, c, fx, fy):
+            return np.cos(np.pi * fx * axis[c]) * np.cos(np.pi * fy * axis[r]) / (1 + fx * fy)
+
+        features = np.array(
+            [
+                [feature(r, c, fx, fy) for fx in f for fy in f]
+                for r in range(size)
+                for c in range(size)
+            ]
+        )
         pixels_by_token = []
         for token, pixels in zip(
             tokens, patches(image, size).reshape(len(grid), size * size, channels)

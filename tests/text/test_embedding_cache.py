@@ -1,4 +1,4 @@
-"""The embedding cache: what goes in comes out, bit by bit; it survives being killed; and nothing foreign is believed."""
+"""The embedding cache: exact contents, hosts, killed jobs, and damaged or foreign files."""
 
 import json
 import os
@@ -30,15 +30,15 @@ MANY = [f"image {i} of {'a very ' * (i % 3)}red square" for i in range(60)]
 
 
 class Counting(TextEncoder):
-    """The hash encoder in bfloat16, which notes what it is given."""
+    """The hash encoder in bfloat16, which records the texts that it encodes."""
 
     kind = "hash"
 
-    def __init__(self, dim=8, limit=12):
-        self.inner, self.dim, self.max_length = HashEncoder(dim, limit), dim, limit
+    def __init__(self, dim=8, max_length=12):
+        self.inner, self.dim, self.max_length = HashEncoder(dim, max_length), dim, max_length
         self.identity, self.dtype, self.seen = f"counting {dim}", np.dtype(ml_dtypes.bfloat16), []
 
-    def count(self, text):
+    def count_tokens(self, text):
         return self.inner.count_tokens(text)
 
     def encode(self, texts, truncate=False):
@@ -51,7 +51,7 @@ class Counting(TextEncoder):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Shards and chunks of a few captions."""
+    """Make shards and batches of a few captions."""
     monkeypatch.setattr(embedding_cache, "SHARD_BYTES", 1000)
     monkeypatch.setattr(embedding_cache, "ENCODING_BATCH_SIZE", 4)
 
@@ -74,10 +74,10 @@ def assert_same(a, b):
     np.testing.assert_array_equal(m, n)
 
 
-# --- there and back ---------------------------------------------------------------------------------------------------
+# --- writing and reading --------------------------------------------------------------------------
 
 
-def test_comes_back_bit_by_bit(tmp_path, small):
+def test_embeddings_are_read_bit_for_bit(tmp_path, small):
     encoder, done = Counting(), []
     assert encode_captions(MANY, encoder, tmp_path, report_progress=done.append) == EncodingCounts(
         61, 0, 0
@@ -93,40 +93,42 @@ def test_comes_back_bit_by_bit(tmp_path, small):
     )
     texts = [*MANY[::-1], "", MANY[3]]
     assert_same(found(texts), encoder(texts))
-    assert [found.count_tokens(text) for text in texts] == [encoder.count(text) for text in texts]
+    assert [found.count_tokens(text) for text in texts] == [
+        encoder.count_tokens(text) for text in texts
+    ]
 
 
-def test_only_what_is_seen_is_kept(tmp_path):
-    """The real tokens and one of padding: nothing of the rest of the limit."""
+def test_only_visible_rows_are_stored(tmp_path):
+    """These are the real tokens and one padding token."""
     encoder = Counting(limit=200)
     encode_captions(MANY, encoder, tmp_path)
     (path,) = shards(tmp_path)
-    tokens = sum(encoder.count(text) + 1 for text in ["", *MANY])
+    tokens = sum(encoder.count_tokens(text) + 1 for text in ["", *MANY])
     tensors = load_file(path)
     assert tensors["rows"].shape == (tokens, 8)
     assert tensors["rows"].dtype == ml_dtypes.bfloat16
     assert path.stat().st_size < tokens * 16 + 61 * 24 + 1000
 
 
-def test_embeddings_of_another_kind_of_encoder(tmp_path):
+def test_embeddings_of_another_kind_of_encoder_are_an_error(tmp_path):
     encode_captions(MANY, HashEncoder(8, 12), tmp_path)
     text = Text(encoder="t5", max_length=12, cache=str(tmp_path))
-    with pytest.raises(ConfigError, match="was made with text.encoder=hash, and it is t5 now"):
+    with pytest.raises(ConfigError, match=r"was made with text.encoder=hash, and it is t5 now"):
         make_encoder(text, 8)
 
 
-def test_t5(tmp_path):
+def test_embeddings_of_t5(tmp_path):
     encoder = T5Encoder(toy_folder(tmp_path / "t5"), max_length=48)
     encode_captions(CAPTIONS, encoder, tmp_path / "cache")
     found = CachedEncoder(tmp_path / "cache", "t5", 48)
     (a, n), (b, m) = found(CAPTIONS), encoder(CAPTIONS)
     np.testing.assert_array_equal(n, m)
-    # other captions were beside them in the batch, so the last bits may differ
+    # The batch held other captions, so the last bits may differ.
     np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
     assert a.dtype == b.dtype == ml_dtypes.bfloat16
 
 
-def test_captions_over_the_limit_are_cut(tmp_path):
+def test_long_captions_are_cut(tmp_path):
     encoder = Counting(limit=6)
     long, full = "one two three four five six", "one two three four five"
     assert encode_captions([long, full, "one"], encoder, tmp_path) == EncodingCounts(4, 0, 1)
@@ -140,17 +142,17 @@ def test_captions_over_the_limit_are_cut(tmp_path):
     assert "limit is 6" in str(error.value)
 
 
-def test_odd_captions(tmp_path):
+def test_unusual_captions(tmp_path):
     encoder = Counting()
     texts = ["", " ", "a\nb", "红色", "🐱", "half \ud83d", "\x00", "</s>"]
     encode_captions(texts, encoder, tmp_path)
     assert_same(CachedEncoder(tmp_path, "hash", 12)(texts), encoder(texts))
 
 
-# --- resuming and hosts -----------------------------------------------------------------------------------------------
+# --- resuming and hosts ---------------------------------------------------------------------------
 
 
-def test_goes_on_where_it_stopped(tmp_path, small):
+def test_encoding_resumes(tmp_path, small):
     first, second = Counting(), Counting()
     assert encode_captions(MANY[:20], first, tmp_path) == EncodingCounts(21, 0, 0)
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
@@ -161,8 +163,8 @@ def test_goes_on_where_it_stopped(tmp_path, small):
     assert_same(CachedEncoder(tmp_path, "hash", 12)(MANY), first(MANY))
 
 
-def test_hosts_share_the_work(tmp_path, small):
-    """Whatever the order they come in, and when there are other hosts the next time."""
+def test_hosts_divide_the_captions(tmp_path, small):
+    """They may run in any order, and their number may change."""
     encoders = [Counting() for _ in range(3)]
     counts = [encode_captions(MANY, encoders[host], tmp_path, host, 3) for host in (2, 0, 1)]
     assert sum(count.num_encoded for count in counts) == 61
@@ -177,7 +179,7 @@ def test_hosts_share_the_work(tmp_path, small):
     assert not other.seen
 
 
-def test_an_error_loses_one_shard_at_most(tmp_path, small):
+def test_an_error_loses_at_most_one_shard(tmp_path, small):
     class Failing(Counting):
         def encode(self, texts, truncate=False):
             if len(self.seen) >= 40:
@@ -186,16 +188,16 @@ def test_an_error_loses_one_shard_at_most(tmp_path, small):
 
     with pytest.raises(RuntimeError):
         encode_captions(MANY, Failing(), tmp_path)
-    kept = sum(len(load_file(path)["counts"]) for path in shards(tmp_path))
+    num_stored = sum(len(load_file(path)["counts"]) for path in shards(tmp_path))
     again = Counting()
-    assert encode_captions(MANY, again, tmp_path) == EncodingCounts(61 - kept, kept, 0)
-    assert 40 - kept <= 1000 / 16 / 4 + 4  # captions of at least 4 rows
+    assert encode_captions(MANY, again, tmp_path) == EncodingCounts(61 - num_stored, num_stored, 0)
+    assert 40 - num_stored <= 1000 / 16 / 4 + 4  # captions of at least 4 rows
     assert_same(CachedEncoder(tmp_path, "hash", 12)(MANY), again(MANY))
 
 
 @pytest.mark.slow
-def test_killed_while_it_writes(tmp_path):
-    """SIGKILL at any moment: what is there is whole, and the next run does the rest."""
+def test_a_killed_job_leaves_complete_shards(tmp_path):
+    """After SIGKILL at any moment the next run encodes the rest."""
     script = f"""
 from itertools import count
 from radiance.text import embedding_cache
@@ -204,17 +206,19 @@ embedding_cache.SHARD_BYTES, embedding_cache.ENCODING_BATCH_SIZE = 200_000, 8
 captions = (f"image {{i}} of a red square" for i in count())
 embedding_cache.encode_captions(captions, HashEncoder(512, 12), {str(tmp_path)!r})
 """
-    kept = 0
+    num_stored = 0
     for pause in (0.02, 0.1):
         job = subprocess.Popen([sys.executable, "-c", script], env=os.environ)
-        while job.poll() is None and len(shards(tmp_path)) < kept + 2:
+        while job.poll() is None and len(shards(tmp_path)) < num_stored + 2:
             time.sleep(0.005)
         time.sleep(pause)
         job.kill()
         assert job.wait() == -signal.SIGKILL
-        kept = len(shards(tmp_path))
+        num_stored = len(shards(tmp_path))
         CachedEncoder(tmp_path, "hash", 12)
-    (tmp_path / ".00000-0123.safetensors.1.part").write_bytes(b"half")  # as a kill leaves it
+    (tmp_path / ".00000-0123.safetensors.1.part").write_bytes(
+        b"partial"
+    )  # as a killed job leaves it
     (tmp_path / ".00001-0123.safetensors.1.part").write_bytes(b"another host's")
     texts, encoder = [f"image {i} of a red square" for i in range(200)], HashEncoder(512, 12)
     counts = encode_captions(texts, encoder, tmp_path)
@@ -229,7 +233,7 @@ embedding_cache.encode_captions(captions, HashEncoder(512, 12), {str(tmp_path)!r
     not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux' /proc"
 )
 def test_memory_is_bounded(tmp_path):
-    """Both while 200 MB are written in shards of 8 MB, and while they are read."""
+    """200 MB are written in shards of 8 MB, and read."""
     script = f"""
 import numpy as np
 from radiance.text import embedding_cache
@@ -261,10 +265,10 @@ print(written - before, peak() - before)
     assert all(float(megabytes) < 80 for megabytes in found)
 
 
-# --- texts that are not there -----------------------------------------------------------------------------------------
+# --- missing texts --------------------------------------------------------------------------------
 
 
-def test_a_text_that_is_not_there(tmp_path):
+def test_a_missing_text_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     found = CachedEncoder(tmp_path, "hash", 12)
     for ask in (found, found.count_tokens):
@@ -274,20 +278,20 @@ def test_a_text_that_is_not_there(tmp_path):
         assert "radiance encode" in str(error.value)
 
 
-def test_fallback_encodes_what_is_not_there(tmp_path):
+def test_the_fallback_encodes_missing_texts(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     fallback = Counting()
     found = CachedEncoder(tmp_path, "hash", 12, fallback)
     texts = [MANY[9], MANY[0], MANY[9], MANY[4]]
     assert_same(found(texts), Counting()(texts))
     assert fallback.seen == [MANY[9]]
-    assert found.count_tokens(MANY[9]) == fallback.count(MANY[9])
+    assert found.count_tokens(MANY[9]) == fallback.count_tokens(MANY[9])
     with pytest.raises(TextError, match="limit is 12"):
         found(["word " * 20])
 
 
-def test_made_from_a_config(tmp_path):
-    """With a cache T5's weights need not be there; where they are, they are loaded for the first text that is missing."""
+def test_the_encoder_of_a_config_reads_the_cache(tmp_path):
+    """With a cache T5's weights are optional, and loaded for the first missing text."""
     folder, stored = toy_folder(tmp_path / "t5"), str(tmp_path / "cache")
     encode_captions(CAPTIONS, T5Encoder(folder, max_length=48), stored)
     text = Text(encoder="t5", max_length=48, cache=stored)
@@ -302,14 +306,14 @@ def test_made_from_a_config(tmp_path):
     assert both.fallback._params is None
     assert both(["a new cat"])[0].shape == (1, 48, TOY.hidden)
     assert both.fallback._params is not None
-    with pytest.raises(ConfigError, match="model.text_dim"):
+    with pytest.raises(ConfigError, match=r"model\.text_dim"):
         make_encoder(text, 4096)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
-def test_of_another_encoder_or_limit(tmp_path):
+def test_a_cache_of_another_encoder_or_maximum_length_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     for encoder, told in (
         (Counting(dim=16), "another text encoder"),
@@ -330,8 +334,8 @@ def test_of_another_encoder_or_limit(tmp_path):
     assert len(shards(tmp_path)) == 1
 
 
-def test_a_shard_of_another_encoder(tmp_path):
-    """As when two hosts were started with different files, or a shard was copied."""
+def test_a_shard_of_another_encoder_is_an_error(tmp_path):
+    """Hosts may have been started with different files, or a shard may have been copied."""
     encode_captions(MANY[:5], Counting(), tmp_path)
     other = Counting()
     other.identity = "another"
@@ -347,16 +351,16 @@ def test_a_shard_of_another_encoder(tmp_path):
         assert "00001-copied.safetensors was made by another text encoder" in sentence(error)
 
 
-def cut_short(path):
+def truncate_file(path):
     os.truncate(path, path.stat().st_size - 10)
 
 
-def no_index(path):
+def remove_index(path):
     path.write_bytes(path.read_bytes().replace(b'"counts"', b'"c0unts"'))
 
 
-def wrong_index(path):
-    """One caption is said to have another number of tokens."""
+def change_token_count(path):
+    """Give one caption another number of tokens."""
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
     begin, _ = json.loads(data[8 : 8 + length])["counts"]["data_offsets"]
@@ -367,14 +371,14 @@ def wrong_index(path):
 @pytest.mark.parametrize(
     "damage",
     [
-        cut_short,
-        no_index,
-        wrong_index,
+        truncate_file,
+        remove_index,
+        change_token_count,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"x" * 99),
     ],
 )
-def test_damaged_shard(tmp_path, damage):
+def test_a_damaged_shard_is_an_error(tmp_path, damage):
     encode_captions(MANY[:5], Counting(), tmp_path)
     (path,) = shards(tmp_path)
     damage(path)
@@ -388,7 +392,7 @@ def test_damaged_shard(tmp_path, damage):
         assert "radiance encode" in str(error.value)
 
 
-def test_a_shard_that_shrinks_while_in_use(tmp_path):
+def test_a_shard_that_becomes_shorter_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     found = CachedEncoder(tmp_path, "hash", 12)
     os.truncate(shards(tmp_path)[0], 400)
@@ -396,7 +400,7 @@ def test_a_shard_that_shrinks_while_in_use(tmp_path):
         found(MANY[:5])
 
 
-def test_bad_manifest(tmp_path):
+def test_a_damaged_manifest_is_an_error(tmp_path):
     with pytest.raises(ConfigError) as error:
         CachedEncoder(tmp_path / "absent", "hash", 12)
     assert "radiance encode" in sentence(error)
@@ -422,7 +426,7 @@ def test_bad_manifest(tmp_path):
         CachedEncoder(tmp_path, "hash", 12)
 
 
-def test_values_that_are_not_finite(tmp_path):
+def test_values_that_are_not_finite_are_an_error(tmp_path):
     class Broken(Counting):
         def encode(self, texts, truncate=False):
             found = super().encode(texts, truncate)
@@ -435,10 +439,15 @@ def test_values_that_are_not_finite(tmp_path):
     assert not shards(tmp_path)
 
 
-def test_encode_keeps_captions_as_the_run_gives_them(tmp_path, data_directory):
+def test_encode_stores_the_captions_of_the_run(tmp_path, data_directory):
     run = toy_run(tmp_path, data_directory, "data.caption_prefix=oh ", "text.max_length=12")
-    assert main(["encode", str(written_experiment(run)), f"text.cache={tmp_path / 'kept'}"]) == 0
-    source, found = open_source(run.data, "train"), CachedEncoder(tmp_path / "kept", "hash", 12)
+    assert (
+        main(["encode", str(written_experiment(run)), f"text.cache={tmp_path / 'num_stored'}"]) == 0
+    )
+    source, found = (
+        open_source(run.data, "train"),
+        CachedEncoder(tmp_path / "num_stored", "hash", 12),
+    )
     found(
         [
             augment_caption(source.captions(i), False, run.data, np.random.default_rng(i)) or ""

@@ -1,4 +1,4 @@
-"""The hash encoder: its scheme pinned, and what conditioning needs of it. And T5 behind the same interface."""
+"""The hash encoder: its values and its properties; and T5 with the same interface."""
 
 import hashlib
 import os
@@ -17,13 +17,14 @@ from radiance.text.encoder import round_up_length
 from radiance.text.factory import make_encoder, make_token_counter
 from radiance.text.hash_encoder import HashEncoder
 from radiance.text.t5_encoder import T5Encoder
+from radiance.text.tokenizers import open_tokenizer
 from tests.helpers.toy_runs import output_of
 from tests.helpers.toy_t5 import CAPTIONS, TOY, torch_tensors, toy_folder, train_tokenizer
 
 
-def rows(text, dim=8, limit=32, truncate=False):
-    """The embedding of one text, without padding."""
-    embeddings, lengths = HashEncoder(dim, limit)([text], truncate)
+def rows(text, dim=8, max_length=32, truncate=False):
+    """Encode one text without padding."""
+    embeddings, lengths = HashEncoder(dim, max_length)([text], truncate)
     return embeddings[0, : lengths[0]]
 
 
@@ -31,7 +32,7 @@ def same(a, b):
     return np.array_equal(rows(a), rows(b))
 
 
-def test_shapes_and_types():
+def test_shapes_and_types_of_the_hash_encoder():
     encoder = make_encoder(Text(max_length=20), 12)
     embeddings, lengths = encoder(["a red square", "", "two cats, sleeping"])
     assert embeddings.shape == (3, 20, 12)
@@ -46,17 +47,17 @@ def test_shapes_and_types():
     ]
 
 
-# --- always the same --------------------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------
 
 
-def test_scheme_is_pinned():
-    """Models are trained on these numbers: whoever changes them must know."""
+def test_values_do_not_change():
+    """Models were trained on these numbers."""
     embeddings, _ = HashEncoder(8, 16)(["A red square", "", "红色 squares"])
     expected = {
         (0, 0): [1.145891, 0.73630404, 0.28674674, 0.6463191],  # a
         (0, 1): [-0.3065196, -0.46894506, 1.4605572, 0.6675358],  # red
-        (0, 3): [-0.3458937, 1.2211542, -0.61087924, 0.64803565],  # the end of the sequence
-        (1, 0): [-0.9604536, 0.12117307, 0.06717947, 0.5436811],  # the end of an empty one
+        (0, 3): [-0.3458937, 1.2211542, -0.61087924, 0.64803565],  # end-of-sequence
+        (1, 0): [-0.9604536, 0.12117307, 0.06717947, 0.5436811],  # end-of-sequence of an empty text
         (1, 1): [-0.2667461, 2.0217617, 0.37406304, -0.64071125],  # padding
         (2, 1): [1.6925296, -0.78588134, -0.54615813],  # 色
     }
@@ -64,8 +65,8 @@ def test_scheme_is_pinned():
         np.testing.assert_allclose(embeddings[text, row, : len(values)], values, atol=1e-6)
 
 
-def test_grams_of_a_row():
-    """Row of word i: the word, the pair before and the pair after, each a Gaussian vector seeded by its BLAKE2b hash."""
+def test_a_row_is_the_sum_of_a_word_and_two_pairs():
+    """Each has a Gaussian vector, whose seed is its BLAKE2b hash."""
 
     def gaussian(gram):
         seed = np.frombuffer(hashlib.blake2b(gram.encode(), digest_size=16).digest(), "<u4")
@@ -80,7 +81,7 @@ def test_grams_of_a_row():
     np.testing.assert_allclose(rows("red square"), expected, atol=1e-6)
 
 
-def test_same_in_every_process():
+def test_embeddings_are_the_same_in_every_process():
     texts = ["A red square", "红色方块 🐱", "قطة"]
     script = f"""
 import hashlib
@@ -92,16 +93,16 @@ print(hashlib.sha256(HashEncoder(8, 16)({texts!r})[0].tobytes()).hexdigest())
     assert output_of(script, environment=env).decode().strip() == ours
 
 
-def test_a_text_is_encoded_alike_in_any_batch_and_again():
+def test_embeddings_do_not_depend_on_batch_or_time():
     encoder = HashEncoder(8, 16)
     first, _ = encoder(["a cat"])
     again, _ = encoder(["a dog", "a cat"])
     np.testing.assert_array_equal(first[0], again[1])
-    first[:], again[:] = 0, 0  # what a caller does with its arrays stays with the caller
+    first[:], again[:] = 0, 0  # callers may change their arrays
     assert np.abs(encoder(["a cat"])[0]).min() > 0
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_text_is_encoded_alike_in_any_batch_and_again():
         (" red\n\tsquare ", "red square"),
     ],
 )
-def test_written_differently(a, b):
+def test_spellings_of_one_text_are_equal(a, b):
     assert same(a, b)
 
 
@@ -136,7 +137,7 @@ def test_written_differently(a, b):
         ("don't, stop!", ["don", "'", "t", ",", "stop", "!"]),
     ],
 )
-def test_words_of_any_script(text, words):
+def test_words_of_all_scripts(text, words):
     encoder = HashEncoder(8, 32)
     assert encoder.split_words(text) == words
     embeddings, lengths = encoder([text])
@@ -155,13 +156,13 @@ def test_words_of_any_script(text, words):
         ("a\U00020000", ["a", "\U00020000"]),
     ],
 )
-def test_scripts_without_spaces_after_a_word_of_another(text, words):
-    """As "red红色": no word swallows letters that are words of their own."""
+def test_letters_of_scripts_without_spaces_are_words(text, words):
+    """In "red红色" they are not part of the word before."""
     assert HashEncoder(8, 32).split_words(text) == words
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
-def test_empty_prompt_is_the_end_alone(text):
+def test_an_empty_prompt_is_end_of_sequence_alone(text):
     assert rows(text).shape == (1, 8)
     assert same(text, "")
 
@@ -174,8 +175,8 @@ def test_padding_is_one_vector():
     assert not (embeddings[0, 0] == padding[0]).any()
 
 
-def test_order_of_words_binds():
-    """Colors swapped between shapes: no row but that of the end occurs in both, so it is more than another order of rows."""
+def test_the_order_of_words_changes_the_rows():
+    """After swapping the colors of two shapes only the row of end-of-sequence is the same."""
     a, b = rows("red square blue circle"), rows("blue square red circle")
     equal = (a[:, None] == b[None]).all(axis=-1)
     assert equal.tolist() == np.diag([False] * 4 + [True]).tolist()
@@ -183,10 +184,10 @@ def test_order_of_words_binds():
     assert distance[~equal].min() > 0.1
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
-def test_unit_variance():
+def test_rows_have_unit_variance():
     found = rows("one two three four five six seven eight", dim=4096)
     np.testing.assert_allclose(found.var(axis=1), 1, atol=0.1)
     np.testing.assert_allclose(found.mean(axis=1), 0, atol=0.06)
@@ -194,20 +195,20 @@ def test_unit_variance():
     assert padding.var() == pytest.approx(1, abs=0.1)
 
 
-def test_a_word_is_akin_to_itself_in_another_context():
+def test_a_word_correlates_with_itself_in_another_context():
     """It shares one vector of three; other words share none."""
     a, b = rows("a red car", dim=4096), rows("the red house", dim=4096)
     similar = np.corrcoef(a, b)[:4, 4:]
     expected = np.zeros((4, 4))
     expected[1, 1] = 1 / 3  # red
-    expected[3, 3] = 2 / 3  # the end, which shares its right-hand pair too
+    expected[3, 3] = 2 / 3  # end-of-sequence, which shares a pair too
     np.testing.assert_allclose(similar, expected, atol=0.07)
 
 
-# --- limits -----------------------------------------------------------------------------------------------------------
+# --- maximum length -------------------------------------------------------------------------------
 
 
-def test_overlong_prompt_is_an_error_that_says_what_to_do():
+def test_a_long_prompt_is_an_error():
     encoder = HashEncoder(8, 6)
     assert encoder(["a b c d e"])[1][0] == 6
     for text, count in (("a b c d e f", 7), ("a b\nc d\ne f g", 8), ("word " * 100, 101)):
@@ -222,17 +223,17 @@ def test_overlong_prompt_is_an_error_that_says_what_to_do():
     assert issubclass(TextError, ValueError)
 
 
-def test_cut_keeps_the_first_words_and_the_end():
+def test_truncation_keeps_the_first_words_and_end_of_sequence():
     encoder = HashEncoder(8, 6)
     embeddings, lengths = encoder(["a b c d e f g", "a b c d e", "a"], truncate=True)
     assert lengths.tolist() == [6, 6, 2]
     np.testing.assert_array_equal(embeddings[0], embeddings[1])
     np.testing.assert_array_equal(encoder(["a"])[0][0], embeddings[2])
-    with pytest.raises(TextError):  # having cut it once is no permission
+    with pytest.raises(TextError):  # also after it was cut once
         encoder(["a b c d e f g"])
 
 
-def test_bucket():
+def test_lengths_are_rounded_up():
     cases = [
         (1, 64),
         (15, 64),
@@ -247,7 +248,7 @@ def test_bucket():
     assert [round_up_length(*case) for case in cases] == [16, 16, 16, 32, 48, 64, 20, 40, 512]
 
 
-# --- T5 ---------------------------------------------------------------------------------------------------------------
+# --- T5 -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -260,31 +261,35 @@ def toy(folder):
     return T5Encoder(folder, max_length=40, dtype="float32")
 
 
-def alone(encoder, text):
-    """Vectors of one text and two padding tokens, by one call of the network."""
+def encode_alone(encoder, text):
+    """Encode one text and two padding tokens by a call of the network."""
     ids = encoder.tokenizer(text)
     padded = np.array([[*ids, 0, 0]], np.int32)
     return np.asarray(
         t5.encode_ids(
-            TOY, "float32", encoder.weights.load("float32"), padded, np.array([len(ids)], np.int32)
+            TOY,
+            "float32",
+            encoder.weights.load_params("float32"),
+            padded,
+            np.array([len(ids)], np.int32),
         )
     )[0]
 
 
 def test_tokens_are_counted_without_weights(toy, folder):
-    """By the tokenizer alone, or the one beside the weights; and of whatever width the model takes."""
+    """The tokenizer suffices, also the one beside the weights."""
     caption = "a red cat, two dogs"
     for text in (
         Text("t5", tokenizer=str(folder / "spiece.model")),
         Text("t5", file=str(folder), max_length=4),
     ):
-        assert make_token_counter(text)(caption) == toy.count(caption) > 4
+        assert make_token_counter(text)(caption) == toy.count_tokens(caption) > 4
     assert (
         make_token_counter(Text(max_length=3))("one two, three")
         == make_token_counter(Text("random_t5", 3))("one two, three")
         == 5
     )
-    with pytest.raises(ConfigError, match="set text.tokenizer"):
+    with pytest.raises(ConfigError, match=r"set text\.tokenizer"):
         make_token_counter(Text("t5"))
 
 
@@ -293,7 +298,7 @@ def test_t5_shapes_and_types(toy, folder):
     assert embeddings.shape == (3, 40, TOY.hidden)
     assert embeddings.dtype == np.float32
     assert lengths.dtype == np.int32
-    assert lengths.tolist() == [toy.count(text) for text in ("a red cat", "", "two cats")]
+    assert lengths.tolist() == [toy.count_tokens(text) for text in ("a red cat", "", "two cats")]
     assert (toy.dim, toy.limit, lengths[1]) == (TOY.hidden, 40, 1)
     half = T5Encoder(folder, max_length=40)
     found, _ = half(["a red cat", "", "two cats"])
@@ -304,34 +309,32 @@ def test_t5_shapes_and_types(toy, folder):
     assert lengths.shape == (0,)
 
 
-def test_t5_rows(toy):
-    """The real tokens and the first padding token are T5's; the rows behind repeat that one, so that they do not depend on shapes."""
+def test_rows_of_t5(toy):
+    """Rows behind the first padding token repeat it, so that they do not depend on shapes."""
     texts = ["a red cat", "", CAPTIONS[0], "the dog", " ".join(["a"] * 15)]
     embeddings, lengths = toy(texts)
-    assert lengths[-1] == 16  # a whole bucket: the padding token takes another
+    assert lengths[-1] == 16  # all 16 rows are real; the padding token adds 16
     assert len({round_up_length(n + 1, 40) for n in lengths}) > 1
     for text, rows, length, encoded in zip(texts, embeddings, lengths, toy.encode(texts)):
-        expected = alone(toy, text)
+        expected = encode_alone(toy, text)
         np.testing.assert_allclose(rows[: length + 1], expected[: length + 1], atol=1e-5)
         assert (rows[length:] == rows[length]).all()
         assert encoded.length == length
         np.testing.assert_array_equal(encoded.rows, rows[: length + 1])
-    assert (
-        np.abs(embeddings[0, -1] - embeddings[1, -1]).max() > 0.1
-    )  # padding that looks at the text
+    assert np.abs(embeddings[0, -1] - embeddings[1, -1]).max() > 0.1  # padding depends on the text
 
 
-def test_t5_text_that_fills_the_limit(toy, folder):
+def test_a_text_of_the_maximum_length_has_no_padding(toy, folder):
     text = CAPTIONS[0]
-    full = T5Encoder(folder, max_length=toy.count(text), dtype="float32")
+    full = T5Encoder(folder, max_length=toy.count_tokens(text), dtype="float32")
     (encoded,) = full.encode([text])
     assert encoded.rows.shape == (full.max_length, TOY.hidden)
     assert encoded.length == full.max_length
-    np.testing.assert_allclose(encoded.rows, alone(toy, text)[:-2], atol=1e-5)
+    np.testing.assert_allclose(encoded.rows, encode_alone(toy, text)[:-2], atol=1e-5)
 
 
-def test_t5_many_texts_in_few_shapes(toy, monkeypatch):
-    """Each in its place, twins encoded once, and no batch above the bound."""
+def test_many_texts_are_encoded_in_few_shapes(toy, monkeypatch):
+    """Order is kept, equal texts are encoded once, and batches are bounded."""
     shapes, run = [], t5.encode_ids
 
     def recorded(sizes, dtype, params, ids, lengths):
@@ -353,18 +356,18 @@ def test_t5_many_texts_in_few_shapes(toy, monkeypatch):
     )
     assert len(set(shapes)) <= 6
     for text, rows, length in zip(texts, embeddings, lengths):
-        assert length == toy.count(text)
+        assert length == toy.count_tokens(text)
         np.testing.assert_allclose(
             rows[length - 1], embeddings[texts.index(text), length - 1], atol=0
         )
     for i in (0, 13, 27):
-        expected = alone(toy, texts[i])
+        expected = encode_alone(toy, texts[i])
         np.testing.assert_allclose(
             embeddings[i, : lengths[i] + 1], expected[: lengths[i] + 1], atol=1e-5
         )
 
 
-def test_t5_over_the_limit(folder):
+def test_long_texts_of_t5(folder):
     small = T5Encoder(folder, max_length=8, dtype="float32")
     text = "two cats and three dogs, playing"
     with pytest.raises(TextError) as caught:
@@ -382,7 +385,7 @@ def test_t5_over_the_limit(folder):
     np.testing.assert_allclose(encoded.rows, expected[0], atol=1e-5)
 
 
-def test_t5_from_many_threads(folder):
+def test_t5_in_many_threads(folder):
     encoder, found = T5Encoder(folder, max_length=16, dtype="float32"), {}
 
     def work(i):
@@ -397,23 +400,22 @@ def test_t5_from_many_threads(folder):
         np.testing.assert_array_equal(found[i], encoder([f"cat {i}"])[0])
 
 
-def test_t5_shardings_reach_the_weights(folder):
-    asked = []
+def test_t5_loads_weights_with_the_given_shardings(folder):
+    sharded_trees = []
 
     def shardings(tree):
-        asked.append(tree)
+        sharded_trees.append(tree)
         return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
 
     encoder = make_encoder(
         Text(encoder="t5", file=str(folder), max_length=16), TOY.hidden, shardings
     )
-    assert not asked  # nothing is loaded before the first text
+    assert not sharded_trees  # weights are loaded for the first text
     encoder(["a cat"])
-    assert len(asked) == 1
+    assert len(sharded_trees) == 1
 
 
-def test_identity(folder, tmp_path):
-    """It changes with whatever the embeddings depend on, and with nothing else."""
+def test_identity_depends_on_everything_that_embeddings_depend_on(folder, tmp_path):
     base = T5Encoder(folder).identity
     assert (
         T5Encoder(folder / "model.safetensors", folder / "spiece.model", max_length=40).identity
@@ -427,15 +429,20 @@ def test_identity(folder, tmp_path):
     tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"][5, 7] *= 1.01
     save_file(tensors, nearly)
     found = {
-        base, T5Encoder(folder, dtype="float32").identity, T5Encoder(other).identity, T5Encoder(retrained).identity,
-        T5Encoder(nearly, folder).identity, HashEncoder(8, 16).identity, HashEncoder(9, 16).identity,
-    }  # fmt: skip
+        base,
+        T5Encoder(folder, dtype="float32").identity,
+        T5Encoder(other).identity,
+        T5Encoder(retrained).identity,
+        T5Encoder(nearly, folder).identity,
+        HashEncoder(8, 16).identity,
+        HashEncoder(9, 16).identity,
+    }
     assert len(found) == 7
     assert HashEncoder(8, 16).identity == HashEncoder(8, 32).identity
 
 
-def test_pad_to_fewer_tokens(toy):
-    """As wide as what is visible: the real tokens (`strict`), or those and one of padding."""
+def test_padding_to_the_visible_tokens(toy):
+    """These are the real tokens for `strict`, and one padding token more for `one_pad`."""
     texts = ["a red cat", "", "two cats"]
     for encoder in (toy, HashEncoder(8, 40)):
         embeddings, lengths = encoder(texts)
@@ -445,7 +452,7 @@ def test_pad_to_fewer_tokens(toy):
             np.testing.assert_array_equal(again, lengths)
 
 
-# --- settings that cannot be ------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def sentence(error):
@@ -455,33 +462,33 @@ def sentence(error):
     return text
 
 
-def test_t5_settings(folder, tmp_path):
-    def made(dim=TOY.hidden, **settings):
+def test_wrong_settings_of_t5_are_an_error(folder, tmp_path):
+    def make(dim=TOY.hidden, **settings):
         return make_encoder(Text(encoder="t5", max_length=16, **settings), dim)
 
-    assert isinstance(made(file=str(folder)), T5Encoder)
+    assert isinstance(make(file=str(folder)), T5Encoder)
     with pytest.raises(ConfigError) as error:
-        made()
+        make()
     assert all(part in sentence(error) for part in ("text.file", "text.cache", "radiance encode"))
     with pytest.raises(ConfigError) as error:
-        made(dim=4096, file=str(folder))
+        make(dim=4096, file=str(folder))
     assert f"embeddings of {TOY.hidden} numbers, but model.text_dim is 4096" in sentence(error)
     with pytest.raises(CheckpointError) as error:
-        made(file=str(tmp_path / "absent.safetensors"))
+        make(file=str(tmp_path / "absent.safetensors"))
     assert "absent.safetensors" in sentence(error)
     save_file(torch_tensors(), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
-        made(file=str(tmp_path))
+        make(file=str(tmp_path))
     assert "text.tokenizer" in sentence(error)
-    assert made(file=str(tmp_path), tokenizer=str(folder)).count_tokens("a cat") == made(
+    assert make(file=str(tmp_path), tokenizer=str(folder)).count_tokens("a cat") == make(
         file=str(folder)
     ).count_tokens("a cat")
 
 
-def test_t5_tokenizer_of_a_larger_model(folder, tmp_path):
+def test_a_tokenizer_of_a_larger_model_is_an_error(folder, tmp_path):
     small = t5.T5(vocabulary=100, hidden=16, layers=1, heads=2, head_dim=4, mlp_hidden=8)
     save_file(torch_tensors(small), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError) as error:
         T5Encoder(tmp_path, folder)
-    assert "160 tokens" in sentence(error)
+    assert f"{open_tokenizer(folder).vocab_size} tokens" in sentence(error)
     assert "vectors for 100" in str(error.value)

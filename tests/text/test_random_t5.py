@@ -1,4 +1,4 @@
-"""The random T5: pinned, and what experiments with it stand on: rows that bind, and padding that knows prompt and position."""
+"""The random T5: its values, contextual rows, and padding that depends on prompt and position."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ PROMPTS = ("two: small red circle b3, on white", "one: large blue ring d1")
 
 
 class Captions:
-    """As little of a source as batches need."""
+    """The part of a data source that batches need."""
 
     sizes, weights = np.full((len(PROMPTS), 2), 4, np.uint32), np.ones(len(PROMPTS), np.float32)
     spans = (Span(0, len(PROMPTS), 1.0),)
@@ -30,13 +30,13 @@ class Captions:
     def __len__(self):
         return len(PROMPTS)
 
-    def image(self, index, cover=None):
+    def load_image(self, index, cover=None):
         return Image.new("RGB", (4, 4))
 
     def captions(self, index):
         return (PROMPTS[index],)
 
-    def tags(self, index):
+    def has_tags(self, index):
         return False
 
 
@@ -49,8 +49,8 @@ def relative(a, b):
     return np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def test_pinned(encoder):
-    """Models are trained on these numbers: whoever changes them must know."""
+def test_values_do_not_change(encoder):
+    """Models were trained on these numbers."""
     drawn, digest = make_random_params(encoder.sizes), hashlib.sha256()
     for part in (
         drawn["embedding"],
@@ -71,7 +71,7 @@ def test_pinned(encoder):
     assert encoder.identity == "ea7dbd546f75755aaea572926ffea4d5"
 
 
-def test_the_config_names_it():
+def test_the_config_selects_the_encoder():
     encoder = make_encoder(Text(encoder="random_t5", max_length=40, dtype="float32"), 24)
     assert isinstance(encoder, RandomT5Encoder)
     assert (
@@ -86,7 +86,7 @@ def test_the_config_names_it():
 
 
 def test_batches_without_a_mask_hold_all_padding():
-    """What `masking: off` sees is the encoder's own padding."""
+    """Masking "off" sees the encoder's own padding."""
     source, encoder = Captions(), RandomT5Encoder(24, 40)
     batch = Batches(
         source,
@@ -102,12 +102,12 @@ def test_batches_without_a_mask_hold_all_padding():
     assert relative(*(row[20:] for row in batch["text"])).min() > 0.05
 
 
-def test_identity_tells_encoders_apart(encoder):
+def test_identities_of_different_encoders_differ(encoder):
     others = [RandomT5Encoder(32, LIMIT), RandomT5Encoder(64, LIMIT, "bfloat16")]
     assert len({encoder.identity, *(other.identity for other in others)}) == 3
     assert (
         RandomT5Encoder(64, 16).identity == encoder.identity
-    )  # of the limit, text.max_length tells
+    )  # the maximum length is not part of it
 
 
 def test_weights_are_scaled_by_their_inputs(encoder):
@@ -123,7 +123,7 @@ def test_weights_are_scaled_by_their_inputs(encoder):
         expected, rel=0.05
     )
     assert not np.allclose(attention["k"]["kernel"], attention["v"]["kernel"])
-    # One bias per head and distance, the same before and behind.
+    # One bias per head and distance, the same in both directions.
     bias = np.array(drawn["position_bias"])[t5.position_buckets(8, 32)]
     distance = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
     np.testing.assert_allclose(
@@ -131,14 +131,14 @@ def test_weights_are_scaled_by_their_inputs(encoder):
     )
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- vocabulary -----------------------------------------------------------------------------------
 
 
-def test_every_word_of_the_captions_is_known(encoder):
+def test_the_vocabulary_has_every_word_of_the_captions(encoder):
     for index in range(100):
         text = make_caption(sample_scene(0, index), "mixed", 64).text
         ids = encoder.tokenizer(text)
-        assert len(ids) == len(split_tokens(text)) + 1 == encoder.count(text)
+        assert len(ids) == len(split_tokens(text)) + 1 == encoder.count_tokens(text)
         assert TOKEN_IDS["<unk>"] not in ids
         assert ids[-1] == TOKEN_IDS["</s>"]
     assert encoder.tokenizer("A zebra, RED")[:4] == [
@@ -150,24 +150,24 @@ def test_every_word_of_the_captions_is_known(encoder):
     assert encoder.tokenizer("") == [TOKEN_IDS["</s>"]]
 
 
-def test_a_limit(encoder):
+def test_a_long_text_is_an_error(encoder):
     with pytest.raises(TextError, match="40 tokens"):
         encoder(["red " * 39])
     assert encoder(["red " * 39], truncate=True)[1] == LIMIT
 
 
-# --- what experiments need --------------------------------------------------------------------------------------------
+# --- context --------------------------------------------------------------------------------------
 
 
-def test_rows_bind(encoder):
-    """Colors swapped between two shapes, with the same words about: the rows of the shapes tell it, as a bag of words cannot."""
+def test_rows_depend_on_neighbors(encoder):
+    """Swapping the colors of two shapes changes the rows of the shapes."""
     a, b = encoder(
         ["small red circle b3, small blue ring d1", "small blue circle b3, small red ring d1"]
     )[0]
     words = HashEncoder.split_words("small red circle b3, small blue ring d1")
     changes = relative(a, b)
     assert min(changes[words.index("circle")], changes[words.index("ring")]) > 0.2
-    # The nearer the word that changed, the more.
+    # The change is larger near the changed word.
     c, d = encoder(
         [
             "small red circle b3, and there is nothing to add",
@@ -187,8 +187,8 @@ def test_padding_depends_on_the_prompt_and_on_its_position(encoder):
     assert relative(first[:1], first[12:]).min() > 0.1
 
 
-def test_all_padding_that_differs_is_kept():
-    """To the limit it is what the whole network gives, although less than that is computed."""
+def test_all_different_rows_of_padding_are_kept():
+    """The padded rows equal those of the network for the maximum length."""
     encoder = RandomT5Encoder(16, 200)
     ids = np.zeros((2, 200), np.int32)
     lengths = np.array([encoder.count_tokens(prompt) for prompt in PROMPTS])
@@ -200,10 +200,10 @@ def test_all_padding_that_differs_is_kept():
     found = encoder.encode(PROMPTS)
     assert [len(rows) for rows, _ in found] == [10 + 91, 7 + 91]
     np.testing.assert_allclose(encoder.pad_embeddings(found, 200)[0], expected, atol=1e-5)
-    assert relative(expected[0, 99:100], expected[0, 100:101]) > 1e-3  # the last that differ
+    assert relative(expected[0, 99:100], expected[0, 100:101]) > 1e-3  # the last rows that differ
     np.testing.assert_allclose(encoder.pad_embeddings(found, 12)[0], expected[:, :12], atol=1e-5)
 
 
-def test_a_text_is_encoded_alike_in_any_batch(encoder):
+def test_embeddings_do_not_depend_on_the_batch(encoder):
     alone = encoder([PROMPTS[1]])[0][0]
     np.testing.assert_allclose(encoder(["red", *PROMPTS, "blue ring"])[0][2], alone, atol=1e-5)

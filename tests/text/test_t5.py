@@ -1,4 +1,4 @@
-"""The T5 encoder: its formulae against NumPy and against transformers, and its weights from every kind of file."""
+"""The T5 encoder against NumPy and transformers, and its weights from all kinds of files."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def relative(found, expected):
 
 
 def sentence(error):
-    """The message, which must be one line that ends."""
+    """Return the message, which must be one line that ends with a period."""
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith((".", "?"))
@@ -67,11 +67,11 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# --- what is computed -------------------------------------------------------------------------------------------------
+# --- the network -----------------------------------------------------------------------------
 
 
 def bucket_by_definition(distance):
-    """Raffel et al.'s rule, a number at a time: 32 buckets, the upper 16 for keys that come later."""
+    """Apply Raffel et al.'s rule: 32 buckets, the upper 16 for later keys."""
     first, n = (16 if distance > 0 else 0), abs(distance)
     if n < 8:
         return first + n
@@ -80,7 +80,7 @@ def bucket_by_definition(distance):
     )  # 8 more buckets up to 128 = 8 · 2⁴
 
 
-def test_position_buckets():
+def test_position_buckets_follow_their_definition():
     table = position_buckets(300, 32)
     expected = [
         [bucket_by_definition(key - query) for key in range(300)] for query in (0, 150, 299)
@@ -105,8 +105,8 @@ def test_position_buckets():
     assert (table < 32).all()
 
 
-def oracle(tensors, ids, sizes=TOY):
-    """One text without padding, in float64, from the tensors as PyTorch keeps them."""
+def reference(tensors, ids, sizes=TOY):
+    """Encode one text without padding, in float64, from PyTorch's tensors."""
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * tensors[name]
@@ -140,27 +140,29 @@ def oracle(tensors, ids, sizes=TOY):
     return norm(x, "encoder.final_layer_norm.weight")
 
 
-def test_formulae(params):
-    """Texts of several lengths in one batch, each as if it were alone."""
+def test_a_batch_equals_the_reference(params):
+    """The texts have different lengths."""
     ids = token_ids()
     found = apply(params, ids, LENGTHS)
     for row, text, length in zip(found, ids, LENGTHS):
-        assert relative(row[:length], oracle(torch_tensors(), text[:length])) < 1e-5
+        assert relative(row[:length], reference(torch_tensors(), text[:length])) < 1e-5
 
 
-def test_padding(params):
-    """What stands in a row of padding comes from the real tokens and its position: not from how many follow, not from their ids."""
+def test_padding_depends_on_real_tokens_and_position(params):
+    """It does not depend on the number or the ids of other padding tokens."""
     ids = token_ids()
     found = apply(params, ids, LENGTHS)
     assert np.isfinite(found).all()
     longer = np.pad(ids, [(0, 0), (0, 24)])
     np.testing.assert_allclose(apply(params, longer, LENGTHS)[:, :40], found, atol=2e-5)
-    other = np.where(np.arange(40) > LENGTHS[:, None], 7, ids)  # the first padding token stays
+    other = np.where(
+        np.arange(40) > LENGTHS[:, None], 7, ids
+    )  # the first padding token does not change
     changed = apply(params, other, LENGTHS)
     first = np.arange(40) <= LENGTHS[:, None]
     np.testing.assert_array_equal(changed[first], found[first])
     assert np.abs(changed - found)[~first].max() > 0.1
-    # and it does come from the real tokens
+    # It depends on the real tokens.
     assert np.abs(found[0, 1] - found[1, 4]).max() > 0.1
 
 
@@ -168,14 +170,14 @@ def test_bfloat16_is_close(file):
     weights, ids = T5Weights(file), token_ids()
     exact = apply(weights.load_params("float32"), ids, LENGTHS)
     found = apply(weights.load_params("bfloat16"), ids, LENGTHS, dtype="bfloat16")
-    assert found.dtype == np.float32  # until the very end
+    assert found.dtype == np.float32  # at the output
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     print(f"relative error of bfloat16: {error:.1e}")
     assert 1e-4 < error < 0.012
 
 
-def test_the_stream_between_blocks_is_not_rounded(file):
-    """With embeddings 30 times as large as what the blocks add, what they add is still right to a percent."""
+def test_the_residual_stream_is_not_rounded(file):
+    """With embeddings 30 times as large as the updates, updates are still exact to a percent."""
     weights, ids = T5Weights(file), token_ids()
     table = 30 * np.asarray(weights.load_params("bfloat16")["embedding"]).astype(np.float32)
     params = {
@@ -190,7 +192,7 @@ def test_the_stream_between_blocks_is_not_rounded(file):
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact - without) < 0.02
 
 
-def test_encode_rounds_at_the_end(file):
+def test_outputs_are_rounded_at_the_end(file):
     weights, ids = T5Weights(file), token_ids()
     params = weights.load_params("bfloat16")
     found = np.asarray(t5.encode_ids(TOY, "bfloat16", params, ids, LENGTHS))
@@ -205,14 +207,14 @@ def test_encode_rounds_at_the_end(file):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", [0, 1])
-def test_transformers(tmp_path, seed):
-    """T5EncoderModel, its weights through its own file, on rows of tokens and of padding alike: it too lets padding look at the
-    real tokens alone."""
+def test_the_network_equals_transformers(tmp_path, seed):
+    """Compare rows of tokens and of padding, with weights from the file of T5EncoderModel."""
     torch = pytest.importorskip("torch", reason="PyTorch is the reference")
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     theirs = transformers.T5EncoderModel(
         transformers.T5Config(
-            vocab_size=TOY.vocabulary, d_model=TOY.hidden, d_kv=TOY.head_dim, d_ff=TOY.mlp_hidden, num_layers=TOY.layers,
+            vocab_size=TOY.vocabulary, d_model=TOY.hidden, d_kv=TOY.head_dim,
+            d_ff=TOY.mlp_hidden, num_layers=TOY.layers,
             num_heads=TOY.heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
         )
     ).eval()  # fmt: skip
@@ -235,11 +237,11 @@ def test_transformers(tmp_path, seed):
     assert error < 2e-5
 
 
-# --- where it comes from ----------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------
 
 
-def test_tree(file, params):
-    """Kernels are [in, *out], attention split into heads, the blocks on axis 0."""
+def test_shapes_of_the_parameters(file, params):
+    """Kernels are [in, *out] with blocks on axis 0, and attention has an axis of heads."""
     tensors, q = torch_tensors(), params["blocks"]["attention"]["q"]["kernel"]
     assert T5Weights(file).sizes == TOY
     assert q.shape == (3, 32, 4, 6)
@@ -266,8 +268,8 @@ def test_tree(file, params):
     )
 
 
-def as_gguf(path, tensors):
-    """llama.cpp's names, large tensors as float16."""
+def write_gguf(path, tensors):
+    """Write llama.cpp's names, with large tensors as float16."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "t5encoder")
     writer.add_string("general.name", "toy")
@@ -285,16 +287,16 @@ def as_gguf(path, tensors):
     return path
 
 
-def test_gguf_holds_the_same(tmp_path):
+def test_gguf_files_give_the_same_parameters(tmp_path):
     tensors = {name: x.astype(np.float16).astype(np.float32) for name, x in torch_tensors().items()}
     ours = T5Weights(saved(tmp_path, tensors))
-    theirs = T5Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+    theirs = T5Weights(write_gguf(tmp_path / "t5.gguf", tensors))
     assert theirs.sizes == ours.sizes == TOY
     assert_same(theirs.load_params("float32"), ours.load_params("float32"))
 
 
-def test_fp8_with_scales(tmp_path):
-    """As ComfyUI's files of T5 are: what a weight is multiplied by lies beside it, and the file is marked."""
+def test_fp8_files_with_scales(tmp_path):
+    """ComfyUI's files of T5 have a scale for each weight, and a marker."""
     tensors, expected = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, {}
     for name, x in torch_tensors().items():
         expected[name] = tensors[name] = x
@@ -314,8 +316,8 @@ def test_fp8_with_scales(tmp_path):
 @pytest.mark.parametrize(
     "prefix", ["text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder."]
 )
-def test_prefixes(tmp_path, params, prefix):
-    """Files of a whole pipeline: what is not T5's is left alone."""
+def test_prefixes_of_names(tmp_path, params, prefix):
+    """In files of a complete pipeline other tensors are ignored."""
     tensors = {prefix + name: x for name, x in torch_tensors().items()}
     tensors |= {
         "model.diffusion_model.img_in.weight": np.ones(3, np.float32),
@@ -339,7 +341,7 @@ def test_names_of_the_embedding(tmp_path, params, names):
     assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
 
 
-def test_decoder_is_left_alone(tmp_path, params):
+def test_the_decoder_is_ignored(tmp_path, params):
     extra = (
         "decoder.block.0.layer.0.SelfAttention.q.weight",
         "decoder.final_layer_norm.weight",
@@ -349,7 +351,7 @@ def test_decoder_is_left_alone(tmp_path, params):
     assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
 
 
-def test_several_files(tmp_path, params, file):
+def test_weights_in_several_files(tmp_path, params, file):
     tensors = torch_tensors()
     parts = {"model-1.safetensors": list(tensors)[::2], "model-2.safetensors": list(tensors)[1::2]}
     for name, keys in parts.items():
@@ -361,7 +363,7 @@ def test_several_files(tmp_path, params, file):
     assert found.fingerprint() == T5Weights(file).fingerprint()
 
 
-def test_leaves_go_where_they_are_told(file, params):
+def test_parameters_have_the_given_shardings(file, params):
     asked = []
 
     def shardings(tree):
@@ -373,8 +375,8 @@ def test_leaves_go_where_they_are_told(file, params):
 
 
 @pytest.mark.slow
-def test_on_a_mesh(file, params):
-    """Four devices hold the matrices in parts and give the same rows as one."""
+def test_sharded_weights_give_the_same_rows(file, params):
+    """Four devices hold parts of the matrices."""
     script = f"""
 import sys, jax, numpy as np
 from functools import partial
@@ -398,7 +400,7 @@ np.save(sys.stdout.buffer, np.asarray(t5.encode_ids(sizes, "float32", params, id
     np.testing.assert_allclose(found, apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
 
 
-def test_fingerprint_knows_every_weight(tmp_path, file):
+def test_the_fingerprint_depends_on_every_weight(tmp_path, file):
     expected, tensors = T5Weights(file).fingerprint(), torch_tensors()
     seen = {expected}
     for name in (
@@ -425,8 +427,8 @@ def test_fingerprint_knows_every_weight(tmp_path, file):
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux' /proc"
 )
-def test_loading_holds_no_second_copy(tmp_path):
-    """In bfloat16 half of a float32 file is held, and the largest leaf, but never the float32 whole."""
+def test_loading_needs_no_second_copy(tmp_path):
+    """In bfloat16 memory is that of half the float32 file, and of the largest leaf."""
     sizes = T5(vocabulary=1000, hidden=512, layers=12, heads=8, head_dim=64, mlp_hidden=1024)
     path = saved(tmp_path, torch_tensors(sizes))
     script = f"""
@@ -447,7 +449,7 @@ print(peak() - before)
     assert held < 0.85  # 0.5 for the parameters, 0.1 for the largest leaf
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 def renamed(tensors, old, new):
@@ -458,39 +460,55 @@ def without(tensors, *names):
     return {name: x for name, x in tensors.items() if name not in names}
 
 
+ATTENTION_0, ATTENTION_1 = (f"encoder.block.{i}.layer.0.SelfAttention" for i in range(2))
+BIAS_0, BIAS_1 = (f"{name}.relative_attention_bias.weight" for name in (ATTENTION_0, ATTENTION_1))
+NORM_1 = "encoder.block.1.layer.1.layer_norm.weight"
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda t: without(renamed(t, "wi_0", "wi"), *(n for n in t if "wi_1" in n)), ["T5 v1.0", "T5 v1.1"]),
-        (lambda t: {"img_in.weight": np.ones((2, 2), np.float32)}, ["no T5 encoder", "T5 v1.1"]),
+        (
+            lambda t: without(renamed(t, "wi_0", "wi"), *(n for n in t if "wi_1" in n)),
+            ["T5 v1.0", "T5 v1.1"],
+        ),
+        (lambda t: {"img_in.weight": ones(2, 2)}, ["no T5 encoder", "T5 v1.1"]),
         (lambda t: t | {f"a.{n}": x for n, x in t.items()}, ["more than one T5"]),
-        (lambda t: without(t, "encoder.block.1.layer.1.layer_norm.weight", "encoder.final_layer_norm.weight"),
-         ["missing", "block.1.layer.1.layer_norm", "final_layer_norm"]),
-        (lambda t: without(t, "shared.weight"), ["shared.weight", "not whole"]),
-        (lambda t: without(t, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"), ["relative_attention_bias", "not whole"]),
-        (lambda t: t | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((32, 4), np.float32)},
-         ["not expected", "block.1.layer.0.SelfAttention.relative_attention_bias"]),
-        (lambda t: t | {"encoder.block.1.layer.0.SelfAttention.k.weight": np.ones((24, 31), np.float32)}, ["k.weight is [24, 31], not [24, 32]"]),
-        (lambda t: t | {"shared.weight": np.ones(5, np.float32)}, ["of other kinds"]),
-        (lambda t: t | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((7, 4), np.float32)}, ["of other kinds"]),
-        (lambda t: t | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": np.ones((32, 0), np.float32)}, ["of other kinds"]),
+        (
+            lambda t: without(t, NORM_1, "encoder.final_layer_norm.weight"),
+            ["missing", "block.1.layer.1.layer_norm", "final_layer_norm"],
+        ),
+        (lambda t: without(t, "shared.weight"), ["shared.weight", "download it again"]),
+        (lambda t: without(t, BIAS_0), ["relative_attention_bias", "download it again"]),
+        (lambda t: t | {BIAS_1: ones(32, 4)}, ["not expected", BIAS_1.removesuffix(".weight")]),
+        (
+            lambda t: t | {f"{ATTENTION_1}.k.weight": ones(24, 31)},
+            ["k.weight is [24, 31], not [24, 32]"],
+        ),
+        (lambda t: t | {"shared.weight": ones(5)}, ["other shapes"]),
+        (lambda t: t | {BIAS_0: ones(7, 4)}, ["other shapes"]),
+        (lambda t: t | {BIAS_0: ones(32, 0)}, ["other shapes"]),
     ],
-)  # fmt: skip
-def test_refused_when_opened(tmp_path, change, told):
+)
+def test_wrong_files_are_an_error_when_opened(tmp_path, change, message):
     path = saved(tmp_path, change(torch_tensors()))
     with pytest.raises(CheckpointError) as error:
         T5Weights(path)
-    assert all(part in sentence(error) for part in [str(path), *told])
+    assert all(part in sentence(error) for part in [str(path), *message])
 
 
-def test_gguf_of_the_old_kind(tmp_path):
+def test_gguf_of_t5_1_0_is_an_error(tmp_path):
     tensors = {name: x for name, x in torch_tensors().items() if "wi_0" not in name}
     with pytest.raises(CheckpointError) as error:
-        T5Weights(as_gguf(tmp_path / "t5.gguf", tensors))
+        T5Weights(write_gguf(tmp_path / "t5.gguf", tensors))
     assert "T5 v1.0" in sentence(error)
 
 
-def test_values_that_are_not_finite(tmp_path):
+def test_values_that_are_not_finite_are_an_error(tmp_path):
     tensors = torch_tensors()
     tensors["encoder.block.1.layer.0.SelfAttention.v.weight"][3, 4] = np.nan
     weights = T5Weights(saved(tmp_path, tensors))
@@ -500,7 +518,7 @@ def test_values_that_are_not_finite(tmp_path):
     assert "damaged" in str(error.value)
 
 
-def test_sizes():
+def test_wrong_sizes_are_an_error():
     assert T5() == T5(32128, 4096, 24, 64, 64, 10240, 32)
     for change in ({"layers": 0}, {"buckets": 30}, {"buckets": 0}):
         with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""T5's tokenizer from both kinds of file, and what transformers makes of the same texts."""
+"""T5's tokenizer from both kinds of files, compared with transformers."""
 
 import json
 import random
@@ -49,8 +49,9 @@ LETTERS = [
     "\x1f",
 ]
 TEXTS = [
-    *CAPTIONS, "", " ", "  two   cats ", "two\ncats\tand\r\ndogs", "A CAT", "cafe\u0301", "two\x85cats", "😀 cat 😀😀", "红色方块", "x" * 3000,
-    "a </s> b", "a</s>b", "<pad>", "</s></s>", "<extra_id_3> cat<extra_id_0>", "<unk> a", "a<s>b", "a < b > c / d",
+    *CAPTIONS, "", " ", "  two   cats ", "two\ncats\tand\r\ndogs", "A CAT", "cafe\u0301",
+    "two\x85cats", "😀 cat 😀😀", "红色方块", "x" * 3000, "a </s> b", "a</s>b", "<pad>",
+    "</s></s>", "<extra_id_3> cat<extra_id_0>", "<unk> a", "a<s>b", "a < b > c / d",
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def spiece(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def as_json(spiece, tmp_path_factory):
-    """The same model as Hugging Face writes it, but for the normaliser; with truncation and padding left on."""
+    """Write the model like Hugging Face, without normalizer, with truncation and padding."""
     model = SentencePieceProcessor(model_file=str(spiece))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     tokenizer = Their(models.Unigram(pieces, unk_id=2, byte_fallback=False))
@@ -90,10 +91,10 @@ def sentence(error):
     return text
 
 
-# --- ids --------------------------------------------------------------------------------------------------------------
+# --- ids ------------------------------------------------------------------------------------------
 
 
-def test_ids_end_in_the_end(spiece, as_json):
+def test_ids_end_with_end_of_sequence(spiece, as_json):
     for path in (spiece, as_json):
         tokenizer = open_tokenizer(path)
         for text in TEXTS:
@@ -107,12 +108,12 @@ def test_ids_end_in_the_end(spiece, as_json):
         assert len(tokenizer("x" * 3000)) == 1 + len(tokenizer.tokenize("x" * 3000)) > 1000
 
 
-def test_both_files_give_the_same(spiece, as_json):
+def test_both_files_give_the_same_ids(spiece, as_json):
     a, b = open_tokenizer(spiece), open_tokenizer(as_json)
     assert a.vocab_size == b.vocab_size
     for text in TEXTS:
         assert a(text) == b(text), text
-    assert a.identity != b.identity  # not the same file
+    assert a.identity != b.identity  # the files differ
     assert a.identity == open_tokenizer(spiece.parent).identity
 
 
@@ -121,16 +122,22 @@ def test_control_text_becomes_tokens(spiece):
     last = tokenizer.vocab_size - 1
     (cat,) = tokenizer("cat")[:-1]
     for text, expected in {
-        "</s>": [1], "<pad>": [0], "<unk>": [2], "<extra_id_0>": [last], "<extra_id_99>": [last - 99],
-        "cat</s>cat": [cat, 1, cat], "cat </s>  cat": [cat, 1, cat], "<pad><extra_id_1>cat": [0, last - 1, cat],
-    }.items():  # fmt: skip
+        "</s>": [1],
+        "<pad>": [0],
+        "<unk>": [2],
+        "<extra_id_0>": [last],
+        "<extra_id_99>": [last - 99],
+        "cat</s>cat": [cat, 1, cat],
+        "cat </s>  cat": [cat, 1, cat],
+        "<pad><extra_id_1>cat": [0, last - 1, cat],
+    }.items():
         assert tokenizer(text) == [*expected, 1], text
     assert last not in tokenizer("<extra_id_100>")
     assert 1 not in tokenizer("</S>")[:-1]
 
 
-def test_a_text_that_is_no_unicode(spiece, as_json):
-    """Half of a surrogate pair, as in a JSON string that was cut: it counts as a character nobody knows."""
+def test_a_lone_surrogate_is_an_unknown_character(spiece, as_json):
+    """Cut JSON strings may contain one."""
     for path in (spiece, as_json):
         tokenizer = open_tokenizer(path)
         assert tokenizer("cat \ud83d") == tokenizer("cat \ufffd")
@@ -138,8 +145,8 @@ def test_a_text_that_is_no_unicode(spiece, as_json):
 
 
 @pytest.mark.reference
-def test_transformers(spiece, tmp_path):
-    """T5Tokenizer, which is backed by the tokenizers package, on texts that try to make it differ; then its own tokenizer.json."""
+def test_ids_equal_those_of_transformers(spiece, tmp_path):
+    """Compare T5Tokenizer on unusual texts, and its own tokenizer.json."""
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     theirs = transformers.T5Tokenizer.from_pretrained(str(spiece.parent))
     theirs.save_pretrained(tmp_path)
@@ -155,21 +162,21 @@ def test_transformers(spiece, tmp_path):
         assert sentencepiece(text) == json_file(text) == expected, repr(text)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "place",
     ["spiece.model", "tokenizer.json", "tokenizer_2/spiece.model", "tokenizer/tokenizer.json"],
 )
-def test_found_in_a_folder(tmp_path, place):
+def test_tokenizers_are_found_in_a_folder(tmp_path, place):
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
     path.touch()
     assert find_tokenizer(tmp_path) == path
 
 
-def test_found_beside_the_text_encoder(tmp_path):
+def test_tokenizers_are_found_beside_the_text_encoder(tmp_path):
     for name in ("text_encoder_2", "tokenizer_2", "tokenizer"):
         (tmp_path / name).mkdir()
     for name in ("tokenizer_2", "tokenizer"):
@@ -180,14 +187,14 @@ def test_found_beside_the_text_encoder(tmp_path):
     assert find_tokenizer(tmp_path / "tokenizer") == tmp_path / "tokenizer" / "tokenizer.json"
 
 
-def test_kind_is_known_by_content(spiece, as_json, tmp_path):
+def test_the_kind_is_detected_from_the_content(spiece, as_json, tmp_path):
     for number, path in enumerate((spiece, as_json)):
         other = tmp_path / f"tokenizer{number}.bin"
         other.write_bytes(path.read_bytes())
         assert open_tokenizer(other)("two cats") == open_tokenizer(path)("two cats")
 
 
-def test_what_is_refused(spiece, as_json, tmp_path):
+def test_wrong_files_are_an_error(spiece, as_json, tmp_path):
     bad = tmp_path / "bad"
     model = json.loads(as_json.read_text())
     cases = {
@@ -202,7 +209,8 @@ def test_what_is_refused(spiece, as_json, tmp_path):
         bad.write_bytes(data)
         with pytest.raises(CheckpointError) as error:
             open_tokenizer(bad)
-        assert str(bad) in sentence(error) and "whole one" in str(error.value), name
+        assert str(bad) in sentence(error), name
+        assert "not a complete" in str(error.value), name
     model["added_tokens"] = []
     model["model"]["vocab"][:2] = [["<s>", 0.0], ["<pad>", 0.0]]
     bad.write_text(json.dumps(model))
@@ -223,7 +231,7 @@ def test_what_is_refused(spiece, as_json, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "tokenizers"])
-def test_a_package_that_is_not_there(spiece, as_json, package, monkeypatch):
+def test_a_missing_package_is_an_error(spiece, as_json, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     wanting = partial(open_tokenizer, spiece if package == "sentencepiece" else as_json)
     with pytest.raises(ImportError, match=r"pip install 'radiance\[text\]'"):
