@@ -1,5 +1,4 @@
-"""What students of a teacher's guidance and trajectories are taught, against NumPy, separate calls of the models and closed forms; and what a config
-may not say."""
+"""Distillation targets against NumPy, separate calls of the models, and closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,12 @@ from tests.helpers.distilled_runs import close, distilling, pulled, pulled_to, t
 from tests.helpers.toy_models import apply, toy_params
 from tests.helpers.toy_runs import PLAIN, batch_of, same, toy_run
 
-# --- guidance ---------------------------------------------------------------------------------------------------------
+# --- guidance -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["x0", "velocity"])
-def test_guidance_is_learned(prediction):
-    """Of the teacher's predictions; or of the images' velocities, away from the student's own, but not where captions were dropped."""
+def test_guidance_targets_follow_their_formulas(prediction):
+    """Rows with a dropped caption have the target without guidance."""
     changes = ["distill.sample.guidance_scale=3", "flow.loss_weighting=x0"]
     runs = {
         rule: distilling(
@@ -63,7 +62,7 @@ def test_guidance_is_learned(prediction):
         close(found, pulled_to(model, params, inputs, target, scale))
 
 
-def test_without_dropped_captions_all_images_are_led():
+def test_without_dropped_captions_all_targets_are_guided():
     run = distilling(
         "guidance", "distill.guidance_target=image", "distill.sample.guidance_scale=3", **PLAIN
     )
@@ -93,7 +92,7 @@ def test_without_dropped_captions_all_images_are_led():
     assert np.array_equal(kept, plain)
 
 
-def test_guidance_of_one_asks_once():
+def test_a_guidance_scale_of_one_needs_one_evaluation():
     run = distilling("guidance", "distill.sample.guidance_scale=1", **PLAIN)
     asked = []
     batch = batch_of(run) | {"time": jnp.ones(4)}
@@ -106,7 +105,7 @@ def test_guidance_of_one_asks_once():
     assert asked[0][1] is batch["text"]
 
 
-# --- segments ---------------------------------------------------------------------------------------------------------
+# --- segments -------------------------------------------------------------------------------------
 
 SEGMENTS = [
     "distill.sample.steps=12",
@@ -116,8 +115,8 @@ SEGMENTS = [
 ]
 
 
-def points_of(run, count):
-    """A batch of trajectories in any shape."""
+def sample_trajectories(run, count):
+    """Sample a batch of trajectories."""
     draw = np.random.default_rng(0)
     points = draw.normal(size=(count, run.distill.segments, 8, 8, 3)).astype(np.float16)
     return {
@@ -129,8 +128,8 @@ def points_of(run, count):
     }
 
 
-def whole_way(batch, scale):
-    """[b, segments + 1, …]: the noise of each seed, and the points."""
+def complete_trajectories(batch, scale):
+    """Return [b, segments + 1, …]: the noise of each seed, and the stored points."""
     noise = [
         scale * np.asarray(jax.random.normal(jax.random.key(int(seed)), (8, 8, 3)))
         for seed in batch["seed"]
@@ -140,31 +139,31 @@ def whole_way(batch, scale):
     )
 
 
-def cuts(segments):
+def boundary_times(segments):
     u = np.linspace(1, 0, 13)[:-1]
     return np.append(np.exp(0.8) / (np.exp(0.8) + 1 / u - 1), 0)[:: 12 // segments]
 
 
-def test_lines_through_segments():
+def test_lines_pass_through_the_ends_of_segments():
     run = distilling("trajectories", "distill.segments=3", *SEGMENTS, **PLAIN)
-    batch, segment, place = (
-        points_of(run, 6),
+    batch, segment, position = (
+        sample_trajectories(run, 6),
         np.array([0, 1, 2, 2, 1, 0]),
         np.float32([0, 1, 0, 1, 0.25, 0.7]),
     )
-    found = make_segment_batch(run, batch, jnp.asarray(segment), jnp.asarray(place))
-    way, times = whole_way(batch, 1.5), cuts(3)
+    found = make_segment_batch(run, batch, jnp.asarray(segment), jnp.asarray(position))
+    way, times = complete_trajectories(batch, 1.5), boundary_times(3)
     rows = np.arange(6)
     begin, end, later, sooner = (
-        way[rows, segment],
-        way[rows, segment + 1],
+        trajectory[rows, segment],
+        trajectory[rows, segment + 1],
         times[segment],
         times[segment + 1],
     )
-    np.testing.assert_allclose(found["time"], sooner + (later - sooner) * place, rtol=1e-6)
+    np.testing.assert_allclose(found["time"], sooner + (later - sooner) * position, rtol=1e-6)
     np.testing.assert_allclose(
         objective.mix(found["image"], found["noise"], found["time"]),
-        end + wide(place) * (begin - end),
+        end + wide(position) * (begin - end),
         atol=1e-5,
     )
     np.testing.assert_allclose(
@@ -173,9 +172,9 @@ def test_lines_through_segments():
     assert all(found[name] is batch[name] for name in ("text", "lengths", "weight"))
 
 
-def test_one_segment_is_the_pair_itself():
+def test_one_segment_is_the_pair_of_noise_and_image():
     run = distilling("trajectories", *SEGMENTS, **PLAIN)
-    batch = points_of(run, 4)
+    batch = sample_trajectories(run, 4)
     found = make_segment_batch(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
     assert np.array_equal(found["image"], batch["image"][:, 0].astype(jnp.float32))
     np.testing.assert_allclose(
@@ -184,14 +183,14 @@ def test_one_segment_is_the_pair_itself():
     np.testing.assert_allclose(found["time"], np.linspace(0, 1, 4), atol=1e-7)
 
 
-def test_halves_are_near_enough():
-    """What is lost of a point: within the range of images and a little beyond, a sixteenth of one of 256 levels."""
+def test_float16_trajectories_are_exact_enough():
+    """The error of a pixel near [-1, 1] is a sixteenth of one of 256 levels."""
     values = np.linspace(-2, 2, 100_001, dtype=np.float32)
     lost = np.abs(values.astype(np.float16).astype(np.float32) - values).max()
     assert lost <= 2 / 255 / 16 < 1.01 * lost
 
 
-def test_segments_are_drawn_alike_and_times_by_the_law():
+def test_segments_are_uniform_and_times_follow_the_distribution():
     run = distilling(
         "trajectories",
         "distill.segments=4",
@@ -199,24 +198,24 @@ def test_segments_are_drawn_alike_and_times_by_the_law():
         *SEGMENTS,
         **PLAIN,
     )
-    batch, times = points_of(run, 500), cuts(4)
-    drawn = add_noise_and_times(run, batch, jax.random.key(1))
-    time = np.asarray(drawn["time"], np.float64)
+    batch, times = sample_trajectories(run, 500), boundary_times(4)
+    sampled = add_noise_and_times(run, batch, jax.random.key(1))
+    time = np.asarray(sampled["time"], np.float64)
     segment = 4 - np.searchsorted(times[::-1], time)
     counts = np.bincount(segment, minlength=4)
     assert len(counts) == 4
     assert np.abs(counts - 125).max() < 5 * np.sqrt(500 * 3 / 16)
-    place = (time - times[segment + 1]) / (times[segment] - times[segment + 1])
-    assert np.abs(np.sort(place) - (np.arange(500) + 0.5) / 500).max() < 0.08
-    assert abs(np.corrcoef(place, segment)[0, 1]) < 0.2
-    # The line is the one of that segment and of no other.
-    way, rows = whole_way(batch, 1.5), np.arange(500)
-    secant = (way[rows, segment] - way[rows, segment + 1]) / wide(
+    position = (time - times[segment + 1]) / (times[segment] - times[segment + 1])
+    assert np.abs(np.sort(position) - (np.arange(500) + 0.5) / 500).max() < 0.08
+    assert abs(np.corrcoef(position, segment)[0, 1]) < 0.2
+    # The line passes through the ends of that segment.
+    trajectory, rows = complete_trajectories(batch, 1.5), np.arange(500)
+    secant = (trajectory[rows, segment] - trajectory[rows, segment + 1]) / wide(
         times[segment] - times[segment + 1]
     )
-    np.testing.assert_allclose(drawn["noise"] - drawn["image"], secant, atol=1e-4)
+    np.testing.assert_allclose(sampled["noise"] - sampled["image"], secant, atol=1e-4)
     again = add_noise_and_times(run, batch, jax.random.key(1))
-    assert same(again, drawn)
+    assert same(again, sampled)
 
     begins = add_noise_and_times(
         config.override(run, ["flow.timestep_distribution=pure_noise"]), batch, jax.random.key(1)
@@ -224,7 +223,7 @@ def test_segments_are_drawn_alike_and_times_by_the_law():
     np.testing.assert_allclose(begins["time"], times[segment], rtol=1e-6)
 
 
-def test_validation_goes_through_segments_and_places(monkeypatch):
+def test_validation_covers_all_segments_and_times(monkeypatch):
     run = distilling(
         "trajectories",
         "distill.segments=3",
@@ -235,12 +234,12 @@ def test_validation_goes_through_segments_and_places(monkeypatch):
     monkeypatch.setattr(
         step, "image_losses", lambda run, params, batch, teacher=None: batch["time"]
     )
-    batch, times = points_of(run, 7), cuts(3)
+    batch, times = sample_trajectories(run, 7), boundary_times(3)
     later, sooner = times[np.arange(7) % 3], times[np.arange(7) % 3 + 1]
     found = np.asarray(compute_validation_losses(run, {}, batch, jnp.int32(0)))
-    place = (found - sooner[:, None]) / (later - sooner)[:, None]
-    assert (np.floor(place * 10) == np.arange(10)).all()
-    assert len(np.unique(np.round(place * 10 % 1, 4))) > 60, "each at a place of its own"
+    position = (found - sooner[:, None]) / (later - sooner)[:, None]
+    assert (np.floor(position * 10) == np.arange(10)).all()
+    assert len(np.unique(np.round(position * 10 % 1, 4))) > 60, "every image has its own position"
     noise = np.asarray(
         compute_validation_losses(
             config.override(run, ["flow.timestep_distribution=pure_noise"]), {}, batch, jnp.int32(0)
@@ -249,11 +248,11 @@ def test_validation_goes_through_segments_and_places(monkeypatch):
     np.testing.assert_allclose(noise, np.repeat(later[:, None], 10, axis=1), rtol=1e-6)
 
 
-# --- what a config may not say ----------------------------------------------------------------------------------------
+# --- errors of settings ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ("distill.kind=trajectories distill.segments=0", "segments=0 must be at least 1"),
         (
@@ -323,16 +322,16 @@ def test_validation_goes_through_segments_and_places(monkeypatch):
         ),
         (
             "distill.kind=mean_flow init=x model.modulation=none compute.attention=xla",
-            "in place of the guidance number, which this one does not",
+            "in position of the guidance number, which this one does not",
         ),
         (
             "distill.kind=mean_flow init=x model.modulation=per_block compute.attention=xla",
-            "in place of the guidance number",
+            "in position of the guidance number",
         ),
     ],
 )
-def test_what_cannot_be_is_said(changes, sentence):
-    with pytest.raises(config.ConfigError, match=sentence):
+def test_wrong_settings_are_an_error(changes, message):
+    with pytest.raises(config.ConfigError, match=message):
         toy_run("unused", "unused", *changes.split())
 
 
@@ -346,5 +345,5 @@ def test_what_cannot_be_is_said(changes, sentence):
         "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=chunked",
     ],
 )
-def test_what_can_be(changes):
+def test_allowed_settings(changes):
     toy_run("unused", "unused", *changes.split())

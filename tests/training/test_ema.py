@@ -1,4 +1,4 @@
-"""Averages of the weights against direct sums in float64, and those that are made from snapshots after a run."""
+"""Averages of the weights against sums in float64, and averages from snapshots after a run."""
 
 import shutil
 from collections import namedtuple
@@ -21,7 +21,7 @@ from tests.helpers.toy_runs import PLAIN, same, toy_run, train
 WIDTHS = (0.05, 0.1)
 
 
-def test_averages_ramp_up_to_their_decay():
+def test_decays_warm_up():
     ema = {"0.5": {"w": jnp.zeros(1)}, "0.9": {"w": jnp.zeros(1)}}
     expected = {"0.5": 0.0, "0.9": 0.0}
     for step in range(40):
@@ -36,8 +36,8 @@ def test_averages_ramp_up_to_their_decay():
 
 
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.2, 0.28])
-def test_the_power_of_a_width(width):
-    """As the width is defined: the standard deviation of τ / t under the weight τ^γ."""
+def test_exponents_follow_the_definition_of_a_width(width):
+    """It is the standard deviation of τ / t under the weight τ^γ."""
     power = width_to_exponent(width)
     tau = (np.arange(1_000_000) + 0.5) / 1_000_000
     weight = tau**power / (tau**power).sum()
@@ -46,7 +46,7 @@ def test_the_power_of_a_width(width):
 
 
 def profile(step, width):
-    """Weights of the steps 1 to `step`: the integrals of τ^γ between them."""
+    """Integrate τ^γ between the steps 1 to `step`."""
     edges = (np.arange(step + 1) / step) ** (width_to_exponent(width) + 1)
     return np.diff(edges)
 
@@ -62,7 +62,7 @@ def tracked(values, width):
 
 
 @pytest.mark.parametrize("width", [0.05, 0.25])
-def test_a_running_average_is_the_direct_sum(width):
+def test_running_averages_equal_direct_sums(width):
     values = np.cumsum(np.random.default_rng(0).standard_normal((300, 4)), axis=0)
     for step, found in enumerate(tracked(values, width), start=1):
         np.testing.assert_allclose(
@@ -70,7 +70,7 @@ def test_a_running_average_is_the_direct_sum(width):
         )
 
 
-def test_an_average_late_in_a_run_still_moves_rightly():
+def test_averages_late_in_a_run_are_exact():
     before = {"width=0.1": {"w": jnp.zeros(1)}}
     found = update_averages(
         before, {"w": jnp.ones(1)}, jnp.int32(2_000_000 - 1), jax.random.key(0)
@@ -81,7 +81,7 @@ def test_an_average_late_in_a_run_still_moves_rightly():
 
 
 @pytest.mark.parametrize(("wanted", "limit"), [(0.07, 0.01), (0.13, 0.01), (0.2, 0.03)])
-def test_other_widths_are_made_from_snapshots(wanted, limit):
+def test_other_widths_follow_from_snapshots(wanted, limit):
     values = 100 + np.cumsum(np.random.default_rng(0).standard_normal((800, 50)), axis=0)
     kept = {width: list(tracked(values, width)) for width in WIDTHS}
     known = [(step, width) for step in range(50, 801, 50) for width in WIDTHS]
@@ -101,7 +101,7 @@ def test_other_widths_are_made_from_snapshots(wanted, limit):
     assert np.abs(made - direct).max() < 0.02 * np.abs(direct - values[-1]).max()
 
 
-def test_a_width_that_is_there_is_taken_as_it_is():
+def test_a_saved_width_is_not_combined():
     known = [(step, width) for step in (100, 200, 300) for width in WIDTHS]
     factors, missed = solve_posthoc_coefficients(known, (300, 0.1))
     np.testing.assert_allclose(factors, [0, 0, 0, 0, 0, 1], atol=1e-6)
@@ -133,40 +133,38 @@ def run(tmp_path_factory, data_directory):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_every_snapshot(run):
-    assert Snapshots(run.directory / "averages").steps == [2, 4, 5, 6, 8, 10, 12]
-    newest = Checkpoints(run.directory / "checkpoints").restore_params(12, run, "width=0.13")
+def test_a_run_saves_every_snapshot(run):
+    assert Snapshots(run.run_dir / "averages").steps == [2, 4, 5, 6, 8, 10, 12]
+    newest = Checkpoints(run.run_dir / "checkpoints").restore_params(12, run, "width=0.13")
     chosen = config.override(run, ["sample.weights=width=0.130"])
-    assert same(restore_run_weights(run.directory, chosen)[0], newest)
-    assert not same(newest, restore_run_weights(run.directory, run)[0])
+    assert same(restore_run_weights(run.run_dir, chosen)[0], newest)
+    assert not same(newest, restore_run_weights(run.run_dir, run)[0])
 
 
 @pytest.mark.slow
-def test_sample_and_convert_make_a_width_from_snapshots(run, tmp_path):
-    """The third width was kept too, and what the other two make of it is compared with it."""
+def test_sample_and_convert_compute_a_width_from_snapshots(run, tmp_path):
+    """The third width was saved too, and is compared with the combination of the other two."""
     two = config.override(run, ["optimizer.ema_widths=0.05,0.1"])
-    like = restore_run_weights(run.directory, config.override(run, ["sample.weights=params"]))[0]
+    like = restore_run_weights(run.run_dir, config.override(run, ["sample.weights=params"]))[0]
     trained, frozen = split_frozen(like, run.optimizer.frozen)
-    exact = restore_run_weights(run.directory, config.override(run, ["sample.weights=width=0.13"]))[
-        0
-    ]
+    exact = restore_run_weights(run.run_dir, config.override(run, ["sample.weights=width=0.13"]))[0]
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained
     )
-    made = Snapshots(run.directory / "averages").compute_average(two, 0.13, shapes)
-    moved = max(
+    combined = Snapshots(run.run_dir / "averages").compute_average(two, 0.13, shapes)
+    change = max(
         float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(like))
     )
     exact, still = split_frozen(exact, run.optimizer.frozen)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=0.05 * moved), made, exact
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=0.05 * change), combined, exact
     )
     assert same(still, frozen)
     assert (
         main(
             [
                 "convert",
-                str(run.directory),
+                str(run.run_dir),
                 str(tmp_path / "w.safetensors"),
                 "--weights",
                 "width=0.08",
@@ -180,7 +178,7 @@ def test_sample_and_convert_make_a_width_from_snapshots(run, tmp_path):
         main(
             [
                 "sample",
-                str(run.directory),
+                str(run.run_dir),
                 "--prompt",
                 "a handwritten one",
                 "--out",
@@ -191,11 +189,11 @@ def test_sample_and_convert_make_a_width_from_snapshots(run, tmp_path):
         == 0
     )
     with pytest.raises(CheckpointError, match="7 snapshots .* too few for one of width 0.01"):
-        restore_run_weights(run.directory, config.override(run, ["sample.weights=width=0.01"]))
+        restore_run_weights(run.run_dir, config.override(run, ["sample.weights=width=0.01"]))
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_a_snapshot_and_no_checkpoint(
+def test_a_full_disk_loses_a_snapshot_and_no_checkpoint(
     tmp_path, data_directory, monkeypatch, capsys
 ):
     changes = [
@@ -215,18 +213,18 @@ def test_a_full_disk_costs_a_snapshot_and_no_checkpoint(
     assert "No snapshot of the averages, and training continues." in capsys.readouterr().err
 
 
-def test_settings_that_cannot_be(tmp_path, data_directory):
-    for changes, told in (
+def test_wrong_settings_are_an_error(tmp_path, data_directory):
+    for changes, message in (
         (["optimizer.ema_widths=0.3"], "between 0 and 0.288"),
         (["optimizer.ema_widths=0.1,0.1"], "twice"),
         (["sample.weights=width=0.1"], "needs optimizer.ema_widths"),
         (["optimizer.ema_widths=0.1", "sample.weights=width=x"], "width=WIDTH"),
     ):
-        with pytest.raises(config.ConfigError, match=told):
+        with pytest.raises(config.ConfigError, match=message):
             config.override(config.Config(), changes)
     run = toy_run(tmp_path, data_directory, "optimizer.ema_widths=0.1", "sample.weights=width=0.2")
     with pytest.raises(
         CheckpointError,
-        match="no average 'width=0.2': it has params and ema=0.9, ema=0.99, width=0.1",
+        match=r"no average 'width=0.2': it has params and ema=0.9, ema=0.99, width=0.1",
     ):
         train(run)

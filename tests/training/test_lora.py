@@ -1,4 +1,4 @@
-"""LoRA training: gradients against those of the whole weights, runs that are resumed, and what they export."""
+"""LoRA training: gradients against those of merged weights, resumed runs, and their exports."""
 
 from functools import partial
 
@@ -19,21 +19,20 @@ from radiance.weights import checkpoint, lora
 from tests.helpers.toy_models import apply, gradients, toy_inputs, toy_model, toy_params
 from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
 
-SIZES = PLAIN | dict(
-    hidden=64, rope_axes=(4, 14, 14), text_refiner_blocks=1, double_blocks=1
-)  # blocks of 32 divide
+# The inputs of all matrices divide into blocks of 32.
+SIZES = PLAIN | dict(hidden=64, rope_axes=(4, 14, 14), text_refiner_blocks=1, double_blocks=1)
 MODEL = toy_model(**SIZES | dict(double_blocks=2))
 LORA = config.Lora(rank=3, alpha=6.0)
 
 
 def noisy_adapters(model=MODEL, settings=LORA):
-    """`up` is not 0, as after some steps."""
-    draw = np.random.default_rng(5)
+    """Sample adapters whose `up` is not 0, as after some steps."""
+    rng = np.random.default_rng(5)
     shapes = jax.eval_shape(partial(init_adapters, model, settings), jax.random.key(0))
-    return jax.tree.map(lambda x: 0.1 * draw.standard_normal(x.shape, np.float32), shapes)
+    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
 
 
-def test_fresh_ones_change_nothing_and_have_the_sizes():
+def test_initial_adapters_change_nothing():
     adapters = init_adapters(MODEL, LORA, jax.random.key(0))
     params, inputs = toy_params(MODEL), toy_inputs(MODEL)
     matrices = {path for path in flatten_tree(params) if is_block_matrix(path)}
@@ -43,13 +42,13 @@ def test_fresh_ones_change_nothing_and_have_the_sizes():
     assert float(
         jnp.std(adapters["single"]["mlp"]["linear_out"]["kernel"]["down"])
     ) == pytest.approx(1 / 16, rel=0.1)
-    whole = apply(MODEL, attach_adapters(params, adapters, LORA), inputs)
-    np.testing.assert_allclose(whole, apply(MODEL, params, inputs), rtol=0, atol=1e-6)
+    complete = apply(MODEL, attach_adapters(params, adapters, LORA), inputs)
+    np.testing.assert_allclose(complete, apply(MODEL, params, inputs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_are_those_of_the_whole_weights_seen_through_the_pair(remat):
-    """W + s · down · up: the gradient to down is s · dW · upᵀ, that to up is s · downᵀ · dW."""
+def test_gradients_follow_from_those_of_the_merged_weights(remat):
+    """For W + s · down · up they are s · dW · upᵀ for down, and s · downᵀ · dW for up."""
     params, adapters, inputs = toy_params(MODEL), noisy_adapters(), toy_inputs(MODEL)
     weights = jnp.asarray(
         np.random.default_rng(0).standard_normal(inputs["image"].shape, np.float32)
@@ -63,21 +62,21 @@ def test_gradients_are_those_of_the_whole_weights_seen_through_the_pair(remat):
 
     found = jax.jit(jax.grad(loss))(adapters)
 
-    def merged(p, a):
+    def merge(p, a):
         return p + (2.0 * a["down"] @ a["up"]).reshape(p.shape)
 
-    def places(tree):
+    def matrices_by_path(tree):
         return {path.rpartition("/")[0]: None for path in flatten_tree(tree)}
 
     at = {
         path: {side: flatten_tree(adapters)[f"{path}/{side}"] for side in ("down", "up")}
-        for path in places(adapters)
+        for path in matrices_by_path(adapters)
     }
-    whole = jax.tree_util.tree_map_with_path(
+    complete = jax.tree_util.tree_map_with_path(
         lambda path, p: merged(p, at[name]) if (name := "/".join(k.key for k in path)) in at else p,
         params,
     )
-    dense = flatten_tree(gradients(MODEL, whole, inputs, weights)[1][0])
+    dense = flatten_tree(gradients(MODEL, complete, inputs, weights)[1][0])
     for path, pair in at.items():
         dw = dense[path].reshape(len(pair["down"]), pair["down"].shape[1], -1)
         for side, expected in (
@@ -102,8 +101,8 @@ def test_gradients_are_those_of_the_whole_weights_seen_through_the_pair(remat):
         ("single/attention", "double/image/attention/qkv"),
     ],
 )
-def test_the_exported_lora_is_what_was_trained(parts, tmp_path):
-    settings = config.Lora(rank=3, alpha=6.0, target_modules=parts)
+def test_the_exported_lora_equals_the_trained_one(target_modules, tmp_path):
+    settings = config.Lora(rank=3, alpha=6.0, target_modules=target_modules)
     run = config.Config(
         model=MODEL, lora=settings, init="elsewhere", data=config.Data(resolution=8)
     )
@@ -124,7 +123,7 @@ def test_the_exported_lora_is_what_was_trained(parts, tmp_path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The weights to adapt, as a file from elsewhere."""
+    """Write the base weights to a file."""
     run = toy_run(".", ".", **SIZES)
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
     checkpoint.write_checkpoint(path, run.model, toy_params(run.model))
@@ -143,45 +142,51 @@ def lora_run(output, data_directory, base, *changes):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_samples_and_exports(base, tmp_path, data_directory):
-    whole, broken = (
-        lora_run(tmp_path / name, data_directory, base) for name in ("whole", "broken")
+def test_a_run_resumes_samples_and_exports(base, tmp_path, data_directory):
+    complete, interrupted = (
+        lora_run(tmp_path / name, data_directory, base) for name in ("complete", "interrupted")
     )
-    assert train(whole) == 8
-    assert train(config.override(broken, ["train.steps=5"])) == 5
-    assert train(broken) == 8
-    assert [row for row in metrics(broken) if row["step"] % 4 == 0] == [
-        row for row in metrics(whole) if row["step"] % 4 == 0
+    assert train(complete) == 8
+    assert train(config.override(interrupted, ["train.steps=5"])) == 5
+    assert train(interrupted) == 8
+    assert [row for row in metrics(interrupted) if row["step"] % 4 == 0] == [
+        row for row in metrics(complete) if row["step"] % 4 == 0
     ]
     from radiance.loading import open_model, restore_run_weights, trained_lora
 
-    ours, _ = restore_run_weights(whole.run_dir, whole)
-    assert same(ours, restore_run_weights(broken.run_dir, broken)[0])
+    ours, _ = restore_run_weights(complete.run_dir, complete)
+    assert same(ours, restore_run_weights(interrupted.run_dir, interrupted)[0])
     assert sum(x.size for x in jax.tree.leaves(ours)) < 0.5 * sum(
-        x.size for x in jax.tree.leaves(toy_params(whole.model))
+        x.size for x in jax.tree.leaves(toy_params(complete.model))
     )
     assert any(
         np.abs(x).max() > 1e-3 for path, x in flatten_tree(ours).items() if path.endswith("up")
     )
 
-    # The run, what it exports beside its base, and what it is merged to paint the same image.
+    # The run, and the merged weights, generate the same image.
     assert (
-        main(["convert", str(whole.run_dir), str(tmp_path / "lora.safetensors"), "--to", "peft"])
+        main(["convert", str(complete.run_dir), str(tmp_path / "lora.safetensors"), "--to", "peft"])
         == 0
     )
     assert (
         main(
-            ["convert", str(whole.run_dir), str(tmp_path / "merged.safetensors"), "--dtype", "fp32"]
+            [
+                "convert",
+                str(complete.run_dir),
+                str(tmp_path / "merged.safetensors"),
+                "--dtype",
+                "fp32",
+            ]
         )
         == 0
     )
     assert (
-        trained_lora(whole.run_dir, whole).pairs.keys()
-        == lora.read_lora(tmp_path / "lora.safetensors", whole.model).pairs.keys()
+        trained_lora(complete.run_dir, complete).pairs.keys()
+        == lora.read_lora(tmp_path / "lora.safetensors", complete.model).pairs.keys()
     )
     assert open_model(tmp_path / "merged.safetensors").metadata["radiance.run"]
     pipelines = [
-        radiance.load(whole.run_dir, store="none"),
+        radiance.load(complete.run_dir, weight_format="none"),
         radiance.load(tmp_path / "merged.safetensors", dtype="float32"),
     ]
     assert any(
@@ -194,31 +199,31 @@ def test_a_run_goes_on_samples_and_exports(base, tmp_path, data_directory):
     assert np.abs(first - second).max() <= 2
     assert first.std() > 5
 
-    # Of a base that is another now, nothing is made.
-    settings = whole.run_dir / "config.json"
+    # A base that has changed is an error.
+    settings = complete.run_dir / "config.json"
     checkpoint.write_checkpoint(
-        tmp_path / "other.safetensors", whole.model, toy_params(whole.model, 1)
+        tmp_path / "other.safetensors", complete.model, toy_params(complete.model, 1)
     )
     settings.write_text(
         settings.read_text().replace(str(base), str(tmp_path / "other.safetensors"))
     )
     for read in (radiance.load, open_model):
         with pytest.raises(config.ConfigError, match="was trained on another"):
-            read(whole.run_dir)
+            read(complete.run_dir)
 
 
-def test_weight_decay_takes_hold_of_both_matrices():
+def test_weight_decay_acts_on_both_matrices():
     optimizer = make_optimizer(
         config.Optimizer(weight_decay=0.5, learning_rate=1.0, warmup_steps=0), 10
     )
     adapters = noisy_adapters()
-    none = jax.tree.map(jnp.zeros_like, adapters)
-    updates, _ = jax.jit(optimizer.update)(none, optimizer.init(adapters), adapters)
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(adapters), adapters)
     jax.tree.map(lambda u, a: np.testing.assert_allclose(u, -0.5 * a, rtol=1e-6), updates, adapters)
 
 
 @pytest.mark.slow
-def test_a_run_over_two_devices(base, tmp_path, data_directory):
+def test_a_run_on_two_devices(base, tmp_path, data_directory):
     one = lora_run(tmp_path, data_directory, base, "train.steps=4")
     assert train(one) == 4
     two = config.override(one, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
@@ -229,7 +234,7 @@ def test_a_run_over_two_devices(base, tmp_path, data_directory):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
+def test_other_weights_in_a_resumed_run_are_an_error(base, tmp_path, data_directory, capsys):
     run = lora_run(tmp_path, data_directory, base, "train.steps=2")
     assert train(run) == 2
     other = tmp_path / "other.safetensors"
@@ -241,7 +246,7 @@ def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["lora.rank=4"], "give init=FILE"),
         (
@@ -253,19 +258,18 @@ def test_what_does_not_fit_is_refused(base, tmp_path, data_directory, capsys):
         (["lora.alpha=0"], "must be positive"),
     ],
 )
-def test_settings_that_cannot_be(changes, told):
-    with pytest.raises(config.ConfigError, match=told):
+def test_wrong_settings_are_an_error(changes, message):
+    with pytest.raises(config.ConfigError, match=message):
         config.override(config.Config(), changes)
 
 
-@pytest.mark.parametrize("parts", [("single/attention", "double/attention"), ("refiner",)])
-def test_parts_that_the_model_does_not_have(parts):
+@pytest.mark.parametrize("target_modules", [("single/attention", "double/attention"), ("refiner",)])
+def test_modules_that_the_model_does_not_have_are_an_error(target_modules):
     model = toy_model(**SIZES | dict(text_refiner_blocks=0))
     with pytest.raises(
         config.ConfigError,
-        match=f"none of the model's matrices is in {parts[-1]}; choose among .*double/image/attention",
+        match=f"none of .* is in {target_modules[-1]}: choose among .*double/image/attention",
     ):
-        noisy_adapters(model, config.Lora(rank=2, target_modules=parts))
-    noisy_adapters(
-        model, config.Lora(rank=2)
-    )  # the kind that is named by default and not there does no harm
+        noisy_adapters(model, config.Lora(rank=2, target_modules=target_modules))
+    # A kind of block that is in the defaults may be missing.
+    noisy_adapters(model, config.Lora(rank=2))

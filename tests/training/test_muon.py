@@ -1,4 +1,4 @@
-"""Muon against singular vectors from NumPy, with everything a run may combine it with, and as a run that is resumed."""
+"""Muon against singular vectors from NumPy, with other settings, and in a resumed run."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from radiance import config
-from radiance.base.trees import flatten_tree
+from radiance.base.trees import flatten_tree, leaf_path
 from radiance.distributed.sharding import MESH_AXES, make_shardings
 from radiance.training.adam import scale_by_adam
 from radiance.training.checkpoints import Checkpoints
@@ -23,12 +23,12 @@ MUON = config.Optimizer(kind="muon")
 
 
 def noise_like(params, seed=0):
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(draw.standard_normal(x.shape, np.float32)), params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), params)
 
 
 def matrices_of(path, leaf):
-    """[count, in, out], written out by hand."""
+    """Return the matrices [count, in, out] of a leaf."""
     leaf = np.asarray(leaf, np.float64)
     if path.endswith("qkv/kernel"):
         blocks, inputs, three, heads, channels = leaf.shape
@@ -42,12 +42,12 @@ def matrices_of(path, leaf):
     return leaf.reshape(len(leaf), -1, leaf.shape[-1])
 
 
-def test_updates_are_the_momentum_without_its_singular_values():
+def test_updates_are_the_orthogonalized_momentum():
     params = toy_params(toy_model(text_refiner_blocks=2, head="linear", modulation="none"))
     gradients, optimizer = noise_like(params), scale_by_muon_and_adam(MUON)
     updates = flatten_tree(jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0])
     adam = flatten_tree(scale_by_adam(MUON).update(gradients, scale_by_adam(MUON).init(params))[0])
-    seen = 0
+    num_matrices = 0
     for path, gradient in flatten_tree(gradients).items():
         if not (path.startswith(("refiner", "double", "single")) and path.endswith("kernel")):
             np.testing.assert_array_equal(updates[path], adam[path], err_msg=path)
@@ -55,18 +55,23 @@ def test_updates_are_the_momentum_without_its_singular_values():
         for g, u in zip(matrices_of(path, gradient), matrices_of(path, updates[path]), strict=True):
             left, _, right = np.linalg.svd(g, full_matrices=False)
             u = u / (0.2 * np.sqrt(max(u.shape)))
-            # Five rounds of the iteration bring singular values between 0.7 and 1.2, of square noise a few less; the vectors are g's own.
-            inside = left.T @ u @ right.T
-            np.testing.assert_allclose(left @ inside @ right, u, atol=1e-4, err_msg=path)
-            np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-3, err_msg=path)
-            assert 0.6 < np.median(np.diag(inside)) < 1.25 and np.diag(inside).min() > 0, path
+            # Five iterations bring singular values between 0.7 and 1.2, and a few of square noise
+            # below; the singular vectors are those of g.
+            core = left.T @ u @ right.T
+            np.testing.assert_allclose(left @ core @ right, u, atol=1e-4, err_msg=path)
+            np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=1e-3, err_msg=path)
+            assert 0.6 < np.median(np.diag(core)) < 1.25, path
+            assert np.diag(core).min() > 0, path
             assert 0.12 < np.sqrt((updates[path] ** 2).mean()) < 0.25
-            seen += 1
-    assert seen == 2 * (3 + 3) + 2 * 2 * (3 + 3) + 3 * (3 + 3)
+            num_matrices += 1
+    assert num_matrices == 2 * (3 + 3) + 2 * 2 * (3 + 3) + 3 * (3 + 3)
 
 
-def test_the_second_step_is_of_nesterovs_momentum():
-    """Up to its length, which is taken away: after gradients g, h it is β ((1 − β) β g + (1 − β) h) / (1 − β³) + (1 − β) h / (1 − β²)."""
+def test_the_second_step_uses_nesterovs_momentum():
+    """After gradients g and h it is β ((1 − β) β g + (1 − β) h) / (1 − β³) + (1 − β) h / (1 − β²).
+
+    Its length does not matter.
+    """
     params = toy_params(toy_model())["single"]["mlp"]["linear_in"]
     tree = {"single": {"mlp": {"linear_in": {"kernel": params["kernel"]}}}}
     optimizer = scale_by_muon_and_adam(config.Optimizer(kind="muon", muon_beta=0.8))
@@ -95,7 +100,7 @@ def test_both_factors_of_a_lora_are_matrices():
         assert values.shape[1] == 3 and (values > 0.6).all() and (values < 1.25).all(), path
 
 
-def test_a_momentum_in_bfloat16_stays_right_on_average():
+def test_a_momentum_in_bfloat16_is_right_on_average():
     tree = {"single": {"mlp": {"linear_in": {"kernel": jnp.full((1, 64, 64), 2.0)}}}}
     optimizer = scale_by_muon_and_adam(
         config.Optimizer(kind="muon", mu_dtype="bfloat16", muon_beta=0.999)
@@ -121,7 +126,7 @@ def test_a_momentum_in_bfloat16_stays_right_on_average():
         ("optimizer.frozen=double,single/mlp",),
     ],
 )
-def test_it_trains(changes):
+def test_muon_trains(changes):
     settings = [
         "optimizer.kind=muon",
         "optimizer.learning_rate=3e-3",
@@ -141,50 +146,46 @@ def test_it_trains(changes):
         assert not same(state.params["single"]["attention"], before["single"]["attention"])
 
 
-def test_a_momentum_lies_as_its_matrix_does():
+def test_a_momentum_has_the_sharding_of_its_matrix():
     run = toy_run("unused", "unused", "optimizer.kind=muon", hidden=64, rope_axes=(4, 14, 14))
-    places = make_shardings(
+    shardings = make_shardings(
         jax.eval_shape(partial(init_state, run)), AbstractMesh((1, 2, 2), MESH_AXES)
     )
-    found = {path: place.spec for path, place in flatten_any(places.optimizer)}
+    specs = {path: sharding.spec for path, sharding in flatten_any(shardings.optimizer_state)}
     matrices = [
-        (path, place.spec)
-        for path, place in flatten_any(places.params)
+        (path, sharding.spec)
+        for path, sharding in flatten_any(shardings.params)
         if path.startswith(("double", "single")) and path.endswith("kernel")
     ]
     for path, spec in matrices:
-        momenta = [other for name, other in found.items() if name.endswith(f"mu/{path}")]
+        momenta = [other for name, other in specs.items() if name.endswith(f"mu/{path}")]
         assert momenta == [spec], path
     assert any(spec for _, spec in matrices)
 
 
 def flatten_any(tree):
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield (
-            "/".join(
-                str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in keys
-            ),
-            leaf,
-        )
+        yield leaf_path(keys), leaf
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_bit_for_bit_and_over_two_devices(tmp_path, data_directory):
+def test_a_run_resumes_bit_for_bit_and_runs_on_two_devices(tmp_path, data_directory):
     changes = ["optimizer.kind=muon", "optimizer.mu_dtype=bfloat16", "train.steps=6"]
-    whole, broken = (
-        toy_run(tmp_path / name, data_directory, *changes, **PLAIN) for name in ("whole", "broken")
+    complete, interrupted = (
+        toy_run(tmp_path / name, data_directory, *changes, **PLAIN)
+        for name in ("complete", "interrupted")
     )
-    assert train(whole) == 6
-    assert train(config.override(broken, ["train.steps=3"])) == 3
-    assert train(broken) == 6
+    assert train(complete) == 6
+    assert train(config.override(interrupted, ["train.steps=3"])) == 3
+    assert train(interrupted) == 6
 
     def states(run):
-        checkpoints = Checkpoints(run.directory / "checkpoints")
+        checkpoints = Checkpoints(run.run_dir / "checkpoints")
         return checkpoints.restore(6, jax.eval_shape(partial(init_state, run)))
 
-    assert same(states(whole), states(broken))
-    two = config.override(whole, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
+    assert same(states(complete), states(interrupted))
+    two = config.override(complete, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
     process = command(two, devices=2)
     assert process.returncode == 0, process.output
-    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (whole, two)]
+    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (complete, two)]
     np.testing.assert_allclose(*losses, rtol=1e-3)

@@ -1,3 +1,5 @@
+"""Schedules, AdamW, parameter groups, and stochastic rounding."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ TREE = {
 }
 
 
-def test_learning_rate_rises_then_stays_or_falls():
+def test_the_learning_rate_warms_up_and_then_is_constant_or_falls():
     constant = make_lr_schedule(config.Optimizer(learning_rate=1.0, warmup_steps=4), 100)
     assert [float(constant(i)) for i in (0, 1, 3, 4, 99)] == pytest.approx([0.2, 0.4, 0.8, 1, 1])
     cosine = make_lr_schedule(
@@ -25,7 +27,7 @@ def test_learning_rate_rises_then_stays_or_falls():
     assert [float(cosine(i)) for i in (4, 54, 104)] == pytest.approx([1, 0.5, 0], abs=1e-6)
 
 
-def test_adamw_against_numpy():
+def test_adamw_equals_numpy():
     settings = config.Optimizer(
         learning_rate=0.1, warmup_steps=0, beta1=0.8, beta2=0.9, weight_decay=0.3, clip_norm=2.0
     )
@@ -50,7 +52,7 @@ def test_adamw_against_numpy():
         np.testing.assert_allclose(ours["x"][k], theirs[k], rtol=1e-4)
 
 
-def test_parts_are_split_and_joined():
+def test_frozen_parameters_are_split_and_merged():
     trained, frozen = split_frozen(TREE, ("b/c", "a/bias"))
     assert set(trained) == {"a", "b"}
     assert set(trained["b"]) == {"d"}
@@ -61,17 +63,17 @@ def test_parts_are_split_and_joined():
     assert split_frozen(TREE, ()) == (TREE, {})
 
 
-def test_a_frozen_name_is_a_whole_part_of_a_path():
+def test_frozen_paths_match_complete_names():
     with pytest.raises(
-        config.ConfigError, match="optimizer.frozen names b/cc, .* not in the model"
+        config.ConfigError, match=r"optimizer\.frozen names b/cc, .* not in the model"
     ):
         split_frozen(TREE, ("b/c", "b/cc"))
     with pytest.raises(config.ConfigError, match="nothing to train"):
         split_frozen(TREE, ("a", "b"))
 
 
-def test_rates_multiply_the_whole_step_under_the_longest_path():
-    rates = config.Optimizer(
+def test_multipliers_of_the_longest_prefix_scale_the_step():
+    scaled = config.Optimizer(
         lr_multipliers=("b=0.1", "b/d=4", "a/kernel=2"),
         learning_rate=0.1,
         warmup_steps=0,
@@ -79,7 +81,7 @@ def test_rates_multiply_the_whole_step_under_the_longest_path():
     )
     gradients = jax.tree.map(lambda x: jnp.linspace(-1, 1, x.size).reshape(x.shape), TREE)
     steps = []
-    for settings in (config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), rates):
+    for settings in (config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), scaled):
         optimizer = make_optimizer(settings, 10)
         steps.append(optimizer.update(gradients, optimizer.init(TREE), TREE)[0])
     factors = {"a": {"kernel": 2, "bias": 1}, "b": {"c": {"scale": 0.1}, "d": {"kernel": 4}}}
@@ -90,27 +92,27 @@ def test_rates_multiply_the_whole_step_under_the_longest_path():
     )
 
 
-def test_rates_that_cannot_be():
+def test_wrong_multipliers_are_an_error():
     with pytest.raises(
         config.ConfigError,
-        match="optimizer.lr_multipliers names b/cc, which is not among the trained parameters: use a, b",
+        match=r"optimizer\.lr_multipliers names b/cc, which is not among .*: use a, b",
     ):
         make_optimizer(config.Optimizer(lr_multipliers=("b/cc=2", "a=3")), 10).init(TREE)
-    for rates, told in (
+    for multipliers, message in (
         (("head",), "PATH=FACTOR"),
         (("=2",), "PATH=FACTOR"),
         (("head=x",), "PATH=FACTOR"),
         (("head=-1",), "are positive"),
         (("a=1", "a=2"), "twice"),
     ):
-        with pytest.raises(config.ConfigError, match=told):
-            config.Optimizer(lr_multipliers=rates)
+        with pytest.raises(config.ConfigError, match=message):
+            config.Optimizer(lr_multipliers=multipliers)
 
 
-# --- bfloat16, rounded at random -------------------------------------------------------------------------------------------
+# --- stochastic rounding --------------------------------------------------------------------------
 
 
-def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average():
+def test_values_are_rounded_to_a_neighbor_and_are_right_on_average():
     x = jnp.asarray([1.0, 1.001, -1.006, 3e-39, 255.3, 1e30, -0.0])
     like = {"x": x.astype(jnp.bfloat16)}
     draws = jax.jit(
@@ -133,8 +135,8 @@ def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average():
     assert stochastic_round(jax.random.key(0), {"x": x}, {"x": x})["x"] is x
 
 
-def test_small_changes_arrive_in_bfloat16():
-    """A second moment that rounding to the nearest would leave where it is."""
+def test_small_changes_add_up_in_bfloat16():
+    """Rounding to nearest would never change this second moment."""
     optimizer = scale_by_adam(
         config.Optimizer(beta2=0.999, mu_dtype="bfloat16", nu_dtype="bfloat16")
     )
@@ -143,17 +145,17 @@ def test_small_changes_arrive_in_bfloat16():
     assert state.mu["kernel"].dtype == state.nu["kernel"].dtype == jnp.bfloat16
     state = state._replace(nu={"kernel": jnp.ones(4000, jnp.bfloat16)})
     step = jax.jit(lambda state: optimizer.update({"kernel": jnp.full(4000, 2.0)}, state)[1])
-    for _ in range(100):  # each moves by 3e-3, and the last digit is 8e-3
+    for _ in range(100):  # each changes it by 3e-3, and the last digit is 8e-3
         state = step(state)
     expected = 4 - 3 * 0.999**100
     assert float(state.nu["kernel"].astype(jnp.float32).mean()) == pytest.approx(expected, rel=2e-3)
     nearest = jnp.ones((), jnp.bfloat16)
     for _ in range(100):
         nearest = (nearest.astype(jnp.float32) * 0.999 + 0.001 * 4).astype(jnp.bfloat16)
-    assert float(nearest) == 1  # what it would have been
+    assert float(nearest) == 1  # with rounding to nearest
 
 
-def test_what_is_kept_in_float32_all_the_same():
+def test_vectors_and_the_pixel_embedder_stay_float32():
     tree = {
         "head": {
             "embedder": {"kernel": jnp.ones(2)},
