@@ -315,7 +315,7 @@ def test_the_encoder_of_a_config_reads_the_cache(tmp_path):
 
 def test_a_cache_of_another_encoder_or_maximum_length_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
-    for encoder, told in (
+    for encoder, message in (
         (Counting(dim=16), "another text encoder"),
         (Counting(limit=13), "text.max_length=12, and it is 13"),
     ):
@@ -326,7 +326,7 @@ def test_a_cache_of_another_encoder_or_maximum_length_is_an_error(tmp_path):
         ):
             with pytest.raises(ConfigError) as error:
                 use(encoder)
-            assert told in sentence(error)
+            assert message in sentence(error)
             assert str(tmp_path) in str(error.value)
             assert not encoder.seen
     with pytest.raises(ConfigError):

@@ -188,7 +188,7 @@ def test_sample_and_convert_compute_a_width_from_snapshots(run, tmp_path):
         )
         == 0
     )
-    with pytest.raises(CheckpointError, match="7 snapshots .* too few for one of width 0.01"):
+    with pytest.raises(CheckpointError, match=r"7 snapshots .* too few for one of width 0.01"):
         restore_run_weights(run.run_dir, config.override(run, ["sample.weights=width=0.01"]))
 
 

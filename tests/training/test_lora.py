@@ -68,16 +68,18 @@ def test_gradients_follow_from_those_of_the_merged_weights(remat):
     def matrices_by_path(tree):
         return {path.rpartition("/")[0]: None for path in flatten_tree(tree)}
 
-    at = {
-        path: {side: flatten_tree(adapters)[f"{path}/{side}"] for side in ("down", "up")}
+    pairs = {
+        path: {factor: flatten_tree(adapters)[f"{path}/{factor}"] for factor in ("down", "up")}
         for path in matrices_by_path(adapters)
     }
     complete = jax.tree_util.tree_map_with_path(
-        lambda path, p: merged(p, at[name]) if (name := "/".join(k.key for k in path)) in at else p,
+        lambda path, p: (
+            merge(p, pairs[name]) if (name := "/".join(k.key for k in path)) in pairs else p
+        ),
         params,
     )
     dense = flatten_tree(gradients(MODEL, complete, inputs, weights)[1][0])
-    for path, pair in at.items():
+    for path, pair in pairs.items():
         dw = dense[path].reshape(len(pair["down"]), pair["down"].shape[1], -1)
         for side, expected in (
             ("down", 2.0 * dw @ pair["up"].swapaxes(1, 2)),
@@ -93,7 +95,7 @@ def test_gradients_follow_from_those_of_the_merged_weights(remat):
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "target_modules",
     [
         ("refiner", "double", "single"),
         ("single/mlp",),
@@ -239,7 +241,7 @@ def test_other_weights_in_a_resumed_run_are_an_error(base, tmp_path, data_direct
     assert train(run) == 2
     other = tmp_path / "other.safetensors"
     checkpoint.write_checkpoint(other, run.model, toy_params(run.model, 1), "bfloat16")
-    with pytest.raises(config.ConfigError, match="on other data .base in data.json"):
+    with pytest.raises(config.ConfigError, match=r"on other data .base in data.json"):
         train(config.override(run, [f"init={other}", "train.steps=4"]))
     with pytest.raises(config.ConfigError, match="has a LoRA and no weights"):
         train(config.override(run, [f"init={run.run_dir}", "name=second"]))

@@ -97,7 +97,9 @@ def test_both_factors_of_a_lora_are_matrices():
         values = np.linalg.svd(np.asarray(update), compute_uv=False) / (
             0.2 * np.sqrt(max(update.shape[1:]))
         )
-        assert values.shape[1] == 3 and (values > 0.6).all() and (values < 1.25).all(), path
+        assert values.shape[1] == 3, path
+        assert (values > 0.6).all(), path
+        assert (values < 1.25).all(), path
 
 
 def test_a_momentum_in_bfloat16_is_right_on_average():
