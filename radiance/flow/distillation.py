@@ -58,8 +58,9 @@ def predict_velocity(
     Returns:
         Velocities.
     """
-    text, lengths = batch["text"], batch["lengths"]
-    if condition is not None:
+    if condition is None:
+        text, lengths = batch["text"], batch["lengths"]
+    else:
         text = jnp.broadcast_to(condition.text, (len(noisy), *condition.text.shape[1:]))
         lengths = jnp.broadcast_to(condition.lengths, (len(noisy),))
     return model(noisy, text, lengths, batch["time"], divisor=divisor)

@@ -101,17 +101,17 @@ def test_active_blocks_change_as_in_a_step_of_all_blocks():
     run = rotating_run("optimizer.clip_norm=1e9")
     complete = config.override(run, ["optimizer.block_rotation=0,0"])
     params, batch = toy_params(run.model), batch_of(run)
-    few, all_ = (step_of(r)(init_state(r, params), batch)[0] for r in (run, complete))
+    some, all_ = (step_of(r)(init_state(r, params), batch)[0] for r in (run, complete))
     at = active_blocks(run, 0)
-    for name, part in few.optimizer[1].mu.items():
-        expected = all_.optimizer[1].mu[name]
+    for name, part in some.optimizer_state[1].mu.items():
+        expected = all_.optimizer_state[1].mu[name]
         expected = take_block(expected, at[name]) if name in at else expected
         for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(expected), strict=True):
             assert x.shape == y.shape
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(np.abs(y).max(), 1e-2))
 
 
-def test_moments_begin_anew_with_every_turn_even_where_its_first_step_is_skipped():
+def test_moments_are_reset_in_every_rotation_even_if_its_first_step_is_skipped():
     run = rotating_run()
     step, state, batch = step_of(run), init_state(run, toy_params(run.model)), batch_of(run)
     bad = batch | {"image": batch["image"].at[0, 0, 0, 0].set(jnp.nan)}

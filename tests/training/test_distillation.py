@@ -67,8 +67,8 @@ def test_without_dropped_captions_all_targets_are_guided():
         "guidance", "distill.guidance_target=image", "distill.sample.guidance_scale=3", **PLAIN
     )
     plain, own, time = (
-        np.full((4, 8, 8, 3), 2.0),
-        np.full((4, 8, 8, 3), 0.5),
+        jnp.full((4, 8, 8, 3), 2.0),
+        jnp.full((4, 8, 8, 3), 0.5),
         jnp.linspace(0.1, 1, 4),
     )
     inputs_seen = []
@@ -236,7 +236,7 @@ def test_validation_covers_all_segments_and_times(monkeypatch):
         **PLAIN,
     )
     monkeypatch.setattr(
-        step, "image_losses", lambda run, params, batch, teacher=None: batch["time"]
+        step, "compute_image_losses", lambda run, params, batch, teacher=None: batch["time"]
     )
     batch, times = sample_trajectories(run, 7), boundary_times(3)
     later, sooner = times[np.arange(7) % 3], times[np.arange(7) % 3 + 1]

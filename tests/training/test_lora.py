@@ -243,7 +243,7 @@ def test_other_weights_in_a_resumed_run_are_an_error(base, tmp_path, data_direct
     checkpoint.write_checkpoint(other, run.model, toy_params(run.model, 1), "bfloat16")
     with pytest.raises(config.ConfigError, match=r"on other data .base in data.json"):
         train(config.override(run, [f"init={other}", "train.steps=4"]))
-    with pytest.raises(config.ConfigError, match="has a LoRA and no weights"):
+    with pytest.raises(config.ConfigError, match="is a LoRA run without weights"):
         train(config.override(run, [f"init={run.run_dir}", "name=second"]))
 
 
