@@ -18,6 +18,7 @@ LENGTH_STEP = 16  # texts are padded to multiples of it, so that few shapes are 
 MAX_QUOTED_CHARACTERS = 60  # of a text in an error message
 
 Embeddings = Shaped[np.ndarray, "b l d"]  # float32 or bfloat16
+Integer = int | np.integer
 
 
 class TextEmbedding(NamedTuple):
@@ -87,7 +88,7 @@ class TextEncoder:
         return self.pad_embeddings(self.encode(texts, truncate), self.max_length)
 
     def pad_embeddings(
-        self, text_embeddings: Sequence[TextEmbedding], padded_length: int
+        self, text_embeddings: Sequence[TextEmbedding], padded_length: Integer
     ) -> tuple[Embeddings, Int32[np.ndarray, " b"]]:
         """Pad or cut embeddings to a common length.
 
@@ -117,7 +118,7 @@ class TextEncoder:
             )
 
 
-def round_up_length(num_tokens: int, max_length: int, step: int = LENGTH_STEP) -> int:
+def round_up_length(num_tokens: Integer, max_length: int, step: int = LENGTH_STEP) -> Integer:
     """Round a number of tokens up to a multiple of `step`, at most `max_length`."""
     return min(-(-num_tokens // step) * step, max_length)
 

@@ -100,7 +100,7 @@ def test_embeddings_are_read_bit_for_bit(tmp_path, small):
 
 def test_only_visible_rows_are_stored(tmp_path):
     """These are the real tokens and one padding token."""
-    encoder = Counting(limit=200)
+    encoder = Counting(max_length=200)
     encode_captions(MANY, encoder, tmp_path)
     (path,) = shards(tmp_path)
     tokens = sum(encoder.count_tokens(text) + 1 for text in ["", *MANY])
@@ -129,7 +129,7 @@ def test_embeddings_of_t5(tmp_path):
 
 
 def test_long_captions_are_cut(tmp_path):
-    encoder = Counting(limit=6)
+    encoder = Counting(max_length=6)
     long, full = "one two three four five six", "one two three four five"
     assert encode_captions([long, full, "one"], encoder, tmp_path) == EncodingCounts(4, 0, 1)
     found = CachedEncoder(tmp_path, "hash", 6)
@@ -317,10 +317,10 @@ def test_a_cache_of_another_encoder_or_maximum_length_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     for encoder, message in (
         (Counting(dim=16), "another text encoder"),
-        (Counting(limit=13), "text.max_length=12, and it is 13"),
+        (Counting(max_length=13), "text.max_length=12, and it is 13"),
     ):
         for use in (
-            lambda encoder: CachedEncoder(tmp_path, encoder.kind, encoder.limit, encoder),
+            lambda encoder: CachedEncoder(tmp_path, encoder.kind, encoder.max_length, encoder),
             lambda encoder: encode_captions(MANY, encoder, tmp_path),
             lambda encoder: encode_captions(MANY, encoder, tmp_path, 1, 2),
         ):

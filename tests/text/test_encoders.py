@@ -299,7 +299,7 @@ def test_t5_shapes_and_types(toy, folder):
     assert embeddings.dtype == np.float32
     assert lengths.dtype == np.int32
     assert lengths.tolist() == [toy.count_tokens(text) for text in ("a red cat", "", "two cats")]
-    assert (toy.dim, toy.limit, lengths[1]) == (TOY.hidden, 40, 1)
+    assert (toy.dim, toy.max_length, lengths[1]) == (TOY.hidden, 40, 1)
     half = T5Encoder(folder, max_length=40)
     found, _ = half(["a red cat", "", "two cats"])
     assert found.dtype == half.dtype == ml_dtypes.bfloat16

@@ -24,7 +24,10 @@ PROMPTS = ("two: small red circle b3, on white", "one: large blue ring d1")
 class Captions:
     """The part of a data source that batches need."""
 
-    sizes, weights = np.full((len(PROMPTS), 2), 4, np.uint32), np.ones(len(PROMPTS), np.float32)
+    sizes, loss_weights = (
+        np.full((len(PROMPTS), 2), 4, np.uint32),
+        np.ones(len(PROMPTS), np.float32),
+    )
     spans = (Span(0, len(PROMPTS), 1.0),)
 
     def __len__(self):
