@@ -27,7 +27,7 @@ from jaxtyping import install_import_hook
 # modules whose annotations beartype cannot check at run time: `typing.Self` (base.settings), the
 # data source, a Protocol with properties (data, and modules that import it), and train states, into
 # which JAX puts other objects than arrays (training.step).
-CHECKED_MODULES = (
+CHECKED_MODULES = (  # after a change, delete all __pycache__ folders: they hold checked code
     "base.images",
     "base.random",
     "distributed",

@@ -57,7 +57,7 @@ class BaseT5Encoder(TextEncoder):
             self.check_length(text, len(ids), truncate)
             ids = [*ids[:-1][: self.max_length - 1], ids[-1]]
             num_rows = len(ids) + self.num_padding_rows
-            padded_length = round_up_length(num_rows, self.max_length, self.length_step)
+            padded_length = int(round_up_length(num_rows, self.max_length, self.length_step))
             ids_by_length.setdefault(padded_length, {})[text] = ids
 
         # Encode the groups in batches
