@@ -4,6 +4,7 @@ For `distill.kind` "guidance" and "mean_flow" the teacher predicts in every step
 its samples are stored before training (`training/trajectories.py`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -203,23 +204,37 @@ def compute_mean_flow_losses(
     else:
         mean_velocity = predict_mean_velocity(noisy, time, length)
         finite_step = jnp.minimum(run.distill.finite_difference, length)
-        remaining_velocity = predict_mean_velocity(
-            noisy - add_pixel_axes(finite_step) * guided_velocity,
-            time - finite_step,
-            length - finite_step,
-        )
-        displacement = add_pixel_axes(finite_step) * guided_velocity + (
-            add_pixel_axes(length - finite_step) * remaining_velocity
-        )
-        target = jnp.where(
-            add_pixel_axes(length) > 0,
-            displacement / add_pixel_axes(jnp.maximum(length, 1e-9)),
-            guided_velocity,
+        target = _compute_finite_target(
+            predict_mean_velocity, noisy, time, length, finite_step, guided_velocity
         )
     losses = objective.mean_squared_errors(mean_velocity, jax.lax.stop_gradient(target))
     if run.model.prediction == "x0":
         losses = losses * jnp.square(time / jnp.maximum(time, run.flow.min_divisor))
     return losses
+
+
+def _compute_finite_target(
+    predict_mean_velocity: Callable[..., Images],
+    noisy: Images,
+    time: Float32[Array, " b"],
+    length: Float32[Array, " b"],
+    finite_step: Float32[Array, " b"],
+    guided_velocity: Images,
+) -> Images:
+    """Compute the mean velocity of a finite step with the teacher, then of the remaining step."""
+    remaining_velocity = predict_mean_velocity(
+        noisy - add_pixel_axes(finite_step) * guided_velocity,
+        time - finite_step,
+        length - finite_step,
+    )
+    displacement = add_pixel_axes(finite_step) * guided_velocity + (
+        add_pixel_axes(length - finite_step) * remaining_velocity
+    )
+    return jnp.where(
+        add_pixel_axes(length) > 0,
+        displacement / add_pixel_axes(jnp.maximum(length, 1e-9)),
+        guided_velocity,
+    )
 
 
 def add_pixel_axes(x: Shaped[Array, " b"]) -> Shaped[Array, "b 1 1 1"]:

@@ -216,21 +216,11 @@ class Transformer(nnx.Module):
             Image tokens, and the records of all blocks, stacked on axis 0, double blocks first.
         """
         model, n, records = self.config, x.shape[1], []
-
-        def attend_without_record(q, k, v, kv_len):
-            return attention(q, k, v, kv_len, backend=self.compute.attention), None
-
-        def record_attention(records: list) -> Attend:
-            def attend_and_record(q, k, v):
-                output, record = (attend or attend_without_record)(q, k, v, kv_len)
-                records.append(record)
-                return output
-
-            return attend_and_record
+        attend = partial(attend or self._attend, kv_len=kv_len)
 
         def apply_double_block(carry, scan_inputs):
             block, image_vectors, text_vectors = scan_inputs
-            attend_and_record = record_attention(block_records := [])
+            attend_and_record = _record_attention(attend, block_records := [])
             x, y = expand_weights(block)(
                 *carry, image_vectors, text_vectors, rope, attend_and_record
             )
@@ -239,7 +229,7 @@ class Transformer(nnx.Module):
 
         def apply_single_block(x, scan_inputs):
             block, vectors = scan_inputs
-            attend_and_record = record_attention(block_records := [])
+            attend_and_record = _record_attention(attend, block_records := [])
             x = expand_weights(block)(x, vectors, rope, attend_and_record)
             return constrain_sharding(x, BATCH_AXES), block_records[0]
 
@@ -259,6 +249,10 @@ class Transformer(nnx.Module):
             x = joint_tokens[:, :n]
             records.append(single_records)
         return x, jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *records)
+
+    def _attend(self, q, k, v, kv_len):
+        """Compute the attention without a record."""
+        return attention(q, k, v, kv_len, backend=self.compute.attention), None
 
     def apply_remat(self, apply_block: Callable, blocks: nnx.Module | None) -> Callable:
         """Apply the rematerialization policy `compute.remat` to the function of one block.
@@ -317,6 +311,17 @@ def visible_lengths(lengths: Int[Array | np.ndarray, " b"], max_length: int, mas
 def expand_weights(module: M) -> M:
     """Return a copy of the module that can compute: dequantized, with layers for LoRA kernels."""
     return replace_lora_layers(dequantize_weights(module))
+
+
+def _record_attention(attend: Callable[..., tuple[jax.Array, Any]], records: list[Any]) -> Attend:
+    """Append the record of each call to a list, so that blocks see the output alone."""
+
+    def attend_and_record(q, k, v):
+        output, record = attend(q, k, v)
+        records.append(record)
+        return output
+
+    return attend_and_record
 
 
 def _make_patch_embed(model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
