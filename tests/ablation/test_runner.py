@@ -78,7 +78,7 @@ def test_the_pool_holds_the_images_and_captions_of_the_source():
     )
     images = load_image_set(data, "validation", 5)
     scenes = [sample_scene(0, i, "validation") for i in range(5)]
-    captions = [make_caption(scene, "short") for scene in scenes]
+    captions = [make_caption(scene, "short", 20) for scene in scenes]
     assert images.captions == tuple(caption.text for caption in captions)
     assert images.descriptions == tuple(caption.description for caption in captions)
     assert np.array_equal(
@@ -86,7 +86,7 @@ def test_the_pool_holds_the_images_and_captions_of_the_source():
     )
     black = replace(data, shapes=replace(data.shapes, max_objects=1, backgrounds=("black",)))
     for caption in load_image_set(black, "train", 8).descriptions:
-        assert caption.count == 1
+        assert caption.num_objects == 1
         assert caption.background in ("black", None)
     few = replace(data, shapes=replace(data.shapes, num_images=4))
     with pytest.raises(config.ConfigError, match="has 4 images, and the suite needs 5"):
