@@ -41,7 +41,7 @@ QUICK = ["steps=2", "guidance_scale=2"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A pixel model, a latent model with its autoencoder, and T5 with its tokenizer, as files from elsewhere."""
+    """Files of a pixel model, a latent model with its autoencoder, and T5 with its tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     for name, model in (("pixels", MODEL), ("latents", LATENT)):
         checkpoint.write_checkpoint(
@@ -134,9 +134,17 @@ def test_sampled_latents_are_decoded(files):
     image = pipeline(["a red cat"], seeds=[3], width=24, height=16)[0]
     condition, _ = encode_prompts(pipeline.encoder, ["a red cat"], pipeline.run.sample, "one_pad")
     latents = generate_images(
-        pipeline.params, np.array([3], np.uint32), condition, None, model=LATENT, compute=pipeline.run.compute,
-        settings=pipeline.run.sample, noise_scale=1.0, height=4, width=6,
-    )  # fmt: skip
+        pipeline.params,
+        np.array([3], np.uint32),
+        condition,
+        None,
+        model=LATENT,
+        compute=pipeline.run.compute,
+        settings=pipeline.run.sample,
+        noise_scale=1.0,
+        height=4,
+        width=6,
+    )
     decoded = autoencoder.decode_latents(
         SMALL,
         autoencoder_files.read_autoencoder(files / "ae.safetensors")[1],
@@ -181,7 +189,7 @@ def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, n
     ("dtype", "values"), [("int8", "int8"), ("fp8", "float8_e4m3fn"), ("q8_0", "int8")]
 )
 def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, values):
-    """In memory too, and with the same values; where blocks of Q8_0 do not divide a matrix, it is whole."""
+    """In memory too, with the same values. Matrices that Q8_0 does not divide are not quantized."""
     model = toy_model(mlp_ratio=80 / 64, **SIZES)
     checkpoint.write_checkpoint(tmp_path / "in.safetensors", model, toy_params(model), "bfloat16")
     path = tmp_path / ("out.gguf" if dtype == "q8_0" else "out.safetensors")
@@ -556,7 +564,7 @@ def test_prompts_must_be_utf8(files, tmp_path, capsys):
 
 
 def test_captions_over_the_limit_are_not_prompts(tmp_path, data_directory):
-    """Of which the shortest, "oh the digit 7" and its end, are five: as the run's captions begin."""
+    """The shortest caption with its prefix, "oh the digit 7", has five tokens with the end."""
     for length, count in ((5, validation.NUM_DEFAULT_PROMPTS), (4, 1)):
         run = toy_run(
             tmp_path, data_directory, "data.caption_prefix=oh ", f"text.max_length={length}"
@@ -570,7 +578,7 @@ def test_captions_over_the_limit_are_not_prompts(tmp_path, data_directory):
 
 
 def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):
-    """What the PyTorch script reads is what our pipeline would: all padding where the model sees it, and no text where that was asked for."""
+    """The PyTorch script reads the same texts as our pipeline, with their padding and masking."""
     learned = toy_run(
         tmp_path,
         "unused",

@@ -81,9 +81,17 @@ def test_modulation_is_computed_once_per_schedule_and_then_stored_on_the_host(
     positive, negative = encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")
     run = pipeline.run
     whole = generate_images(
-        pipeline.params, np.array([2], np.uint32), positive, negative, model=run.model, compute=run.compute, settings=run.sample,
-        noise_scale=1.0, height=8, width=8,
-    )  # fmt: skip
+        pipeline.params,
+        np.array([2], np.uint32),
+        positive,
+        negative,
+        model=run.model,
+        compute=run.compute,
+        settings=run.sample,
+        noise_scale=1.0,
+        height=8,
+        width=8,
+    )
     assert np.abs(np.asarray(to_image(np.asarray(whole[0])), int) - pixels(first[0])).max() <= 1
 
 

@@ -170,6 +170,6 @@ def _print_pod_commands(address: str, suite: Suite, arms: list[str]):
     )
     for arm in arms:
         changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER"]
-        changes += ["text.file=T5"] if suite.run("pod", arm).text.encoder == "t5" else []
+        changes += ["text.file=T5"] if suite.arm_config("pod", arm).text.encoder == "t5" else []
         print("  " + shlex.join(["radiance", "train", f"{address}:{arm}", *changes]))
     print(f"SEED: 0 to {suite.scales['pod'].num_seeds - 1}.")

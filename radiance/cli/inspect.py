@@ -187,7 +187,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     from radiance.data.inspection import duplicates
     from radiance.data.inspection.lists import check_list_path, write_list
     from radiance.data.inspection.survey import survey_dataset
-    from radiance.data.source import Mixture
+    from radiance.data.source import Mixture, Source
     from radiance.text.factory import make_token_counter
 
     distance = duplicates.DEFAULT_DISTANCE if options.distance is None else options.distance
@@ -198,7 +198,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     if options.distance is not None and not options.duplicates:
         raise config.ConfigError("--distance is for --duplicates: give that too.")
     count_tokens = make_token_counter(run.text)
-    splits = {"train": open_source(run.data, "train", verbose=False)}
+    splits: dict[str, Source | str] = {"train": open_source(run.data, "train", verbose=False)}
     try:
         splits["validation"] = open_source(run.data, "validation", verbose=False)
     except DataError as error:

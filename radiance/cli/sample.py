@@ -228,7 +228,8 @@ def _sample_prompts(
 
 def _image_size(options: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
     """Return width and height of the images in pixels."""
-    return options.size or (pipeline.run.data.resolution,) * 2
+    resolution = pipeline.run.data.resolution
+    return options.size or (resolution, resolution)
 
 
 def _load_pipeline(options: argparse.Namespace) -> Pipeline:

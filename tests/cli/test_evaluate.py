@@ -22,9 +22,20 @@ from radiance.training.step import compute_validation_losses
 from tests.helpers.toy_runs import PLAIN, toy_run, train, written_experiment
 
 CHANGES = (
-    "data.source=shapes", "data.shapes.max_tokens=20", "data.shapes.num_images=30", "text.max_length=20", "data.resolution=16", "train.steps=1", "train.log_every=1",
-    "train.checkpoint_every=1", "sample.batch_size=8", "sample.guidance_scale=1", "sample.weights=params", "flow.timestep_distribution=logit_normal", "flow.logit_mean=0.8",
-)  # fmt: skip
+    "data.source=shapes",
+    "data.shapes.max_tokens=20",
+    "data.shapes.num_images=30",
+    "text.max_length=20",
+    "data.resolution=16",
+    "train.steps=1",
+    "train.log_every=1",
+    "train.checkpoint_every=1",
+    "sample.batch_size=8",
+    "sample.guidance_scale=1",
+    "sample.weights=params",
+    "flow.timestep_distribution=logit_normal",
+    "flow.logit_mean=0.8",
+)
 
 
 pytestmark = pytest.mark.slow  # a run is trained and sampled
