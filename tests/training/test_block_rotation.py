@@ -190,14 +190,14 @@ def test_a_run_resumes_bit_for_bit_and_runs_on_two_devices(tmp_path, data_direct
         (["model.double_blocks=0", "optimizer.block_rotation=1,2"], "give 0, or 0,0"),
         (["lora.rank=4", "init=x", "optimizer.block_rotation=1,2"], "no meaning with lora.rank=4"),
         (["optimizer.block_rotation_every=0"], "at least 1"),
-        (["optimizer.edge_blocks=2,39"], "edges=.2, 39. trains 39 single blocks"),
+        (["optimizer.edge_blocks=2,39"], "edge_blocks=.2, 39. trains 39 single blocks"),
         (
             ["lora.rank=4", "init=x", "optimizer.edge_blocks=1,2"],
-            "edges=.* no meaning with lora.rank=4",
+            "edge_blocks=.* no meaning with lora.rank=4",
         ),
         (
             ["optimizer.block_rotation=1,2", "optimizer.edge_blocks=1,2"],
-            "both say which blocks are trained",
+            "both choose the trained blocks",
         ),
     ],
 )

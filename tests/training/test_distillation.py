@@ -269,12 +269,12 @@ def test_validation_covers_all_segments_and_times(monkeypatch):
         ),
         (
             "distill.kind=guidance distill.segments=2",
-            "are of distill.kind=trajectories, not of guidance",
+            "are for distill.kind=trajectories, not for guidance",
         ),
-        ("distill.trajectory_dir=somewhere", "are of distill.kind=trajectories, not of none"),
+        ("distill.trajectory_dir=somewhere", "are for distill.kind=trajectories, not for none"),
         (
             "distill.teacher=somewhere",
-            "teacher=somewhere teaches nothing yet: say what, by distill.kind",
+            "teacher=somewhere is set but distill.kind=none: set distill.kind",
         ),
         (
             "flow.timestep_distribution=pure_noise",
@@ -284,46 +284,46 @@ def test_validation_covers_all_segments_and_times(monkeypatch):
             "distill.kind=guidance distill.teacher=x flow.timestep_distribution=pure_noise",
             "timestep_distribution=pure_noise",
         ),
-        ("distill.kind=guidance", "kind=guidance learns from a teacher: give distill.teacher"),
-        ("distill.kind=mean_flow", "kind=mean_flow learns from a teacher"),
+        ("distill.kind=guidance", "kind=guidance needs a teacher: set distill.teacher"),
+        ("distill.kind=mean_flow", "kind=mean_flow needs a teacher"),
         (
             "distill.kind=mean_flow init=x distill.sample.unguided_steps=1",
-            "learns one guidance for all times",
+            "learns the same guidance for all times",
         ),
         (
             "distill.kind=guidance init=x distill.sample.guidance_interval=0,0.9",
-            "learns one guidance for all times",
+            "learns the same guidance for all times",
         ),
-        ("distill.kind=trajectories", "kind=trajectories learns from a teacher"),
+        ("distill.kind=trajectories", "kind=trajectories needs a teacher"),
         (
             "distill.kind=trajectories init=x flow.coupling=optimal_transport",
-            "pairs and times of its own",
+            "has its own pairs and times",
         ),
         (
             "distill.kind=mean_flow init=x flow.timestep_distribution=uniform "
             "flow.timestep_weighting=parabola",
-            "pairs and times of its own",
+            "has its own pairs and times",
         ),
         (
             "distill.kind=trajectories init=x data.extra_resolutions=16",
-            "squares of data.resolution alone",
+            "only squares of data.resolution",
         ),
-        ("distill.kind=trajectories init=x data.bucket_step=8", "squares of data.resolution alone"),
+        ("distill.kind=trajectories init=x data.bucket_step=8", "only squares of data.resolution"),
         (
             "distill.kind=guidance init=x distill.sample.unconditional=masked",
             "distill.sample.unconditional=masked leaves no text token",
         ),
         (
             "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=cudnn",
-            "differentiates forwards, which compute.attention=cudnn",
+            "forward-mode differentiation, which compute.attention=cudnn",
         ),
         (
             "distill.kind=mean_flow init=x distill.finite_difference=0 compute.attention=auto",
-            "differentiates forwards",
+            "forward-mode differentiation",
         ),
         (
             "distill.kind=mean_flow init=x distill.finite_difference=1",
-            "difference=1.0 must lie between 0 and 1",
+            "difference=1.0 must be at least 0 and less than 1",
         ),
         (
             "distill.kind=mean_flow init=x model.modulation=none compute.attention=xla",

@@ -217,7 +217,7 @@ def test_wrong_settings_are_an_error(tmp_path, data_directory):
     for changes, message in (
         (["optimizer.ema_widths=0.3"], "between 0 and 0.288"),
         (["optimizer.ema_widths=0.1,0.1"], "twice"),
-        (["sample.weights=width=0.1"], "needs optimizer.ema_widths"),
+        (["sample.weights=width=0.1"], "set optimizer.ema_widths"),
         (["optimizer.ema_widths=0.1", "sample.weights=width=x"], "width=WIDTH"),
     ):
         with pytest.raises(config.ConfigError, match=message):

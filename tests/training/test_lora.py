@@ -250,10 +250,10 @@ def test_other_weights_in_a_resumed_run_are_an_error(base, tmp_path, data_direct
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["lora.rank=4"], "give init=FILE"),
+        (["lora.rank=4"], "set init to a checkpoint"),
         (
             ["lora.rank=4", "init=x", "optimizer.frozen=single"],
-            "lora.target_modules says what is trained",
+            "lora.target_modules names what is trained",
         ),
         (["lora.target_modules=modulation"], "only matrices of the blocks"),
         (["lora.target_modules=singles"], "only matrices of the blocks"),

@@ -145,11 +145,11 @@ def test_shapes_can_be_a_part_of_a_mixture():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["data.path=images"], "not for data.source=shapes"),
-        (["data.flip_probability=0.5"], "in columns"),
+        (["data.path=images"], "not used by data.source=shapes"),
+        (["data.flip_probability=0.5"], "whose columns"),
         (
             ["data.shapes.max_tokens=65"],
-            "data.shapes.max_tokens=65 gives captions that text.max_length=64 would cut",
+            "data.shapes.max_tokens=65 gives captions that text.max_length=64 would truncate",
         ),
         (["data.shapes.num_images=0"], "at least 1"),
         (["data.shapes.seed=-1"], "2\\*\\*32 - 1"),
