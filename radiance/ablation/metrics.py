@@ -43,7 +43,7 @@ def measure_validation_losses(
     """
     compute_losses = _compile_validation(replace(base, model=run.model))
     num_images, batch_size = len(image_set.image), base.data.batch_size
-    total = 0.0
+    total: Any = 0.0
     for index, start in enumerate(range(0, num_images, batch_size)):
         # A last, shorter batch is padded with copies of the last image, which do not count.
         rows = np.minimum(np.arange(start, start + batch_size), num_images - 1)

@@ -78,25 +78,22 @@ def get_code_version() -> str:
     """
     try:
         commit = _run_git("log", "-1", "--format=%H", "--", "radiance")
-        diff = _run_git("diff", "HEAD", "--", "radiance")
-        untracked_files = [
-            ROOT / name
-            for name in _run_git(
-                "ls-files", "--others", "--exclude-standard", "--", "radiance"
-            ).splitlines()
-        ]
     except (OSError, subprocess.SubprocessError):
         commit = ""
     if not commit:
-        commit, diff, untracked_files = (
-            f"radiance {version('radiance')}",
-            "",
-            sorted((ROOT / "radiance").rglob("*.py")),
-        )
-    if not diff and not untracked_files:
+        files = sorted((ROOT / "radiance").rglob("*.py"))
+        return _append_hash(f"radiance {version('radiance')}", [f.read_bytes() for f in files])
+    diff = _run_git("diff", "HEAD", "--", "radiance")
+    untracked = _run_git("ls-files", "--others", "--exclude-standard", "--", "radiance")
+    if not diff and not untracked:
         return commit
-    contents = [diff.encode(), *(path.read_bytes() for path in untracked_files)]
-    return f"{commit}+{hashlib.blake2b(b'|'.join(contents), digest_size=6).hexdigest()}"
+    files = [ROOT / name for name in untracked.splitlines()]
+    return _append_hash(commit, [diff.encode(), *(f.read_bytes() for f in files)])
+
+
+def _append_hash(name: str, contents: Sequence[bytes]) -> str:
+    """Return a name with a hash of contents after a plus."""
+    return f"{name}+{hashlib.blake2b(b'|'.join(contents), digest_size=6).hexdigest()}"
 
 
 def _run_git(*command: str) -> str:

@@ -88,7 +88,9 @@ class Log(Callback):
                 "loss": float(seed_metrics["loss"]),
                 "gradient_norm": float(seed_metrics["gradient_norm"]),
                 "gradient_norms": norms,
-                "learning_rate": float(self._lr_schedule(trainer.step - 1 - skipped_steps)),
+                "learning_rate": float(
+                    np.asarray(self._lr_schedule(trainer.step - 1 - skipped_steps))
+                ),
                 "skipped_steps": skipped_steps,
                 "captions_cut": feed.num_cut_captions[index],
                 "images_skipped": feed.num_skipped_images[index],
@@ -191,9 +193,8 @@ def compute_throughput(
     """
     if run.distill.has_guided_targets:
         return {}
-    flops = images_per_second * np.mean(
-        [training_flops(run.model, *shape, run.lora.rank > 0) for shape in shapes]
-    )
+    flops_per_image = [training_flops(run.model, *shape, run.lora.rank > 0) for shape in shapes]
+    flops = images_per_second * float(np.mean(flops_per_image))
     device = find_device_spec(jax.devices()[0].device_kind)
     mfu = {"mfu": flops / device.flops_per_second} if device else {}
     return {"tflops_per_device": flops / 1e12} | mfu

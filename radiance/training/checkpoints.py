@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -104,9 +105,10 @@ class Checkpoints:
         """
         abstract_params = _abstract_params(run, shardings)
         width = config.Sample(weights=selector).ema_width
-        has_snapshots = width is not None and width not in run.optimizer.ema_widths
-        name = None if has_snapshots else resolve_average(selector, run.optimizer.ema_names)
-        if not (has_snapshots or name):
+        posthoc_width = None if width in run.optimizer.ema_widths else width
+        is_posthoc = posthoc_width is not None
+        name = None if is_posthoc else resolve_average(selector, run.optimizer.ema_names)
+        if not (is_posthoc or name):
             return self._restore_items(step, {"params": abstract_params})["params"]
         # Only the requested average is read, because each is as large as the weights.
         trainable, frozen = split_frozen(abstract_params, run.optimizer.frozen)
@@ -115,9 +117,9 @@ class Checkpoints:
         )
         with ocp.Context(pytree_options=PARTIAL_LOAD):
             restored = self._restore_items(step, items) if items else {}
-        if has_snapshots:
+        if posthoc_width is not None:
             snapshots = Snapshots(self.directory.with_name("averages"))
-            average = snapshots.compute_average(run, width, trainable)
+            average = snapshots.compute_average(run, posthoc_width, trainable)
         else:
             average = restored["ema"][name]
         return merge_params(average, restored["params"]) if frozen else average
@@ -232,7 +234,7 @@ class Snapshots:
         def average_leaf(keys: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
             names = [f"width={snapshot_width}" for snapshot_width in widths]
             abstract_items = {"averages": {name: _nest_leaf(keys, x) for name in names}}
-            total = 0.0
+            total: Any = 0.0
             for step, step_coefficients in zip(steps, coefficients):
                 items = ocp.load_checkpointables(self.directory / str(step), abstract_items)
                 leaves = (jax.tree.leaves(items["averages"][name])[0] for name in names)
@@ -279,7 +281,7 @@ def _abstract_params(run: config.Config, shardings: Params | None) -> Params:
     return _with_shardings(params)
 
 
-def _nest_leaf(keys: tuple, leaf: jax.ShapeDtypeStruct) -> Params:
+def _nest_leaf(keys: tuple, leaf: Any) -> Params:
     """Return a tree with one leaf at the path of `keys`."""
     for key in reversed(keys):
         leaf = {key.key: leaf}

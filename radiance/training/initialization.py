@@ -28,6 +28,7 @@ def initialize_state(
     seeds: Sequence[int],
     checkpoints: Checkpoints | SeedCheckpoints,
     abstract_state: TrainState,
+    mesh: jax.sharding.Mesh,
     init_params: InitParams | None = None,
 ) -> tuple[int, TrainState, str]:
     """Return the step and state to start from, and a phrase that says where they come from.
@@ -37,6 +38,7 @@ def initialize_state(
         seeds: Seed of each run; the state is stacked for several.
         checkpoints: Checkpoints of the runs.
         abstract_state: Shapes and shardings of the state.
+        mesh: Mesh of the shardings.
         init_params: Random initial weights from a key, in place of those of the model.
     """
     latest_step = checkpoints.latest_step
@@ -50,14 +52,9 @@ def initialize_state(
         return 0, init_fresh_state(), "from scratch"
     if run.lora.rank:
         return 0, init_fresh_state(), f"a LoRA of rank {run.lora.rank} for {run.init}"
-    param_shardings = make_shardings(make_abstract_params(run.model), _mesh_of(abstract_state))
+    param_shardings = make_shardings(make_abstract_params(run.model), mesh)
     params = load_pretrained_params(run.init, run, param_shardings)
     return 0, init_fresh_state(params), f"from the weights of {run.init}"
-
-
-def _mesh_of(abstract_state: TrainState) -> jax.sharding.Mesh:
-    """Return the mesh of the shardings of a state."""
-    return abstract_state.step.sharding.mesh
 
 
 def load_pretrained_params(
@@ -72,10 +69,8 @@ def load_pretrained_params(
     """
     if not is_run_directory(path):
         return checkpoint.read_checkpoint(path, run.model, shardings)[1]
-    source_run, checkpoints = _open_source_run(path, run)
-    return checkpoints.restore_params(
-        checkpoints.latest_step, source_run, source_run.sample.weights, shardings
-    )
+    source_run, checkpoints, step = _open_source_run(path, run)
+    return checkpoints.restore_params(step, source_run, source_run.sample.weights, shardings)
 
 
 def load_base_params(run: config.Config, shardings: Params | None = None) -> Params:
@@ -133,21 +128,23 @@ def identify_weights(path: str, run: config.Config) -> str:
     """
     if not is_run_directory(path):
         return open_tensors(path).fingerprint()
-    source_run, checkpoints = _open_source_run(path, run)
+    source_run, _, step = _open_source_run(path, run)
     losses = [
         row["loss"]
         for row in RunDirectory(Path(path)).read_metrics()
-        if "loss" in row and row["step"] <= checkpoints.latest_step
+        if "loss" in row and row["step"] <= step
     ]
     # All digits of the loss distinguish another run of the same name.
     loss_text = f" loss {losses[-1]}" if losses else ""
-    return (
-        f"{source_run.name} step {checkpoints.latest_step}{loss_text} {source_run.sample.weights}"
-    )
+    return f"{source_run.name} step {step}{loss_text} {source_run.sample.weights}"
 
 
-def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints]:
-    """Open a run directory to start from; raise ConfigError if it does not fit or is empty."""
+def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints, int]:
+    """Return config, checkpoints and newest step of a run directory to start from.
+
+    Raises:
+        ConfigError: It does not fit, or has no checkpoint.
+    """
     run_dir = RunDirectory(Path(path))
     source_run = run_dir.read_config()
     if changes := config.differences(source_run.model, run.model, "model."):
@@ -163,9 +160,10 @@ def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Chec
             f"`radiance convert {path} FILE` and give that file."
         )
     checkpoints = Checkpoints(run_dir.checkpoint_dir)
-    if checkpoints.latest_step is None:
+    latest_step = checkpoints.latest_step
+    if latest_step is None:
         raise config.ConfigError(f"{path} has no checkpoint yet: train it first.")
-    return source_run, checkpoints
+    return source_run, checkpoints, latest_step
 
 
 # --- teachers ---------------------------------------------------------------------------------

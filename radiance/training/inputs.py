@@ -196,12 +196,10 @@ def _make_batches(
 ) -> BatchSource:
     """Return the training batches of this host."""
     rows = host_rows(mesh, run.data.batch_size)
-    is_on_trajectories = run.distill.kind == "trajectories"
-    source = (
-        trajectories.open_trajectories(run)["train"] if is_on_trajectories else sources["train"]
-    )
-    make = TrajectoryBatches if is_on_trajectories else Batches
-    return make(source, run.data, encoder, run.train.seed, run.train.steps, run.model.masking, rows)
+    settings = (run.data, encoder, run.train.seed, run.train.steps, run.model.masking, rows)
+    if run.distill.kind == "trajectories":
+        return TrajectoryBatches(trajectories.open_trajectories(run)["train"], *settings)
+    return Batches(sources["train"], *settings)
 
 
 def _make_validation_batches(

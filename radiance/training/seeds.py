@@ -18,10 +18,8 @@ from radiance.model.transformer import Params
 from radiance.training.step import DeviceBatch, TrainState, init_state, make_train_step
 
 # Seeds are on the first axis of everything that differs between them. All share one step.
-SEED_AXES = TrainState(
-    step=None, params=0, ema=0, optimizer_state=0, skipped_steps=0, consecutive_skipped_steps=0
-)
 STACKED_FIELDS = tuple(field.name for field in fields(TrainState) if field.name != "step")
+SEED_AXES = TrainState(**{"step": None, **dict.fromkeys(STACKED_FIELDS, 0)})
 
 InitParams = Callable[[jax.Array], Params]  # initial weights from a random key
 

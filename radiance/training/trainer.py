@@ -63,7 +63,7 @@ class Trainer:
         )
         init_params = inputs.feed.init_params if inputs.feed else None
         self.first_step, self.state, origin = initialize_state(
-            self.run, inputs.seeds, self.checkpoints, inputs.abstract_state, init_params
+            self.run, inputs.seeds, self.checkpoints, inputs.abstract_state, self.mesh, init_params
         )
         self.step = self.saved_step = self.first_step
         self.base = None

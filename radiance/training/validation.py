@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,8 @@ def compute_mean_losses(
         batches: Validation batches, complete on every host.
         mesh: Mesh of the weights.
     """
-    total, weight = 0.0, 0.0
+    total: Any = 0.0
+    weight = 0.0
     for seed, batch in enumerate(batches):
         losses = gather_array(compute_losses(params, put_global(batch, mesh), jnp.int32(seed)))
         total, weight = total + batch["weight"] @ losses, weight + batch["weight"].sum()

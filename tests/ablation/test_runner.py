@@ -115,7 +115,8 @@ def test_seeds_trained_together_equal_each_alone(run, pool):
         alone = replace(run, train=replace(run.train, seed=seed))
         state, step_alone = init_state(alone), jax.jit(make_train_step(alone))
         for seed_batches in batches:
-            state, step_metrics = step_alone(state, seed_batches[i])
+            weights = {"weight": np.ones(run.data.batch_size, np.float32)}
+            state, step_metrics = step_alone(state, seed_batches[i] | weights)
         np.testing.assert_allclose(group_metrics["loss"][i], step_metrics["loss"], rtol=1e-5)
         of_seed = select_seed(together, i)
         for name in ("params", "ema", "optimizer_state"):
