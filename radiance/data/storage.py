@@ -31,16 +31,8 @@ HEADER_BLOCK_SIZE = 2**16  # bytes of a remote file that are requested at once t
 STREAM_BLOCK_SIZE = 2**23  # the same to read the file from start to end
 # Names under which file systems report something that changes with a file's content.
 VERSION_KEYS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "blob_id",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "updated",
-    "created",
+    *("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified"),
+    *("mtime", "updated", "created"),
 )
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 MISSING_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
