@@ -379,7 +379,7 @@ def test_experiments(tmp_path):
         "run-shared-none",
     )
     for name in ("nine", "none:nine"):
-        with pytest.raises(config.ConfigError, match="has no arm 'nine': it has none, shared"):
+        with pytest.raises(config.ConfigError, match="has no variant 'nine': it has none, shared"):
             load_experiment(f"{file}:{name}")
     with pytest.raises(config.ConfigError, match="There is no experiment file"):
         load_experiment("experiments/quickstrat.py")
