@@ -25,13 +25,18 @@ from jaxtyping import install_import_hook
 
 # Types and array shapes in signatures are checked at every call of these modules. Not checked are
 # modules whose annotations beartype cannot check at run time: `typing.Self` (base.settings), the
-# data source, a Protocol with properties (data, and modules that import it), and train states, into
-# which JAX puts other objects than arrays (training.step).
+# data source, a Protocol with properties (data, and modules that import it), train states, into
+# which JAX puts other objects than arrays (training.step), and functions that tests call with stubs
+# of the network (the rest of flow).
 CHECKED_MODULES = (  # after a change, delete all __pycache__ folders: they hold checked code
     "base.images",
     "base.random",
     "distributed",
-    "flow",
+    "flow.coupling",
+    "flow.objective",
+    "flow.schedules",
+    "flow.solvers",
+    "flow.timesteps",
     "model",
     "shapes",
     "text",

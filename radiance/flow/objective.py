@@ -4,12 +4,14 @@ x_t = (1 − t)·image + t·s·noise with noise scale s (1 for Chroma); velocity
 functions on float32 arrays.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from radiance.config import Flow
 
-Images = Float32[Array, "b height width c"]
+Images = Float32[Any, "b height width c"]  # JAX or NumPy
 
 
 def mix(image: Images, noise: Images, time: Float32[Array, " b"]) -> Images:
