@@ -214,7 +214,7 @@ def test_files_of_other_kinds_are_errors(written, tmp_path):
         "not multiples of the first layer's 32",
         **{"encoder.down.1.block.0.conv1.weight": zeros(40, 32, 3, 3)},
     )
-    assert_error("of which the first is 1", **{"encoder.conv_in.weight": zeros(16, 3, 3, 3)})
+    assert_error("that begin with 1", **{"encoder.conv_in.weight": zeros(16, 3, 3, 3)})
     assert_error("but not their shapes", **{"decoder.conv_in.weight": zeros(64)})
     assert_error("but not their shapes", **{"encoder.conv_in.weight": zeros(0, 3, 3, 3)})
     save_file(
