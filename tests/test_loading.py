@@ -172,13 +172,13 @@ def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, n
             "gguf",
             None if name == "model.gguf" else "q8_0",
         )
-        named |= {"store": "none"} if name == "expanded.gguf" else {}
+        named |= {"weight_format": "none"} if name == "expanded.gguf" else {}
     else:
-        named["store"] = name
+        named["weight_format"] = name
     pipeline = radiance.load(path, **named)
     kinds = {
         type(leaf).__name__
-        for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "expand"))
+        for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "dequantize"))
     }
     assert ("Quantized" in kinds) == (name not in ("model.gguf", "expanded.gguf"))
     image = pixels(pipeline(["a red cat"], seeds=[0], width=16, height=16)[0].image)
@@ -188,7 +188,7 @@ def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, n
 @pytest.mark.parametrize(
     ("dtype", "values"), [("int8", "int8"), ("fp8", "float8_e4m3fn"), ("q8_0", "int8")]
 )
-def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, values):
+def test_quantized_files_stay_quantized_in_memory(files, tmp_path, capsys, dtype, values):
     """In memory too, with the same values. Matrices that Q8_0 does not divide are not quantized."""
     model = toy_model(mlp_ratio=80 / 64, **SIZES)
     checkpoint.write_checkpoint(tmp_path / "in.safetensors", model, toy_params(model), "bfloat16")
@@ -204,11 +204,11 @@ def test_what_convert_makes_small_stays_so(files, tmp_path, capsys, dtype, value
     named = dict(
         text_encoder=str(files / "t5"), changes=["steps=2", "guidance_scale=1"], dtype="float32"
     )
-    small, whole = radiance.load(path, **named), radiance.load(path, store="none", **named)
+    small, whole = radiance.load(path, **named), radiance.load(path, weight_format="none", **named)
     kept = [
         leaf
-        for leaf in jax.tree.leaves(small.params, is_leaf=lambda x: hasattr(x, "expand"))
-        if hasattr(leaf, "expand")
+        for leaf in jax.tree.leaves(small.params, is_leaf=lambda x: hasattr(x, "dequantize"))
+        if hasattr(leaf, "dequantize")
     ]
     assert len(kept) == (12 - 4 if dtype == "q8_0" else 12)
     assert {str(leaf.values.dtype) for leaf in kept} == {values}

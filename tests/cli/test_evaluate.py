@@ -217,7 +217,7 @@ def test_clipped_values_are_counted_and_nonfinite_ones_rejected():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "3"], "comparing takes 20"),
+        (["--images", "3"], "a comparison needs 20"),
         (["--validate", "0"], "at least 1"),
         (["model.double_blocks=3"], "other parameters than model.double_blocks would need"),
         (["--clip", "clip"], "give --images"),
