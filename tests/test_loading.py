@@ -180,7 +180,7 @@ def test_other_formats_and_storage_give_nearly_the_same_image(files, tmp_path, n
         type(leaf).__name__
         for leaf in jax.tree.leaves(pipeline.params, is_leaf=lambda x: hasattr(x, "dequantize"))
     }
-    assert ("Quantized" in kinds) == (name not in ("model.gguf", "expanded.gguf"))
+    assert ("QuantizedKernel" in kinds) == (name not in ("model.gguf", "expanded.gguf"))
     image = pixels(pipeline(["a red cat"], seeds=[0], width=16, height=16)[0].image)
     assert np.abs(image - reference).mean() < (1e-9 if name == "model.gguf" else 25)
 
