@@ -187,7 +187,7 @@ def _read_header(path: Path) -> _Header:
             key = reader.read_string()
             metadata[key] = reader.read_value(reader.read_number("<I"))
         tensors = [_read_tensor_info(reader) for _ in range(num_tensors)]
-        return _Header(metadata, tensors, file.tell())
+        return _Header(metadata, tensors, file.tell())  # codespell:ignore tell
 
 
 class _HeaderReader:

@@ -1,4 +1,4 @@
-"""Attention told block by block, against the queries and keys that the network itself hands to its attention."""
+"""Attention maps equal attention computed from the queries and keys of the network."""
 
 import jax
 import numpy as np
@@ -57,5 +57,7 @@ def test_it_is_what_the_network_attends_to(masking, monkeypatch):
             )
             assert not np.any(found.key_attention[block, row, :, seen:])
             np.testing.assert_allclose(
-                found.padding_attention[block, row], p[:, :, N + REGISTERS + length :].sum(axis=-1), atol=2e-6
+                found.padding_attention[block, row],
+                p[:, :, N + REGISTERS + length :].sum(axis=-1),
+                atol=2e-6,
             )

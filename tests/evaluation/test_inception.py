@@ -23,7 +23,10 @@ def tensors():
     Norms are far from the identity, and the variance of activations stays about 1.
     """
     rng = np.random.default_rng(0)
-    weights = {"fc.weight": np.zeros((1008, 2048), np.float32), "fc.bias": np.zeros(1008, np.float32)}
+    weights = {
+        "fc.weight": np.zeros((1008, 2048), np.float32),
+        "fc.bias": np.zeros(1008, np.float32),
+    }
     for name, (height, width, inner, outer) in inception.kernel_shapes().items():
         std = np.sqrt(2 / (height * width * inner))
         weights[f"{name}.conv.weight"] = std * rng.standard_normal(
@@ -32,7 +35,9 @@ def tensors():
         weights[f"{name}.bn.weight"], weights[f"{name}.bn.running_var"] = rng.uniform(
             0.7, 1.3, (2, outer)
         )
-        weights[f"{name}.bn.bias"], weights[f"{name}.bn.running_mean"] = rng.normal(0, 0.2, (2, outer))
+        weights[f"{name}.bn.bias"], weights[f"{name}.bn.running_mean"] = rng.normal(
+            0, 0.2, (2, outer)
+        )
         weights[f"{name}.bn.num_batches_tracked"] = np.zeros((), np.int64)
     return {key: x if x.dtype == np.int64 else x.astype(np.float32) for key, x in weights.items()}
 
@@ -301,7 +306,9 @@ def test_the_identity_depends_on_the_used_weights(file, tmp_path):
         del weights[key]
     save_file(weights, tmp_path / "bare.safetensors")
     assert InceptionExtractor(tmp_path / "bare.safetensors").identity == identity
-    weights["Mixed_7c.branch_pool.bn.bias"] = weights["Mixed_7c.branch_pool.bn.bias"] + np.float32(1e-3)
+    weights["Mixed_7c.branch_pool.bn.bias"] = weights["Mixed_7c.branch_pool.bn.bias"] + np.float32(
+        1e-3
+    )
     save_file(weights, tmp_path / "changed.safetensors")
     assert InceptionExtractor(tmp_path / "changed.safetensors").identity != identity
 
