@@ -133,7 +133,7 @@ def test_long_captions_are_cut(tmp_path):
     long, full = "one two three four five six", "one two three four five"
     assert encode_captions([long, full, "one"], encoder, tmp_path) == EncodingCounts(4, 0, 1)
     found = CachedEncoder(tmp_path, "hash", 6)
-    assert_same(found([long, full], truncate=True), encoder([long, full], cut=True))
+    assert_same(found([long, full], truncate=True), encoder([long, full], truncate=True))
     assert found.count_tokens(long) == 7
     assert found.count_tokens(full) == 6
     with pytest.raises(TextError) as error:
