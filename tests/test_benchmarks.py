@@ -49,9 +49,9 @@ def quick(monkeypatch):
 @pytest.fixture
 def torch(monkeypatch):
     """PyTorch without compilation, which takes minutes."""
-    found = pytest.importorskip("torch", reason="PyTorch is not installed.")
-    monkeypatch.setattr(found, "compile", lambda module, dynamic: module)
-    return found
+    result = pytest.importorskip("torch", reason="PyTorch is not installed.")
+    monkeypatch.setattr(result, "compile", lambda module, dynamic: module)
+    return result
 
 
 @pytest.fixture
@@ -273,8 +273,8 @@ def test_attention():
 
 def test_error_ignores_hidden_rows():
     exact = [np.ones((1, 4, 1, 1), np.float32)]
-    found = [jnp.array([1.0, 1.5, 9.0, 9.0]).reshape(1, 4, 1, 1)]
-    assert attention.compute_error(found, exact, 2) == 0.5
+    result = [jnp.array([1.0, 1.5, 9.0, 9.0]).reshape(1, 4, 1, 1)]
+    assert attention.compute_error(result, exact, 2) == 0.5
 
 
 @pytest.mark.slow

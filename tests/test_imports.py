@@ -38,16 +38,16 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 def imported_modules(path: Path) -> set[str]:
     """Modules of the package that a file imports anywhere, also inside functions."""
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name in MODULES}
+            result |= {alias.name for alias in node.names if alias.name in MODULES}
         elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= submodules & set(MODULES)
+            result |= submodules & set(MODULES)
             if not submodules <= set(MODULES):
-                found.add(node.module)
-    return found
+                result.add(node.module)
+    return result
 
 
 GRAPH = {name: imported_modules(path) - {name} for name, path in MODULES.items()}

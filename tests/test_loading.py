@@ -205,13 +205,13 @@ def test_quantized_files_stay_quantized_in_memory(files, tmp_path, capsys, dtype
         text_encoder=str(files / "t5"), changes=["steps=2", "guidance_scale=1"], dtype="float32"
     )
     small, whole = radiance.load(path, **named), radiance.load(path, weight_format="none", **named)
-    kept = [
+    remaining = [
         leaf
         for leaf in jax.tree.leaves(small.params, is_leaf=lambda x: hasattr(x, "dequantize"))
         if hasattr(leaf, "dequantize")
     ]
-    assert len(kept) == (12 - 4 if dtype == "q8_0" else 12)
-    assert {str(leaf.values.dtype) for leaf in kept} == {values}
+    assert len(remaining) == (12 - 4 if dtype == "q8_0" else 12)
+    assert {str(leaf.values.dtype) for leaf in remaining} == {values}
     a, b = (
         pixels(x(["a red cat"], seeds=[0], width=16, height=16)[0].image) for x in (small, whole)
     )
@@ -592,12 +592,12 @@ def test_the_prompts_of_an_export_are_those_of_the_run(tmp_path):
         (toy_run(tmp_path, "unused", "text.max_length=40"), 16, 1),
     ):
         make_prompts_writer(run)(tmp_path)
-        found = load_file(tmp_path / "prompts.safetensors")
-        assert found["text"].shape == (2, width, 16)
-        assert found["negative_text"].shape == (
+        result = load_file(tmp_path / "prompts.safetensors")
+        assert result["text"].shape == (2, width, 16)
+        assert result["negative_text"].shape == (
             1,
             width,
             16,
         )
-        assert found["lengths"].tolist() == [4, 4]
-        assert found["negative_lengths"].tolist() == [negative]
+        assert result["lengths"].tolist() == [4, 4]
+        assert result["negative_lengths"].tolist() == [negative]

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(run):
+def result(run):
     """What the command measured."""
     assert (
         main(
@@ -71,7 +71,7 @@ def found(run):
     return json.loads((run.run_dir / "evaluation.json").read_text())
 
 
-def test_the_loss_is_that_of_the_fixed_images(run, found):
+def test_the_loss_is_that_of_the_fixed_images(run, result):
     """Over uniform time, whatever the run was trained on."""
     plain = config.override(run, ["flow.timestep_distribution=uniform", "flow.logit_mean=none"])
     pipeline, measure = (
@@ -85,29 +85,29 @@ def test_the_loss_is_that_of_the_fixed_images(run, found):
         )
     ):
         total += batch["weight"] @ np.asarray(measure(pipeline.params, batch, seed))
-    np.testing.assert_allclose(found["validation"]["bins"], total / 10, rtol=1e-4)
-    assert found["validation"]["loss"] == pytest.approx(np.mean(total / 10), rel=1e-4)
-    assert found["validation"]["images"] == 10
+    np.testing.assert_allclose(result["validation"]["bins"], total / 10, rtol=1e-4)
+    assert result["validation"]["loss"] == pytest.approx(np.mean(total / 10), rel=1e-4)
+    assert result["validation"]["images"] == 10
 
 
-def test_the_samples_are_those_of_radiance_sample(run, found):
+def test_the_samples_are_those_of_radiance_sample(run, result):
     source, pipeline = open_source(run.data, "validation"), load(run.run_dir, changes=["steps=1"])
     samples = pipeline([source.captions(i)[0] for i in range(21)])
     ours = np.stack([to_signed(np.asarray(image.image)) for image in samples])
     real = np.stack([to_signed(np.asarray(source.load_image(i, (16, 16)))) for i in range(21)])
-    numbers = found["sampling"]["metrics"]
+    numbers = result["sampling"]["metrics"]
     for name, value in compare_features(
         PixelExtractor()(ours), PixelExtractor()(real), "pixels16"
     ).items():
         assert numbers[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     descriptions = [source.attributes(i)["described"] for i in range(21)]
     assert (
-        found["sampling"]["scenes"]["count"]
+        result["sampling"]["scenes"]["count"]
         == scoring.score_readings(scoring.read_pixels(ours), descriptions).count
     )
-    assert set(found["sampling"]["scenes by chance"]) == set(found["sampling"]["scenes"])
+    assert set(result["sampling"]["scenes by chance"]) == set(result["sampling"]["scenes"])
     assert numbers["seam score of real images"] > 0
-    assert len(found["sampling"]["spectrum error (dB)"]) == 8
+    assert len(result["sampling"]["spectrum error (dB)"]) == 8
 
 
 def test_captions_are_sampled_with_the_prefix_of_the_run(run, monkeypatch):
@@ -135,21 +135,21 @@ def test_captions_are_sampled_with_the_prefix_of_the_run(run, monkeypatch):
     )
 
 
-def test_the_result_contains_all_that_reproduces_it(run, found):
-    assert found["config"]["sample"]["steps"] == 1
-    assert found["model"] == "toy step 1 params"
-    assert found["data"]["hash"] == open_source(run.data, "validation").fingerprint()
-    assert found["sampling"]["extractors"] == {"pixels16": PixelExtractor().identity}
-    assert found["sampling"]["seeds"] == [0, 20]
-    assert found["sampling"]["captions_too_long"] == 0
-    assert {"command", "environment", "config_hash", "text"} <= found.keys()
-    assert found["environment"]["packages"]["jax"]
+def test_the_result_contains_all_that_reproduces_it(run, result):
+    assert result["config"]["sample"]["steps"] == 1
+    assert result["model"] == "toy step 1 params"
+    assert result["data"]["hash"] == open_source(run.data, "validation").fingerprint()
+    assert result["sampling"]["extractors"] == {"pixels16": PixelExtractor().identity}
+    assert result["sampling"]["seeds"] == [0, 20]
+    assert result["sampling"]["captions_too_long"] == 0
+    assert {"command", "environment", "config_hash", "text"} <= result.keys()
+    assert result["environment"]["packages"]["jax"]
 
 
-def test_features_of_real_images_are_cached(run, found):
-    kept = list((run.run_dir.parent / "data" / "features").glob("pixels16-*.safetensors"))
-    assert len(kept) == 1
-    before = kept[0].stat().st_mtime_ns
+def test_features_of_real_images_are_cached(run, result):
+    remaining = list((run.run_dir.parent / "data" / "features").glob("pixels16-*.safetensors"))
+    assert len(remaining) == 1
+    before = remaining[0].stat().st_mtime_ns
     arguments = [
         "sample.steps=1",
         "--validate",
@@ -162,11 +162,11 @@ def test_features_of_real_images_are_cached(run, found):
         str(run.run_dir / "again.json"),
     ]
     assert main(["evaluate", str(run.run_dir), *arguments]) == 0
-    assert kept[0].stat().st_mtime_ns == before
+    assert remaining[0].stat().st_mtime_ns == before
     again = json.loads((run.run_dir / "again.json").read_text())
-    assert again["sampling"]["metrics"] == found["sampling"]["metrics"]
+    assert again["sampling"]["metrics"] == result["sampling"]["metrics"]
     assert again["validation"]["images"] == 2
-    assert json.loads((run.run_dir / "evaluation.json").read_text()) == found
+    assert json.loads((run.run_dir / "evaluation.json").read_text()) == result
 
 
 class Perfect:
@@ -193,15 +193,15 @@ def test_a_perfect_model_is_perfect(tmp_path):
         ],
     )
     source = open_source(run.data, "validation")
-    found = evaluate_samples(Perfect(run, source), source, range(24), [PixelExtractor()])
-    numbers, scenes = found["metrics"], found["scenes"]
+    result = evaluate_samples(Perfect(run, source), source, range(24), [PixelExtractor()])
+    numbers, scenes = result["metrics"], result["scenes"]
     assert abs(numbers["FD(pixels16)"]) < 1e-6
     assert numbers["precision(pixels16)"] == numbers["recall(pixels16)"] == 1
     assert numbers["log spectral distance (dB)"] < 1e-9
     assert numbers["clipping fraction"] == 0
     assert numbers["seam score"] == pytest.approx(numbers["seam score of real images"])
     assert scenes["exact"] == scenes["f1"] == 1
-    assert found["scenes by chance"]["exact"] < 0.2
+    assert result["scenes by chance"]["exact"] < 0.2
 
 
 def test_clipped_values_are_counted_and_nonfinite_ones_rejected():
@@ -229,7 +229,7 @@ def test_impossible_options_are_reported_before_any_work(run, capsys, arguments,
     assert message in capsys.readouterr().err
 
 
-def test_a_file_is_evaluated_with_an_experiment(run, found, tmp_path, capsys):
+def test_a_file_is_evaluated_with_an_experiment(run, result, tmp_path, capsys):
     file, out = tmp_path / "toy.safetensors", tmp_path / "out.json"
     assert main(["convert", str(run.run_dir), str(file), "--dtype", "fp32"]) == 0
     assert main(["evaluate", str(file), "--out", str(out)]) == 2
@@ -242,5 +242,5 @@ def test_a_file_is_evaluated_with_an_experiment(run, found, tmp_path, capsys):
         == 0
     )
     np.testing.assert_allclose(
-        json.loads(out.read_text())["validation"]["bins"], found["validation"]["bins"], rtol=1e-4
+        json.loads(out.read_text())["validation"]["bins"], result["validation"]["bins"], rtol=1e-4
     )

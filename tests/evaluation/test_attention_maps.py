@@ -25,7 +25,7 @@ def test_it_is_what_the_network_attends_to(masking, monkeypatch):
     inputs = toy_inputs(model)
     del inputs["pooled"], inputs["guidance"]
     params, lengths = toy_params(model), inputs["lengths"]
-    found = compute_attention_maps(params, **inputs, model=model, compute=FLOAT32)
+    result = compute_attention_maps(params, **inputs, model=model, compute=FLOAT32)
 
     handed = []
 
@@ -44,7 +44,7 @@ def test_it_is_what_the_network_attends_to(masking, monkeypatch):
         jax.jit(lambda inputs: transformer.bind_model(model, FLOAT32, params)(**inputs))(inputs)
     )
     jax.effects_barrier()
-    assert len(handed) == len(found.key_attention) == 3
+    assert len(handed) == len(result.key_attention) == 3
 
     for block, (q, k) in enumerate(handed):
         for row, length in enumerate(lengths):
@@ -53,11 +53,11 @@ def test_it_is_what_the_network_attends_to(masking, monkeypatch):
             p = np.exp(scores - scores.max(axis=-1, keepdims=True))
             p /= p.sum(axis=-1, keepdims=True)
             np.testing.assert_allclose(
-                found.key_attention[block, row, :, :seen], p.mean(axis=1), atol=2e-6
+                result.key_attention[block, row, :, :seen], p.mean(axis=1), atol=2e-6
             )
-            assert not np.any(found.key_attention[block, row, :, seen:])
+            assert not np.any(result.key_attention[block, row, :, seen:])
             np.testing.assert_allclose(
-                found.padding_attention[block, row],
+                result.padding_attention[block, row],
                 p[:, :, N + REGISTERS + length :].sum(axis=-1),
                 atol=2e-6,
             )

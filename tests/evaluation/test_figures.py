@@ -70,8 +70,8 @@ def test_intervals_are_drawn_by_name_over_the_margin():
     figure = plot_intervals("suite", "%", intervals, margin=0.4, gray_names=["control"])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "control"]
-    drawn = [line.get_xdata() for line in axes.lines if line.get_gid()]
-    assert [list(ends) for ends in drawn] == [[0.5, 2], [-6, -4]]
+    sampled = [line.get_xdata() for line in axes.lines if line.get_gid()]
+    assert [list(ends) for ends in sampled] == [[0.5, 2], [-6, -4]]
     assert axes.lines[1].get_color() != axes.lines[3].get_color()
 
 

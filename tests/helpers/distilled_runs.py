@@ -64,7 +64,7 @@ def pulled_to(model, params, inputs, target, scale):
     return losses, gradient
 
 
-def close(found, expected, rtol=1e-3):
+def close(result, expected, rtol=1e-3):
     """Assert that two trees are close, relative to the largest number of each leaf."""
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(np.abs(y).max()) + 1e-7)

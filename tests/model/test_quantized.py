@@ -58,9 +58,9 @@ def relative(a, b):
 @pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
 def test_quantization_errors_are_as_expected(weight_format):
     values, scales = quantize(matrix(), weight_format)
-    found = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
-    assert found.shape == (64, 2, 48)
-    assert relative(found.reshape(64, 96), matrix()) == pytest.approx(
+    result = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
+    assert result.shape == (64, 2, 48)
+    assert relative(result.reshape(64, 96), matrix()) == pytest.approx(
         ERRORS[weight_format], rel=0.1
     )
 
@@ -125,8 +125,8 @@ def test_bytes_of_quantized_weights():
             )
             if is_quantized(x)
         ]
-        found = sum(x.values.nbytes + x.scales.nbytes for x in leaves)
-        assert found == pytest.approx(per_weight * count, rel=0.02)
+        result = sum(x.values.nbytes + x.scales.nbytes for x in leaves)
+        assert result == pytest.approx(per_weight * count, rel=0.02)
 
 
 def test_one_block_is_dequantized_at_a_time():

@@ -84,16 +84,16 @@ def test_embeddings_are_read_bit_for_bit(tmp_path, small):
     )
     assert sum(done) == 61
     assert len(shards(tmp_path)) > 5
-    found = CachedEncoder(tmp_path, "hash", 12)
-    assert (found.dim, found.max_length, found.identity, found.dtype) == (
+    result = CachedEncoder(tmp_path, "hash", 12)
+    assert (result.dim, result.max_length, result.identity, result.dtype) == (
         8,
         12,
         encoder.identity,
         encoder.dtype,
     )
     texts = [*MANY[::-1], "", MANY[3]]
-    assert_same(found(texts), encoder(texts))
-    assert [found.count_tokens(text) for text in texts] == [
+    assert_same(result(texts), encoder(texts))
+    assert [result.count_tokens(text) for text in texts] == [
         encoder.count_tokens(text) for text in texts
     ]
 
@@ -120,8 +120,8 @@ def test_embeddings_of_another_kind_of_encoder_are_an_error(tmp_path):
 def test_embeddings_of_t5(tmp_path):
     encoder = T5Encoder(toy_folder(tmp_path / "t5"), max_length=48)
     encode_captions(CAPTIONS, encoder, tmp_path / "cache")
-    found = CachedEncoder(tmp_path / "cache", "t5", 48)
-    (a, n), (b, m) = found(CAPTIONS), encoder(CAPTIONS)
+    result = CachedEncoder(tmp_path / "cache", "t5", 48)
+    (a, n), (b, m) = result(CAPTIONS), encoder(CAPTIONS)
     np.testing.assert_array_equal(n, m)
     # The batch held other captions, so the last bits may differ.
     np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.05)
@@ -132,12 +132,12 @@ def test_long_captions_are_cut(tmp_path):
     encoder = Counting(max_length=6)
     long, full = "one two three four five six", "one two three four five"
     assert encode_captions([long, full, "one"], encoder, tmp_path) == EncodingCounts(4, 0, 1)
-    found = CachedEncoder(tmp_path, "hash", 6)
-    assert_same(found([long, full], truncate=True), encoder([long, full], truncate=True))
-    assert found.count_tokens(long) == 7
-    assert found.count_tokens(full) == 6
+    result = CachedEncoder(tmp_path, "hash", 6)
+    assert_same(result([long, full], truncate=True), encoder([long, full], truncate=True))
+    assert result.count_tokens(long) == 7
+    assert result.count_tokens(full) == 6
     with pytest.raises(TextError) as error:
-        found([full, long])
+        result([full, long])
     assert "7 tokens" in sentence(error)
     assert "limit is 6" in str(error.value)
 
@@ -260,9 +260,9 @@ for i in range(0, 1199, 16):
     assert encoder.encode(texts[i : i + 16])[0].rows[5, 7] == i + 1
 print(written - before, peak() - before)
 """
-    found = output_of(script).split()
+    result = output_of(script).split()
     assert sum(path.stat().st_size for path in shards(tmp_path)) > 200e6
-    assert all(float(megabytes) < 80 for megabytes in found)
+    assert all(float(megabytes) < 80 for megabytes in result)
 
 
 # --- missing texts --------------------------------------------------------------------------------
@@ -270,10 +270,10 @@ print(written - before, peak() - before)
 
 def test_a_missing_text_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
-    found = CachedEncoder(tmp_path, "hash", 12)
-    for ask in (found, found.count_tokens):
+    result = CachedEncoder(tmp_path, "hash", 12)
+    for ask in (result, result.count_tokens):
         with pytest.raises(TextError) as error:
-            ask("a new text") if ask == found.count_tokens else ask([MANY[0], "a new text"])
+            ask("a new text") if ask == result.count_tokens else ask([MANY[0], "a new text"])
         assert "'a new text'" in sentence(error)
         assert "radiance encode" in str(error.value)
 
@@ -281,13 +281,13 @@ def test_a_missing_text_is_an_error(tmp_path):
 def test_the_fallback_encodes_missing_texts(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
     fallback = Counting()
-    found = CachedEncoder(tmp_path, "hash", 12, fallback)
+    result = CachedEncoder(tmp_path, "hash", 12, fallback)
     texts = [MANY[9], MANY[0], MANY[9], MANY[4]]
-    assert_same(found(texts), Counting()(texts))
+    assert_same(result(texts), Counting()(texts))
     assert fallback.seen == [MANY[9]]
-    assert found.count_tokens(MANY[9]) == fallback.count_tokens(MANY[9])
+    assert result.count_tokens(MANY[9]) == fallback.count_tokens(MANY[9])
     with pytest.raises(TextError, match="limit is 12"):
-        found(["word " * 20])
+        result(["word " * 20])
 
 
 def test_the_encoder_of_a_config_reads_the_cache(tmp_path):
@@ -394,10 +394,10 @@ def test_a_damaged_shard_is_an_error(tmp_path, damage):
 
 def test_a_shard_that_becomes_shorter_is_an_error(tmp_path):
     encode_captions(MANY[:5], Counting(), tmp_path)
-    found = CachedEncoder(tmp_path, "hash", 12)
+    result = CachedEncoder(tmp_path, "hash", 12)
     os.truncate(shards(tmp_path)[0], 400)
     with pytest.raises(CheckpointError, match="became shorter"):
-        found(MANY[:5])
+        result(MANY[:5])
 
 
 def test_a_damaged_manifest_is_an_error(tmp_path):
@@ -429,9 +429,9 @@ def test_a_damaged_manifest_is_an_error(tmp_path):
 def test_values_that_are_not_finite_are_an_error(tmp_path):
     class Broken(Counting):
         def encode(self, texts, truncate=False):
-            found = super().encode(texts, truncate)
-            found[3].rows[1, 2] = np.nan
-            return found
+            result = super().encode(texts, truncate)
+            result[3].rows[1, 2] = np.nan
+            return result
 
     with pytest.raises(TextError) as error:
         encode_captions(MANY, Broken(), tmp_path)
@@ -444,18 +444,18 @@ def test_encode_stores_the_captions_of_the_run(tmp_path, data_directory):
     assert (
         main(["encode", str(written_experiment(run)), f"text.cache={tmp_path / 'num_stored'}"]) == 0
     )
-    source, found = (
+    source, result = (
         open_source(run.data, "train"),
         CachedEncoder(tmp_path / "num_stored", "hash", 12),
     )
-    found(
+    result(
         [
             augment_caption(source.captions(i), False, run.data, np.random.default_rng(i)) or ""
             for i in range(20)
         ]
     )
     with pytest.raises(TextError):
-        found(
+        result(
             [
                 next(
                     caption

@@ -142,9 +142,9 @@ def test_words_of_all_scripts(text, words):
     assert encoder.split_words(text) == words
     embeddings, lengths = encoder([text])
     assert lengths[0] == encoder.count_tokens(text) == len(words) + 1
-    found = embeddings[0, : lengths[0]]
-    assert np.isfinite(found).all()
-    assert len(np.unique(found, axis=0)) == len(found)
+    result = embeddings[0, : lengths[0]]
+    assert np.isfinite(result).all()
+    assert len(np.unique(result, axis=0)) == len(result)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_the_order_of_words_changes_the_rows():
 
 
 def test_rows_have_unit_variance():
-    found = rows("one two three four five six seven eight", dim=4096)
-    np.testing.assert_allclose(found.var(axis=1), 1, atol=0.1)
-    np.testing.assert_allclose(found.mean(axis=1), 0, atol=0.06)
+    result = rows("one two three four five six seven eight", dim=4096)
+    np.testing.assert_allclose(result.var(axis=1), 1, atol=0.1)
+    np.testing.assert_allclose(result.mean(axis=1), 0, atol=0.06)
     padding = HashEncoder(4096, 4)([""])[0][0, -1]
     assert padding.var() == pytest.approx(1, abs=0.1)
 
@@ -301,9 +301,9 @@ def test_t5_shapes_and_types(toy, folder):
     assert lengths.tolist() == [toy.count_tokens(text) for text in ("a red cat", "", "two cats")]
     assert (toy.dim, toy.max_length, lengths[1]) == (TOY.hidden, 40, 1)
     half = T5Encoder(folder, max_length=40)
-    found, _ = half(["a red cat", "", "two cats"])
-    assert found.dtype == half.dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(found.astype(np.float32), embeddings, atol=0.1)
+    result, _ = half(["a red cat", "", "two cats"])
+    assert result.dtype == half.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(result.astype(np.float32), embeddings, atol=0.1)
     none, lengths = toy([])
     assert none.shape == (0, 40, TOY.hidden)
     assert lengths.shape == (0,)
@@ -386,10 +386,10 @@ def test_long_texts_of_t5(folder):
 
 
 def test_t5_in_many_threads(folder):
-    encoder, found = T5Encoder(folder, max_length=16, dtype="float32"), {}
+    encoder, result = T5Encoder(folder, max_length=16, dtype="float32"), {}
 
     def work(i):
-        found[i] = encoder([f"cat {i}"])[0]
+        result[i] = encoder([f"cat {i}"])[0]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -397,7 +397,7 @@ def test_t5_in_many_threads(folder):
     for thread in threads:
         thread.join()
     for i in range(6):
-        np.testing.assert_array_equal(found[i], encoder([f"cat {i}"])[0])
+        np.testing.assert_array_equal(result[i], encoder([f"cat {i}"])[0])
 
 
 def test_t5_loads_weights_with_the_given_shardings(folder):
@@ -428,7 +428,7 @@ def test_identity_depends_on_everything_that_embeddings_depend_on(folder, tmp_pa
     tensors = torch_tensors()
     tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"][5, 7] *= 1.01
     save_file(tensors, nearly)
-    found = {
+    result = {
         base,
         T5Encoder(folder, dtype="float32").identity,
         T5Encoder(other).identity,
@@ -437,7 +437,7 @@ def test_identity_depends_on_everything_that_embeddings_depend_on(folder, tmp_pa
         HashEncoder(8, 16).identity,
         HashEncoder(9, 16).identity,
     }
-    assert len(found) == 7
+    assert len(result) == 7
     assert HashEncoder(8, 16).identity == HashEncoder(8, 32).identity
 
 
@@ -447,8 +447,8 @@ def test_padding_to_the_visible_tokens(toy):
     for encoder in (toy, HashEncoder(8, 40)):
         embeddings, lengths = encoder(texts)
         for width in (lengths.max(), lengths.max() + 1, 32):
-            found, again = encoder.pad_embeddings(encoder.encode(texts), width)
-            np.testing.assert_array_equal(found, embeddings[:, :width])
+            result, again = encoder.pad_embeddings(encoder.encode(texts), width)
+            np.testing.assert_array_equal(result, embeddings[:, :width])
             np.testing.assert_array_equal(again, lengths)
 
 

@@ -54,11 +54,11 @@ def relative(a, b):
 
 def test_values_do_not_change(encoder):
     """Models were trained on these numbers."""
-    drawn, digest = make_random_params(encoder.sizes), hashlib.sha256()
+    sampled, digest = make_random_params(encoder.sizes), hashlib.sha256()
     for part in (
-        drawn["embedding"],
-        *(drawn["blocks"]["attention"][name]["kernel"] for name in "qkv"),
-        drawn["blocks"]["mlp"]["gate"]["kernel"],
+        sampled["embedding"],
+        *(sampled["blocks"]["attention"][name]["kernel"] for name in "qkv"),
+        sampled["blocks"]["mlp"]["gate"]["kernel"],
     ):
         digest.update(np.ascontiguousarray(part).tobytes())
     assert digest.hexdigest()[:16] == "0a0a58a0ae674498"
@@ -114,9 +114,9 @@ def test_identities_of_different_encoders_differ(encoder):
 
 
 def test_weights_are_scaled_by_their_inputs(encoder):
-    drawn = make_random_params(encoder.sizes)
-    attention, mlp = drawn["blocks"]["attention"], drawn["blocks"]["mlp"]
-    assert drawn["embedding"].std() == pytest.approx(1, rel=0.05)
+    sampled = make_random_params(encoder.sizes)
+    attention, mlp = sampled["blocks"]["attention"], sampled["blocks"]["mlp"]
+    assert sampled["embedding"].std() == pytest.approx(1, rel=0.05)
     expected = {"q": 1 / 32, "k": 1 / 8, "v": 1 / 8, "proj": 1 / 8}  # width 64, four heads of 16
     assert {name: attention[name]["kernel"].std() for name in expected} == pytest.approx(
         expected, rel=0.05
@@ -127,7 +127,7 @@ def test_weights_are_scaled_by_their_inputs(encoder):
     )
     assert not np.allclose(attention["k"]["kernel"], attention["v"]["kernel"])
     # One bias per head and distance, the same in both directions.
-    bias = np.array(drawn["position_bias"])[t5.position_buckets(8, 32)]
+    bias = np.array(sampled["position_bias"])[t5.position_buckets(8, 32)]
     distance = np.abs(np.subtract.outer(np.arange(8), np.arange(8)))
     np.testing.assert_allclose(
         np.exp(bias), np.maximum(distance, 1.0)[..., None] ** -np.array(ATTENTION_DECAY), rtol=1e-5
@@ -200,11 +200,11 @@ def test_all_different_rows_of_padding_are_kept():
     expected = np.asarray(
         t5.encode_ids(encoder.sizes, "float32", make_random_params(encoder.sizes), ids, lengths)
     )
-    found = encoder.encode(PROMPTS)
-    assert [len(rows) for rows, _ in found] == [10 + 91, 7 + 91]
-    np.testing.assert_allclose(encoder.pad_embeddings(found, 200)[0], expected, atol=1e-5)
+    result = encoder.encode(PROMPTS)
+    assert [len(rows) for rows, _ in result] == [10 + 91, 7 + 91]
+    np.testing.assert_allclose(encoder.pad_embeddings(result, 200)[0], expected, atol=1e-5)
     assert relative(expected[0, 99:100], expected[0, 100:101]) > 1e-3  # the last rows that differ
-    np.testing.assert_allclose(encoder.pad_embeddings(found, 12)[0], expected[:, :12], atol=1e-5)
+    np.testing.assert_allclose(encoder.pad_embeddings(result, 12)[0], expected[:, :12], atol=1e-5)
 
 
 def test_embeddings_do_not_depend_on_the_batch(encoder):

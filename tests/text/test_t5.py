@@ -51,8 +51,8 @@ def params(file):
     return T5Weights(file).load_params("float32")
 
 
-def relative(found, expected):
-    return np.abs(found - expected).max() / np.abs(expected).max()
+def relative(result, expected):
+    return np.abs(result - expected).max() / np.abs(expected).max()
 
 
 def sentence(error):
@@ -143,35 +143,35 @@ def reference(tensors, ids, sizes=TOY):
 def test_a_batch_equals_the_reference(params):
     """The texts have different lengths."""
     ids = token_ids()
-    found = apply(params, ids, LENGTHS)
-    for row, text, length in zip(found, ids, LENGTHS):
+    result = apply(params, ids, LENGTHS)
+    for row, text, length in zip(result, ids, LENGTHS):
         assert relative(row[:length], reference(torch_tensors(), text[:length])) < 1e-5
 
 
 def test_padding_depends_on_real_tokens_and_position(params):
     """It does not depend on the number or the ids of other padding tokens."""
     ids = token_ids()
-    found = apply(params, ids, LENGTHS)
-    assert np.isfinite(found).all()
+    result = apply(params, ids, LENGTHS)
+    assert np.isfinite(result).all()
     longer = np.pad(ids, [(0, 0), (0, 24)])
-    np.testing.assert_allclose(apply(params, longer, LENGTHS)[:, :40], found, atol=2e-5)
+    np.testing.assert_allclose(apply(params, longer, LENGTHS)[:, :40], result, atol=2e-5)
     other = np.where(
         np.arange(40) > LENGTHS[:, None], 7, ids
     )  # the first padding token does not change
     changed = apply(params, other, LENGTHS)
     first = np.arange(40) <= LENGTHS[:, None]
-    np.testing.assert_array_equal(changed[first], found[first])
-    assert np.abs(changed - found)[~first].max() > 0.1
+    np.testing.assert_array_equal(changed[first], result[first])
+    assert np.abs(changed - result)[~first].max() > 0.1
     # It depends on the real tokens.
-    assert np.abs(found[0, 1] - found[1, 4]).max() > 0.1
+    assert np.abs(result[0, 1] - result[1, 4]).max() > 0.1
 
 
 def test_bfloat16_is_close(file):
     weights, ids = T5Weights(file), token_ids()
     exact = apply(weights.load_params("float32"), ids, LENGTHS)
-    found = apply(weights.load_params("bfloat16"), ids, LENGTHS, dtype="bfloat16")
-    assert found.dtype == np.float32  # at the output
-    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    result = apply(weights.load_params("bfloat16"), ids, LENGTHS, dtype="bfloat16")
+    assert result.dtype == np.float32  # at the output
+    error = np.linalg.norm(result - exact) / np.linalg.norm(exact)
     print(f"relative error of bfloat16: {error:.1e}")
     assert 1e-4 < error < 0.012
 
@@ -184,21 +184,21 @@ def test_the_residual_stream_is_not_rounded(file):
         dtype: weights.load_params(dtype) | {"embedding": table}
         for dtype in ("float32", "bfloat16")
     }
-    exact, found = (apply(params[dtype], ids, LENGTHS, dtype=dtype) for dtype in params)
+    exact, result = (apply(params[dtype], ids, LENGTHS, dtype=dtype) for dtype in params)
     x = table[ids]
     without = (
         x / np.sqrt((x**2).mean(-1, keepdims=True)) * np.asarray(params["float32"]["norm"]["scale"])
     )
-    assert np.linalg.norm(found - exact) / np.linalg.norm(exact - without) < 0.02
+    assert np.linalg.norm(result - exact) / np.linalg.norm(exact - without) < 0.02
 
 
 def test_outputs_are_rounded_at_the_end(file):
     weights, ids = T5Weights(file), token_ids()
     params = weights.load_params("bfloat16")
-    found = np.asarray(t5.encode_ids(TOY, "bfloat16", params, ids, LENGTHS))
-    assert found.dtype == ml_dtypes.bfloat16
+    result = np.asarray(t5.encode_ids(TOY, "bfloat16", params, ids, LENGTHS))
+    assert result.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(
-        found.astype(np.float32),
+        result.astype(np.float32),
         apply(params, ids, LENGTHS, dtype="bfloat16"),
         rtol=0.02,
         atol=0.02,
@@ -307,9 +307,9 @@ def test_fp8_files_with_scales(tmp_path):
                 name.replace(".weight", ".scale_weight"): scale.reshape(1),
             }
             expected[name] = tensors[name].astype(np.float32) * scale
-    found = T5Weights(saved(tmp_path, tensors)).load_params("float32")
+    result = T5Weights(saved(tmp_path, tensors)).load_params("float32")
     assert_same(
-        found, T5Weights(saved(tmp_path, expected, "plain.safetensors")).load_params("float32")
+        result, T5Weights(saved(tmp_path, expected, "plain.safetensors")).load_params("float32")
     )
 
 
@@ -358,20 +358,20 @@ def test_weights_in_several_files(tmp_path, params, file):
         saved(tmp_path, {key: tensors[key] for key in keys}, name)
     index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = T5Weights(tmp_path)
-    assert_same(found.load_params("float32"), params)
-    assert found.fingerprint() == T5Weights(file).fingerprint()
+    result = T5Weights(tmp_path)
+    assert_same(result.load_params("float32"), params)
+    assert result.fingerprint() == T5Weights(file).fingerprint()
 
 
 def test_parameters_have_the_given_shardings(file, params):
-    asked = []
+    requested = []
 
     def shardings(tree):
-        asked.append(tree)
+        requested.append(tree)
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), tree)
 
     assert_same(T5Weights(file).load_params("float32", shardings), params)
-    assert jax.tree.structure(asked[0]) == jax.tree.structure(params)
+    assert jax.tree.structure(requested[0]) == jax.tree.structure(params)
 
 
 @pytest.mark.slow
@@ -396,8 +396,8 @@ ids, lengths = (np.array(x, np.int32) for x in {(token_ids().tolist(), LENGTHS.t
 sizes = t5.T5(**{vars(TOY)!r})
 np.save(sys.stdout.buffer, np.asarray(t5.encode_ids(sizes, "float32", params, ids, lengths)))
 """
-    found = np.load(io.BytesIO(output_of(script, devices=4)))
-    np.testing.assert_allclose(found, apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
+    result = np.load(io.BytesIO(output_of(script, devices=4)))
+    np.testing.assert_allclose(result, apply(params, token_ids(), LENGTHS), rtol=0, atol=2e-5)
 
 
 def test_the_fingerprint_depends_on_every_weight(tmp_path, file):

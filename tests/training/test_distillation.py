@@ -58,8 +58,8 @@ def test_guidance_targets_follow_their_formulas(prediction):
     scale = np.ones(4, np.float32) if prediction == "x0" else (time / (time + 0.05)) ** 2
     for rule, target in expected.items():
         given = teacher if rule == "prediction" else teacher._replace(params=None)
-        found = pulled(runs[rule], params, batch, given, jnp.ones(4))
-        close(found, pulled_to(model, params, inputs, target, scale))
+        result = pulled(runs[rule], params, batch, given, jnp.ones(4))
+        close(result, pulled_to(model, params, inputs, target, scale))
 
 
 def test_without_dropped_captions_all_targets_are_guided():
@@ -78,18 +78,18 @@ def test_without_dropped_captions_all_targets_are_guided():
         return own
 
     batch = {"time": time}
-    found = distillation.compute_guidance_target(
+    result = distillation.compute_guidance_target(
         run, student, batch, plain, plain, teacher_of(run, words=5)
     )
-    np.testing.assert_allclose(found, 0.5 + 3 * 1.5)
+    np.testing.assert_allclose(result, 0.5 + 3 * 1.5)
     ((shape, lengths, divisor),) = inputs_seen
     assert shape == (4, 5, 16)
     assert lengths.tolist() == [2] * 4
     np.testing.assert_allclose(divisor, time + 0.05)
-    kept = distillation.compute_guidance_target(
+    remaining = distillation.compute_guidance_target(
         run, student, batch | {"dropped": jnp.ones(4, bool)}, plain, plain, teacher_of(run)
     )
-    assert np.array_equal(kept, plain)
+    assert np.array_equal(remaining, plain)
 
 
 def test_a_guidance_scale_of_one_needs_one_evaluation():
@@ -101,10 +101,10 @@ def test_a_guidance_scale_of_one_needs_one_evaluation():
         calls.append(arguments)
         return arguments[0]
 
-    found = distillation.predict_guided_velocity(
+    result = distillation.predict_guided_velocity(
         run, model, batch, batch["image"], jnp.ones(4), teacher_of(run).negative_condition
     )
-    assert np.array_equal(found, batch["image"])
+    assert np.array_equal(result, batch["image"])
     assert len(calls) == 1
     assert calls[0][1] is batch["text"]
 
@@ -155,7 +155,7 @@ def test_lines_pass_through_the_ends_of_segments():
         np.array([0, 1, 2, 2, 1, 0]),
         np.float32([0, 1, 0, 1, 0.25, 0.7]),
     )
-    found = make_segment_batch(run, batch, jnp.asarray(segment), jnp.asarray(position))
+    result = make_segment_batch(run, batch, jnp.asarray(segment), jnp.asarray(position))
     trajectory, times = complete_trajectories(batch, 1.5), boundary_times(3)
     rows = np.arange(6)
     begin, end, later, sooner = (
@@ -164,27 +164,27 @@ def test_lines_pass_through_the_ends_of_segments():
         times[segment],
         times[segment + 1],
     )
-    np.testing.assert_allclose(found["time"], sooner + (later - sooner) * position, rtol=1e-6)
+    np.testing.assert_allclose(result["time"], sooner + (later - sooner) * position, rtol=1e-6)
     np.testing.assert_allclose(
-        objective.mix(found["image"], found["noise"], found["time"]),
+        objective.mix(result["image"], result["noise"], result["time"]),
         end + wide(position) * (begin - end),
         atol=1e-5,
     )
     np.testing.assert_allclose(
-        found["noise"] - found["image"], (begin - end) / wide(later - sooner), atol=1e-5
+        result["noise"] - result["image"], (begin - end) / wide(later - sooner), atol=1e-5
     )
-    assert all(found[name] is batch[name] for name in ("text", "lengths", "weight"))
+    assert all(result[name] is batch[name] for name in ("text", "lengths", "weight"))
 
 
 def test_one_segment_is_the_pair_of_noise_and_image():
     run = distilling("trajectories", *SEGMENTS, **PLAIN)
     batch = sample_trajectories(run, 4)
-    found = make_segment_batch(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
-    assert np.array_equal(found["image"], batch["image"][:, 0].astype(jnp.float32))
+    result = make_segment_batch(run, batch, jnp.zeros(4, int), jnp.linspace(0, 1, 4))
+    assert np.array_equal(result["image"], batch["image"][:, 0].astype(jnp.float32))
     np.testing.assert_allclose(
-        found["noise"], 1.5 * sample_noise(batch["seed"], (8, 8, 3)), atol=1e-6
+        result["noise"], 1.5 * sample_noise(batch["seed"], (8, 8, 3)), atol=1e-6
     )
-    np.testing.assert_allclose(found["time"], np.linspace(0, 1, 4), atol=1e-7)
+    np.testing.assert_allclose(result["time"], np.linspace(0, 1, 4), atol=1e-7)
 
 
 def test_float16_trajectories_are_exact_enough():
@@ -240,8 +240,8 @@ def test_validation_covers_all_segments_and_times(monkeypatch):
     )
     batch, times = sample_trajectories(run, 7), boundary_times(3)
     later, sooner = times[np.arange(7) % 3], times[np.arange(7) % 3 + 1]
-    found = np.asarray(compute_validation_losses(run, {}, batch, jnp.int32(0)))
-    position = (found - sooner[:, None]) / (later - sooner)[:, None]
+    result = np.asarray(compute_validation_losses(run, {}, batch, jnp.int32(0)))
+    position = (result - sooner[:, None]) / (later - sooner)[:, None]
     assert (np.floor(position * 10) == np.arange(10)).all()
     assert len(np.unique(np.round(position * 10 % 1, 4))) > 60, "every image has its own position"
     noise = np.asarray(

@@ -64,18 +64,18 @@ def tracked(values, width):
 @pytest.mark.parametrize("width", [0.05, 0.25])
 def test_running_averages_equal_direct_sums(width):
     values = np.cumsum(np.random.default_rng(0).standard_normal((300, 4)), axis=0)
-    for step, found in enumerate(tracked(values, width), start=1):
+    for step, result in enumerate(tracked(values, width), start=1):
         np.testing.assert_allclose(
-            found, profile(step, width) @ values[:step], rtol=0, atol=2e-5 * np.abs(values).max()
+            result, profile(step, width) @ values[:step], rtol=0, atol=2e-5 * np.abs(values).max()
         )
 
 
 def test_averages_late_in_a_run_are_exact():
     before = {"width=0.1": {"w": jnp.zeros(1)}}
-    found = update_averages(
+    result = update_averages(
         before, {"w": jnp.ones(1)}, jnp.int32(2_000_000 - 1), jax.random.key(0)
     )["width=0.1"]["w"]
-    assert float(found[0]) == pytest.approx(
+    assert float(result[0]) == pytest.approx(
         -np.expm1((width_to_exponent(0.1) + 1) * np.log1p(-0.5e-6)), rel=1e-5
     )
 
@@ -83,7 +83,7 @@ def test_averages_late_in_a_run_are_exact():
 @pytest.mark.parametrize(("wanted", "limit"), [(0.07, 0.01), (0.13, 0.01), (0.2, 0.03)])
 def test_other_widths_follow_from_snapshots(wanted, limit):
     values = 100 + np.cumsum(np.random.default_rng(0).standard_normal((800, 50)), axis=0)
-    kept = {width: list(tracked(values, width)) for width in WIDTHS}
+    remaining = {width: list(tracked(values, width)) for width in WIDTHS}
     known = [(step, width) for step in range(50, 801, 50) for width in WIDTHS]
     factors, missed = solve_posthoc_coefficients(known, (800, wanted))
     assert factors.sum() == pytest.approx(1, abs=1e-9)
@@ -96,7 +96,7 @@ def test_other_widths_follow_from_snapshots(wanted, limit):
     assert np.linalg.norm(weights - exact) / np.linalg.norm(exact) == pytest.approx(
         missed, abs=0.01
     )
-    made = sum(f * kept[width][step - 1] for f, (step, width) in zip(factors, known))
+    made = sum(f * remaining[width][step - 1] for f, (step, width) in zip(factors, known))
     direct = list(tracked(values, wanted))[-1]
     assert np.abs(made - direct).max() < 0.02 * np.abs(direct - values[-1]).max()
 

@@ -60,7 +60,7 @@ def test_gradients_follow_from_those_of_the_merged_weights(remat):
             weights, apply(MODEL, attach_adapters(params, adapters, LORA), inputs, compute)
         )
 
-    found = jax.jit(jax.grad(loss))(adapters)
+    result = jax.jit(jax.grad(loss))(adapters)
 
     def merge(p, a):
         return p + (2.0 * a["down"] @ a["up"]).reshape(p.shape)
@@ -86,7 +86,7 @@ def test_gradients_follow_from_those_of_the_merged_weights(remat):
             ("up", 2.0 * pair["down"].swapaxes(1, 2) @ dw),
         ):
             np.testing.assert_allclose(
-                flatten_tree(found)[f"{path}/{side}"],
+                flatten_tree(result)[f"{path}/{side}"],
                 expected,
                 rtol=0,
                 atol=2e-5 * np.abs(expected).max(),
@@ -117,10 +117,10 @@ def test_the_exported_lora_equals_the_trained_one(target_modules, tmp_path):
         checkpoint.checkpoint_from_params(MODEL, params, "toy"),
         lora.read_lora(tmp_path / "lora.safetensors", MODEL),
     ).load_params()
-    found = apply(MODEL, attach_adapters(params, adapters, settings), inputs)
+    result = apply(MODEL, attach_adapters(params, adapters, settings), inputs)
     expected = np.asarray(apply(MODEL, merged, inputs))
     assert np.abs(expected - apply(MODEL, params, inputs)).max() > 1e-2
-    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(result, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")

@@ -47,12 +47,12 @@ def test_mean_velocities_against_finite_differences(mean, mean_batch):
     noisy = (1 - wide(time)) * image + wide(time) * noise
 
     def predict(params, x, t, length, text=mean_batch["text"], lengths=mean_batch["lengths"]):
-        found = apply(
+        result = apply(
             model,
             params,
             dict(image=x, text=text, lengths=lengths, time=t, guidance=length, divisor=t),
         )
-        return np.asarray(found, np.float64)
+        return np.asarray(result, np.float64)
 
     zero = np.zeros(4, np.float32)
     unconditional = predict(
@@ -335,8 +335,8 @@ def test_the_mean_flow_solver_passes_step_lengths_to_the_network(mean, solver):
         )
         x = np.float32(x + (after - t) * (negative + 2 * (positive - negative)))
     assert np.abs(x - noise).max() > 0.1
-    (found,) = pipeline.generate_arrays(prompts, seeds, 8, 8, settings)
-    np.testing.assert_allclose(found, x, atol=2e-3)
+    (result,) = pipeline.generate_arrays(prompts, seeds, 8, 8, settings)
+    np.testing.assert_allclose(result, x, atol=2e-3)
     images = generate_images(
         params,
         seeds,

@@ -139,8 +139,8 @@ def test_muon_trains(changes):
     step, batch, state = step_of(run), batch_of(run), init_state(run, toy_params(run.model))
     kinds, before, losses = jax.tree.map(lambda x: x.dtype, state), state.params, []
     for _ in range(30):
-        state, found = step(state, batch)
-        losses.append(float(found["loss"]))
+        state, result = step(state, batch)
+        losses.append(float(result["loss"]))
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert jax.tree.map(lambda x: x.dtype, state) == kinds
     if "frozen" in " ".join(changes):

@@ -314,16 +314,16 @@ def test_a_student_is_evaluated_by_the_plain_loss(uninterrupted):
         open_source(uninterrupted.data, "validation"),
         make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1]),
     )
-    found = []
+    result = []
     for changes in (
         [],
         ["flow.timestep_distribution=pure_noise"],
         ["distill.kind=none", "distill.segments=1"],
     ):
         pipeline = load(uninterrupted.run_dir, run=config.override(uninterrupted, changes))
-        found.append(evaluate.evaluate_loss(pipeline, source, 4, mesh))
-    assert found[0] == found[1] == found[2]
-    assert found[0]["loss"] > 0
+        result.append(evaluate.evaluate_loss(pipeline, source, 4, mesh))
+    assert result[0] == result[1] == result[2]
+    assert result[0]["loss"] > 0
 
 
 def test_frozen_weights_are_bfloat16_except_precise_parts(monkeypatch):
@@ -338,11 +338,11 @@ def test_frozen_weights_are_bfloat16_except_precise_parts(monkeypatch):
             params if shardings == "shardings" else pytest.fail("a whole tree on one device")
         ),
     )
-    found = load_frozen_params("a run", run, "bfloat16", shardings="shardings")
+    result = load_frozen_params("a run", run, "bfloat16", shardings="shardings")
     expected = checkpoint.checkpoint_from_params(run.model, params, "a run").load_params("bfloat16")
-    assert same(found, expected)
-    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, expected)
-    assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"bfloat16", "float32"}
+    assert same(result, expected)
+    assert jax.tree.map(lambda x: x.dtype, result) == jax.tree.map(lambda x: x.dtype, expected)
+    assert {str(x.dtype) for x in jax.tree.leaves(result)} == {"bfloat16", "float32"}
 
 
 # --- memory in plans ----------------------------------------------------------------------------
@@ -376,8 +376,8 @@ def test_a_plan_counts_the_teacher(changes, teachers, model):
         assert program.batch["image"].shape == (2, 2, 8, 8, 3)
         assert program.batch["image"].dtype == np.float16
     if changes == "distill.kind=guidance":
-        found = make_plan(run, "cpu")
-        assert (found.parameters, found.ema) == (2 * 4 * parameters, 4 * parameters)
+        result = make_plan(run, "cpu")
+        assert (result.parameters, result.ema) == (2 * 4 * parameters, 4 * parameters)
 
 
 def test_a_plan_counts_the_base_of_a_lora_once():
