@@ -24,7 +24,7 @@ from sentencepiece import SentencePieceProcessor
 from radiance import config
 from radiance.base.errors import CheckpointError, TextError
 from radiance.model import autoencoder
-from radiance.text import t5
+from radiance.text import t5_weights
 from radiance.text.embedding_cache import CachedEncoder, encode_captions
 from radiance.text.hash_encoder import HashEncoder
 from radiance.text.tokenizers import open_tokenizer
@@ -252,7 +252,7 @@ def read_lora(path: Path):
 
 
 def read_t5(path: Path):
-    weights = t5.T5Weights(path)
+    weights = t5_weights.T5Weights(path)
     weights.fingerprint()
     for key in weights.file_keys.values():
         weights.file[key]
@@ -314,7 +314,7 @@ def files(tmp_path_factory) -> dict:
     diffusers_file = (folder / "diffusers" / "diffusion_pytorch_model.safetensors").read_bytes()
     names = {
         row.torch_name.format(i=i): row.gguf_name.format(i=i)
-        for row in t5.T5_RULES
+        for row in t5_weights.T5_RULES
         for i in range(TOY.layers)
     }
     writer = gguf.GGUFWriter(folder / "plain.gguf", "t5")
