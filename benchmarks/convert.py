@@ -3,7 +3,7 @@
     python benchmarks/convert.py --folder /scratch          (writes and removes up to 60 GB there)
 
 A checkpoint of random bfloat16 values under the published names is written, copied with `cp`, and
-converted with the command that users type, each in its own process and with the input out of the
+converted with the command that users type. Each runs in its own process, with the input out of the
 page cache. The copy is the peer and, moving the same bytes, nearly the limit of the disk. Results
 are in benchmarks/RESULTS.md.
 """

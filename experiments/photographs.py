@@ -4,9 +4,9 @@
 
 This tests everything between a folder and an image: formats, profiles, orientation, aspect-ratio
 buckets, captions, broken files, training and sampling. It writes photographs that ship with
-scikit-image, scikit-learn and matplotlib into runs/photographs/images, trains on them, samples
-every caption at the size its image was trained at, and writes pairs side by side into
-runs/photographs/pairs.png with their PSNR.
+scikit-image, scikit-learn and matplotlib into runs/photographs/images and trains on them. Then it
+samples every caption at the size of its training image. runs/photographs/pairs.png shows the pairs
+side by side with their PSNR.
 
 1,620 steps on 2 CPU cores: median PSNR 20.9 dB: experiments/results/photographs.md.
 """
