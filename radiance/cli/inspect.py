@@ -215,9 +215,11 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     if options.duplicates:
         with tqdm(total=len(all_images), unit="image", disable=None) as bar:
             hashes = duplicates.hash_source(all_images, run.data.num_threads, bar.update)
-        groups = duplicates.find_duplicate_groups(
-            hashes, all_images.sizes, distance, run.data.num_threads
-        )
+        num_hashes = len(np.unique(hashes.hashes[hashes.has_hash]))
+        with tqdm(total=num_hashes, unit="hash", disable=None) as bar:
+            groups = duplicates.find_duplicate_groups(
+                hashes, all_images.sizes, distance, run.data.num_threads, bar.update
+            )
         print("\n" + format_duplicates(all_images, len(sources[0]), hashes, groups, distance))
         indices = [
             int(index)

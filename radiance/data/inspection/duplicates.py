@@ -6,9 +6,9 @@ is computed. Each of the 64 coefficients with frequencies 1 to 8 along both axes
 whether it is above their median. Brightness does not affect these coefficients, and contrast scales
 all of them alike.
 
-All pairs of hashes are compared. One core compares about 3 · 10⁸ pairs per second: 100,000 images
-take 17 seconds and a million half an hour, divided by the number of threads. Beyond about two
-million images, search for duplicates in parts of the data.
+All pairs of different hashes are compared, so the time grows with the square of their number. One
+core compares about 3 · 10⁸ pairs per second: 100,000 images take 17 seconds, a million half an hour
+and two million two hours. Threads on other cores divide this time. Search larger datasets in parts.
 """
 
 from collections import defaultdict
@@ -117,8 +117,9 @@ def find_duplicate_groups(
     sizes: Real[np.ndarray, "n 2"],
     distance: int = DEFAULT_DISTANCE,
     num_threads: int = 1,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> list[DuplicateGroup]:
-    """Find near-duplicates, in a group for each image that has some.
+    """Group near-duplicate images around the images that are kept.
 
     Images are visited from the largest area to the smallest. An image is kept unless its hash is
     within `distance` of a kept image. So every dropped image has a similar kept image that is at
@@ -130,6 +131,7 @@ def find_duplicate_groups(
         sizes: Width and height of each image.
         distance: Number of bits in which the hashes of similar images may differ.
         num_threads: Number of threads that compare hashes.
+        progress: Called with the number of different hashes that are new since the last call.
     """
     areas = np.prod(np.asarray(sizes, np.int64), axis=1)
     order = np.flatnonzero(image_hashes.has_hash)
@@ -138,8 +140,9 @@ def find_duplicate_groups(
     unique_hashes, ranks, inverse = np.unique(
         image_hashes.hashes[order], return_index=True, return_inverse=True
     )
+    close_pairs = find_close_pairs(unique_hashes, distance, num_threads, progress)
     neighbors = defaultdict(list)
-    for a, b in find_close_pairs(unique_hashes, distance, num_threads).tolist():
+    for a, b in close_pairs.tolist():
         neighbors[a].append(b)
         neighbors[b].append(a)
     # A hash that is not represented by another one represents its neighbors.
@@ -166,13 +169,20 @@ def _make_groups(
     )
 
 
-def find_close_pairs(hashes: Hashes, distance: int, num_threads: int = 1) -> Pairs:
+def find_close_pairs(
+    hashes: Hashes,
+    distance: int,
+    num_threads: int = 1,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Pairs:
     """Find all pairs of hashes that differ in at most `distance` bits.
 
     Args:
         hashes: Hashes; equal ones are pairs too.
         distance: 0 to MAX_DISTANCE.
         num_threads: Number of threads.
+        progress: Called with the number of hashes that are new since the last call. Each hash is
+            compared with all later ones, so the first ones take longest.
 
     Returns:
         Indices a < b of each pair, in lexicographic order.
@@ -187,8 +197,13 @@ def find_close_pairs(hashes: Hashes, distance: int, num_threads: int = 1) -> Pai
         return _compare_rows(hashes, row_start, distance)
 
     row_starts = range(0, len(hashes), BLOCK_ROWS)
-    blocks = map_in_threads(compare_rows, row_starts, num_threads, chunk_size=16)
-    return np.concatenate([np.empty((0, 2), np.int64), *blocks])
+    blocks = [np.empty((0, 2), np.int64)]
+    for row_start, block in zip(
+        row_starts, map_in_threads(compare_rows, row_starts, num_threads, chunk_size=16)
+    ):
+        blocks.append(block)
+        progress(min(BLOCK_ROWS, len(hashes) - row_start))
+    return np.concatenate(blocks)
 
 
 def _compare_rows(hashes: Hashes, row_start: int, distance: int) -> Pairs:

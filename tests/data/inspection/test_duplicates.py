@@ -148,8 +148,10 @@ def test_all_close_pairs_are_found(distance, monkeypatch):
     values = sample_clusters(600)
     is_close = np.triu(np.bitwise_count(values[:, None] ^ values) <= distance, 1)
     for num_threads in (1, 3):
-        pairs = find_close_pairs(values, distance, num_threads)
+        progress = []
+        pairs = find_close_pairs(values, distance, num_threads, progress.append)
         assert np.array_equal(pairs, np.argwhere(is_close))
+        assert sum(progress) == len(values)
     assert is_close.sum() >= 20 * distance
 
 
