@@ -182,8 +182,9 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
+    from radiance.base.errors import DataError
     from radiance.cli.survey import format_data_report, format_duplicates
-    from radiance.data.datasets import DataError, open_source
+    from radiance.data.datasets import open_source
     from radiance.data.inspection import duplicates
     from radiance.data.inspection.lists import check_list_path, write_list
     from radiance.data.inspection.survey import survey_dataset

@@ -8,8 +8,8 @@ import grain
 import numpy as np
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data.captions import first_caption, sample_caption
-from radiance.data.datasets import DataError
 from radiance.data.images import Augmentation, ImageLoader, load_images
 from radiance.data.sampler import NO_IMAGE, BatchSampler, BatchSpec
 from radiance.data.source import Source

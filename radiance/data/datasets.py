@@ -4,22 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from radiance import config
-from radiance.base.errors import DataError
 from radiance.data.index import DatasetIndex
 from radiance.data.indexed import IndexedSource
 from radiance.data.listing import Listing
-from radiance.data.source import Mixture, Source, Span
-
-__all__ = [
-    "DataError",
-    "IndexedSource",
-    "Mixture",
-    "Source",
-    "Span",
-    "dataset_title",
-    "describe_source",
-    "open_source",
-]
+from radiance.data.source import Mixture, Source
 
 
 def open_source(data: config.Data, split: str, verbose: bool = True) -> Source:

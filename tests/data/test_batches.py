@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data import decode
 from radiance.data.batches import (
     Batches,
@@ -15,7 +16,7 @@ from radiance.data.batches import (
     make_validation_batches,
     padded_text_length,
 )
-from radiance.data.datasets import DataError, describe_source, open_source
+from radiance.data.datasets import describe_source, open_source
 from radiance.data.source import Span
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_runs import toy_run

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.base.images import to_array
 from radiance.data.batches import Batches, make_validation_batches
-from radiance.data.datasets import DataError, open_source
+from radiance.data.datasets import open_source
 from radiance.data.decode import UnusableError
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_folders import fill, first_pixels, open_folder, save, settings

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data.batches import Batches, first_image_indices
-from radiance.data.datasets import DataError, describe_source, open_source
+from radiance.data.datasets import describe_source, open_source
 from radiance.data.sampler import NO_IMAGE, BatchSampler
 from radiance.data.source import Mixture
 from radiance.text.hash_encoder import HashEncoder

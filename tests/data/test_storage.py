@@ -12,8 +12,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data import storage
-from radiance.data.datasets import DataError, open_source
+from radiance.data.datasets import open_source
 from radiance.data.sources import records
 from radiance.data.sources.folder import FolderListing
 from tests.helpers.toy_shards import fill_parquet, fill_tar

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from radiance import config
 from radiance.base import errors
-from radiance.data.datasets import DataError
+from radiance.base.errors import DataError
 from radiance.training import coordination
 from radiance.training.loss_diagnosis import diagnose_loss, find_reference_loss, list_alternatives
 

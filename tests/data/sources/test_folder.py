@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data.batches import Batches
-from radiance.data.datasets import DataError, describe_source, open_source
+from radiance.data.datasets import describe_source, open_source
 from radiance.data.listing import EDGE_BYTES, compute_split_hash
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_folders import (

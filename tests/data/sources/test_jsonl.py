@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import DataError
 from radiance.data.batches import Batches
-from radiance.data.datasets import DataError, open_source
+from radiance.data.datasets import open_source
 from radiance.data.decode import UnusableError
 from radiance.data.sources.folder import FolderListing
 from radiance.data.sources.jsonl import JsonlListing

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from radiance import config
-from radiance.data.datasets import DataError, open_source
+from radiance.base.errors import DataError
+from radiance.data.datasets import open_source
 from tests.helpers.toy_shards import (
     fill_parquet,
     gray_values,

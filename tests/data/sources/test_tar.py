@@ -7,7 +7,8 @@ import tarfile
 import pytest
 
 from radiance import config
-from radiance.data.datasets import DataError, open_source
+from radiance.base.errors import DataError
+from radiance.data.datasets import open_source
 from radiance.data.listing import IndexRecord, Unusable
 from radiance.data.sources import tar
 from tests.helpers.toy_shards import (

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets import features as f
 
 from radiance import config
-from radiance.data.datasets import DataError, open_source
+from radiance.base.errors import DataError
+from radiance.data.datasets import open_source
 from radiance.data.sources.tfds import TfdsListing
 from radiance.data.sources.tfds_preparation import (
     FILE_FORMAT,
