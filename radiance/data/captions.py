@@ -88,7 +88,7 @@ def sample_caption(
 def has_direction_words(caption: str) -> bool:
     """Return True if a caption has the English words left or right.
 
-    A flipped image would contradict such a caption. Phrases such as "all right" count too: an
-    image that is never flipped without need does no harm.
+    A flipped image would contradict such a caption. Phrases such as "all right" count too: it does
+    no harm if their images are never flipped.
     """
     return DIRECTION_WORDS.search(caption) is not None

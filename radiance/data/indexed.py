@@ -141,7 +141,7 @@ class IndexedSource:
         return self.dataset_index.address(self.record_indices[index])
 
     def fingerprint(self) -> str:
-        """Return a hash of names, captions, sizes and file contents, wherever the dataset is."""
+        """Return a hash of names, captions, sizes and file contents, but not of their location."""
         record_hashes = self.dataset_index.metadata["record_hash"][self.record_indices]
         return hashlib.sha256(record_hashes.tobytes()).hexdigest()
 

@@ -57,7 +57,7 @@ class Unusable(NamedTuple):
 class Listing(Protocol):
     """The images of a dataset in a folder, in a file that lists them, or in shards.
 
-    A listing can be pickled. A copy needs only to implement `address` and `read_file`.
+    A listing can be pickled. The copy need not support `scan`, only `address` and `read_file`.
 
     Attributes:
         identity: Hash that changes when `scan` would yield something else.

@@ -158,7 +158,7 @@ def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
 
 
 def open_seekable(address: str, size: int | None = None) -> BinaryIO:
-    """Open a file for reading at any position; little more of a remote file is requested than read.
+    """Open a file for reading at any position; a remote file is requested block by block.
 
     Args:
         address: Path or URL.

@@ -55,7 +55,7 @@ class CaptionStatistics(NamedTuple):
     min_per_image: int
     max_per_image: int
     length_histogram: Histogram  # the last bin counts all captions over text.max_length
-    length_percentiles: Mapping[int, int]  # by percent: the length that so many do not exceed
+    length_percentiles: Mapping[int, int]  # length that 50, 90, … percent of captions do not exceed
     num_truncated: int  # captions over text.max_length
     num_tagged_images: int  # images whose captions are lists of tags
     tags_per_caption: tuple[int, int]  # median and maximum; 0 without tags
@@ -223,7 +223,7 @@ def _caption_statistics(
 
 
 def _percentile(counts: Mapping[int, int], percent: int) -> int:
-    """Return the smallest value that so many percent do not exceed."""
+    """Return the smallest value that `percent` percent of the values do not exceed."""
     values, frequencies = np.array(sorted(counts.items())).T
     cumulative = np.cumsum(frequencies)
     return int(values[np.searchsorted(cumulative, math.ceil(cumulative[-1] * percent / 100))])

@@ -77,7 +77,7 @@ class FolderListing:
         return {"path": self.path}  # reading images needs nothing else
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
-        """Yield a record for each image, after everything that cannot be used by its name alone."""
+        """Yield unreadable folders, bad lines and missing files, then a record for each image."""
         metadata, bad_lines = self._read_metadata()
         caption_files = {file.name: file.path for file in self.files if file.name.endswith(".txt")}
         image_suffixes = IMAGE_SUFFIXES.union(UNSUPPORTED_SUFFIXES)

@@ -29,7 +29,7 @@ class MetadataEntry(NamedTuple):
 
     filename: str
     annotation: Annotation
-    width: int  # pixels; 0 where the line does not say
+    width: int  # pixels; 0 if it is not given
     height: int
 
 
@@ -41,16 +41,19 @@ def make_record(
     attributes: Mapping[str, Any] | None = None,
     split_hash: int | None = None,
 ) -> IndexRecord | Unusable:
-    """Build the record of an image, or say why the image cannot be used.
+    """Build the record of an image from its annotation and its header.
 
     Args:
         name: Name of the image within its dataset.
-        location: The location by which the listing finds the image's file.
+        location: JSON value by which the listing finds the image's file, or the file's bytes.
         read_annotation: Returns the annotation, or raises UnusableError. It is called first.
         read_header: Returns width, height and content hash, or raises UnusableError. It is only
             called for an image whose annotation can be used.
         attributes: Further known attributes of the image.
         split_hash: Hash that decides the split; by default the name's.
+
+    Returns:
+        The record, or the reason why the image cannot be used.
     """
     try:
         annotation = read_annotation()

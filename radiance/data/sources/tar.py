@@ -7,8 +7,8 @@ or without that file are in .json. In both cases `is_tag_based` and `loss_weight
 skipped.
 
 Each shard is read once, when it is indexed: the headers of tar members, the captions, and the
-headers of images. Later each image is read by itself from its location in the shard. A truncated
-shard is used as far as it goes.
+headers of images. Later each image is read by itself from its location in the shard. The complete
+samples of a truncated shard are used.
 """
 
 import posixpath
