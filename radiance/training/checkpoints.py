@@ -39,6 +39,9 @@ class Checkpoints:
     Args:
         directory: Folder of the checkpoints, which may not exist yet.
         max_to_keep: Number of newest checkpoints to keep.
+
+    Attributes:
+        last_save_failed: Whether the last save failed, and the next one must succeed.
     """
 
     def __init__(self, directory: Path, max_to_keep: int = 1):
@@ -47,7 +50,7 @@ class Checkpoints:
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(max_to_keep),
         )
-        self._last_save_failed = False
+        self.last_save_failed = False
 
     @property
     def latest_step(self) -> int | None:
@@ -77,9 +80,9 @@ class Checkpoints:
         require_space(self.directory, sum(x.nbytes for x in jax.tree.leaves(items)))
         with _ErrorTranslator(f"The checkpoint of step {int(state.step)}", self.directory):
             self._checkpointer.save_checkpointables_async(int(state.step), items, force=True)
-            if self._last_save_failed:  # a second failure must stop the run
+            if self.last_save_failed:  # a second failure must stop the run
                 self._checkpointer.wait()
-                self._last_save_failed = False
+                self.last_save_failed = False
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Return the state of a step, with the shapes and shardings of `abstract_state`."""
@@ -140,7 +143,7 @@ class Checkpoints:
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            self._last_save_failed = True
+            self.last_save_failed = True
             report(f"No checkpoint was written, and training continues. {error}")
 
     def wait(self):

@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 
+from radiance.base.errors import CheckpointError
 from radiance.training.checkpoints import Checkpoints, find_complete_steps
 from radiance.training.seeds import abstract_seed, select_seed, stack_states
 from radiance.training.step import TrainState
@@ -37,9 +39,16 @@ class SeedCheckpoints:
         return max(steps, default=None)
 
     def save(self, state: TrainState, report: Callable[[str], None] = print):
-        """Start to write the state of each seed, which may be donated at once."""
-        for index, checkpoints in enumerate(self._seeds):
-            checkpoints.save(select_seed(state, index), report)
+        """Start to write the state of each seed, which may be donated at once.
+
+        Seeds whose last save failed come first, and are waited for: until then the others keep the
+        newest checkpoint that all have.
+        """
+        self.wait_and_report(report)
+        for index in sorted(
+            range(len(self._seeds)), key=lambda index: not self._seeds[index].last_save_failed
+        ):
+            self._seeds[index].save(select_seed(state, index), report)
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Return the stacked state of a step, with the shapes and shardings of `abstract_state`."""
@@ -54,8 +63,9 @@ class SeedCheckpoints:
 
     def close(self):
         """Wait for the checkpoints that are being written, and release the directories."""
-        for checkpoints in self._seeds:
-            checkpoints.close()
+        with ExitStack() as stack:  # closes all, even if one fails
+            for checkpoints in self._seeds:
+                stack.callback(checkpoints.close)
 
 
 def open_checkpoints(
@@ -64,13 +74,37 @@ def open_checkpoints(
     """Return the checkpoints of one run, or of several seeds that are trained together.
 
     Checkpoints of a seed that others do not have are removed: training repeats their steps.
+
+    Raises:
+        CheckpointError: No checkpoint is common to all, and not because the first save was
+            interrupted. Nothing is removed.
     """
     if len(directories) == 1:
         return Checkpoints(directories[0], max_to_keep)
     steps = [set(find_complete_steps(directory)) for directory in directories]
     common = set.intersection(*steps)
+    if not common:
+        _check_lost_checkpoints(directories, steps)
     if jax.process_index() == 0:
         for directory, seed_steps in zip(directories, steps):
             for step in seed_steps - common:
                 shutil.rmtree(directory / str(step))
     return SeedCheckpoints(directories, max_to_keep)
+
+
+def _check_lost_checkpoints(directories: Sequence[Path], steps: Sequence[set[int]]):
+    """Raise CheckpointError if seeds without a common checkpoint have lost one.
+
+    An interrupted first save leaves at most one checkpoint in a directory, and all directories
+    exist: the trainer creates them before the first step.
+    """
+    is_missing = any(steps) and not all(directory.is_dir() for directory in directories)
+    if is_missing or any(len(seed_steps) > 1 for seed_steps in steps):
+        steps_text = "; ".join(
+            f"{directory} has {', '.join(map(str, sorted(seed_steps))) or 'none'}"
+            for directory, seed_steps in zip(directories, steps)
+        )
+        raise CheckpointError(
+            f"The seeds have no checkpoint of the same step ({steps_text}): restore the missing "
+            "ones, or remove all run directories of the group to train it from the beginning."
+        )
