@@ -62,15 +62,15 @@ class Progress:
             self.print_line(self._format_line(metrics))
 
     def _format_line(self, metrics: Mapping[str, float]) -> str:
-        """Return the line of a log for the current step."""
-        images_per_second = self.images_per_second
-        images_left = (self.total_steps - self.current_step) * self.images_per_step
-        seconds_left = images_left / images_per_second if images_per_second else float("nan")
+        """Return the line of a log for the current step, with the time left if it is known."""
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        return (
-            f"{self.unit} {self.current_step}/{self.total_steps}  {numbers}  "
-            f"{images_per_second:.0f} images/s  {seconds_left / 60:.1f} min left"
-        )
+        line = f"{self.unit} {self.current_step}/{self.total_steps}  {numbers}"
+        images_per_second = self.images_per_second
+        if not images_per_second:  # only the first step is done, which is left out of the rate
+            return line
+        images_left = (self.total_steps - self.current_step) * self.images_per_step
+        minutes_left = images_left / images_per_second / 60
+        return f"{line}  {images_per_second:.0f} images/s  {minutes_left:.1f} min left"
 
     def print_line(self, line: str) -> None:
         """Print a line without breaking the bar."""
