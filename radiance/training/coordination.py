@@ -49,10 +49,11 @@ def exit_if_host_fails(checkpoints: Checkpoints | SeedCheckpoints) -> Iterator[N
         if jax.process_count() == 1 or isinstance(error, TrainingError):
             raise
         latest = checkpoints.latest_complete_step
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         print(
-            "radiance: another host has failed, or this one cannot continue "
-            f"({str(error).splitlines()[0][:300]}): start all hosts again with the same command, "
-            f"which resumes from {'the beginning' if latest is None else f'step {latest}'}.",
+            f"radiance: another host has failed, or this one cannot continue ({reason}): start all "
+            "hosts again with the same command, which resumes "
+            f"from {'the beginning' if latest is None else f'step {latest}'}.",
             file=sys.stderr,
             flush=True,
         )

@@ -101,6 +101,9 @@ def test_an_error_of_one_host_ends_its_process_at_once(monkeypatch, capsys):
     assert error_output.count("start all hosts again") == 1
     assert "(an image is gone)" in error_output
     assert "from step 7." in error_output
+    with coordination.exit_if_host_fails(SimpleNamespace(latest_complete_step=None)):
+        raise AssertionError  # without a message
+    assert "(AssertionError): start all hosts again" in capsys.readouterr().err
 
 
 def test_other_models_have_no_reference_loss(file):
