@@ -31,7 +31,7 @@ class TrainingOutcome(NamedTuple):
     Attributes:
         state: State of all seeds, on a leading axis.
         curve: Validation losses of the seeds during training, by step.
-        seconds: Time of training with validation, over all starts.
+        seconds: Time of training with validation, samples and checkpoints, over all starts.
     """
 
     state: TrainState

@@ -44,10 +44,7 @@ def make_callbacks(trainer: Trainer) -> list[Callback]:
     callbacks: list[Callback] = [CheckFinite(), Log(run), ShowProgress(), Validate(run)]
     if run.optimizer.ema_widths:
         callbacks.append(Snapshot(trainer))
-    callbacks.append(Checkpoint(run))
-    if trainer.inputs.prompts:
-        callbacks.append(Sample(run))
-    return callbacks
+    return [*callbacks, Checkpoint(run), Sample(run)]
 
 
 class CheckFinite(Callback):
@@ -81,7 +78,7 @@ class Log(Callback):
         } | compute_throughput(trainer.run, images_per_second / trainer.mesh.size, feed.shapes)
         rows = []
         for index, writer in enumerate(trainer.writers):
-            seed_metrics = trainer.select_seed(metrics, index)
+            seed_metrics = trainer.seed_metrics(metrics, index)
             skipped_steps = int(seed_metrics["skipped_steps"])
             norms = {part: float(norm) for part, norm in seed_metrics["gradient_norms"].items()}
             row = {

@@ -66,7 +66,7 @@ class RunInputs:
     sources: Mapping[str, Source]  # train and validation
     data: Mapping[str, Any]  # identities of data, text encoder, base and teacher, for data.json
     num_images: int
-    prompts: tuple[str, ...]  # of the samples during training; none: no samples
+    prompts: tuple[str, ...]  # of the samples during training
     abstract_state: TrainState  # shapes and shardings, stacked for several seeds
     reference_loss: ReferenceLoss | None  # that the weights of `init` had before
     batches: tuple[BatchSource, ...]  # of each seed

@@ -1,7 +1,6 @@
 """The state of a training in progress, on which the training loop and its callbacks act."""
 
 from contextlib import ExitStack, closing
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from radiance.training.progress import Progress, StepProfiler
 from radiance.training.run_directory import MetricWriter, NullMetricWriter
 from radiance.training.seed_checkpoints import open_checkpoints
 from radiance.training.seeds import select_seed
-from radiance.training.step import TrainState
+from radiance.training.step import Metrics, TrainState
 from radiance.training.tracking import Loggers
 from radiance.training.validation import Validator, select_params
 
@@ -84,7 +83,7 @@ class Trainer:
 
     def _print_start(self, origin: str):
         paths = ", ".join(str(directory.path) for directory in self.inputs.directories)
-        num_params = count_params(self.seed_state(0).params)
+        num_params = count_params(self.inputs.abstract_state.params) // len(self.inputs.runs)
         print(
             f"{paths}: {num_params / 1e6:.1f} M parameters, {self.inputs.num_images} images, "
             f"{self.mesh.size} device(s), {origin}.",
@@ -121,9 +120,9 @@ class Trainer:
         """Return whether an action with an interval is due after `step`; all are after the last."""
         return self.step % every == 0 or self.step == self.run.train.steps
 
-    def select_seed(self, tree: Any, index: int) -> Any:
-        """Return the part of one seed of a tree whose leaves have a leading axis for several."""
-        return jax.tree.map(lambda x: x[index], tree) if self.is_group else tree
+    def seed_metrics(self, metrics: Metrics, index: int) -> Metrics:
+        """Return the metrics of one seed."""
+        return jax.tree.map(lambda x: x[index], metrics) if self.is_group else metrics
 
     def seed_state(self, index: int) -> TrainState:
         """Return the state of one seed."""
@@ -161,7 +160,6 @@ class Trainer:
         """Return whether an interruption prevented the samples after the newest checkpoint."""
         is_missing = (
             self.step > 0
-            and bool(self.inputs.prompts)
             and self.run.model.channels == 3
             and self.is_due(self.run.train.sample_every)
             and not all(d.sample_path(self.step).is_file() for d in self.inputs.directories)
