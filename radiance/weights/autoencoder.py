@@ -126,9 +126,8 @@ LEAF_TO_TENSOR: dict[str, Callable[[Any], Any]] = {
     "vector": lambda x: x,
     "matrix": lambda x: x.T,  # [in, out] → [out, in]
     "pointwise": lambda x: x.T[:, :, None, None],  # the same matrix as a 1×1 convolution
-    "conv": lambda x: x.transpose(
-        3, 2, 0, 1
-    ),  # [height, width, in, out] → [out, in, height, width]
+    # [height, width, in, out] → [out, in, height, width]
+    "conv": lambda x: x.transpose(3, 2, 0, 1),
 }
 TENSOR_TO_LEAF: dict[str, Callable[[Any], Any]] = {
     "vector": lambda x: x,

@@ -137,7 +137,7 @@ class Checkpoint:
         return self.get_tensor if isinstance(self.get_tensor, FileTensors) else None
 
     def _tensor_reader(self, formats: Mapping[str, str]) -> native.TensorGetter:
-        """Return a function that reads tensors quantized if all of their leaves stay so."""
+        """Return a reader that leaves a tensor quantized if all its leaves keep its format."""
         sources = native.native_layout(self.model)[1]
 
         def read_tensor(name: str) -> np.ndarray | QuantizedTensor:
@@ -265,7 +265,7 @@ def read_validation_loss(file: Tensors) -> float | None:
 
 
 def drop_validation_loss(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that remain true after the weights were changed."""
+    """Return the metadata without the validation loss, which is not that of changed weights."""
     return {key: value for key, value in metadata.items() if key != LOSS_KEY}
 
 

@@ -209,10 +209,10 @@ def _check_dtype(export_format: str, dtype: str | None):
 
 
 def infer_format(path: Path) -> str:
-    """Return the format that the suffix of a path stands for.
+    """Return the export format of a path by its suffix.
 
     Raises:
-        CheckpointError: If it stands for none.
+        CheckpointError: If no format has the suffix.
     """
     if path.suffix not in FORMATS_BY_SUFFIX:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from radiance.weights.native_rules import count_blocks
 from radiance.weights.tensors import TensorShapes
 
 MODEL_KEY = "radiance.model"  # of the metadata
-# Empty tensors by which readers recognize a variant, and the setting that each stands for.
+# Empty tensors by which readers recognize a variant, and the setting that each determines.
 MARKERS = {"__x0__": "prediction", "__32x32__": "patch", "__sequential__": "text_ids"}
 KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "params.")
 # Substrings of tensor names, and the kind of file that contains them.
@@ -207,7 +207,7 @@ def _is_latent(shapes: TensorShapes) -> bool:
 
 
 def _infer_trunk(shapes: TensorShapes, known_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return widths and depths of the blocks, and the settings that markers stand for."""
+    """Return widths and depths of the blocks, and the settings that markers determine."""
     num_double_blocks = count_blocks(shapes, "double_blocks.{i}.img_attn.qkv.weight")
     hidden, text_dim = shapes["txt_in.weight"]
     if num_double_blocks:

@@ -55,7 +55,7 @@ def _rebuild(
 
 
 def graft(trunk: Checkpoint, pixel_model: config.Model, seed: int = 0) -> Checkpoint:
-    """Return a pixel model with the trunk of another model, which is how Radiance was started.
+    """Return a pixel model with the trunk of another model, as Radiance started from Chroma.
 
     Blocks, modulation and text projection come from `trunk`. Patch embedding and pixel head are
     initialized, and the head predicts zeros.

@@ -123,18 +123,20 @@ class Tensors:
             self._check_shape(key, location)
             if key.endswith(".comfy_quant"):
                 self._check_rotation(key, location)
-        scale_keys = [
-            key
+        weight_keys = {
+            key: _weight_key(key)
             for key in locations
             if key.endswith(SCALE_SUFFIXES) and _weight_key(key) in locations
-        ]
-        for key in scale_keys:
-            self._check_scales(key, locations[key], locations[_weight_key(key)])
-        self._scale_locations = {_weight_key(key): locations[key] for key in scale_keys}
+        }  # by the keys of their scales
+        for key, weight_key in weight_keys.items():
+            self._check_scales(key, locations[key], locations[weight_key])
+        self._scale_locations = {
+            weight_key: locations[key] for key, weight_key in weight_keys.items()
+        }
         self.locations = {
             key: location
             for key, location in locations.items()
-            if key not in scale_keys and not key.endswith(METADATA_SUFFIXES)
+            if key not in weight_keys and not key.endswith(METADATA_SUFFIXES)
         }
         self.shapes: TensorShapes = {k: loc.shape for k, loc in self.locations.items()}
         self.dtypes: Mapping[str, str] = {k: loc.dtype for k, loc in self.locations.items()}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from radiance.base.errors import CheckpointError, OutputError
-from radiance.weights import tensors
 from radiance.weights.gguf import (
     UNQUANTIZED_TYPES,
     decode_gguf_values,
@@ -16,7 +15,7 @@ from radiance.weights.gguf import (
     write_gguf,
 )
 from radiance.weights.opening import open_tensors
-from radiance.weights.tensors import DTYPES_BY_CODE
+from radiance.weights.tensors import DTYPES, DTYPES_BY_CODE
 from tests.helpers.toy_files import sentence
 
 QUANTIZATION_TYPES = gguf.GGMLQuantizationType
@@ -333,7 +332,7 @@ def test_the_package_reads_the_written_file(values, tmp_path):
             assert 0 < np.abs(read - exact).max() < (0.02 if t.name == "q8" else 0.4)
         else:
             np.testing.assert_array_equal(
-                read, exact.astype(tensors.DTYPES[TYPES[t.name]]).astype(np.float32)
+                read, exact.astype(DTYPES[TYPES[t.name]]).astype(np.float32)
             )
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.weights import checkpoint, diffusers, lora, native
+from radiance.weights.formats import LORA_NAMINGS
 from radiance.weights.lora import LoraPair, LoraWeights
 from radiance.weights.lora_adapters import apply_loras
 from tests.helpers.toy_loras import (
@@ -180,6 +181,10 @@ def test_written_lora_is_read_back(naming, model, tmp_path):
         )
         assert rounded.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_every_naming_scheme_can_be_requested():
+    assert tuple(lora.NAMING_SCHEMES) == LORA_NAMINGS
 
 
 def test_written_names(tmp_path):

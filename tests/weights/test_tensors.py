@@ -10,9 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from radiance.base.errors import CheckpointError, OutputError
-from radiance.weights import tensors
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors, write_safetensors_stream
+from radiance.weights.tensors import (
+    DTYPES,
+    DTYPES_BY_CODE,
+    SCALE_SUFFIXES,
+    cast_array,
+    is_finite,
+)
 from tests.helpers.toy_files import sentence
 
 F32 = np.dtype(np.float32)
@@ -45,9 +51,9 @@ def write_raw(path, header, data=b""):
 # --- reading --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", tensors.DTYPES_BY_CODE)
+@pytest.mark.parametrize("code", DTYPES_BY_CODE)
 def test_every_type_is_read_as_stored(code, tmp_path):
-    dtype = tensors.DTYPES_BY_CODE[code]
+    dtype = DTYPES_BY_CODE[code]
     values = np.arange(6).reshape(2, 3).astype(dtype)
     entry = {"dtype": code, "shape": [2, 3], "data_offsets": [0, values.nbytes]}
     opened = open_tensors(write_raw(tmp_path / "x.safetensors", {"x": entry}, values.tobytes()))
@@ -78,7 +84,7 @@ def test_reading_a_tensor_of_unknown_type_fails(tmp_path):
         np.ones((4, 1), np.float32),
     ],
 )
-@pytest.mark.parametrize("suffix", tensors.SCALE_SUFFIXES)
+@pytest.mark.parametrize("suffix", SCALE_SUFFIXES)
 def test_values_are_multiplied_by_their_scales(dtype, scale, suffix, tmp_path):
     """Scaled fp8 and int8 files have one scale, or one per row; their hints are no weights."""
     values = np.array(
@@ -345,22 +351,22 @@ def test_other_readers_read_the_written_file(tmp_path):
 )
 def test_values_that_a_type_cannot_hold_are_rejected(value, message):
     with pytest.raises(CheckpointError, match=message) as error:
-        tensors.cast_array(np.full(3, value, np.float32), np.dtype(np.float16), "x")
+        cast_array(np.full(3, value, np.float32), np.dtype(np.float16), "x")
     sentence(error)
 
 
-@pytest.mark.parametrize("name", tensors.DTYPES)
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_is_finite_detects_every_nonfinite_value(name, value):
-    dtype = tensors.DTYPES[name]
+    dtype = DTYPES[name]
     all_values = np.arange(1 << min(8 * dtype.itemsize, 16)).astype(f"u{min(dtype.itemsize, 2)}")
     all_values = (
         all_values.view(dtype) if dtype.itemsize < 3 else all_values.view(np.int16).astype(dtype)
     )
     with np.errstate(invalid="ignore"):
         finite_values = all_values[np.isfinite(all_values)]
-    assert tensors.is_finite(finite_values)
-    assert not tensors.is_finite(np.append(finite_values, np.array(value, dtype)))
+    assert is_finite(finite_values)
+    assert not is_finite(np.append(finite_values, np.array(value, dtype)))
 
 
 # --- failed writes --------------------------------------------------------------------------------
