@@ -107,7 +107,7 @@ def test_the_same_weights_have_the_same_identity(folder):
 
 @pytest.mark.reference
 def test_other_folders_are_errors(folder, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no safetensors"):
+    with pytest.raises(CheckpointError, match="contains no safetensors"):
         ClipScorer(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
