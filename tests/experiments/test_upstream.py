@@ -30,14 +30,14 @@ def parse_effect(output: str) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name in EFFECTS if name not in TORCH])
-def test_a_fault_is_run_script(name, capsys):
+def test_a_fault_is_reproduced(name, capsys):
     assert parse_effect(run_script(name, capsys)) == pytest.approx(EFFECTS[name], rel=0.3)
 
 
 @pytest.mark.reference
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCH)
-def test_a_fault_of_the_installed_package_is_run_script(name, capsys, monkeypatch):
+def test_a_fault_of_the_installed_package_is_reproduced(name, capsys, monkeypatch):
     """An effect of 0 means that the package was fixed: note it in the table."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
