@@ -15,8 +15,9 @@ from radiance.base.errors import CheckpointError
 from radiance.distributed.sharding import host_shardings, make_mesh, make_shardings
 from radiance.flow.schedules import make_time_schedule
 from radiance.model.transformer import Params, make_abstract_params
-from radiance.pipeline import LatentDecoder, Pipeline, encode_prompts
+from radiance.pipeline import LatentDecoder, Pipeline
 from radiance.text.factory import make_encoder
+from radiance.text.prompts import encode_prompts
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.initialization import identify_weights, load_base_params
 from radiance.training.lora import to_lora_weights

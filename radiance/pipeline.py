@@ -1,29 +1,30 @@
 """Generate images from prompts with a model, its text encoder and an autoencoder for latents."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from PIL import Image
 
 from radiance import config
-from radiance.base.images import to_image, to_signed
-from radiance.base.settings import require
+from radiance.base.images import to_image
 from radiance.distributed.sharding import gather_array
-from radiance.flow.sampler import StartImage, TextCondition, compute_modulations, generate_images
+from radiance.flow.guidance import TextCondition
+from radiance.flow.inpainting import InitImage
+from radiance.flow.sampler import compute_modulations, generate_images
 from radiance.flow.schedules import compute_step_lengths, make_time_schedule
 from radiance.model import autoencoder
 from radiance.model.modulation import ModulationVectors
-from radiance.model.transformer import Params, visible_lengths
-from radiance.text.encoder import TextEncoder, round_up_length
+from radiance.model.transformer import Params
+from radiance.text.encoder import TextEncoder
 from radiance.text.factory import make_encoder
+from radiance.text.prompts import count_visible_tokens, encode_prompts
 
 DECODE_TILE_SIZE = 1024  # pixels; larger images are decoded from latents in tiles of this size
 
@@ -35,77 +36,7 @@ class GeneratedImage(NamedTuple):
     metadata: dict[str, Any]  # prompt, seed, size, settings and model
 
 
-@dataclass(frozen=True, eq=False)
-class InitImage:
-    """An image that sampling starts from.
-
-    Attributes:
-        image: The pixels.
-        mask: 1 where pixels are sampled anew, 0 where they remain unchanged, and between where the
-            two are blended. None: all pixels are sampled anew.
-        strength: The time in (0, 1] that sampling starts at. Near 0 little changes; at 1 the
-            sampled pixels do not depend on the image.
-
-    Raises:
-        ConfigError: For a mask of another size, or an impossible strength.
-    """
-
-    image: UInt8[np.ndarray, "height width 3"]
-    mask: Float32[np.ndarray, "height width"] | None = None
-    strength: float = 1.0
-
-    def __post_init__(self):
-        require(
-            0 < self.strength <= 1,
-            f"strength={self.strength} must be more than 0 and at most 1: it is the time that "
-            "sampling starts at.",
-        )
-        if self.mask is not None:
-            mask_size, image_size = (
-                "×".join(map(str, x.shape[1::-1])) for x in (self.mask, self.image)
-            )
-            require(
-                mask_size == image_size,
-                f"The mask has {mask_size} pixels, and the image {image_size}: give them the same "
-                "size.",
-            )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        height, width = self.image.shape[:2]
-        return width, height
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Metadata of a PNG file: the strength, and hashes of the pixels of image and mask."""
-        arrays = {"image": self.image, "mask": self.mask}
-        hashes = {
-            name: hashlib.blake2b(x.tobytes(), digest_size=8).hexdigest()
-            for name, x in arrays.items()
-            if x is not None
-        }
-        return {"start": {"strength": self.strength, **hashes}}
-
-    def to_start_image(self, height: int, width: int, batch_size: int) -> StartImage:
-        """Return the image for the sampler, repeated for a batch.
-
-        Args:
-            height: Height of the samples; the last row is repeated to reach it.
-            width: Width of the samples; the last column is repeated to reach it.
-            batch_size: Number of samples.
-        """
-        mask = np.ones(self.image.shape[:2], np.float32) if self.mask is None else self.mask
-        padding = [(0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)]
-        return StartImage(
-            *(
-                np.repeat(np.pad(x, padding, "edge")[None], batch_size, axis=0)
-                for x in (to_signed(self.image), mask[..., None])
-            )
-        )
-
-
-class Trajectory(NamedTuple):
+class GeneratedTrajectory(NamedTuple):
     """States from noise to images, about in [-1, 1]; of latent models, to latents."""
 
     times: Float32[np.ndarray, " steps+1"]  # decreasing from 1 to 0
@@ -308,7 +239,7 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         settings: config.Sample | None = None,
-    ) -> Trajectory:
+    ) -> GeneratedTrajectory:
         """Return the trajectories of the images of `generate`.
 
         All states are in memory: the number of steps and one more for each image. The arguments
@@ -318,7 +249,9 @@ class Pipeline:
             prompts, seeds, width, height, settings
         )
         states = list(self.iter_trajectories(prompts, seeds, width, height, settings))
-        return Trajectory(self._make_times(width, height, settings), np.concatenate(states, axis=1))
+        return GeneratedTrajectory(
+            self._make_times(width, height, settings), np.concatenate(states, axis=1)
+        )
 
     def iter_trajectories(
         self,
@@ -328,7 +261,10 @@ class Pipeline:
         height: int,
         settings: config.Sample,
     ) -> Iterator[Float32[np.ndarray, "steps+1 b rows columns c"]]:
-        """Yield `Trajectory.noisy` batch by batch. The arguments are those of `generate`."""
+        """Yield the states of trajectories batch by batch.
+
+        The arguments are those of `generate`.
+        """
         return self._run_sampler(prompts, seeds, width, height, settings, return_trajectory=True)
 
     def _make_times(
@@ -372,7 +308,7 @@ class Pipeline:
             indices = np.minimum(indices, len(prompts) - 1)  # pads the last batch
             positive, negative = encode_prompts(
                 self.encoder,
-                [prompts[index] for index in indices],
+                [prompts[index] for index in indices.tolist()],
                 settings,
                 run.model.masking,
                 num_tokens,
@@ -426,51 +362,3 @@ class Pipeline:
             ):
                 self._modulation = jax.device_get(modulation)
         return self._cached_vectors[1]
-
-
-def encode_prompts(
-    encoder: TextEncoder,
-    prompts: Sequence[str],
-    settings: config.Sample,
-    masking: str,
-    num_tokens: int | None = None,
-) -> tuple[TextCondition, TextCondition]:
-    """Encode prompts, and the text of the unconditional prediction.
-
-    Texts are padded to a common length. Tokens beyond it are masked in any case.
-
-    Args:
-        encoder: The text encoder.
-        prompts: Texts.
-        settings: Settings of sampling, which determine the unconditional text: the negative prompt,
-            or a text of length 0.
-        masking: `model.masking`.
-        num_tokens: The common length; the shortest with all visible tokens when None.
-
-    Returns:
-        Conditions of the prompts, and of the unconditional text.
-    """
-    encoded = encoder.encode([*prompts, settings.negative_prompt])
-    text, lengths = encoder.pad_embeddings(
-        encoded,
-        num_tokens or count_visible_tokens(encoder, [*prompts, settings.negative_prompt], masking),
-    )
-    if settings.unconditional == "masked":
-        lengths[-1] = 0
-    return TextCondition(text[:-1], lengths[:-1]), TextCondition(text[-1:], lengths[-1:])
-
-
-def count_visible_tokens(encoder: TextEncoder, texts: Sequence[str], masking: str) -> int:
-    """Return a length that contains the visible tokens of all texts.
-
-    It is rounded up, so that few programs are compiled.
-
-    Raises:
-        TextError: For a text over the limit of the encoder.
-    """
-    counts = np.array([encoder.count_tokens(text) for text in texts])
-    for text, count in zip(texts, counts.tolist()):
-        encoder.check_length(text, count, truncate=False)
-    return round_up_length(
-        int(visible_lengths(counts, encoder.max_length, masking).max()), encoder.max_length
-    )

@@ -18,7 +18,7 @@ from radiance.cli import main
 from radiance.flow.sampler import sample_from_noise
 from radiance.flow.schedules import make_time_schedule
 from radiance.model.transformer import bind_model
-from radiance.pipeline import encode_prompts
+from radiance.text.prompts import encode_prompts
 from radiance.weights import checkpoint
 from tests.helpers.toy_models import toy_model, toy_params
 from tests.helpers.toy_t5 import CAPTIONS, TOY, toy_folder

@@ -17,8 +17,8 @@ from radiance.data.datasets import open_source
 from radiance.flow.sampler import generate_images
 from radiance.loading import make_prompts_writer
 from radiance.model import autoencoder
-from radiance.pipeline import encode_prompts
 from radiance.text.factory import make_encoder
+from radiance.text.prompts import encode_prompts
 from radiance.training import validation
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import RunDirectory

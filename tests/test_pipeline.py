@@ -9,10 +9,12 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import TextError
 from radiance.base.images import save_png, to_image
+from radiance.flow.inpainting import InitImage
 from radiance.flow.sampler import compute_modulations, generate_images
 from radiance.loading import load
 from radiance.model.transformer import bind_model
-from radiance.pipeline import InitImage, Pipeline, encode_prompts
+from radiance.pipeline import Pipeline
+from radiance.text.prompts import encode_prompts
 from tests.helpers.toy_models import toy_params
 from tests.helpers.toy_runs import toy_run
 
@@ -128,7 +130,9 @@ def test_shorter_padding_of_texts_changes_nothing(pipeline, monkeypatch):
     assert positive.text.shape[1] == 16
     assert negative.text.shape[1] == 16
     cut = pipeline(["a one"])
-    monkeypatch.setattr("radiance.pipeline.round_up_length", lambda length, max_length: max_length)
+    monkeypatch.setattr(
+        "radiance.text.prompts.round_up_length", lambda length, max_length: max_length
+    )
     assert (
         encode_prompts(pipeline.encoder, ["a one"], pipeline.run.sample, "one_pad")[0].text.shape[1]
         == 40

@@ -34,7 +34,8 @@ from radiance.cli.output import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from radiance.pipeline import GeneratedImage, InitImage, Pipeline
+    from radiance.flow.inpainting import InitImage
+    from radiance.pipeline import GeneratedImage, Pipeline
 
 MAX_SHEET_COLUMNS = 10
 
@@ -281,7 +282,7 @@ def _load_init_image(options: argparse.Namespace) -> InitImage | None:
         return None
     import numpy as np
 
-    from radiance.pipeline import InitImage
+    from radiance.flow.inpainting import InitImage
 
     mask = None
     if options.mask:

@@ -12,8 +12,9 @@ from radiance.distributed.sharding import host_shardings, make_shardings, put_gl
 from radiance.flow.distillation import Teacher
 from radiance.model.paths import is_always_float32
 from radiance.model.transformer import Params, make_abstract_params
-from radiance.pipeline import Pipeline, encode_prompts
+from radiance.pipeline import Pipeline
 from radiance.text.encoder import TextEncoder
+from radiance.text.prompts import encode_prompts
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import RunDirectory, is_run_directory
 from radiance.training.seed_checkpoints import SeedCheckpoints
