@@ -124,18 +124,28 @@ def parse_mesh(text: str) -> config.Mesh:
 def parse_seeds(text: str) -> list[int]:
     """Parse seeds such as "0-3" or "1,5,9"."""
     values = []
-    for item in text.split(","):
-        low, dash, high = item.partition("-")
-        values += range(int(low), int(high) + 1) if dash else [int(low)]
+    try:
+        for item in text.split(","):
+            low, dash, high = item.partition("-")
+            values += range(int(low), int(high) + 1) if dash else [int(low)]
+    except ValueError:
+        values = []
     if not values or max(values) >= 2**32:
-        raise argparse.ArgumentTypeError("seeds are whole numbers below 2**32")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: seeds are whole numbers below 2**32, such as 0-3 or 1,5,9"
+        )
     return values
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Parse WIDTHxHEIGHT, or the side of a square, in pixels."""
     width, _, height = text.lower().partition("x")
-    dimensions = int(width), int(height or width)
+    try:
+        dimensions = int(width), int(height or width)
+    except ValueError:
+        dimensions = 0, 0
     if min(dimensions) < 1:
-        raise argparse.ArgumentTypeError("a size is WIDTHxHEIGHT in pixels")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a size is WIDTHxHEIGHT in pixels, such as 1024x768"
+        )
     return dimensions

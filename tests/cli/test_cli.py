@@ -45,7 +45,7 @@ def read_error(capsys, *arguments) -> str:
 
 
 def test_help_comes_without_jax():
-    """JAX takes seconds, and reads the environment that `prepare` sets."""
+    """JAX takes seconds to import, and reads the variables that `prepare_environment` sets."""
     script = """
 import sys
 from radiance.cli import main
@@ -209,7 +209,7 @@ def test_no_contact_sheet_of_many_images_is_made(trained, tmp_path, capsys, monk
     assert "2 images of 2 are in" in capsys.readouterr().out
 
 
-def test_sample_from_a_image(capsys, trained, tmp_path):
+def test_sample_from_an_image(capsys, trained, tmp_path):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 12, 3)).astype(np.uint8))
     mask = Image.new("L", (12, 9))
     mask.paste(255, (4, 0, 12, 9))
@@ -360,7 +360,7 @@ def test_experiments_have_dotted_names(monkeypatch, tmp_path):
 def test_experiments(tmp_path):
     run = load_experiment("experiments/quickstart.py")
     assert run.name == "quickstart"
-    file = tmp_path / "arms.py"
+    file = tmp_path / "variants.py"
     file.write_text(
         "from radiance import config as c\n"
         "VARIANTS = {\n"
@@ -369,9 +369,9 @@ def test_experiments(tmp_path):
         "}\n"
         "\n\ndef config():\n    return c.Config()\n"
     )
-    arm = load_experiment(f"{file}:none")
-    assert arm.model.modulation == "none"
-    assert arm.name == "run-none"
+    variant = load_experiment(f"{file}:none")
+    assert variant.model.modulation == "none"
+    assert variant.name == "run-none"
     both = load_experiment(f"{file}:shared:none")  # the later one counts
     assert (both.model.modulation, both.data.batch_size, both.name) == (
         "none",
@@ -522,9 +522,9 @@ def test_sizes_that_do_not_divide_are_reported(capsys):
     assert "complete patches" in read_error(
         capsys, "train", "experiments/quickstart.py", "data.resolution=18"
     )
-    assert "does not divide into 3 microbatches" in read_error(
+    assert "optimizer.gradient_accumulation_steps=3 microbatches" in read_error(
         capsys, "train", "experiments/quickstart.py", "optimizer.gradient_accumulation_steps=3"
-    ).replace("optimizer.gradient_accumulation_steps=3 microbatches", "3 microbatches")
+    )
     assert "there are 1" in read_error(capsys, "train", "experiments/quickstart.py", "mesh.fsdp=3")
 
 
@@ -547,6 +547,21 @@ def test_hosts_wait_for_each_other(error, waits, monkeypatch):
             if error:
                 raise error
     assert waited == [("done", hosts.BARRIER_TIMEOUT_MS)] * waits
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seeds", "one", "'one': seeds are whole numbers"),
+        ("--seeds", "5-3", "'5-3': seeds are whole numbers"),
+        ("--size", "12by8", "'12by8': a size is WIDTHxHEIGHT"),
+        ("--size", "0x8", "'0x8': a size is WIDTHxHEIGHT"),
+    ],
+)
+def test_values_of_another_form_are_reported_by_argparse(option, value, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "MODEL", option, value])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
 def test_missing_and_wrong_inputs_are_reported(capsys, trained, tmp_path):
