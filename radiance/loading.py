@@ -146,7 +146,7 @@ class _RunModel:
         """Load the newest checkpoint; of a LoRA run, the base and its adapters."""
         if run.lora.rank:
             check_base_identity(RunDirectory(Path(self.path)), run)
-            run_lora = trained_lora(self.path, run)
+            run_lora = load_trained_lora(self.path, run)
             if weight_format is not None:
                 run = config.override(run, [f"lora.weight_format={weight_format}"])
             return _LoadedParams(
@@ -188,7 +188,7 @@ def _open_source(
         _reject_model_overrides(model, model_overrides)
         return _RunModel(model, run)
     checkpoint = open_checkpoint(model, run and run.model, **model_overrides)
-    return _FileModel(checkpoint, run or make_sampling_config(checkpoint, dtype), dtype)
+    return _FileModel(checkpoint, run or make_file_config(checkpoint, dtype), dtype)
 
 
 def _resolve_settings(
@@ -265,8 +265,8 @@ def _check_loadable(run: config.Config, model: str | Path, autoencoder: str):
 # --- weights of runs and files --------------------------------------------------------------------
 
 
-def trained_lora(model: str | Path, run: config.Config) -> lora_files.LoraWeights:
-    """Return the LoRA of a run at its newest checkpoint."""
+def load_trained_lora(model: str | Path, run: config.Config) -> lora_files.LoraWeights:
+    """Load the LoRA of a run at its newest checkpoint."""
     return to_lora_weights(run, *restore_run_weights(model, run))
 
 
@@ -332,7 +332,8 @@ def _open_run(model: str | Path, weights: str | None) -> Checkpoint:
             base = open_model(run.init)
         else:
             base = open_checkpoint(run.init, run.model)
-        return replace(lora_files.merge_lora(base, trained_lora(model, run)), metadata=metadata)
+        merged = lora_files.merge_lora(base, load_trained_lora(model, run))
+        return replace(merged, metadata=metadata)
     shardings = host_shardings(make_abstract_params(run.model))
     return checkpoint_from_params(run.model, *restore_run_weights(model, run, shardings), metadata)
 
@@ -362,7 +363,7 @@ def _make_export_metadata(run: config.Config) -> dict[str, str]:
     return {RUN_METADATA_KEY: json.dumps(settings)}
 
 
-def make_sampling_config(checkpoint: Checkpoint, dtype: str) -> config.Config:
+def make_file_config(checkpoint: Checkpoint, dtype: str) -> config.Config:
     """Return the settings to sample a checkpoint file with.
 
     They are those of the run that exported it, or those that suit the published model.

@@ -275,12 +275,13 @@ def test_a_lora_at_a_strength(files, tmp_path):
     )
     assert np.abs(plain - half).max() > 1
     assert np.abs(half - sample_once("merged")).max() <= 1
-    facts = [Image.open(path).text["model"] for path in sorted(tmp_path.glob("base*/*_seed*.png"))]
-    assert sum("lora.safetensors" in model for model in facts) == 2
-    assert any("+ 0.5 × " in model for model in facts)
+    paths = sorted(tmp_path.glob("base*/*_seed*.png"))
+    origins = [Image.open(path).text["model"] for path in paths]
+    assert sum("lora.safetensors" in model for model in origins) == 2
+    assert any("+ 0.5 × " in model for model in origins)
 
 
-def test_a_preset_of_a_run_that_was_trained_at_several_sides(tmp_path):
+def test_a_preset_of_a_run_that_was_trained_at_several_resolutions(tmp_path):
     run = toy_run(
         tmp_path,
         str(tmp_path),
@@ -324,7 +325,7 @@ def test_missing_or_unfit_files_are_reported_in_a_sentence(files, name, argument
 
 
 def test_options_describe_what_a_file_does_not_contain(files, tmp_path):
-    """A checkpoint of the days before the marker."""
+    """A checkpoint from before the marker existed."""
     named = dict(text_encoder=str(files / "t5"), changes=QUICK)
     described = radiance.load(files / "pixels.safetensors", text_ids="sequential", **named)
     assert described.run.model.text_ids == "sequential"
@@ -369,7 +370,7 @@ def test_a_run_exports_what_it_takes_to_sample_it(run, tmp_path, capsys):
 
 
 def read_error(capsys, *arguments) -> str:
-    """The one line that a command says when it refuses."""
+    """The one line that a failing command prints."""
     assert main([str(x) for x in arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line

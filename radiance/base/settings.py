@@ -57,7 +57,7 @@ class Section:
         """Return the predefined section of that name.
 
         Raises:
-            ConfigError: When there is none, as here, where no section is predefined.
+            ConfigError: When there is none. This base class has none.
         """
         section, first = cls.__name__.lower(), next(iter(_type_hints(cls)))
         raise ConfigError(

@@ -122,10 +122,7 @@ def _load_suite(suite_address: str) -> tuple[str, Suite]:
     module_suites = (
         {"": module.SUITE} if hasattr(module, "SUITE") else getattr(module, "SUITES", {})
     )
-    suites = {
-        f"{path}:{suite_name}" if suite_name else path: suite
-        for suite_name, suite in module_suites.items()
-    }
+    suites = {f"{path}:{name}" if name else path: suite for name, suite in module_suites.items()}
     if not suites:
         raise config.ConfigError(f"{path} is not a suite: it has no SUITE.")
     address = f"{path}:{suite_name}" if suite_name else path

@@ -347,11 +347,12 @@ def _write_lora(
 def _write_trained_lora(
     options: argparse.Namespace, run: config.Config, naming: str, dtype: str
 ) -> int:
-    from radiance.loading import trained_lora
+    from radiance.loading import load_trained_lora
     from radiance.weights import lora
 
     weights = options.weights or run.sample.weights
-    result = trained_lora(options.model, replace(run, sample=replace(run.sample, weights=weights)))
+    run = replace(run, sample=replace(run.sample, weights=weights))
+    result = load_trained_lora(options.model, run)
     lora.write_lora(options.out, result, naming, dtype)
     print(f"{result.origin} is written to {options.out}: {len(result.pairs)} matrices.")
     return 0

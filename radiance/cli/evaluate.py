@@ -292,8 +292,7 @@ def _format_result(result: Mapping[str, Any]) -> str:
             [
                 ("time", "loss"),
                 *((label, _format_number(loss)) for label, loss in zip(bin_labels, bins)),
-            ],
-            num_text_columns=1,
+            ]
         ),
     ]
     if sampling := result.get("sampling"):
@@ -302,8 +301,7 @@ def _format_result(result: Mapping[str, Any]) -> str:
                 [
                     ("samples", _format_number(sampling["images"])),
                     *((name, _format_number(x)) for name, x in sampling["metrics"].items()),
-                ],
-                num_text_columns=1,
+                ]
             )
         )
         if scenes := sampling.get("scenes"):
@@ -312,10 +310,7 @@ def _format_result(result: Mapping[str, Any]) -> str:
                 for name, x in scenes.items()
             ]
             sections.append(
-                format_table(
-                    [("agreement with captions", "fraction", "by chance"), *rows],
-                    num_text_columns=1,
-                )
+                format_table([("agreement with captions", "fraction", "by chance"), *rows])
             )
     return "\n\n".join(sections)
 

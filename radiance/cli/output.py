@@ -44,7 +44,7 @@ class Writer(Protocol):
         ...
 
     def finish(self, sheet_columns: int, metadata: Mapping[str, Any]) -> str:
-        """Write what follows the images, and return its description for the user."""
+        """Write the contact sheet, if any, and return the end of the message for the user."""
         ...
 
 

@@ -81,7 +81,7 @@ def _format_splits(splits: Mapping[str, Source | str]) -> str:
                 :MAX_EXAMPLES
             ]
         )
-    header, totals, *skipped_lines = format_table(rows, num_text_columns=1).split("\n")
+    header, totals, *skipped_lines = format_table(rows).split("\n")
     example_lines = [
         f"{line}\n  {', '.join(map(_shorten, line_examples))}"
         for line, line_examples in zip(skipped_lines, examples)
@@ -112,7 +112,7 @@ def _format_sources(run: config.Config, survey: DatasetSurvey) -> str:
                 f"{num_seen / num_images:.2f}",
             )
         )
-    return format_table(rows, num_text_columns=1)
+    return format_table(rows)
 
 
 def _format_buckets(run: config.Config, survey: DatasetSurvey) -> str:
@@ -126,7 +126,7 @@ def _format_buckets(run: config.Config, survey: DatasetSurvey) -> str:
     ]
     if len(survey.buckets) > 1:
         rows.append(("total", *(f"{sum(column):,}" for column in list(zip(*survey.buckets))[2:])))
-    lines = [format_table(rows, num_text_columns=1)]
+    lines = [format_table(rows)]
     if survey.num_upscaled:
         lines.append(
             f"Upscaled: {_pluralize(survey.num_upscaled, 'image')}, by a factor of at most "

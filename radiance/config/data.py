@@ -22,13 +22,13 @@ class Shapes(Section):
     """The procedural data set `shapes`, whose captions describe the images exactly."""
 
     caption_lengths: CaptionLengths = "mixed"
-    """Lengths of captions in tokens: up to 20; mostly short, up to max_tokens; or as long as
-    max_tokens allows."""
+    """Lengths of captions in tokens. short: up to 20; mixed: up to max_tokens, mostly short; full:
+    as many as max_tokens allows."""
     max_tokens: int = 64
     """Longest caption in tokens, including the end of the sequence."""
     max_objects: int = MAX_OBJECTS
-    """Most objects in an image, from 1 to 5. From images of one object, a small model learns in
-    minutes what captions mean."""
+    """Maximum number of objects in an image, from 1 to 5. From images of one object, a small model
+    learns in minutes what captions mean."""
     backgrounds: tuple[Background, ...] = get_args(Background)
     """Background colors. With black alone, a small model soon learns where objects are
     (experiments/one_shape.py)."""

@@ -24,8 +24,8 @@ class Distill(Section):
     """How the teacher samples. kind=guidance and mean_flow use only its guidance, which must be
     equal at all times."""
     guidance_target: Literal["prediction", "image"] = "prediction"
-    """With kind=guidance, what is guided away from the unconditional prediction: the teacher's
-    prediction, or the velocity of the training image. The latter is Chroma's rule. It needs no
+    """With kind=guidance, the conditional part of the guided target: the teacher's prediction, or
+    the velocity of the training image. The latter is Chroma's rule. It needs no
     teacher, because the student predicts the unconditional part, and the variance of its targets
     is guidance_scale² times as large."""
     segments: int = 1

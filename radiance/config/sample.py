@@ -48,7 +48,7 @@ class Sample(Section):
     """Rescale guided predictions to the spread of the conditional one (arXiv 2305.08891), from 0
     (not) to 1 (fully)."""
     min_divisor: float = 0.0
-    """Smallest divisor of x_t − x̂ in x0 models, which is otherwise the time."""
+    """Smallest number that x_t − x̂ is divided by in x0 models; larger times remain."""
     weights: str = "ema"
     """ema (the largest decay), ema=DECAY, width=WIDTH (optimizer.ema_widths) or params."""
     batch_size: int = 8

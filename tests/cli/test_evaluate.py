@@ -1,4 +1,4 @@
-"""`radiance evaluate` at toy size: what it says is what the parts say, measured by other means."""
+"""`radiance evaluate` at toy size, compared with its parts computed by other means."""
 
 import json
 from functools import partial

@@ -154,7 +154,7 @@ def test_a_run_resumes_samples_and_exports(base, tmp_path, data_directory):
     assert [row for row in metrics(interrupted) if row["step"] % 4 == 0] == [
         row for row in metrics(complete) if row["step"] % 4 == 0
     ]
-    from radiance.loading import open_model, restore_run_weights, trained_lora
+    from radiance.loading import load_trained_lora, open_model, restore_run_weights
 
     ours, _ = restore_run_weights(complete.run_dir, complete)
     assert same(ours, restore_run_weights(interrupted.run_dir, interrupted)[0])
@@ -183,7 +183,7 @@ def test_a_run_resumes_samples_and_exports(base, tmp_path, data_directory):
         == 0
     )
     assert (
-        trained_lora(complete.run_dir, complete).pairs.keys()
+        load_trained_lora(complete.run_dir, complete).pairs.keys()
         == lora.read_lora(tmp_path / "lora.safetensors", complete.model).pairs.keys()
     )
     assert open_model(tmp_path / "merged.safetensors").metadata["radiance.run"]
