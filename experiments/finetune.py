@@ -14,7 +14,7 @@ The recipe is that of the authors' trainer of the x0 model: AdamW with betas 0.9
 decay 1e-4, learning rate 1.732e-5 after 100 warm-up steps, gradients clipped to 1, caption
 dropout 0.1, logistic timesteps shifted by resolution, minimum divisor 0.05 (added). Batch size
 256 is that of its published configs; the EMA is ours. The approximator is frozen, as in every
-trainer of Chroma: it computes the modulation of all 57 blocks.
+trainer of Chroma (see OneTrainer's pull request 945): it computes the modulation of all 57 blocks.
 
 Not run at full size. By count, weights, Adam's moments, one EMA and the gradient take 185 GB over
 all devices, and a checkpoint 149 GB.

@@ -73,7 +73,7 @@ def test_imports_point_downwards(module):
         for target in GRAPH[module]
         if room(target) != own and FLOOR.get(room(target), -1) >= FLOOR[own]
     }
-    assert not upwards, f"{module} imports {sorted(upwards)}, which stand above it or beside it"
+    assert not upwards, f"{module} imports {sorted(upwards)}, which is not on a lower floor"
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
