@@ -102,7 +102,7 @@ def check_divisible(params: Any, mesh: AnyMesh):
                 )
 
 
-def make_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def make_shardings(tree: Any, mesh: AnyMesh) -> Any:
     """Return the shardings of a tree of parameters.
 
     Trees that contain parameters, such as optimizer states and averages, work too: the rules match

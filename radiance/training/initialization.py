@@ -150,7 +150,7 @@ def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Chec
     source_run = run_dir.read_config()
     if changes := config.differences(source_run.model, run.model, "model."):
         changes_text = ", ".join(
-            f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changes.items()
+            f"{key} is {old!r} in the run and {new!r} here" for key, (old, new) in changes.items()
         )
         raise config.ConfigError(
             f"{path} is a run of another model ({changes_text}): make the models equal."

@@ -237,8 +237,8 @@ def test_error_messages_of_the_command(tmp_path, capsys):
     shared_file = save(tmp_path / "x.safetensors", published(shared), shared)
     for message, arguments in {
         "only per_block": [str(shared_file), "--modulation"],
-        "is none": ["chroma1-base", "--modulation"],
-        "is data": [str(tmp_path / "x.jsonl"), "--modulation"],
+        "chroma1-base is not one": ["chroma1-base", "--modulation"],
+        "x.jsonl is not one": [str(tmp_path / "x.jsonl"), "--modulation"],
         "give that too": [str(file), "--pooled", "x"],
     }.items():
         assert main(["inspect", *arguments]) == 2

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from radiance import config
 from tests.helpers.toy_runs import written_experiment
 
+ROOT = Path(__file__).parents[2]
 WRITES = os.O_WRONLY | os.O_RDWR
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
@@ -49,9 +50,13 @@ class Forks:
     """
 
     def __init__(self, folder: Path, *prefix: str):
-        self.folder, command = folder, [*prefix, sys.executable, __file__, str(folder)]
+        self.folder = folder
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*prefix, sys.executable, "-m", __spec__.name, str(folder)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.pid = int(self._server.stdout.readline())
 

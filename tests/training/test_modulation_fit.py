@@ -144,7 +144,7 @@ def test_errors_agree_with_numpy(flux, converted, fit):
         str(worst),
     ]
     assert "pooled text vector is zero" in printed
-    assert "Chroma's tools give 0" in printed
+    assert "Chroma's tools set it to 0" in printed
 
 
 def test_the_fit_is_close(fit):

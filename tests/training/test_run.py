@@ -156,10 +156,12 @@ def test_weights_come_from_a_file_or_a_run(uninterrupted, tmp_path, capsys, monk
     assert f"from the weights of {file}" in capsys.readouterr().out
     other = config.override(run, ["model.mlp_ratio=3"])
     with pytest.raises(
-        config.ConfigError, match=r"another model .*mlp_ratio is 4.0 there, 3.0 here"
+        config.ConfigError, match=r"another model .*mlp_ratio is 4.0 in the run and 3.0 here"
     ):
         load_pretrained_params(str(run.run_dir), other)
-    with pytest.raises(CheckpointError, match=r"another model .*mlp_ratio is 4.0 there, 3.0 here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model .*mlp_ratio is 4.0 in the file and 3.0 here"
+    ):
         load_pretrained_params(str(file), other)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert same(

@@ -352,7 +352,7 @@ def test_an_empty_split_is_an_error(tmp_path):
 def test_contradictory_settings_are_errors():
     with pytest.raises(
         config.ConfigError,
-        match=r"data.path=x is not for data.source=digits: choose another source",
+        match=r"data.path=x is not used by data.source=digits: choose another source",
     ):
         config.Data(path="x")
     with pytest.raises(config.ConfigError, match=r"data.source=folder needs data.path: give"):
