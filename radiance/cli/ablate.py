@@ -1,4 +1,4 @@
-"""`radiance ablate`: train the missing variants of a suite, and write a table of its results."""
+"""`radiance ablate`: train the missing arms of a suite, and write a table of its results."""
 
 from __future__ import annotations
 

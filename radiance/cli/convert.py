@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +13,13 @@ from radiance.cli.arguments import (
     get_model_overrides,
     parse_path_with_number,
 )
+from radiance.cli.convert_lora import (
+    LORA_DTYPES,
+    add_lora_arguments,
+    count_params,
+    open_other_model,
+    write_lora,
+)
 from radiance.config.experiments import load_experiment
 from radiance.weights.formats import DTYPE_ALIASES, EXPORT_FORMATS, LORA_NAMINGS
 
@@ -22,8 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from radiance.weights.checkpoint import Checkpoint
-
-LORA_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(subparsers):
@@ -70,7 +73,7 @@ def add_parser(subparsers):
         help="merge a LoRA; a negative strength removes it",
     )
     _add_surgery_arguments(parser)
-    _add_lora_arguments(parser)
+    add_lora_arguments(parser)
     parser.add_argument(
         "--ggml-markers",
         action="store_true",
@@ -120,15 +123,6 @@ def _add_surgery_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def _add_lora_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument(
-        "--extract",
-        metavar="BASE",
-        help="write the difference of MODEL and BASE as a LoRA (--to peft or kohya)",
-    )
-    parser.add_argument("--rank", type=int, default=32, help="rank of the extracted LoRA")
-
-
 def main(options: argparse.Namespace) -> int:
     """Write MODEL to OUT tensor by tensor, and report what was changed.
 
@@ -145,10 +139,10 @@ def main(options: argparse.Namespace) -> int:
         from radiance.weights import surgery
 
         checkpoint = surgery.merge_checkpoints(
-            checkpoint, _open_other(options.merge[0], options), options.merge[1]
+            checkpoint, open_other_model(options.merge[0], options), options.merge[1]
         )
     if target_format in LORA_NAMINGS:
-        return _write_lora(options, checkpoint, target_format, dtype or "bfloat16")
+        return write_lora(options, checkpoint, target_format, dtype or "bfloat16")
     checkpoint = _apply_surgery(options, checkpoint)
     checkpoint, pooled_description = _fix_pooled_vector(options, checkpoint)
     if options.modulation:
@@ -202,16 +196,6 @@ def _check_options(options: argparse.Namespace, target_format: str, dtype: str |
         raise config.ConfigError(
             f"--dtype {options.dtype}: a LoRA is written as fp32, bf16 or fp16."
         )
-
-
-def _open_other(path: str, options: argparse.Namespace) -> Checkpoint:
-    """Open a second model; the options that describe MODEL also apply to it if it is a file."""
-    from radiance.loading import open_model
-    from radiance.training.run_directory import is_run_directory
-
-    if is_run_directory(path):
-        return open_model(path)
-    return open_model(path, **get_model_overrides(options))
 
 
 # --- operations on a model ------------------------------------------------------------------------
@@ -303,7 +287,7 @@ def _write_model(
     if target_format == "torch" and is_run_directory(options.model):
         write_extra_files = make_prompts_writer(RunDirectory(Path(options.model)).read_config())
     with tqdm(
-        total=_count_params(checkpoint), unit="parameter", unit_scale=True, disable=None
+        total=count_params(checkpoint), unit="parameter", unit_scale=True, disable=None
     ) as bar:
         report = convert_checkpoint(
             checkpoint,
@@ -315,88 +299,3 @@ def _write_model(
             write_extra_files,
         )
     print(report)
-
-
-def _count_params(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(shape) for shape in checkpoint.shapes.values())
-
-
-# --- LoRA files -----------------------------------------------------------------------------------
-
-
-def _write_lora(
-    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
-) -> int:
-    """Write the LoRA of a run, the difference of two models, or a LoRA file with other names."""
-    from radiance.training.run_directory import RunDirectory, is_run_directory
-
-    if is_run_directory(options.model) and not options.extract and not options.lora:
-        run = RunDirectory(Path(options.model)).read_config()
-        if run.lora.rank:
-            return _write_trained_lora(options, run, naming, dtype)
-    if options.extract:
-        return _extract_lora(options, checkpoint, naming, dtype)
-    if len(options.lora) == 1:
-        return _rename_lora(options, checkpoint, naming, dtype)
-    raise config.ConfigError(
-        f"--to {naming} writes a LoRA: give a run that trained one, --extract BASE, the model that "
-        "MODEL was trained from, or one --lora FILE to rename."
-    )
-
-
-def _write_trained_lora(
-    options: argparse.Namespace, run: config.Config, naming: str, dtype: str
-) -> int:
-    from radiance.loading import load_trained_lora
-    from radiance.weights import lora
-
-    weights = options.weights or run.sample.weights
-    run = replace(run, sample=replace(run.sample, weights=weights))
-    result = load_trained_lora(options.model, run)
-    lora.write_lora(options.out, result, naming, dtype)
-    print(f"{result.origin} is written to {options.out}: {len(result.pairs)} matrices.")
-    return 0
-
-
-def _extract_lora(
-    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
-) -> int:
-    from tqdm import tqdm
-
-    from radiance.weights import lora
-    from radiance.weights.lora_extraction import extract_lora
-
-    base = _open_other(options.extract, options)
-    with tqdm(
-        total=_count_params(checkpoint), unit="parameter", unit_scale=True, disable=None
-    ) as bar:
-        result = extract_lora(base, checkpoint, options.rank, on_progress=bar.update)
-    lora.write_lora(options.out, result.lora, naming, dtype)
-    print(
-        f"{options.out} contains {result.total_explained_fraction:.1%} of the squared difference "
-        f"of {len(result.lora.pairs)} matrices at rank {options.rank}."
-    )
-    if result.remaining_changes:
-        largest_changes = sorted(result.remaining_changes.items(), key=lambda x: -x[1])[:3]
-        names = ", ".join(f"{name} ({change:.1e})" for name, change in largest_changes)
-        print(
-            f"{len(result.remaining_changes)} other tensors changed too, which a LoRA of the "
-            f"blocks' matrices cannot contain; most of all {names}."
-        )
-    return 0
-
-
-def _rename_lora(
-    options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str
-) -> int:
-    from radiance.weights import lora
-
-    (path, strength), *_ = options.lora
-    if strength is not None:
-        raise config.ConfigError(
-            f"--lora {path}:{strength:g}: renaming does not change the strength of a LoRA; give "
-            "it where the LoRA is used."
-        )
-    lora.write_lora(options.out, lora.read_lora(path, checkpoint.model), naming, dtype)
-    print(f"{path} is written to {options.out} with the names of {naming}.")
-    return 0
