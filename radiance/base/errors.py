@@ -17,7 +17,7 @@ class DataError(RadianceError, ValueError):
 
 
 class TextError(RadianceError, ValueError):
-    """A prompt that cannot be encoded."""
+    """A prompt that cannot be encoded, or a file that is not text in UTF-8."""
 
 
 class TrainingError(RadianceError, RuntimeError):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from radiance.base.errors import TextError
+from radiance.base.text_files import decode_text, split_lines
 from radiance.data import storage
 from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
@@ -98,13 +100,13 @@ def parse_annotation(record: Any) -> Annotation:
 
 
 def parse_json_object(content: bytes) -> Mapping[str, Any]:
-    """Parse a JSON object.
+    """Parse a JSON object in UTF-8.
 
     Raises:
         UnusableError: The content is something else.
     """
     try:
-        record = json.loads(content)
+        record = json.loads(decode_text(content, "JSON"))
     except (ValueError, RecursionError):
         raise UnusableError("bad record") from None
     if not isinstance(record, dict):
@@ -139,14 +141,14 @@ def parse_entry(line: bytes) -> MetadataEntry:
 
 
 def decode_lines(content: bytes) -> tuple[str, ...]:
-    """Decode the lines of a text file.
+    """Decode the lines of a caption file.
 
     Raises:
         UnusableError: The file is not in UTF-8.
     """
     try:
-        return tuple(content.decode("utf-8-sig").splitlines())
-    except UnicodeError:
+        return tuple(split_lines(decode_text(content, "caption")))
+    except TextError:
         raise UnusableError("caption not in UTF-8") from None
 
 
@@ -160,8 +162,8 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     if not captions:
         raise UnusableError("empty caption")
     try:
-        "".join(captions).encode()
-    except UnicodeError:
+        decode_text("".join(captions).encode(), "caption")
+    except (UnicodeError, TextError):
         raise UnusableError("caption not in UTF-8") from None
     return captions
 

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from radiance.base.errors import DataError
 from radiance.base.settings import suggest_name
+from radiance.base.text_files import read_text
 from radiance.config import ConfigError
 
 # Of the formats of TensorFlow Datasets, the one in which an example is found by its index.
@@ -113,7 +114,7 @@ def _find_versions(root: Path, name: str, config: str | None, version: str | Non
     folder = root / name
     if config is None:
         default_file = folder / ".config" / "metadata.json"
-        metadata = json.loads(default_file.read_text()) if default_file.is_file() else {}
+        metadata = json.loads(read_text(default_file)) if default_file.is_file() else {}
         config = str(metadata.get("defaultConfigName", ""))
     versions = [
         (tfds.core.Version(info.parent.name), info.parent)

@@ -64,6 +64,7 @@ def test_captions_are_read_from_text_files(tmp_path):
         "plain": (b"a red square", ("a red square",)),
         "several": (b"one\n\n  two \nthree\n", ("one", "two", "three")),
         "windows": (b"\xef\xbb\xbfa caf\xc3\xa9\r\nsecond line\r\n", ("a café", "second line")),
+        "separators": ("a\u2028cat\x85\fhere".encode(), ("a\u2028cat\x85\fhere",)),
         "scripts": ("猫と犬\nкот 🐈".encode(), ("猫と犬", "кот 🐈")),
     }
     for name, (content, _) in files.items():
@@ -248,6 +249,7 @@ UNUSABLE = {
     "no caption": ("x.png", png_header(10, 10), None, "no caption"),
     "empty caption": ("x.png", png_header(10, 10), b"\xef\xbb\xbf \r\n\t\n", "empty caption"),
     "utf-16": ("x.png", png_header(10, 10), "a caption".encode("utf-16"), "caption not in UTF-8"),
+    "lost blocks": ("x.png", png_header(10, 10), b"a caption" + bytes(9), "caption not in UTF-8"),
 }
 
 
@@ -296,14 +298,15 @@ def test_unusable_lines_of_metadata_are_counted(tmp_path):
         '{"file_name": "../outside.png", "text": "x"}',
         '{"file_name": "/etc/passwd", "text": "x"}',
         '{"file_name": "surrogate.png", "text": "\\ud800"}',
+        '{"file_name": "00.png", "text": "not in UTF-8: \udcff"}',
         "",
     ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "metadata.jsonl").write_bytes(os.fsencode("\n".join(lines)))
     source = open_folder(tmp_path)
     assert source.captions(0) == ("image 0",)
     assert len(source) == 2
     assert source.skip_counts == {
-        "bad line of metadata.jsonl": 8,
+        "bad line of metadata.jsonl": 9,
         "missing file": 3,
         "empty caption": 1,
         "caption not in UTF-8": 1,

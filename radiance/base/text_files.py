@@ -1,0 +1,57 @@
+r"""Text files of users and of other programs: prompts, captions, lists, settings.
+
+Text is UTF-8, on every system and whatever its code page is. A byte order mark is removed. Bytes
+that are not UTF-8 are refused, because any guess at another encoding would put wrong words into
+captions. NUL characters are refused too: they occur in UTF-16, and in files that a power failure
+has damaged. Lines end with \n or \r\n. All other characters, such as U+2028, NEL and form feed,
+belong to the line that they are in.
+"""
+
+from pathlib import Path
+
+from radiance.base.errors import TextError
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        TextError: It is not text in UTF-8.
+        OSError: It cannot be read.
+    """
+    return decode_text(path.read_bytes(), path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file, without their ends.
+
+    Raises:
+        TextError: It is not text in UTF-8.
+        OSError: It cannot be read.
+    """
+    return split_lines(read_text(path))
+
+
+def decode_text(content: bytes, name: str | Path) -> str:
+    """Decode the content of a text file.
+
+    Args:
+        content: The bytes of the file.
+        name: What the message calls the text, such as the path of its file.
+
+    Raises:
+        TextError: It is not text in UTF-8.
+    """
+    try:
+        text, position = content.decode("utf-8").removeprefix("\ufeff"), content.find(b"\0")
+    except UnicodeDecodeError as error:
+        text, position = "", error.start
+    if position >= 0:
+        raise TextError(f"{name} is not UTF-8 text (byte {position}): save it as UTF-8.")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Split text at \n and \r\n only; an end after the last line adds no empty line."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
