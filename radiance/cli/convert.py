@@ -75,10 +75,10 @@ def add_parser(subparsers):
     _add_surgery_arguments(parser)
     add_lora_arguments(parser)
     parser.add_argument(
-        "--ggml-markers",
+        "--no-markers",
         action="store_true",
-        help="write markers of one value, because ggml rejects empty tensors (ComfyUI expects "
-        "empty ones)",
+        help="leave out the empty tensors by which readers recognize variants (__x0__, "
+        "__32x32__, __sequential__), which strict loaders reject",
     )
     parser.set_defaults(run=main)
 
@@ -181,6 +181,10 @@ def _check_options(options: argparse.Namespace, target_format: str, dtype: str |
         )
     if not is_lora:
         return
+    if options.no_markers:
+        raise config.ConfigError(
+            f"--to {target_format} writes a LoRA, which has no markers: leave out --no-markers."
+        )
     if options.modulation or options.pooled:
         raise config.ConfigError(
             f"--modulation and --pooled change the architecture, and --to {target_format} writes "
@@ -294,7 +298,7 @@ def _write_model(
             options.out,
             target_format,
             dtype,
-            not options.ggml_markers,
+            not options.no_markers,
             bar.update,
             write_extra_files,
         )

@@ -77,7 +77,7 @@ def convert_checkpoint(
     path: str | Path,
     export_format: str | None = None,
     dtype: str | None = None,
-    empty_markers: bool = True,
+    has_markers: bool = True,
     on_progress: Callable[[int], object] = lambda num_params: None,
     on_folder: Callable[[Path], object] = lambda folder: None,
 ) -> ConversionReport:
@@ -92,7 +92,8 @@ def convert_checkpoint(
             for each row; in GGUF also q8_0 and q4_0. Only the matrices of the blocks are quantized.
             By default each tensor keeps its type if the format has it, and becomes bfloat16 if not,
             or if it was quantized and has been changed since.
-        empty_markers: Markers have no values, as in the published files. ggml's readers need one.
+        has_markers: Write the empty tensors by which readers recognize variants. Strict loaders
+            reject them; without them only our own metadata describe the variant.
         on_progress: Called with the number of parameters of each tensor that is written.
         on_folder: Called with a new folder before it takes its name.
 
@@ -106,7 +107,12 @@ def convert_checkpoint(
     path = Path(path)
     export_format = export_format or infer_format(path)
     check_export(checkpoint.model, path, export_format, dtype)
-    export = _plan_export(checkpoint, export_format, dtype, empty_markers)
+    if not has_markers and export_format == "torch":
+        raise CheckpointError(
+            "The PyTorch programs read the markers of a variant: leave them out of other formats "
+            "only."
+        )
+    export = _plan_export(checkpoint, export_format, dtype, has_markers)
     report = ConversionReport(path, checkpoint.model)
     tensors = _count_tensors(export, report, on_progress)
     write = WRITERS[export_format]
@@ -120,12 +126,13 @@ def convert_checkpoint(
 
 
 def _plan_export(
-    checkpoint: Checkpoint, export_format: str, dtype: str | None, empty_markers: bool
+    checkpoint: Checkpoint, export_format: str, dtype: str | None, has_markers: bool
 ) -> Export:
     """Choose the type of every tensor."""
     shapes = {
-        name: (1,) if name in MARKERS and not empty_markers else shape
+        name: shape
         for name, shape in checkpoint.shapes.items()
+        if has_markers or name not in MARKERS
     }
     dtypes, copied_names = {}, set()
     for name, shape in shapes.items():

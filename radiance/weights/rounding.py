@@ -46,10 +46,11 @@ def choose_dtype(
         shape: Shape of the tensor.
         stored_dtype: Type in which the tensor is stored now (F32, BF16, …).
         dtype: The requested type, or None to keep the tensor's own.
-        is_gguf: The target is a GGUF file, in which vectors are float32.
+        is_gguf: The target is a GGUF file, in which all but the weights of linear layers are
+            float32.
         copyable_format: The tensor's own quantized type, if it can be copied.
     """
-    if native.is_float32_tensor(name) or (is_gguf and len(shape) == 1):
+    if native.is_float32_tensor(name) or (is_gguf and not _is_linear_weight(name, shape)):
         return "float32"
     if dtype is None:
         plain_dtypes = {"F32": "float32", "F64": "float32", "F16": "float16"}
@@ -60,6 +61,16 @@ def choose_dtype(
     if dtype == "int8" or DTYPES[dtype].itemsize == 1:
         return dtype if native.is_quantizable(name) else "bfloat16"
     return dtype
+
+
+def _is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Return True for the matrix of a linear layer.
+
+    ComfyUI-GGUF decodes only weights of layers when they are used. Before that, BF16 and quantized
+    tensors are arrays of bytes. ComfyUI would take the number of bytes in a row of `img_in_patch`
+    for the patch size, and could not load a parameter outside a layer.
+    """
+    return name.endswith(".weight") and len(shape) == 2
 
 
 def find_copyable_format(checkpoint: Checkpoint, name: str, export_format: str) -> str | None:
@@ -98,12 +109,14 @@ def export_scale_shape(checkpoint: Checkpoint, name: str, is_copy: bool) -> tupl
         checkpoint: The source.
         name: Native name.
         is_copy: The matrix is copied; it keeps its own scales if the source has it as one tensor.
-            Otherwise every row has a scale.
+            Otherwise every row has a scale. ComfyUI recognizes scales of rows by their two axes.
     """
     tensors = checkpoint.file_tensors
     if is_copy and tensors is not None:
         scale_shapes = [tensors.file.scale_shape(key) for key in tensors.keys[name]]
-        if len(scale_shapes) == 1 or all(shape is None for shape in scale_shapes):
+        if all(shape is None for shape in scale_shapes):
+            return None
+        if len(scale_shapes) == 1 and math.prod(scale_shapes[0]) == 1:
             return scale_shapes[0]
     return (checkpoint.shapes[name][0], 1)
 

@@ -82,7 +82,7 @@ def test_converting_there_and_back_gives_the_same_file(model, to, dtype, tmp_pat
     assert converted.model == MODELS[model]
     assert converted.metadata["radiance.origin"] == str(source)
     convert_checkpoint(converted, back)
-    if to == "gguf":  # vectors are float32 there, which changes no value
+    if to == "gguf":  # vectors and kernels are float32 there, which changes no value
         types = {name: x.dtype for name, x in load_file(source).items()}
         save(back, {name: x.astype(types[name]) for name, x in load_file(back).items()})
     assert stored(back) == stored(source)
@@ -97,17 +97,26 @@ def test_a_file_may_be_converted_onto_itself(tmp_path):
     assert open_checkpoint(source).model == PIXELS
 
 
-def test_markers_are_written_with_or_without_a_value(tmp_path):
-    source = write_source(tmp_path, X0_PATCH32)
-    for to, empty, size in (("native", True, 0), ("gguf", True, 0), ("gguf", False, 1)):
-        path = tmp_path / f"out{size}.{'gguf' if to == 'gguf' else 'safetensors'}"
-        convert_checkpoint(open_checkpoint(source), path, to, empty_markers=empty)
-        if to == "native":
-            converted = {name: x.shape for name, x in load_file(path).items()}
-        else:
-            converted = {x.name: tuple(map(int, x.shape)) for x in gguf.GGUFReader(path).tensors}
-        assert {name: converted[name] for name in MARKERS} == dict.fromkeys(MARKERS, (size,))
-        assert open_checkpoint(path).model == X0_PATCH32
+@pytest.mark.parametrize("to", ["native", "gguf"])
+@pytest.mark.parametrize("has_markers", [True, False])
+def test_markers_can_be_left_out(to, has_markers, tmp_path):
+    """They are empty, as in the published files; our own metadata describe the variant too."""
+    path = tmp_path / WEIGHTS[to]
+    source = open_checkpoint(write_source(tmp_path, X0_PATCH32))
+    convert_checkpoint(source, path, to, has_markers=has_markers)
+    shapes = {name: shape for name, shape in open_tensors(path).shapes.items() if name in MARKERS}
+    assert shapes == (dict.fromkeys(MARKERS, (0,)) if has_markers else {})
+    converted = open_checkpoint(path)
+    assert converted.model == X0_PATCH32
+    convert_checkpoint(converted, tmp_path / "again.safetensors")  # writes them again
+    assert set(MARKERS) <= set(open_tensors(tmp_path / "again.safetensors").shapes)
+
+
+def test_the_torch_programs_need_the_markers(tmp_path):
+    source = open_checkpoint(write_source(tmp_path, X0_PATCH32))
+    with pytest.raises(CheckpointError, match="PyTorch programs") as error:
+        convert_checkpoint(source, tmp_path / "out", "torch", has_markers=False)
+    sentence(error)
 
 
 def test_the_gguf_package_reads_every_tensor_exactly(tmp_path):
@@ -198,7 +207,7 @@ def test_quantized_safetensors_are_copied(dtype, scales, tmp_path):
         )
         if scales:
             tensors[name.replace(".weight", ".weight_scale")] = (
-                scale if scales == "rows" else scale.reshape(())
+                scale[:, None] if scales == "rows" else scale.reshape(())
             )
     source = save(tmp_path / "in.safetensors", tensors, PIXELS)
     for options in {}, {"dtype": dtype}:
@@ -421,10 +430,11 @@ def test_sensitive_tensors_are_not_quantized(dtype, tmp_path):
         "float8_e4m3fn": "F8_E4M3",
         "int8": "I8",
     }
-    assert {name: converted[name] for name in PRECISE} == {
-        name: names[dtype_name or dtype] for name, dtype_name in PRECISE.items()
-    }
-    vectors = "F32" if dtype.startswith("q") else "BF16"  # readers of GGUF expect float32 vectors
+    # Readers of GGUF expect float32 vectors and convolution kernels.
+    vectors = "F32" if dtype.startswith("q") else "BF16"
+    kernels = dict.fromkeys(["img_in_patch.weight", "nerf_final_layer_conv.conv.weight"], vectors)
+    expected = {name: names[dtype_name or dtype] for name, dtype_name in PRECISE.items()}
+    assert {name: converted[name] for name in PRECISE} == expected | kernels
     assert (
         converted["double_blocks.0.img_attn.qkv.bias"]
         == converted["single_blocks.0.norm.query_norm.scale"]
