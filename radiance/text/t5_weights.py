@@ -134,6 +134,7 @@ class T5Weights:
                 for i in range(self.sizes.layers if is_stacked else 1)
             }
         check_shapes(expected_shapes, shapes, self.file.path)
+        self.file.require_weights(self.file_keys.values())
 
     def load_params(
         self, dtype: str, shardings: Callable[[Params], Params] | None = None

@@ -215,6 +215,7 @@ def read_autoencoder(path: str | Path) -> tuple[Autoencoder, Params]:
     }
     sizes, layout = detect_autoencoder(shapes, file)
     check_shapes(autoencoder_shapes(sizes, layout), shapes, file.path)
+    file.require_weights(prefix + name for name in shapes)
     names_by_path = {
         tensor.path: (name, tensor.transform)
         for name, tensor in locate_tensors(sizes, layout).items()

@@ -306,6 +306,9 @@ def open_checkpoint(
         _check_model(model, shapes, file)
     expected_shapes = native.native_layout(model)[0]  # with the markers of the model
     check_shapes(expected_shapes, shapes, file.path)
+    file.require_weights(
+        key for name, file_keys in keys.items() if name not in MARKERS for key in file_keys
+    )
     return Checkpoint(
         model=model,
         shapes=expected_shapes,
@@ -325,9 +328,14 @@ def _read_diffusers_config(path: Path) -> dict[str, Any]:
     if not config_path.is_file():
         return {}
     try:
-        return diffusers.parse_transformer_config(json.loads(config_path.read_text()))
+        settings = json.loads(config_path.read_bytes())
     except (ValueError, RecursionError):
         raise CheckpointError(f"{config_path} is not JSON: copy or download it again.") from None
+    if isinstance(settings, dict) and settings.get("quantization_config"):
+        raise CheckpointError(
+            f"{config_path} has a quantization_config, which is not supported: use the original."
+        )
+    return diffusers.parse_transformer_config(settings)
 
 
 def _check_model(model: config.Model, shapes: TensorShapes, file: Tensors):

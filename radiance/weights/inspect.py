@@ -7,12 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.base.tables import format_table
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.conversion_report import find_network_part
 from radiance.weights.detect import MODEL_KEY, OTHER_FILE_KINDS, canonical_names
-from radiance.weights.opening import open_tensors
+from radiance.weights.opening import open_any_tensors
 from radiance.weights.tensors import Tensors, TensorShapes
 
 MAX_METADATA_LENGTH = 200  # characters of a value that are shown
@@ -27,17 +28,16 @@ def inspect_file(path: str | Path) -> str:
     Raises:
         CheckpointError: If the file is damaged.
     """
-    file = open_tensors(path)
+    file = open_any_tensors(path)
     is_diffusers = any(name.endswith(diffusers.SIGNATURE_TENSOR) for name in file.shapes)
+    if file.problem is not None:
+        return _describe_tensors(file, f"{file.path} {file.problem}, which is not supported.")
     if not is_diffusers and "txt_in.weight" not in canonical_names(file.shapes):
-        return "\n".join(
-            [
-                f"{file.path} is {_describe_other_file(file)}.",
-                _format_counts(dict.fromkeys(file.shapes, "tensors"), file.shapes, file.dtypes),
-                *_format_metadata(file),
-            ]
-        )
-    checkpoint = open_checkpoint(path)
+        return _describe_tensors(file, f"{file.path} is {_describe_other_file(file)}.")
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:  # the file is whole, but not a model that can be converted
+        return _describe_tensors(file, str(error))
     return "\n".join(
         [
             f"{file.path}: {checkpoint.format}, {len(file.shapes)} tensors.",
@@ -46,6 +46,12 @@ def inspect_file(path: str | Path) -> str:
             *_format_metadata(file),
         ]
     )
+
+
+def _describe_tensors(file: Tensors, first_line: str) -> str:
+    """Return a line, the number of tensors by type, and the metadata."""
+    counts = _format_counts(dict.fromkeys(file.shapes, "tensors"), file.shapes, file.dtypes)
+    return "\n".join([first_line, counts, *_format_metadata(file)])
 
 
 def inspect_model(model: config.Model) -> str:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from radiance.base.errors import CheckpointError
 from radiance.weights.gguf import open_gguf
+from radiance.weights.quantization import merge_metadata
 from radiance.weights.tensors import TensorLocation, Tensors
 
 FILE_PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.gguf")  # in order of preference
@@ -22,8 +23,22 @@ def open_tensors(path: str | Path) -> Tensors:
             contains exactly one of these.
 
     Raises:
-        CheckpointError: If there is no such file, if it is damaged, or if it is a pickle, which is
-            never opened.
+        CheckpointError: If there is no such file, if it is damaged, if its weights are quantized in
+            an unsupported way, or if it is a pickle, which is never opened.
+    """
+    file = open_any_tensors(path)
+    file.require_readable()
+    return file
+
+
+def open_any_tensors(path: str | Path) -> Tensors:
+    """Open tensors for a description; `Tensors.problem` says if their values cannot be read.
+
+    Args:
+        path: As for `open_tensors`.
+
+    Raises:
+        CheckpointError: As `open_tensors`, but for the quantization.
     """
     path = _find_file(Path(path).expanduser())
     if path.name.endswith(".index.json"):
@@ -119,7 +134,8 @@ def _open_index(path: Path) -> Tensors:
             f"{path} is not an index of safetensors files: it has no weight_map from tensors to "
             f"files."
         ) from None
-    locations, metadata = {}, {}
+    locations: dict[str, TensorLocation] = {}
+    metadata: dict[str, str] = {}
     for file in sorted(set(files_by_key.values())):
         if file.suffix in PICKLE_SUFFIXES:
             raise _pickle_error(file)
@@ -129,7 +145,7 @@ def _open_index(path: Path) -> Tensors:
             )
         file_locations, file_metadata = _read_safetensors_header(file)
         locations |= file_locations
-        metadata |= file_metadata
+        metadata |= merge_metadata(metadata, file_metadata)
     missing_keys = [
         key
         for key, file in files_by_key.items()

@@ -5,9 +5,9 @@ memory, and a 19 GB file has many of them.
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from radiance.base.errors import CheckpointError
+from radiance.weights.quantization import (
+    UnsupportedQuantizationError,
+    check_note,
+    find_unsupported_format,
+    read_notes,
+    rotate_inputs,
+)
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 
@@ -42,9 +49,13 @@ DTYPES_BY_CODE = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
 # Scaled fp8 and int8 files store the scales of a weight in a tensor of its own. Their other extra
-# tensors are hints for computing in fp8, which we do not do.
+# tensors are notes, and hints for computing in fp8, which we do not do.
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-METADATA_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+NOTE_SUFFIX = ".comfy_quant"
+METADATA_SUFFIXES = (".scale_input", ".input_scale", NOTE_SUFFIX, "scaled_fp8")
+MAX_NOTE_BYTES = 65_536
+SCALE_CODES = ("F64", "F32", "F16", "BF16")
+INTEGER_CODES = re.compile(r"[IU]\d+|BOOL")
 # The formats in which matrices of a stored type stay in memory without being rounded again. They
 # are those of config.WEIGHT_FORMATS, and float8_e5m2, which we read but do not make.
 WEIGHT_FORMATS_BY_CODE = {
@@ -53,6 +64,8 @@ WEIGHT_FORMATS_BY_CODE = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+COMFYUI_PREFIX = "model.diffusion_model."
+MAX_NAME_PARTS = 16  # of a layer's name in a note
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 48  # of one tensor
 FINGERPRINT_SAMPLE_BYTES = 16_384  # of each of the four samples of a large tensor
@@ -110,8 +123,12 @@ class Tensors:
             among the tensors.
         metadata: Text metadata of the file.
 
+    Attributes:
+        problem: Why values cannot be read, if the weights are quantized in an unsupported way. Such
+            a file can still be described.
+
     Raises:
-        CheckpointError: If a shape is impossible, or a matrix is quantized in an unsupported way.
+        CheckpointError: If a shape is impossible.
     """
 
     def __init__(
@@ -121,22 +138,28 @@ class Tensors:
         self.metadata = metadata
         for key, location in locations.items():
             self._check_shape(key, location)
-            if key.endswith(".comfy_quant"):
-                self._check_rotation(key, location)
-        weight_keys = {
-            key: _weight_key(key)
+        scale_keys = [
+            key
             for key in locations
             if key.endswith(SCALE_SUFFIXES) and _weight_key(key) in locations
-        }  # by the keys of their scales
-        for key, weight_key in weight_keys.items():
-            self._check_scales(key, locations[key], locations[weight_key])
-        self._scale_locations = {
-            weight_key: locations[key] for key, weight_key in weight_keys.items()
-        }
+        ]
+        self._scale_locations = {_weight_key(key): locations[key] for key in scale_keys}
+        self._rotation_sizes: dict[str, int] = {}  # of weights whose inputs are rotated
+        self.problem: str | None = None
+        try:
+            if len(self._scale_locations) < len(scale_keys):
+                raise UnsupportedQuantizationError("has weights with two scales")
+            for key in scale_keys:
+                _check_scales(key, locations[key], locations[_weight_key(key)])
+            self._read_notes(locations)
+        except UnsupportedQuantizationError as error:
+            self.problem = str(error)
+        if unsupported_format := find_unsupported_format(locations):
+            self.problem = f"is quantized: it has the tensors of {unsupported_format}"
         self.locations = {
             key: location
             for key, location in locations.items()
-            if key not in weight_keys and not key.endswith(METADATA_SUFFIXES)
+            if key not in scale_keys and not key.endswith(METADATA_SUFFIXES)
         }
         self.shapes: TensorShapes = {k: loc.shape for k, loc in self.locations.items()}
         self.dtypes: Mapping[str, str] = {k: loc.dtype for k, loc in self.locations.items()}
@@ -149,37 +172,62 @@ class Tensors:
                 f"{self.path} has a tensor {key} of shape {list(location.shape)}: it is damaged."
             )
 
-    def _check_rotation(self, key: str, location: TensorLocation):
-        """Reject matrices whose inputs are rotated, which would be read as noise."""
-        if _is_rotated(self.read_raw(location)):
+    def _read_notes(self, locations: Mapping[str, TensorLocation]):
+        """Read the descriptions of quantized layers, and compare them with the weights."""
+        tensor_notes = {}
+        for key, location in locations.items():
+            if key.endswith(NOTE_SUFFIX):
+                if location.nbytes > MAX_NOTE_BYTES:
+                    raise UnsupportedQuantizationError(f"has {location.nbytes} bytes in {key}")
+                tensor_notes[key.removesuffix(NOTE_SUFFIX)] = self.read_raw(location).tobytes()
+        for layer, note in read_notes(tensor_notes, self.metadata).items():
+            key = _find_weight_key(layer, locations)
+            if key is None:
+                raise UnsupportedQuantizationError(f"describes {layer}, which it does not contain")
+            check_note(layer, note, locations[key].shape, locations[key].dtype)
+            if note.rotation_size:
+                self._rotation_sizes[key] = note.rotation_size
+
+    def require_readable(self):
+        """Raise CheckpointError if the weights are quantized in an unsupported way."""
+        if self.problem is not None:
             raise CheckpointError(
-                f"{self.path} stores {_weight_key(key)} rotated (ConvRot), which is not supported: "
-                f"convert another file of the model."
+                f"{self.path} {self.problem}, which is not supported: use the original, or a file "
+                f"in BF16, GGUF, int8 or fp8."
             )
 
-    def _check_scales(self, key: str, scales: TensorLocation, weight: TensorLocation):
-        """Reject scales of blocks of rows, which are not supported."""
-        num_rows = weight.shape[:1]
-        if math.prod(scales.shape) not in (1, *num_rows):
-            raise CheckpointError(
-                f"{self.path} has scales {key} of shape {list(scales.shape)}, but only one scale, "
-                f"or one for each of the {list(num_rows)} rows, is supported: convert the file to "
-                f"BF16 first."
-            )
+    def require_weights(self, keys: Iterable[str]):
+        """Check that tensors are weights: floats, or quantized values with scales.
+
+        Args:
+            keys: Names of the tensors.
+
+        Raises:
+            CheckpointError: If they are integers without scales, or of an unsupported type.
+        """
+        for key in keys:
+            code = self.dtypes[key]
+            if INTEGER_CODES.fullmatch(code) and key not in self._scale_locations:
+                raise CheckpointError(
+                    f"{self.path} has {key} as {code} without scales, so that its values are not "
+                    f"known: use another file of the model."
+                )
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Return the values in their stored type; quantized and scaled ones as float32."""
         values = self.read_values(self.locations[key])
-        if key not in self._scale_locations:
-            return values
-        scale = self.read_values(self._scale_locations[key]).astype(np.float32)
-        scale = scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.size > 1 else scale.reshape(())
-        return np.multiply(values, scale, dtype=np.float32)
+        if key in self._scale_locations:
+            scale = self.read_values(self._scale_locations[key]).astype(np.float32)
+            axes = (-1, *[1] * (values.ndim - 1)) if scale.size > 1 else ()
+            values = np.multiply(values, scale.reshape(axes), dtype=np.float32)
+        if key in self._rotation_sizes:
+            values = rotate_inputs(values.astype(np.float32), self._rotation_sizes[key])
+        return values
 
     def weight_format(self, key: str) -> str | None:
         """Return the format in which a matrix can stay in memory exactly as stored, if any."""
         code = self.dtypes[key]
-        if code == "I8" and key not in self._scale_locations:
+        if key in self._rotation_sizes or (code == "I8" and key not in self._scale_locations):
             return None
         return WEIGHT_FORMATS_BY_CODE.get(code)
 
@@ -218,6 +266,8 @@ class Tensors:
                 offset = location.offset + begin
                 sample = np.fromfile(location.file, np.uint8, count, offset=offset)
                 digest.update(sample.tobytes())
+        if self._rotation_sizes:
+            digest.update(repr(sorted(self._rotation_sizes.items())).encode())
         return digest.hexdigest()
 
     def read_values(self, location: TensorLocation) -> np.ndarray:
@@ -244,13 +294,23 @@ def _weight_key(key: str) -> str:
     return key[: key.rfind(".")] + ".weight"
 
 
-def _is_rotated(metadata_bytes: np.ndarray) -> bool:
-    """Return True if ComfyUI's description of a matrix says that its inputs are rotated."""
-    try:
-        quantization = json.loads(metadata_bytes.tobytes())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(quantization, dict) and bool(quantization.get("convrot"))
+def _find_weight_key(layer: str, keys: Container[str]) -> str | None:
+    """Return the weight of a layer; its name may have other prefixes in notes than in the file."""
+    parts = f"{layer}.weight".split(".")[-MAX_NAME_PARTS:]
+    suffixes = (".".join(parts[i:]) for i in range(len(parts) - 1))
+    names = (f"{prefix}{suffix}" for suffix in suffixes for prefix in ("", COMFYUI_PREFIX))
+    return next((name for name in names if name in keys), None)
+
+
+def _check_scales(key: str, scales: TensorLocation, weight: TensorLocation):
+    """Reject scales of anything but the complete weight or its rows."""
+    row_axes = (weight.shape[0], *[1] * (len(scales.shape) - 1)) if weight.shape else ()
+    is_supported_shape = math.prod(scales.shape) == 1 or scales.shape == row_axes
+    if not is_supported_shape or scales.dtype not in SCALE_CODES:
+        raise UnsupportedQuantizationError(
+            f"has scales {key} of shape {list(scales.shape)} and type {scales.dtype}, where only "
+            f"one number, or one for each of the {list(weight.shape[:1])} rows, can be read"
+        )
 
 
 def _sample_ranges(nbytes: int) -> list[tuple[int, int]]:

@@ -1,7 +1,5 @@
 """Quantized matrices stay in memory exactly as the file stores them."""
 
-import json
-
 import gguf
 import jax
 import ml_dtypes
@@ -233,42 +231,6 @@ def test_values_that_are_not_finite_are_rejected(where, tmp_path):
     ) as error:
         checkpoint.load_params(weight_format="file")
     sentence(error)
-
-
-def test_int8_without_scales_has_no_weight_format(tmp_path):
-    tensors = {
-        name: x
-        for name, x in quantize_matrices(published(PIXELS), "int8", True).items()
-        if not name.endswith("_scale")
-    }
-    checkpoint = open_checkpoint(save(tmp_path / "x.safetensors", tensors, PIXELS))
-    assert not any(
-        map(is_quantized, flatten_params(checkpoint.load_params(weight_format="file")).values())
-    )
-
-
-@pytest.mark.parametrize(
-    ("description", "is_supported"),
-    [
-        ({"format": "int8_tensorwise"}, True),
-        ({"format": "int8_tensorwise", "convrot": True}, False),
-    ],
-)
-def test_rotated_weights_are_rejected(description, is_supported, tmp_path):
-    """They look like ordinary weights and would be read as noise."""
-    tensors = quantize_matrices(published(PIXELS), "int8", rows=True)
-    tensors["single_blocks.0.linear1.comfy_quant"] = np.frombuffer(
-        json.dumps(description).encode(), np.uint8
-    )
-    path = save(tmp_path / "x.safetensors", tensors, PIXELS)
-    if is_supported:
-        assert open_checkpoint(path).model == PIXELS
-    else:
-        with pytest.raises(
-            CheckpointError, match=r"single_blocks.0.linear1.weight rotated"
-        ) as error:
-            open_checkpoint(path)
-        sentence(error)
 
 
 def test_merged_axes_have_no_weight_format(tmp_path):

@@ -94,7 +94,6 @@ def test_values_are_multiplied_by_their_scales(dtype, scale, suffix, tmp_path):
         "scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn),
         "x.scale_input": np.ones(1, np.float32),
         "x.input_scale": np.ones(1, np.float32),
-        "x.comfy_quant": np.zeros(9, np.uint8),
     }
     save_file(
         {"x.weight": values, "x.bias": np.ones(4, np.float32), f"x{suffix}": np.asarray(scale)}
@@ -114,7 +113,7 @@ def test_scales_of_blocks_are_rejected(tmp_path):
         tmp_path / "x.safetensors",
     )
     with pytest.raises(
-        CheckpointError, match=r"x.weight_scale of shape \[4, 2\].* convert the file to BF16"
+        CheckpointError, match=r"x.weight_scale of shape \[4, 2\].* use the original"
     ) as error:
         open_tensors(tmp_path / "x.safetensors")
     sentence(error)
