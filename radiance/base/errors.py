@@ -4,8 +4,12 @@
 class RadianceError(Exception):
     """Base class of all errors that a user can cause.
 
-    The message is one sentence: what is wrong, and what to do.
+    The message is one sentence: what is wrong, and what to do. Characters that cannot be printed
+    are escaped, because names of files, tensors and settings come from strangers.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(escape_unprintable(message))
 
 
 class ConfigError(RadianceError, ValueError):
@@ -25,21 +29,13 @@ class TrainingError(RadianceError, RuntimeError):
 
 
 class CheckpointError(RadianceError, ValueError):
-    """A checkpoint or weights file that cannot be read or does not fit the model.
-
-    Characters that cannot be printed are escaped, because tensor names come from untrusted files.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(_escape_unprintable(message))
+    """A checkpoint or weights file that cannot be read or does not fit the model."""
 
 
 class OutputError(RadianceError):
     """An output that cannot be written, or a damaged output file of a run."""
 
-    def __init__(self, message: str):
-        super().__init__(_escape_unprintable(message))
 
-
-def _escape_unprintable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
+    """Escape line breaks, control characters and undecodable bytes, so that a text is one line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from radiance import __version__
-from radiance.base.errors import RadianceError
 from radiance.cli import (
     ablate,
     convert,
@@ -25,6 +24,13 @@ from radiance.cli import (
     sample,
     train,
     verify,
+)
+from radiance.cli.failures import (
+    EXIT_INTERRUPTED,
+    OneLineParser,
+    flush_output,
+    report_error,
+    tolerate_any_text,
 )
 from radiance.distributed.environment import prepare_environment, prepare_plan_environment
 
@@ -45,25 +51,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words of the command line; those of this process when None.
 
     Returns:
-        The exit code: 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: 2 after an error of the input, 70 after a fault of this package, 130 after
+        Ctrl-C, 141 when the reader of the output has ended, 143 after SIGTERM.
+
+    Raises:
+        SystemExit: The command line is malformed, with code 2.
     """
-    options = _parse_arguments(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    tolerate_any_text()
+    try:
+        try:
+            return _execute(_parse_arguments(words))
+        finally:
+            flush_output()
+    except KeyboardInterrupt:
+        print("radiance: stopped by Ctrl-C.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return report_error(error, words)
+
+
+def _execute(options: argparse.Namespace) -> int:
+    """Execute a parsed command in a prepared environment, and return the exit code."""
     if options.run is plan.main:
         mesh = options.mesh
         num_devices = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.tensor, 1)
         prepare_plan_environment(options.device, num_devices)
     prepare_environment(multi_process=getattr(options, "hosts", None) is not None)
-    try:
-        if options.run is train.main:  # which stops after a complete step
-            return options.run(options)
-        with _clean_up_on_signals():
-            return options.run(options)
-    except KeyboardInterrupt:
-        print("radiance: stopped by Ctrl-C.", file=sys.stderr)
-        return 130
-    except (RadianceError, ImportError, OSError) as error:
-        print(f"radiance: {error}", file=sys.stderr)
-        return 2
+    if options.run is train.main:  # which stops after a complete step
+        return options.run(options)
+    with _clean_up_on_signals():
+        return options.run(options)
 
 
 @contextmanager
@@ -95,7 +113,7 @@ def _handle_signal(signum: int, *_):
     os._exit(128 + signum)
 
 
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line, where key=value changes may follow flags too."""
     parser = _make_parser()
     options, extra_words = parser.parse_known_args(arguments)
@@ -103,12 +121,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         is_change = [not word.startswith("-") and "=" in word for word in extra_words]
         if not hasattr(options, "changes") or not all(is_change):
             parser.error(f"unrecognized arguments: {' '.join(extra_words)}")
-        options.changes += extra_words
+        options.changes = [*options.changes, *extra_words]
     return options
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="radiance", description=DESCRIPTION)
+    parser = OneLineParser(prog="radiance", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"radiance {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     for command in COMMANDS:

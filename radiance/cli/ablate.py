@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radiance import config
-from radiance.cli.arguments import add_verb
+from radiance.cli.arguments import add_verb, parse_duration, parse_whole_number
 from radiance.config.experiments import load_module
 
 if TYPE_CHECKING:
     from radiance.ablation.results import ResultFolder
     from radiance.ablation.suite import Suite
+
+MAX_ABLATION_SEEDS = 1000  # which are trained at once
 
 
 def add_parser(subparsers):
@@ -43,7 +45,7 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=parse_whole_number(2, MAX_ABLATION_SEEDS),
         metavar="N",
         help="train seeds 0 to N - 1, at least 2; by default those of the suite",
     )
@@ -52,7 +54,7 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=parse_duration,
         default=10.0,
         help="save and stop after this time; the same command continues (default: 10)",
     )
@@ -95,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     seeds = tuple(range(scale.num_seeds if options.seeds is None else options.seeds))
     if len(seeds) < 2:
-        raise config.ConfigError(f"--seeds {len(seeds)}: intervals need at least two seeds.")
+        raise config.ConfigError(f"{address} has {len(seeds)} seeds: intervals need at least two.")
     results = ResultFolder(
         options.results or Path(address).parent / "results" / suite.name / options.scale
     )
@@ -116,19 +118,26 @@ def main(options: argparse.Namespace) -> int:
 
 def _load_suite(suite_address: str) -> tuple[str, Suite]:
     """Return a suite, and its address, to which `radiance train` accepts ":ARM"."""
+    from radiance.ablation.suite import Suite
+
     path, _, suite_name = suite_address.partition(":")
     path = path if path.endswith(".py") else f"experiments/ablations/{path}.py"
     module = load_module(path)
     module_suites = (
         {"": module.SUITE} if hasattr(module, "SUITE") else getattr(module, "SUITES", {})
     )
-    suites = {f"{path}:{name}" if name else path: suite for name, suite in module_suites.items()}
-    if not suites:
+    if not isinstance(module_suites, dict) or not module_suites:
         raise config.ConfigError(f"{path} is not a suite: it has no SUITE.")
+    suites = {f"{path}:{name}" if name else path: suite for name, suite in module_suites.items()}
     address = f"{path}:{suite_name}" if suite_name else path
     if address not in suites:
         raise config.ConfigError(f"There is no suite {address}: there is {', '.join(suites)}.")
-    return address, suites[address]
+    suite = suites[address]
+    if not isinstance(suite, Suite):
+        raise config.ConfigError(
+            f"{address} is {type(suite).__name__}: make SUITE a radiance.ablation.suite.Suite."
+        )
+    return address, suite
 
 
 def _select_arms(options: argparse.Namespace, suite: Suite) -> list[str]:
@@ -154,7 +163,7 @@ def _write_table(suite: Suite, scale: str, results: ResultFolder) -> int:
     text = format_suite_report(suite, arm_results)
     for name, content in (("table.md", text), ("figure.svg", draw_figure(suite, arm_results))):
         with replace_atomically(results.folder / name) as temp_path:
-            temp_path.write_text(content)
+            temp_path.write_text(content, "utf-8")
     print(text)
     return 0
 

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,11 @@ from radiance import config
 
 CHANGES_METAVAR = "key=value"
 EXPERIMENT_METAVAR = "EXPERIMENT[:VARIANT…]"
+MAX_SEED = 2**32 - 1
+MAX_SEEDS = 1_000_000  # of a prompt
+MAX_SIDE = 16_384  # pixels
+MAX_DEVICES = 16_384
+MAX_OPTION_BYTES = 1 << 30  # bytes of a file that an option names
 
 
 def add_verb(
@@ -47,6 +54,7 @@ def add_changes_argument(parser: argparse.ArgumentParser, example: str):
     parser.add_argument(
         "changes",
         nargs="*",
+        default=[],  # without a default, argparse reports it as missing
         metavar=CHANGES_METAVAR,
         help=f"changes of settings, such as {example}",
     )
@@ -104,37 +112,92 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_option_file(path: Path) -> bytes:
-    """Read a file that an option names. Raise ConfigError if that fails."""
+    """Read a file that an option names.
+
+    Raises:
+        ConfigError: It cannot be read, is too large, or is a device or a pipe, which may have no
+            end. Pipes that the shell has connected, such as /dev/stdin, are accepted.
+    """
     try:
-        return path.read_bytes()
+        mode = path.stat().st_mode
+        is_connected = stat.S_ISFIFO(mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_connected):
+            raise config.ConfigError(f"{path} is a device or a pipe: give a file.")
+        with path.open("rb") as file:
+            content = file.read(MAX_OPTION_BYTES + 1)
     except OSError as error:
         raise config.ConfigError(
             f"{path} cannot be read ({error.strerror}): give an existing file."
         ) from None
+    if len(content) > MAX_OPTION_BYTES:
+        raise config.ConfigError(
+            f"{path} has more than {MAX_OPTION_BYTES / 1e9:.1f} GB: give a smaller file."
+        )
+    return content
 
 
 def parse_mesh(text: str) -> config.Mesh:
     """Parse a mesh such as "data=2,fsdp=4"."""
     try:
-        return config.override(config.Mesh(data=1, fsdp=1, tensor=1), text.split(","))
+        mesh = config.override(config.Mesh(data=1, fsdp=1, tensor=1), text.split(","))
     except config.ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if abs(mesh.data * mesh.fsdp * mesh.tensor) > MAX_DEVICES:
+        raise argparse.ArgumentTypeError(f"{_shorten(text)} has more than {MAX_DEVICES} devices")
+    return mesh
+
+
+def parse_whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(
+                f"{_shorten(text)} is not a whole number from {minimum} to {maximum}"
+            )
+        return value
+
+    return parse
+
+
+def parse_duration(text: str) -> float:
+    """Parse a duration: a number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{_shorten(text)} is not a number of at least 0")
+    return value
+
+
+def _shorten(text: str) -> str:
+    """Quote a word of the command line for a message."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def parse_seeds(text: str) -> list[int]:
     """Parse seeds such as "0-3" or "1,5,9"."""
-    values = []
+    ranges = []
     try:
         for item in text.split(","):
             low, dash, high = item.partition("-")
-            values += range(int(low), int(high) + 1) if dash else [int(low)]
+            ranges.append(range(int(low), int(high if dash else low) + 1))
     except ValueError:
-        values = []
-    if not values or max(values) >= 2**32:
+        ranges = []
+    if not any(ranges) or any(seeds.stop - 1 > MAX_SEED for seeds in ranges):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: seeds are whole numbers below 2**32, such as 0-3 or 1,5,9"
+            f"{_shorten(text)}: seeds are whole numbers below 2**32, such as 0-3 or 1,5,9"
         )
-    return values
+    if sum(max(seeds.stop - seeds.start, 0) for seeds in ranges) > MAX_SEEDS:
+        raise argparse.ArgumentTypeError(
+            f"{_shorten(text)} are more than {MAX_SEEDS:,} seeds: give them in several commands"
+        )
+    return [seed for seeds in ranges for seed in seeds]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -144,8 +207,9 @@ def parse_size(text: str) -> tuple[int, int]:
         dimensions = int(width), int(height or width)
     except ValueError:
         dimensions = 0, 0
-    if min(dimensions) < 1:
+    if min(dimensions) < 1 or max(dimensions) > MAX_SIDE:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: a size is WIDTHxHEIGHT in pixels, such as 1024x768"
+            f"{_shorten(text)}: a size is WIDTHxHEIGHT in pixels, such as 1024x768, of at most "
+            f"{MAX_SIDE} pixels each"
         )
     return dimensions

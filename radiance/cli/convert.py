@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from radiance import config
 from radiance.cli.arguments import (
+    MAX_SEED,
     add_model_arguments,
     add_verb,
     get_model_overrides,
     parse_path_with_number,
+    parse_whole_number,
 )
 from radiance.cli.convert_lora import (
     LORA_DTYPES,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from radiance.weights.checkpoint import Checkpoint
+
+MAX_FIT_STEPS = 10_000_000
 
 
 def add_parser(subparsers):
@@ -114,12 +118,15 @@ def _add_surgery_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--modulation-steps",
-        type=int,
+        type=parse_whole_number(1, MAX_FIT_STEPS),
         metavar="N",
         help="steps of the approximator's fit (default: 5000)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the new head and of the approximator's fit"
+        "--seed",
+        type=parse_whole_number(0, MAX_SEED),
+        default=0,
+        help="seed of the new head and of the approximator's fit",
     )
 
 
@@ -169,11 +176,9 @@ def _check_options(options: argparse.Namespace, target_format: str, dtype: str |
             f"--extract writes a LoRA: --to must be {' or '.join(LORA_NAMINGS)}, not "
             f"{target_format}."
         )
-    steps = options.modulation_steps
-    if steps is not None and (not options.modulation or steps < 1):
+    if options.modulation_steps is not None and not options.modulation:
         raise config.ConfigError(
-            "--modulation-steps is a number of at least 1, for --modulation approximator: give "
-            "that too."
+            "--modulation-steps is for --modulation approximator: give that too."
         )
     if options.merge and options.merge[1] is None:
         raise config.ConfigError(

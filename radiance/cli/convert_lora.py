@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radiance import config
-from radiance.cli.arguments import get_model_overrides
+from radiance.cli.arguments import get_model_overrides, parse_whole_number
 
 if TYPE_CHECKING:
     from radiance.weights.checkpoint import Checkpoint
 
 LORA_DTYPES = ("float32", "bfloat16", "float16")
+MAX_RANK = 65_536
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser):
@@ -24,7 +25,12 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
         metavar="BASE",
         help="write the difference of MODEL and BASE as a LoRA (--to peft or kohya)",
     )
-    parser.add_argument("--rank", type=int, default=32, help="rank of the extracted LoRA")
+    parser.add_argument(
+        "--rank",
+        type=parse_whole_number(1, MAX_RANK),
+        default=32,
+        help="rank of the extracted LoRA",
+    )
 
 
 def write_lora(options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str) -> int:

@@ -135,9 +135,11 @@ def main(options: argparse.Namespace) -> int:
             "captions_too_long": min(options.images, len(source)) - len(indices)
         }
     result = _replace_nonfinite(result)
-    print(_format_result(result), flush=True)  # even if writing the file fails
-    with replace_atomically(out) as temp_path:
-        temp_path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    try:
+        with replace_atomically(out) as temp_path:
+            temp_path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", "utf-8")
+    finally:  # even if writing the file fails
+        print(_format_result(result), flush=True)
     print(f"The complete result is in {out}.")
     return 0
 

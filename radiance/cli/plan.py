@@ -55,13 +55,15 @@ def main(options: argparse.Namespace) -> int:
 
     No weights are needed. The plan reports memory, work and time of one device.
     """
-    from radiance.base.files import replace_atomically
+    from radiance.base.files import replace_atomically, require_file
     from radiance.planning.plan import format_plan, make_plan
 
     if mesh_changes := [change for change in options.changes if change.startswith("mesh")]:
         raise config.ConfigError(
             f"{mesh_changes[0]}: the mesh of a plan is given as --mesh, such as --mesh fsdp=8."
         )
+    if options.json:
+        require_file(options.json)
     name = options.experiment
     if name in config.MODELS:
         run = config.make_sampling_config(config.Model.from_name(name), name)
@@ -71,8 +73,8 @@ def main(options: argparse.Namespace) -> int:
     error_on_uneven = "error" in (options.mesh.uneven, run.mesh.uneven)
     mesh = replace(options.mesh, uneven="error" if error_on_uneven else "replicate")
     estimate = make_plan(replace(run, mesh=mesh), options.device, options.sample)
-    print(format_plan(estimate))
     if options.json:
         with replace_atomically(options.json) as temp_path:
-            temp_path.write_text(json.dumps(estimate.to_dict(), indent=2) + "\n")
+            temp_path.write_text(json.dumps(estimate.to_dict(), indent=2) + "\n", "utf-8")
+    print(format_plan(estimate))
     return 0

@@ -3,10 +3,13 @@
 import importlib
 import importlib.util
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from radiance.base.errors import ConfigError
+from radiance.base.errors import ConfigError, RadianceError
 from radiance.base.settings import override
 from radiance.config.run import Config
 
@@ -20,13 +23,20 @@ def load_experiment(name: str) -> Config:
             the given order.
 
     Raises:
-        ConfigError: When the experiment or a variant does not exist, or a setting cannot work.
+        ConfigError: When the experiment or a variant does not exist, its code fails, or a setting
+            cannot work.
     """
     location, *variant_names = name.split(":")
     module = load_module(location)
-    if not hasattr(module, "config"):
+    if not callable(getattr(module, "config", None)):
         raise ConfigError(f"{location} is not an experiment: it has no function config().")
-    run, variants = module.config(), getattr(module, "VARIANTS", {})
+    with _report_failure(location):
+        run = module.config()
+    if not isinstance(run, Config):
+        raise ConfigError(
+            f"config() of {location} returns {type(run).__name__}: return a radiance.config.Config."
+        )
+    variants = _read_variants(module, location)
     for variant in variant_names:
         if variant not in variants:
             raise ConfigError(
@@ -36,6 +46,22 @@ def load_experiment(name: str) -> Config:
     return run
 
 
+def _read_variants(module: ModuleType, location: str) -> dict[str, list[str]]:
+    """Return the changes of each variant. Raise ConfigError if VARIANTS has another form."""
+    variants = getattr(module, "VARIANTS", {})
+    if not isinstance(variants, dict) or not all(
+        isinstance(name, str)
+        and isinstance(changes, list | tuple)
+        and all(isinstance(change, str) for change in changes)
+        for name, changes in variants.items()
+    ):
+        raise ConfigError(
+            f"VARIANTS of {location} is not a dictionary of lists of changes: write "
+            'VARIANTS = {"name": ["key=value"]}.'
+        )
+    return variants
+
+
 def load_module(location: str) -> ModuleType:
     """Import a module, which may import the modules in its own folder, as a script does.
 
@@ -43,22 +69,26 @@ def load_module(location: str) -> ModuleType:
         location: A file that ends with ".py", or a dotted name.
 
     Raises:
-        ConfigError: When it does not exist.
+        ConfigError: When it does not exist, or its code fails.
     """
     path = Path(location)
     if path.suffix == ".py":
         return _load_file(path)
+    if not all(name.isidentifier() for name in location.split(".")):
+        raise ConfigError(_describe_missing(location))
     sys.path.insert(0, str(Path.cwd()))  # an installed command does not search there
     sys.path.append(str(Path.cwd().joinpath(*location.split(".")[:-1])))
     try:
-        return importlib.import_module(location)
+        with _report_failure(location):
+            return importlib.import_module(location)
     except ModuleNotFoundError as error:
         if error.name is None or not location.startswith(error.name):
             raise  # the experiment exists, but one of its own imports does not
-        raise ConfigError(
-            f"There is no experiment {location}: give a file such as experiments/quickstart.py "
-            f"({error})."
-        ) from None
+        raise ConfigError(_describe_missing(location)) from None
+
+
+def _describe_missing(location: str) -> str:
+    return f"There is no experiment {location}: give a file such as experiments/quickstart.py."
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -69,5 +99,38 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _report_failure(str(path)):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _report_failure(location: str) -> Iterator[None]:
+    """Report errors of an experiment's own code in one sentence with the line of the file.
+
+    Errors of settings and of missing packages remain, because they have such a sentence.
+
+    Raises:
+        ConfigError: The code failed.
+    """
+    try:
+        yield
+    except (RadianceError, ImportError, MemoryError):
+        raise
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{error.filename or location} is not valid Python (line {error.lineno}: {error.msg})."
+        ) from error
+    except (Exception, SystemExit) as error:
+        frames = filter(_is_experiment_code, traceback.extract_tb(error.__traceback__))
+        lines = [f" in line {frame.lineno} of {frame.filename}" for frame in frames]
+        raise ConfigError(
+            f"The experiment {location} fails{lines[-1] if lines else ''} "
+            f"({type(error).__name__}: {error}): correct it."
+        ) from error
+
+
+def _is_experiment_code(frame: traceback.FrameSummary) -> bool:
+    """Return whether a frame is outside this package and the import system."""
+    package = Path(__file__).parents[1]
+    return Path(frame.filename).is_file() and package not in Path(frame.filename).parents

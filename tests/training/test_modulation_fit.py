@@ -277,7 +277,6 @@ def test_only_modulation_layers_are_read(tmp_path):
         (dict(), ("--dtype", "int9"), "no type 'int9'"),
         (dict(), ("--to", "torch"), "exists already"),
         (dict(), ("--to", "peft"), "writes a LoRA"),
-        (dict(), ("--modulation-steps", "0"), "at least 1"),
     ],
 )
 def test_invalid_arguments_are_errors_before_the_fit(
