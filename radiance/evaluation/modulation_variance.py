@@ -26,6 +26,7 @@ from radiance.model.modulation import (
     TIME_EMBEDDING_DIM,
     sinusoidal_embedding,
 )
+from radiance.model.pixel_head import HEADS
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import is_finite
@@ -205,7 +206,7 @@ def _iterate_layers(model: config.Model) -> Iterator[tuple[str, int, str, Sequen
         yield "text", block, f"double_blocks.{block}.txt_mod.lin", DOUBLE_VECTOR_NAMES
     for block in range(model.single_blocks):
         yield "single", block, f"single_blocks.{block}.modulation.lin", SINGLE_VECTOR_NAMES
-    if model.head == "linear":
+    if HEADS[model.head].reads_output_vectors:
         yield "output", 0, "final_layer.adaLN_modulation.1", SINGLE_VECTOR_NAMES[:2]
 
 

@@ -23,6 +23,7 @@ from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.tables import format_table
 from radiance.model.modulation import join_vectors, make_modulation, vector_names
+from radiance.model.pixel_head import HEADS
 from radiance.model.transformer import Params, bind_modulation
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint
@@ -238,9 +239,9 @@ def _predict_vectors(
     time: Float32[Array, " b"],
     guidance: Float32[Array, " b"] | None,
 ) -> Float32[Array, "b m d"]:
-    """Return the vectors that the network reads; only a linear head reads the last two."""
+    """Return the vectors that the network reads; not every head reads the last two."""
     vectors = join_vectors(bind_modulation(model, FLOAT32, modulation)(time, guidance, None))
-    return vectors if model.head == "linear" else vectors[:, :-2]
+    return vectors if HEADS[model.head].reads_output_vectors else vectors[:, :-2]
 
 
 def read_modulation_layers(checkpoint: Checkpoint) -> Params:
