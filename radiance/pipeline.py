@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ from jaxtyping import Float32
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import SamplingError
 from radiance.base.images import to_image
+from radiance.base.text_files import check_text, quote_text
 from radiance.distributed.sharding import gather_array
+from radiance.flow.finiteness import describe_nonfinite, find_nonfinite_row
 from radiance.flow.guidance import TextCondition
 from radiance.flow.inpainting import InitImage
 from radiance.flow.sampler import compute_modulations, generate_images
@@ -151,8 +155,10 @@ class Pipeline:
             init_image: An image to start from, which also determines the size.
 
         Raises:
-            TextError: For a prompt over the encoder's limit, before any image is sampled.
+            TextError: For a prompt over the encoder's limit or with invalid Unicode, before any
+                image is sampled.
             ConfigError: For an initial image of another size, or with a latent model.
+            SamplingError: An image is not finite.
         """
         if init_image:
             self._check_init_image(init_image, width, height)
@@ -227,10 +233,20 @@ class Pipeline:
     ) -> Iterator[Float32[np.ndarray, "b height width 3"]]:
         """Yield batches of images as arrays, about in [-1, 1], without rounding.
 
-        The arguments are those of `generate`.
+        The arguments and errors are those of `generate`.
         """
+        num_images = 0
         for images in self._run_sampler(prompts, seeds, width, height, settings, init_image):
-            yield (self.decoder.decode(images) if self.decoder else images)[:, :height, :width]
+            if self.decoder:
+                images = self.decoder.decode(images)
+                if (row := find_nonfinite_row(images)) is not None:
+                    index = num_images + row
+                    raise SamplingError(
+                        f"The autoencoder's image of {quote_text(prompts[index])} with seed "
+                        f"{seeds[index]} is not finite: use another file of the autoencoder."
+                    )
+            num_images += len(images)
+            yield images[:, :height, :width]
 
     def generate_trajectory(
         self,
@@ -292,50 +308,75 @@ class Pipeline:
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}.")
         if not prompts:
             return
+        for prompt in (*prompts, settings.negative_prompt):
+            check_text(prompt, "The prompt")
         num_tokens = count_visible_tokens(
             self.encoder, [*prompts, settings.negative_prompt], run.model.masking
         )
-        size = dict(
+        strength = init_image.strength if init_image else 1.0
+        sample = partial(
+            self._sample_batch,
+            num_tokens=num_tokens,
             height=-(-height // self.pixels_per_token) * run.model.patch,
             width=-(-width // self.pixels_per_token) * run.model.patch,
+            times=self._make_times(width, height, settings, strength),
+            settings=settings,
+            init_image=init_image,
         )
-        strength = init_image.strength if init_image else 1.0
-        times = self._make_times(width, height, settings, strength)
-
         batch_size = min(settings.batch_size, len(prompts))
         for first in range(0, len(prompts), batch_size):
             indices = np.arange(first, first + batch_size)
-            indices = np.minimum(indices, len(prompts) - 1)  # pads the last batch
-            positive, negative = encode_prompts(
-                self.encoder,
-                [prompts[index] for index in indices.tolist()],
-                settings,
-                run.model.masking,
-                num_tokens,
+            indices = np.minimum(indices, len(prompts) - 1).tolist()  # pads the last batch
+            batch_prompts, batch_seeds = [[x[i] for i in indices] for x in (prompts, seeds)]
+            samples = sample(batch_prompts, batch_seeds, return_trajectory=return_trajectory)
+            samples = samples[..., : len(prompts) - first, :, :, :]
+            if (row := find_nonfinite_row(samples)) is not None:
+                prompt, seed = batch_prompts[row], batch_seeds[row]
+                trajectory = sample([prompt], [seed], return_trajectory=True)
+                raise describe_nonfinite(prompt, seed, trajectory)
+            yield samples
+
+    def _sample_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_tokens: int,
+        height: int,
+        width: int,
+        times: Float32[np.ndarray, " times"],
+        settings: config.Sample,
+        init_image: InitImage | None,
+        return_trajectory: bool,
+    ) -> Float32[np.ndarray, "*steps b height width c"]:
+        """Return samples or trajectories of one batch, complete on every host."""
+        positive, negative = encode_prompts(
+            self.encoder, prompts, settings, self.run.model.masking, num_tokens
+        )
+        size: dict[str, int] = dict(height=height, width=width)
+        start_image = None
+        if init_image:
+            start_image = init_image.to_start_image(**size, batch_size=len(prompts))
+        with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
+            samples = generate_images(
+                self._network,
+                np.array(seeds, np.uint32),
+                positive,
+                TextCondition(
+                    np.repeat(negative.text, len(prompts), axis=0),
+                    np.repeat(negative.lengths, len(prompts)),
+                ),
+                model=self.run.model,
+                compute=self.run.compute,
+                # The negative prompt is encoded already: another one needs no other program.
+                settings=replace(settings, negative_prompt=""),
+                noise_scale=self.run.flow.noise_scale,
+                vectors=self.modulation_vectors(times, settings),
+                start_image=start_image,
+                strength=init_image.strength if init_image else 1.0,
+                return_trajectory=return_trajectory,
+                **size,
             )
-            with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
-                samples = generate_images(
-                    self._network,
-                    np.array(seeds, np.uint32)[indices],
-                    positive,
-                    TextCondition(
-                        np.repeat(negative.text, batch_size, axis=0),
-                        np.repeat(negative.lengths, batch_size),
-                    ),
-                    model=run.model,
-                    compute=run.compute,
-                    # The negative prompt is encoded already: another one needs no other program.
-                    settings=replace(settings, negative_prompt=""),
-                    noise_scale=run.flow.noise_scale,
-                    vectors=self.modulation_vectors(times, settings),
-                    start_image=init_image.to_start_image(**size, batch_size=batch_size)
-                    if init_image
-                    else None,
-                    strength=strength,
-                    return_trajectory=return_trajectory,
-                    **size,
-                )
-            yield gather_array(samples)[..., : len(prompts) - first, :, :, :]
+        return gather_array(samples)
 
     def modulation_vectors(
         self, times: Float32[np.ndarray, " t"], settings: config.Sample | None = None

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from radiance import config
-from radiance.base.errors import TextError
+from radiance.base.errors import SamplingError, TextError
 from radiance.base.images import save_png, to_image
 from radiance.flow.inpainting import InitImage
 from radiance.flow.sampler import compute_modulations, generate_images
@@ -231,6 +232,79 @@ def test_impossible_initial_images_are_rejected(pipeline):
 def test_a_prompt_over_the_limit_is_reported_before_any_work(pipeline):
     with pytest.raises(TextError, match="has 61 tokens, and the limit is 40"):
         pipeline(["one", "word " * 60])
+
+
+# --- images that are not finite -------------------------------------------------------------------
+
+
+def overflow_from(pipeline, step):
+    """A pipeline whose modulation makes the network overflow from a step on."""
+    broken = Pipeline(pipeline.run, pipeline.params, "toy")
+    compute = broken.modulation_vectors
+
+    def modulation_vectors(times, settings=None):
+        vectors = compute(times, settings)
+        return vectors._replace(output=vectors.output.at[step - 1 :].set(jnp.nan))
+
+    broken.modulation_vectors = modulation_vectors
+    return broken
+
+
+@pytest.fixture(scope="module")
+def modulated():
+    run = toy_run("unused", "unused", "text.max_length=40", head="linear", double_blocks=0)
+    run = config.override(run, ["sample.steps=4", "sample.batch_size=2"])
+    return Pipeline(run, toy_params(run.model), "toy")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_images_that_are_not_finite_are_errors(modulated, step):
+    broken = overflow_from(modulated, step)
+    message = f"The image of 'a one' with seed 7 is not finite from step {step} of 4 on: lower "
+    for sample in (
+        lambda: broken(["a one"], seeds=[7]),
+        lambda: list(broken.generate_arrays(["a one"], [7], 8, 8, broken.run.sample)),
+        lambda: broken.generate_trajectory(["a one"], seeds=[7]),
+        lambda: broken(["a one"], seeds=[7], init_image=InitImage(np.zeros((8, 8, 3), np.uint8))),
+    ):
+        with pytest.raises(SamplingError, match=message):
+            sample()
+
+
+def test_the_image_that_is_not_finite_is_named(modulated, monkeypatch):
+    """The fourth of five, after batches that are finite."""
+    sample_batch = Pipeline._sample_batch
+
+    def spoil(self, prompts, *args, **kwargs):
+        samples = np.array(sample_batch(self, prompts, *args, **kwargs))
+        for row, prompt in enumerate(prompts):
+            if prompt == "four":
+                samples[..., row, :, :, :] = np.inf
+        return samples
+
+    monkeypatch.setattr(Pipeline, "_sample_batch", spoil)
+    images = modulated.generate(["one", "two", "three", "four", "five"], seeds=[1, 2, 3, 4, 5])
+    assert [image.metadata["seed"] for image in (next(images), next(images))] == [1, 2]
+    with pytest.raises(SamplingError, match="'four' with seed 4 is not finite from step 0 of 4"):
+        next(images)
+
+
+def test_noise_that_is_not_finite_begins_at_step_0(modulated):
+    run = modulated.run
+    flow = config.Flow()
+    object.__setattr__(flow, "noise_scale", float("inf"))
+    broken = Pipeline(replace(run, flow=flow), modulated.params, "toy")
+    with pytest.raises(SamplingError, match="from step 0 of 4"):
+        broken(["a one"])
+
+
+@pytest.mark.parametrize("text", ["a \udcff", "a\0b"])
+def test_invalid_unicode_in_prompts_is_an_error_before_any_work(modulated, text, monkeypatch):
+    monkeypatch.setattr(Pipeline, "_sample_batch", lambda *_, **__: pytest.fail("it sampled"))
+    settings = config.override(modulated.run.sample, [f"negative_prompt={text}"])
+    for prompts, changed in ((["a one", text], None), (["a one"], settings)):
+        with pytest.raises(TextError, match="is not UTF-8 text"):
+            modulated(prompts, settings=changed)
 
 
 def test_the_number_of_seeds_must_be_that_of_prompts(pipeline):

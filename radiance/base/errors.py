@@ -24,6 +24,10 @@ class TextError(RadianceError, ValueError):
     """A prompt that cannot be encoded, or a file that is not text in UTF-8."""
 
 
+class SamplingError(RadianceError, ValueError):
+    """Sampled images that are not finite."""
+
+
 class TrainingError(RadianceError, RuntimeError):
     """A training run that cannot continue."""
 

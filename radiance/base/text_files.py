@@ -7,9 +7,12 @@ has damaged. Lines end with \n or \r\n. All other characters, such as U+2028, NE
 belong to the line that they are in.
 """
 
+import re
 from pathlib import Path
 
 from radiance.base.errors import TextError
+
+MAX_QUOTED_CHARACTERS = 60  # of a text in an error message
 
 
 def read_text(path: Path) -> str:
@@ -49,6 +52,27 @@ def decode_text(content: bytes, name: str | Path) -> str:
     if position >= 0:
         raise TextError(f"{name} is not UTF-8 text (byte {position}): save it as UTF-8.")
     return text
+
+
+def check_text(text: str, name: str):
+    """Raise TextError if a text of the command line or of a program is not valid Unicode.
+
+    Python represents bytes of the command line that are not UTF-8 by lone surrogates.
+
+    Args:
+        text: The text.
+        name: What the message calls it.
+    """
+    if match := re.search("[\0\ud800-\udfff]", text):
+        raise TextError(
+            f"{name} {quote_text(text)} is not UTF-8 text (character {match.start()}): correct it."
+        )
+
+
+def quote_text(text: str) -> str:
+    """Quote a text for an error message, shortened if it is long."""
+    is_long = len(text) > MAX_QUOTED_CHARACTERS
+    return repr(text[: MAX_QUOTED_CHARACTERS - 3] + "..." if is_long else text)
 
 
 def split_lines(text: str) -> list[str]:

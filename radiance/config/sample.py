@@ -16,6 +16,7 @@ from radiance.base.settings import (
 from radiance.config.model import Model
 from radiance.config.optimizer import MAX_EMA_WIDTH
 
+MAX_STEPS = 10_000
 PROMPT_SUITES = ("geneval", "dpg", "coco30k")  # public sets of prompts
 
 
@@ -66,6 +67,10 @@ class Sample(Section):
     def check(self):
         """Raise ConfigError if a setting cannot work."""
         require_at_least(self, 1, "steps", "batch_size")
+        require(
+            self.steps <= MAX_STEPS,
+            f"sample.steps={self.steps} must be at most {MAX_STEPS}: more change nothing.",
+        )
         require(
             all(b > 0 for b in self.beta),
             f"sample.beta={self.beta}: both numbers must be positive.",

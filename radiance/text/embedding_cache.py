@@ -22,7 +22,8 @@ from jaxtyping import Int64, UInt64
 
 from radiance.base.errors import CheckpointError, ConfigError, TextError
 from radiance.base.files import replace_atomically
-from radiance.text.encoder import TextEmbedding, TextEncoder, quote_text
+from radiance.base.text_files import quote_text
+from radiance.text.encoder import TextEmbedding, TextEncoder
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
 from radiance.weights.tensors import DTYPES, is_finite

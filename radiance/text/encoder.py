@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from radiance.base.errors import TextError
+from radiance.base.text_files import quote_text
 
 LENGTH_STEP = 16  # texts are padded to multiples of it, so that few shapes are compiled
-MAX_QUOTED_CHARACTERS = 60  # of a text in an error message
 
 Embeddings = Shaped[np.ndarray, "b l d"]  # float32 or bfloat16
 Integer = int | np.integer
@@ -121,9 +121,3 @@ class TextEncoder:
 def round_up_length(num_tokens: Integer, max_length: int, step: int = LENGTH_STEP) -> Integer:
     """Round a number of tokens up to a multiple of `step`, at most `max_length`."""
     return min(-(-num_tokens // step) * step, max_length)
-
-
-def quote_text(text: str) -> str:
-    """Quote a text for an error message, shortened if it is long."""
-    is_long = len(text) > MAX_QUOTED_CHARACTERS
-    return repr(text[: MAX_QUOTED_CHARACTERS - 3] + "..." if is_long else text)

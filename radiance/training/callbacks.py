@@ -173,7 +173,15 @@ class Sample(Callback):
         inputs = trainer.inputs
         for index, (run, writer) in enumerate(zip(inputs.runs, trainer.writers)):
             params = trainer.seed_params(index)
-            sample_gallery(run, inputs.encoder, inputs.prompts, params, trainer.step, writer)
+            sample_gallery(
+                run,
+                inputs.encoder,
+                inputs.prompts,
+                params,
+                trainer.step,
+                writer,
+                trainer.progress.print_line,
+            )
 
 
 def compute_throughput(

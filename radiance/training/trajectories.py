@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float16
 
 from radiance import config
+from radiance.base.errors import SamplingError
 from radiance.base.files import replace_atomically, require_space
 from radiance.base.random import RandomStream, make_rng, random_permutation
 from radiance.data.captions import augment_caption
@@ -292,6 +293,11 @@ def _generate_shard(
     )
     # from [steps + 1, b, …] to [b, segments, …]
     points = np.concatenate([batch[stride::stride].swapaxes(0, 1) for batch in batches])
+    if np.abs(points).max() > np.finfo(POINTS_DTYPE).max:
+        raise SamplingError(
+            f"A trajectory leaves the range of {POINTS_DTYPE}: lower "
+            "distill.sample.guidance_scale, or use another teacher."
+        )
     write_safetensors(
         trajectories.shard_path(shard),
         {"points": points.shape},

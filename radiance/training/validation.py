@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from radiance import config
+from radiance.base.errors import SamplingError
 from radiance.base.images import make_contact_sheet
 from radiance.data.batches import Batch
 from radiance.data.captions import first_caption
@@ -109,6 +110,7 @@ def sample_gallery(
     params: Params,
     step: int,
     metric_writer: MetricWriter | NullMetricWriter,
+    report_warning: Callable[[str], object],
 ):
     """Sample the prompts with seeds 0, 1, … and write a contact sheet. Latent models have none.
 
@@ -119,10 +121,15 @@ def sample_gallery(
         params: Weights of the network.
         step: Number of steps done.
         metric_writer: Writer of the run directory.
+        report_warning: Called with a line instead if an image is not finite.
     """
     if run.model.channels != 3:
         return
-    samples = list(Pipeline(run, params, encoder=encoder).generate(prompts))
+    try:
+        samples = list(Pipeline(run, params, encoder=encoder).generate(prompts))
+    except SamplingError as error:  # the training may recover
+        report_warning(f"step {step}: no samples are written. {error}")
+        return
     sheet = make_contact_sheet([s.image for s in samples], columns=min(len(samples), 10))
     metadata = {"seeds": list(range(len(prompts))), "settings": config.to_dict(run.sample)}
     metric_writer.write_samples(step, sheet, prompts, metadata)

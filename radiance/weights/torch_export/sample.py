@@ -72,6 +72,11 @@ def main() -> None:
             pooled=tensors["pooled"][i : i + 1] if "pooled" in tensors else None,
             negative_pooled=tensors.get("negative_pooled"),
         )
+        if not image.isfinite().all():
+            raise SystemExit(
+                f"The image of prompt {i} is not finite: lower --guidance-scale, or give --dtype "
+                "float32."
+            )
         path = write_sample(arguments.out / f"{i:03}-seed{seed}", image[0].cpu(), *arguments.size)
         seconds = time.perf_counter() - start_time
         print(f"{i + 1}/{len(prompts)} {path} ({seconds:.1f} s): {prompt}", flush=True)
