@@ -3,47 +3,62 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from radiance.base.errors import OutputError
+from radiance.base.temp_files import hold_temp_path, remove_abandoned
 
 _temp_paths: set[Path] = set()  # files and folders that `replace_atomically` is writing
+_cleaned_folders: set[Path] = set()
 
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
 
-    If the block raises an error, the temporary file is removed and `path` is unchanged.
+    If the block raises an error, the temporary file is removed and `path` is unchanged. A file that
+    a killed process left is removed by the next process that writes into the folder.
 
     Args:
         path: The final path. Missing parent folders are created.
 
     Yields:
-        The temporary path, where the block must create a file or a folder.
+        The temporary path: an empty file, which the block writes.
 
     Raises:
         OutputError: When the file cannot be written.
     """
-    temp_path = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _temp_paths.add(temp_path)
+    with _replace_atomically(path, Path.touch) as temp_path:
+        yield temp_path
+
+
+@contextmanager
+def _replace_atomically(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a new temporary file or folder, and rename it to `path` when the block succeeds."""
+    temp_path = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temp_path
-        if temp_path.is_file():
-            with temp_path.open("rb") as temp_file:
-                # Without this, the new name could survive a power failure and its content not.
-                os.fsync(temp_file.fileno())
-        os.replace(temp_path, path)
+        if path.parent not in _cleaned_folders:
+            _cleaned_folders.add(path.parent)
+            remove_abandoned(path.parent)
+        with hold_temp_path(path, create) as temp_path:
+            _temp_paths.add(temp_path)
+            yield temp_path
+            if temp_path.is_file():
+                with temp_path.open("rb") as temp_file:
+                    # Without this, the new name could survive a power failure and its content not.
+                    os.fsync(temp_file.fileno())
+            os.replace(temp_path, path)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        with suppress(OSError):
-            temp_path.unlink()
-        _temp_paths.discard(temp_path)
+        if temp_path is not None:
+            with suppress(OSError):
+                temp_path.unlink()
+            _temp_paths.discard(temp_path)
 
 
 def remove_temp_paths():
@@ -117,8 +132,7 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
         OutputError: When `path` is in use already, or cannot be written.
     """
     require_new_folder(path)
-    with replace_atomically(path) as temp_path:
-        temp_path.mkdir()
+    with _replace_atomically(path, Path.mkdir) as temp_path:
         try:
             yield temp_path
         except BaseException:

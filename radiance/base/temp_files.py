@@ -1,0 +1,133 @@
+"""Names and locks of temporary files, by which files of killed processes are recognized.
+
+A process keeps its temporary files and folders locked by the operating system (flock), which ends
+with the process however it ends. Not all network disks lock across hosts. So the name contains the
+host too, and files of other hosts count as abandoned only when they are old.
+"""
+
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where age alone decides
+    fcntl = None
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+# .NAME.PID@HOST.part; versions before 0.2 had no host and no lock.
+NAME_PATTERN = re.compile(
+    r"\..+\.(?P<pid>\d{1,10})(-\d+)?(@(?P<host>[A-Za-z0-9-]*))?\.part", re.DOTALL
+)
+MAX_NAME_BYTES = 150  # of the final name in that of a temporary file
+ABANDONED_SECONDS = 86_400.0  # since the last change of a file whose process cannot be found out
+
+
+@contextmanager
+def hold_temp_path(path: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """Yield a new temporary path beside `path` that is locked during the block.
+
+    Args:
+        path: The final path, whose folder exists.
+        create: Creates an empty file or folder at a path.
+
+    Yields:
+        The temporary path.
+    """
+    name = path.name if len(os.fsencode(path.name)) <= MAX_NAME_BYTES else path.name[:32]
+    count = 0
+    while True:
+        suffix = f"-{count}" if count else ""
+        temp_path = path.with_name(f".{name}.{os.getpid()}{suffix}@{HOST}.part")
+        if not temp_path.exists():  # another thread may be writing the same file
+            create(temp_path)
+            descriptor = _lock(temp_path)
+            # A process that removes abandoned files may have been faster than the lock.
+            if temp_path.exists():
+                break
+            _close(descriptor)
+        count += 1
+    try:
+        yield temp_path
+    finally:
+        _close(descriptor)
+
+
+def remove_abandoned(folder: Path):
+    """Remove temporary files and folders that killed processes left in a folder."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:  # files can be written to some folders that cannot be listed
+        return
+    for path in paths:
+        match = NAME_PATTERN.fullmatch(path.name)
+        if match and _is_abandoned(path, int(match["pid"]), match["host"]):
+            with suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
+    """Return whether no process writes a temporary file any longer."""
+    try:
+        descriptor = _lock(path)
+    except OSError:  # locked by its process, removed meanwhile, or not ours
+        return False
+    _close(descriptor)
+    if descriptor is None or host not in (None, HOST):
+        return time.time() - _last_change(path) > ABANDONED_SECONDS
+    return host == HOST or not _is_running(pid)
+
+
+def _lock(path: Path) -> int | None:
+    """Return a locked descriptor of a file or folder; None if the system or the disk has no locks.
+
+    Raises:
+        OSError: If another process has locked it, or it cannot be opened.
+    """
+    if fcntl is None:
+        return None
+    # Network disks lock only files that are open for writing.
+    access = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # for example ENOLCK, EOPNOTSUPP
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _close(descriptor: int | None):
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _last_change(path: Path) -> float:
+    """Return the time of the last change of a file, or of any file in a folder."""
+    times = [0.0]
+    with suppress(OSError):
+        times += [
+            file.stat().st_mtime for file in (path, *(path.iterdir() if path.is_dir() else ()))
+        ]
+    return max(times) if len(times) > 1 else time.time()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
