@@ -172,26 +172,31 @@ def convert_head_to_conv(checkpoint: Checkpoint) -> Checkpoint:
             f"{checkpoint.origin} has the head {model.head}: only nerf_linear can become nerf_conv."
         )
 
-    def read_tensor(name: str) -> Callable[[], np.ndarray]:
-        return _bind_name(checkpoint.get_tensor, f"nerf_final_layer.{name}")
-
     def make_kernel() -> np.ndarray:
-        weight = read_tensor("linear.weight")()
+        weight = checkpoint.get_tensor(old_names["nerf_final_layer_conv.conv.weight"])
         kernel = np.zeros((*weight.shape, 3, 3), weight.dtype)
         kernel[:, :, 1, 1] = weight
         return kernel
 
-    replacements = {
-        "nerf_final_layer_conv.norm.scale": read_tensor("norm.scale"),
-        "nerf_final_layer_conv.conv.weight": make_kernel,
-        "nerf_final_layer_conv.conv.bias": read_tensor("linear.bias"),
+    old_names = {
+        f"nerf_final_layer_conv.{new_name}": f"nerf_final_layer.{old_name}"
+        for new_name, old_name in (
+            ("norm.scale", "norm.scale"),
+            ("conv.weight", "linear.weight"),
+            ("conv.bias", "linear.bias"),
+        )
     }
+    replacements: dict[str, Callable[[], np.ndarray]] = {
+        new_name: _bind_name(checkpoint.get_tensor, old_name)
+        for new_name, old_name in old_names.items()
+    }
+    replacements["nerf_final_layer_conv.conv.weight"] = make_kernel
     return _rebuild(
         checkpoint,
         replace(model, head="nerf_conv"),
         replacements,
         "with a convolution as its last layer",
-        dict.fromkeys(replacements, checkpoint.dtypes["nerf_final_layer.linear.weight"]),
+        {new_name: checkpoint.dtypes[old_name] for new_name, old_name in old_names.items()},
     )
 
 

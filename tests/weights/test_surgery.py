@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from radiance.model.transformer import bind_modulation
 from radiance.weights import native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
+from radiance.weights.opening import open_tensors
 from radiance.weights.surgery import (
     convert_head_to_conv,
     dilate_patches,
@@ -138,6 +140,56 @@ def test_convolution_gives_the_output_of_the_linear_layer(tmp_path):
     with pytest.raises(CheckpointError, match="only nerf_linear") as error:
         convert_head_to_conv(conv)
     sentence(error)
+
+
+def test_each_tensor_of_the_convolution_keeps_its_own_type(tmp_path):
+    """In GGUF files vectors are float32 beside BF16 matrices, and must not be rounded to these."""
+    model = toy_model(hidden=64, rope_axes=(4, 14, 14), head="nerf_linear")
+    tensors = published(model, "float32")
+    matrix = "nerf_final_layer.linear.weight"
+    tensors[matrix] = tensors[matrix].astype(ml_dtypes.bfloat16)
+    source = open_checkpoint(save(tmp_path / "x.safetensors", tensors, model))
+    conv = write_and_open(convert_head_to_conv(source), tmp_path)
+    assert conv.dtypes["nerf_final_layer_conv.conv.weight"] == "BF16"
+    for new_name, old_name in (("norm.scale", "norm.scale"), ("conv.bias", "linear.bias")):
+        np.testing.assert_array_equal(
+            conv.get_tensor(f"nerf_final_layer_conv.{new_name}"),
+            tensors[f"nerf_final_layer.{old_name}"],
+        )
+
+
+ROUNDED_ONCE = {
+    "merge": lambda x: merge_checkpoints(x, x, 0.3),
+    "extrapolate": lambda x: merge_checkpoints(x, x, -1.7),
+    "dilate": dilate_patches,
+    "head": convert_head_to_conv,
+    "graft": lambda x: graft(x, PIXELS),
+    "pooled": lambda x: fix_pooled_vector(x, np.linspace(-1, 1, 5, dtype=np.float32), "a line"),
+    "two": lambda x: dilate_patches(merge_checkpoints(x, x, 0.3)),
+}
+ROUNDED_MODELS = {
+    "head": dict(head="nerf_linear"),
+    "pooled": dict(modulation="per_block", pooled_dim=5, head="linear"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q8_0"])
+@pytest.mark.parametrize("stored", ["bfloat16", "int8", "q8_0"])
+@pytest.mark.parametrize("change", ROUNDED_ONCE)
+def test_results_are_rounded_once(change, stored, dtype, tmp_path):
+    """The type of the source must not round a result on its way to the type of the target."""
+    model = toy_model(hidden=64, rope_axes=(4, 14, 14), **ROUNDED_MODELS.get(change, {}))
+    suffix = {"q8_0": "gguf"}
+    source = tmp_path / f"stored.{suffix.get(stored, 'safetensors')}"
+    convert_checkpoint(make_checkpoint(tmp_path, model), source, dtype=stored)
+    convert_checkpoint(open_checkpoint(source), tmp_path / "exact.safetensors", dtype="float32")
+    results = []
+    for path in (source, tmp_path / "exact.safetensors"):
+        target = tmp_path / f"{path.stem}-result.{suffix.get(dtype, 'safetensors')}"
+        convert_checkpoint(ROUNDED_ONCE[change](open_checkpoint(path)), target, dtype=dtype)
+        file = open_tensors(target)
+        results.append({name: file[name].tobytes() for name in file.shapes})
+    assert results[0] == results[1]
 
 
 def test_fixed_pooled_vector_gives_the_same_modulation(tmp_path):
