@@ -10,8 +10,8 @@ from radiance.base.errors import ConfigError
 from radiance.base.hashing import hash_parts
 from radiance.text import t5
 from radiance.text.encoder import LENGTH_STEP, TextEmbedding, TextEncoder, round_up_length
-from radiance.text.t5_weights import T5Weights
-from radiance.text.tokenizers import PAD_ID, open_tokenizer
+from radiance.text.t5_weights import SENTENCEPIECE_NAME, T5Weights
+from radiance.text.tokenizers import PAD_ID, Tokenizer, open_tokenizer, parse_tokenizer
 from radiance.weights.tensors import DTYPES
 
 MAX_BATCH_TOKENS = 4096  # tokens of a batch; the attention of 64 heads then takes 0.5 GB at most
@@ -94,7 +94,8 @@ class T5Encoder(BaseT5Encoder):
 
     Args:
         file: T5's weights, a file or a folder.
-        tokenizer: A tokenizer's file or folder; by default it is looked for beside the weights.
+        tokenizer: A tokenizer's file or folder; by default the one in the weights' file, or beside
+            it.
         max_length: Maximum number of tokens.
         dtype: Type of weights and products.
         shardings: Function from the parameters' shapes to their shardings.
@@ -117,10 +118,10 @@ class T5Encoder(BaseT5Encoder):
         super().__init__()
         self.weights = T5Weights(Path(file).expanduser())
         self.sizes = self.weights.sizes
-        opened_tokenizer = open_tokenizer(tokenizer or self.weights.file.path.parent)
+        opened_tokenizer = _open_tokenizer_of(self.weights, tokenizer)
         if opened_tokenizer.vocab_size > self.sizes.vocabulary:
             raise ConfigError(
-                f"{opened_tokenizer.path} has {opened_tokenizer.vocab_size} tokens, and "
+                f"{opened_tokenizer.origin} has {opened_tokenizer.vocab_size} tokens, and "
                 f"{self.weights.file.path} vectors for {self.sizes.vocabulary}: set text.tokenizer "
                 "to the tokenizer of that model."
             )
@@ -133,3 +134,12 @@ class T5Encoder(BaseT5Encoder):
 
     def _load_params(self) -> t5.Params:
         return self.weights.load_params(self.dtype.name, self._shardings)
+
+
+def _open_tokenizer_of(weights: T5Weights, tokenizer: str | Path) -> Tokenizer:
+    """Open the given tokenizer, that in the weights' file, or the one beside it."""
+    path = weights.file.path
+    content = None if tokenizer else weights.read_sentencepiece()
+    if content is not None:
+        return parse_tokenizer(content, f"{SENTENCEPIECE_NAME} in {path}")
+    return open_tokenizer(tokenizer or path.parent)

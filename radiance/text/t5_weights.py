@@ -1,7 +1,6 @@
 """Read the weights of a T5 encoder from Hugging Face's or llama.cpp's files."""
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from radiance.base.errors import CheckpointError
 from radiance.base.trees import leaf_path
 from radiance.text.t5 import T5, Params, make_abstract_t5
 from radiance.weights.detect import check_shapes
+from radiance.weights.names import strip_prefix
 from radiance.weights.opening import open_tensors
 from radiance.weights.tensors import Tensors, TensorShapes, cast_array
 
@@ -101,7 +101,9 @@ T5_RULES = (
 RULES_BY_PATH = {row.path: row for row in T5_RULES}
 # Other names of the embedding, which encoder and decoder share; a file may hold several of them.
 EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED_NAMES = re.compile(r"decoder\.|lm_head\.|dec\.|output\.weight$")  # not of the encoder
+ENCODER_PREFIXES = ("encoder.", "shared.", "enc.", "token_embd.")  # others are not of the encoder
+SENTENCEPIECE_NAME = "spiece_model"  # ComfyUI's files contain the tokenizer under this name
+MAX_SENTENCEPIECE_BYTES = 64_000_000
 QUERY_RULE = RULES_BY_PATH["blocks/attention/q/kernel"]
 GATE_NAME = RULES_BY_PATH["blocks/mlp/gate/kernel"].torch_name.format(i=0)
 
@@ -167,6 +169,24 @@ class T5Weights:
 
         return jax.tree_util.tree_map_with_path(read_leaf, tree, leaf_shardings)
 
+    def read_sentencepiece(self) -> bytes | None:
+        """Return the SentencePiece model that the file contains beside the weights, if any.
+
+        Raises:
+            CheckpointError: If the file contains several.
+        """
+        locations = [
+            location
+            for key, location in self.file.locations.items()
+            if key.split(".")[-1] == SENTENCEPIECE_NAME
+        ]
+        if len(locations) > 1 or any(x.nbytes > MAX_SENTENCEPIECE_BYTES for x in locations):
+            raise CheckpointError(
+                f"{self.file.path} contains several tokenizers, or one that is too large: set "
+                f"text.tokenizer."
+            )
+        return self.file.read_raw(locations[0]).tobytes() if locations else None
+
     def fingerprint(self) -> str:
         """Compute a hash of the weights, which does not depend on the container."""
         return self.file.fingerprint(self.file_keys)
@@ -184,20 +204,12 @@ def _find_keys(file: Tensors) -> dict[str, str]:
         keys_by_name = {torch_names.get(key, key): key for key in shapes}
         is_version_1_0 = GATE_NAME not in keys_by_name and "enc.blk.0.ffn_up.weight" in shapes
     else:
-        prefixes = [key.removesuffix(query_name) for key in shapes if key.endswith(query_name)]
-        if len(prefixes) != 1:
-            contents = (
-                f"more than one T5 ({', '.join(prefixes)})"
-                if prefixes
-                else f"no T5 encoder (it has no {query_name})"
-            )
+        keys_by_name = strip_prefix(shapes, (query_name,), file.path)
+        if query_name not in keys_by_name:
             raise CheckpointError(
-                f"{file.path} holds {contents}: use a file of T5 v1.1, such as the text encoder of "
-                "Chroma or FLUX."
+                f"{file.path} holds no T5 encoder (it has no {query_name}): use a file of T5 v1.1, "
+                "such as the text encoder of Chroma or FLUX."
             )
-        keys_by_name = {
-            key.removeprefix(prefixes[0]): key for key in shapes if key.startswith(prefixes[0])
-        }
         is_version_1_0 = "encoder.block.0.layer.1.DenseReluDense.wi.weight" in keys_by_name
     if is_version_1_0:
         raise CheckpointError(
@@ -206,7 +218,7 @@ def _find_keys(file: Tensors) -> dict[str, str]:
     alias_keys = [keys_by_name.pop(name) for name in EMBEDDING_ALIASES if name in keys_by_name]
     if alias_keys:
         keys_by_name.setdefault("shared.weight", alias_keys[0])
-    return {name: key for name, key in keys_by_name.items() if not UNUSED_NAMES.match(name)}
+    return {name: key for name, key in keys_by_name.items() if name.startswith(ENCODER_PREFIXES)}
 
 
 def _infer_sizes(shapes: TensorShapes, origin: object) -> T5:

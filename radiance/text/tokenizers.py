@@ -18,6 +18,7 @@ from radiance.base.errors import CheckpointError
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 PAD_ID, END_ID = 0, 1
 PROBE_TEXT = "a cat \ue000"  # has a letter that no tokenizer knows: damaged files fail with it
+MAX_TOKENIZER_BYTES = 256_000_000
 NUM_SENTINELS = 100  # their ids follow those of the pieces, the last sentinel first
 
 OpenedTokenizer = tuple[Callable[[str], list[int]], int, dict[str, int | None]]
@@ -27,14 +28,21 @@ class Tokenizer:
     """A function from a text to token ids, end-of-sequence (1) last.
 
     Args:
-        path: The tokenizer's file.
+        origin: The file that errors name.
+        content: Content of the tokenizer's file.
         tokenize: Function from a text to token ids, without end-of-sequence.
         vocab_size: A number above all ids.
     """
 
-    def __init__(self, path: Path, tokenize: Callable[[str], list[int]], vocab_size: int):
-        self.path, self.tokenize, self.vocab_size = path, tokenize, vocab_size
-        self.identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    def __init__(
+        self,
+        origin: object,
+        content: bytes,
+        tokenize: Callable[[str], list[int]],
+        vocab_size: int,
+    ):
+        self.origin, self.tokenize, self.vocab_size = origin, tokenize, vocab_size
+        self.identity = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __call__(self, text: str) -> list[int]:
         """Convert a text to token ids; lone surrogates, which are invalid, become U+FFFD."""
@@ -58,18 +66,31 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = find_tokenizer(path) if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"There is no tokenizer {path}: set text.tokenizer to one.")
-    with path.open("rb") as file:
-        header = file.read(64)
-    is_json = header.lstrip().startswith(b"{")
-    opened = _open_tokenizer_json(path) if is_json else _open_sentencepiece(path)
-    tokenize, vocab_size, control_ids = opened
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path} is too large for a tokenizer: set text.tokenizer to one.")
+    return parse_tokenizer(path.read_bytes(), path)
+
+
+def parse_tokenizer(content: bytes, origin: object) -> Tokenizer:
+    """Return the tokenizer of a SentencePiece model or a tokenizer.json.
+
+    Args:
+        content: Content of the file.
+        origin: The file that errors name.
+
+    Raises:
+        CheckpointError: If the content is damaged, or not T5's tokenizer.
+    """
+    is_json = content[:64].lstrip().startswith(b"{")
+    parse = _parse_tokenizer_json if is_json else _parse_sentencepiece
+    tokenize, vocab_size, control_ids = parse(content, origin)
     if control_ids != {"<pad>": PAD_ID, "</s>": END_ID}:
         id_list = ", ".join(f"{token} is {token_id}" for token, token_id in control_ids.items())
         raise CheckpointError(
-            f"{path} is not a tokenizer of T5, which has <pad> as 0 and </s> as 1 "
+            f"{origin} is not a tokenizer of T5, which has <pad> as 0 and </s> as 1 "
             f"(here {id_list}): use T5's."
         )
-    return Tokenizer(path, tokenize, vocab_size)
+    return Tokenizer(origin, content, tokenize, vocab_size)
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -100,8 +121,8 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _open_sentencepiece(path: Path) -> OpenedTokenizer:
-    """Open a SentencePiece model: a function to ids, the vocabulary's size, ids of control text."""
+def _parse_sentencepiece(content: bytes, origin: object) -> OpenedTokenizer:
+    """Return a function to ids, the vocabulary's size, and the ids of control text."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -110,10 +131,10 @@ def _open_sentencepiece(path: Path) -> OpenedTokenizer:
         ) from None
     try:
         model = SentencePieceProcessor()
-        model.LoadFromSerializedProto(path.read_bytes())
+        model.LoadFromSerializedProto(content)
     except RuntimeError:
         raise CheckpointError(
-            f"{path} is not a complete SentencePiece model: copy or download it again."
+            f"{origin} is not a complete SentencePiece model: copy or download it again."
         ) from None
     num_pieces = model.get_piece_size()
     piece_ids = {model.id_to_piece(i): i for i in range(num_pieces)}
@@ -137,8 +158,8 @@ def _open_sentencepiece(path: Path) -> OpenedTokenizer:
     return tokenize, num_pieces + NUM_SENTINELS, control_ids
 
 
-def _open_tokenizer_json(path: Path) -> OpenedTokenizer:
-    """Open a tokenizer.json: a function to ids, the vocabulary's size, ids of control text."""
+def _parse_tokenizer_json(content: bytes, origin: object) -> OpenedTokenizer:
+    """Return a function to ids, the vocabulary's size, and the ids of control text."""
     try:
         import tokenizers
     except ImportError:
@@ -146,7 +167,7 @@ def _open_tokenizer_json(path: Path) -> OpenedTokenizer:
             "tokenizer.json needs the tokenizers package: pip install 'radiance[text]'."
         ) from None
     try:
-        text = path.read_text()
+        text = content.decode()
         json.loads(text)
         tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_truncation()  # files store the settings of their last use
@@ -154,7 +175,7 @@ def _open_tokenizer_json(path: Path) -> OpenedTokenizer:
         tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
     except Exception as error:  # tokenizers raises plain exceptions
         raise CheckpointError(
-            f"{path} is not a complete tokenizer ({error}): copy or download it again."
+            f"{origin} is not a complete tokenizer ({error}): copy or download it again."
         ) from None
     control_ids = {token: tokenizer.token_to_id(token) for token in ("<pad>", "</s>")}
     return (

@@ -20,6 +20,7 @@ from radiance.base.trees import flatten_tree
 from radiance.model.autoencoder import Autoencoder, make_abstract_autoencoder
 from radiance.model.transformer import Params
 from radiance.weights.detect import check_shapes
+from radiance.weights.names import strip_prefix
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
 from radiance.weights.tensors import DTYPES, Tensors, TensorShapes, is_finite
@@ -27,7 +28,7 @@ from radiance.weights.tensors import DTYPES, Tensors, TensorShapes, is_finite
 AutoencoderLayout = Literal["flux", "diffusers"]
 
 AUTOENCODER_METADATA_KEY = "radiance.autoencoder"
-AUTOENCODER_PREFIXES = ("first_stage_model.", "vae.")
+SIGNATURE_TENSOR = "encoder.conv_in.weight"  # every autoencoder has it
 # The names of these blocks identify a layout, and count its levels and blocks.
 BLOCK_NAMES = {
     "flux": "encoder.down.{i}.block.{j}",
@@ -205,24 +206,18 @@ def read_autoencoder(path: str | Path) -> tuple[Autoencoder, Params]:
     """
     folder = Path(path) / "vae"
     file = open_tensors(folder if folder.is_dir() else path)
-    prefix = next(
-        (p for p in AUTOENCODER_PREFIXES if any(key.startswith(p) for key in file.shapes)), ""
-    )
-    shapes = {
-        key.removeprefix(prefix): shape
-        for key, shape in file.shapes.items()
-        if key.startswith(prefix)
-    }
+    keys = strip_prefix(file.shapes, (SIGNATURE_TENSOR,), file.path)
+    shapes = {name: file.shapes[key] for name, key in keys.items()}
     sizes, layout = detect_autoencoder(shapes, file)
     check_shapes(autoencoder_shapes(sizes, layout), shapes, file.path)
-    file.require_weights(prefix + name for name in shapes)
+    file.require_weights(keys.values())
     names_by_path = {
         tensor.path: (name, tensor.transform)
         for name, tensor in locate_tensors(sizes, layout).items()
     }
 
     def read_leaf(name: str, transform: str) -> jax.Array:
-        values = file[prefix + name]
+        values = file[keys[name]]
         if not is_finite(values):
             raise CheckpointError(
                 f"{file.path}: {name} holds values that are not finite: copy or download it again."

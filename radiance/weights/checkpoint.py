@@ -289,12 +289,12 @@ def open_checkpoint(
             missing, unexpected or of another shape is named.
     """
     file = open_tensors(path)
-    if any(name.endswith(diffusers.SIGNATURE_TENSOR) for name in file.shapes):
-        file_format, keys = "diffusers", diffusers.map_to_native(file.shapes)
+    if diffusers.has_diffusers_names(file.shapes):
+        file_format, keys = "diffusers", diffusers.map_to_native(file.shapes, file.path)
         known_fields = _read_diffusers_config(file.path) | known_fields
     else:
         file_format = "GGUF" if isinstance(file, GgufTensors) else "native"
-        keys = {name: (key,) for name, key in canonical_names(file.shapes).items()}
+        keys = {name: (key,) for name, key in canonical_names(file.shapes, file.path).items()}
     shapes = {
         name: concatenated_shape([file.shapes[key] for key in file_keys])
         for name, file_keys in keys.items()

@@ -7,13 +7,14 @@ from typing import Any
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.weights.heads import infer_head
+from radiance.weights.names import strip_prefix
 from radiance.weights.native_rules import count_blocks
 from radiance.weights.tensors import TensorShapes
 
 MODEL_KEY = "radiance.model"  # of the metadata
 # Empty tensors by which readers recognize a variant, and the setting that each determines.
 MARKERS = {"__x0__": "prediction", "__32x32__": "patch", "__sequential__": "text_ids"}
-KEY_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "params.")
+SIGNATURE_TENSOR = "txt_in.weight"  # every checkpoint with native names has it
 # Substrings of tensor names, and the kind of file that contains them.
 OTHER_FILE_KINDS = (
     (
@@ -21,10 +22,22 @@ OTHER_FILE_KINDS = (
         "a Zeta-Chroma checkpoint: Chroma's successor uses another network (Z-Image), which is not "
         "supported",
     ),
+    ("double_stream_modulation_img.", "a FLUX.2 checkpoint, which is another network"),
     ("SelfAttention.q.", "a T5 text encoder: give it as --text-encoder"),
     ("enc.blk.0.", "a T5 text encoder: give it as --text-encoder"),
     ("decoder.conv_in.", "an autoencoder: give it as --autoencoder"),
+    ("hada_w", "a LyCORIS adapter: give it as --lora"),
+    ("lokr_w", "a LyCORIS adapter: give it as --lora"),
     ("lora_", "a LoRA: give it as --lora, or merge it with radiance convert --lora"),
+    ("text_model.encoder.layers.", "a CLIP text encoder, which Chroma does not read"),
+    ("vision_model.encoder.layers.", "a CLIP image encoder"),
+    ("self_attn.q_proj.", "a language model"),
+    ("controlnet_blocks.", "a ControlNet"),
+    ("img_mod.1.", "a Qwen-Image checkpoint, which is another network"),
+    ("cap_embedder.", "a checkpoint of Lumina or Z-Image, which is another network"),
+    ("individual_token_refiner.", "a Hunyuan checkpoint, which is another network"),
+    ("cross_attn.norm_k.", "a Wan checkpoint, which is another network"),
+    ("exp_avg", "the state of an optimizer"),
     ("joint_blocks.", "a Stable Diffusion 3 checkpoint, which is another network"),
     ("input_blocks.", "a Stable Diffusion checkpoint, which is another network"),
     ("transformer_blocks.", "a transformer in the layout of diffusers, but not Chroma's"),
@@ -71,28 +84,28 @@ def check_shapes(expected: TensorShapes, actual: TensorShapes, origin: object):
         raise CheckpointError(f"{origin} does not hold this model: {'. '.join(problems)}.")
 
 
-def canonical_names(keys: Mapping[str, object]) -> dict[str, str]:
+def canonical_names(
+    keys: Mapping[str, object], origin: object = "The checkpoint"
+) -> dict[str, str]:
     """Return the key in the file for every native name.
 
-    Known prefixes are removed, and `.weight` of norms, as newer tools call it, becomes `.scale`.
+    Prefixes are removed, and `.weight` of norms, as newer tools call it, becomes `.scale`. Markers
+    may lack the prefix of the other names.
 
     Args:
         keys: The keys of a file.
+        origin: The file that errors name.
 
     Raises:
-        CheckpointError: If two keys have the same native name.
+        CheckpointError: If two keys have the same native name, or names have several prefixes.
     """
-    prefix = next((p for p in KEY_PREFIXES if any(k.startswith(p) for k in keys)), "")
-    names: dict[str, str] = {}
-    for key in keys:
-        if not key.startswith(prefix) and key not in MARKERS:
-            continue
-        name = key.removeprefix(prefix)
+    names: dict[str, str] = {name: name for name in MARKERS if name in keys}
+    for name, key in strip_prefix(keys, (SIGNATURE_TENSOR,), origin).items():
         *parents, last = name.split(".")
         is_norm = parents and (parents[-1].endswith("norm") or parents[-2:-1] == ["norms"])
         if last == "weight" and is_norm:
             name = name.removesuffix("weight") + "scale"
-        if name in names:
+        if names.get(name, key) != key:
             raise CheckpointError(
                 f"The tensors {names[name]} and {key} are both {name}: the file contains more than "
                 f"one model."
@@ -112,7 +125,8 @@ def check_architecture(shapes: TensorShapes, origin: object):
         CheckpointError: If it is not, with the kind of file that it seems to be.
     """
     has_blocks = any(n.startswith(("double_blocks.0.", "single_blocks.0.")) for n in shapes)
-    if "txt_in.weight" in shapes and has_blocks:
+    is_flux2 = any(n.startswith("double_stream_modulation_img.") for n in shapes)
+    if SIGNATURE_TENSOR in shapes and has_blocks and not is_flux2:
         return
     for pattern, description in OTHER_FILE_KINDS:
         if any(pattern in name for name in shapes):

@@ -5,13 +5,14 @@ diffusers has no class for pixel models, nor for the variants that only this pro
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from radiance import config
 from radiance.base.errors import CheckpointError
+from radiance.weights.names import strip_prefix
 from radiance.weights.tensors import TensorShapes
 
 
@@ -157,33 +158,41 @@ def locate_diffusers_slices(
     }
 
 
-def map_to_native(shapes: TensorShapes) -> dict[str, tuple[str, ...]]:
-    """Return the diffusers names of each native tensor of a file.
+def has_diffusers_names(names: Iterable[str]) -> bool:
+    """Return True if tensors have the names of diffusers' Chroma, with any prefix."""
+    return any(name.endswith(SIGNATURE_TENSOR) for name in names)
+
+
+def map_to_native(
+    shapes: TensorShapes, origin: object = "The diffusers checkpoint"
+) -> dict[str, tuple[str, ...]]:
+    """Return the keys of the diffusers tensors of each native tensor of a file.
 
     Args:
         shapes: Names and shapes of the file's tensors.
+        origin: The file that errors name.
 
     Raises:
         CheckpointError: A part of a tensor is missing, or a tensor is unknown. The message names
             all such tensors.
     """
-    mapping, unmatched = {}, set(shapes)
+    keys = strip_prefix(shapes, (SIGNATURE_TENSOR,), origin)
+    mapping, unmatched = {}, set(keys)
     for native, names in DIFFUSERS_TABLE:
         for i in _block_indices(native):
             diffusers_names = tuple(name.format(i=i) for name in names)
-            if not any(name in shapes for name in diffusers_names):
+            if not any(name in keys for name in diffusers_names):
                 break
-            if missing := [name for name in diffusers_names if name not in shapes]:
+            if missing := [name for name in diffusers_names if name not in keys]:
                 raise CheckpointError(
-                    f"The diffusers checkpoint has no {', '.join(missing)}, so it is incomplete: "
-                    "copy or download it again."
+                    f"{origin} has no {', '.join(missing)}, so it is incomplete: copy or download "
+                    "it again."
                 )
-            mapping[native.format(i=i)] = diffusers_names
+            mapping[native.format(i=i)] = tuple(keys[name] for name in diffusers_names)
             unmatched -= set(diffusers_names)
     if unmatched:
         raise CheckpointError(
-            "The diffusers checkpoint holds tensors that Chroma does not have: "
-            f"{', '.join(sorted(unmatched))}."
+            f"{origin} holds tensors that Chroma does not have: {', '.join(sorted(unmatched))}."
         )
     return mapping
 

@@ -12,7 +12,7 @@ from radiance.base.tables import format_table
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.conversion_report import find_network_part
-from radiance.weights.detect import MODEL_KEY, OTHER_FILE_KINDS, canonical_names
+from radiance.weights.detect import MODEL_KEY, OTHER_FILE_KINDS, SIGNATURE_TENSOR
 from radiance.weights.opening import open_any_tensors
 from radiance.weights.tensors import Tensors, TensorShapes
 
@@ -29,10 +29,10 @@ def inspect_file(path: str | Path) -> str:
         CheckpointError: If the file is damaged.
     """
     file = open_any_tensors(path)
-    is_diffusers = any(name.endswith(diffusers.SIGNATURE_TENSOR) for name in file.shapes)
     if file.problem is not None:
         return _describe_tensors(file, f"{file.path} {file.problem}, which is not supported.")
-    if not is_diffusers and "txt_in.weight" not in canonical_names(file.shapes):
+    has_native_names = any(name.endswith(SIGNATURE_TENSOR) for name in file.shapes)
+    if not has_native_names and not diffusers.has_diffusers_names(file.shapes):
         return _describe_tensors(file, f"{file.path} is {_describe_other_file(file)}.")
     try:
         checkpoint = open_checkpoint(path)

@@ -485,6 +485,24 @@ def test_wrong_settings_of_t5_are_an_error(folder, tmp_path):
     ).count_tokens("a cat")
 
 
+def test_the_tokenizer_in_the_weights_is_used(folder, tmp_path):
+    """ComfyUI's files of T5 contain the SentencePiece model as a tensor of bytes."""
+    (tmp_path / "other").mkdir()
+    spiece = train_tokenizer(tmp_path / "other" / "spiece.model").read_bytes()
+    content = {"spiece_model": np.frombuffer(spiece, np.uint8)}
+    save_file(torch_tensors() | content, tmp_path / "model.safetensors")
+    inside, beside = T5Encoder(tmp_path / "model.safetensors"), T5Encoder(folder)
+    assert inside.tokenizer("a red cat") == open_tokenizer(tmp_path / "other")("a red cat")
+    given = T5Encoder(tmp_path / "model.safetensors", folder)
+    assert given.tokenizer("a red cat") == beside.tokenizer("a red cat")
+    save_file(
+        torch_tensors() | {"spiece_model": np.zeros(9, np.uint8)}, tmp_path / "bad.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="spiece_model in") as error:
+        T5Encoder(tmp_path / "bad.safetensors")
+    sentence(error)
+
+
 def test_a_tokenizer_of_a_larger_model_is_an_error(folder, tmp_path):
     small = t5.T5(vocabulary=100, hidden=16, layers=1, heads=2, head_dim=4, mlp_hidden=8)
     save_file(torch_tensors(small), tmp_path / "model.safetensors")

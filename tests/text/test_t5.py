@@ -351,6 +351,28 @@ def test_the_decoder_is_ignored(tmp_path, params):
     assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
 
 
+@pytest.mark.parametrize("prefix", ["", "t5xxl.transformer.", "_orig_mod.module."])
+def test_extras_that_are_no_weights_are_ignored(tmp_path, params, prefix):
+    """Files of ComfyUI contain the tokenizer, and those of CLIP's tools a scale."""
+    extras = {
+        "spiece_model": np.arange(40, dtype=np.uint8),
+        "logit_scale": np.ones((), np.float32),
+        "text_projection.weight": np.ones((4, 4), np.float32),
+        "position_ids": np.arange(8)[None],
+    }
+    tensors = {prefix + name: x for name, x in (torch_tensors() | extras).items()}
+    weights = T5Weights(saved(tmp_path, tensors))
+    assert_same(weights.load_params("float32"), params)
+    assert weights.read_sentencepiece() == bytes(range(40))
+
+
+def test_wrapped_modules_are_unwrapped(tmp_path, params):
+    tensors = {
+        name.replace(".layer.", "._orig_mod.layer.", 1): x for name, x in torch_tensors().items()
+    }
+    assert_same(T5Weights(saved(tmp_path, tensors)).load_params("float32"), params)
+
+
 def test_weights_in_several_files(tmp_path, params, file):
     tensors = torch_tensors()
     parts = {"model-1.safetensors": list(tensors)[::2], "model-2.safetensors": list(tensors)[1::2]}
@@ -477,7 +499,7 @@ def ones(*shape):
             ["T5 v1.0", "T5 v1.1"],
         ),
         (lambda t: {"img_in.weight": ones(2, 2)}, ["no T5 encoder", "T5 v1.1"]),
-        (lambda t: t | {f"a.{n}": x for n, x in t.items()}, ["more than one T5"]),
+        (lambda t: t | {f"a.{n}": x for n, x in t.items()}, ["more than one model"]),
         (
             lambda t: without(t, NORM_1, "encoder.final_layer_norm.weight"),
             ["missing", "block.1.layer.1.layer_norm", "final_layer_norm"],

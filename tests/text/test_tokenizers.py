@@ -151,7 +151,10 @@ def test_ids_equal_those_of_transformers(spiece, tmp_path):
     theirs = transformers.T5Tokenizer.from_pretrained(str(spiece.parent))
     theirs.save_pretrained(tmp_path)
     sentencepiece, json_file = open_tokenizer(spiece), open_tokenizer(tmp_path)
-    assert (sentencepiece.path.name, json_file.path.name) == ("spiece.model", "tokenizer.json")
+    assert (sentencepiece.origin.name, json_file.origin.name) == (
+        "spiece.model",
+        "tokenizer.json",
+    )
     assert sentencepiece.vocab_size == json_file.vocab_size == len(theirs)
     for text in [
         *TEXTS,

@@ -143,7 +143,9 @@ def test_shapes_are_those_of_the_published_file():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
+@pytest.mark.parametrize(
+    "prefix", ["first_stage_model.", "vae.", "_orig_mod.", "module.model.", "autoencoder.module."]
+)
 def test_prefixes_are_removed(prefix, layout, written, tmp_path):
     renamed = {prefix + key: tensor for key, tensor in load_file(written[layout]).items()}
     # a checkpoint of all networks

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import gguf
@@ -99,7 +100,25 @@ def test_parameters_are_read_to_shardings(written):
 # --- other tools' files ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "params."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "params.",
+        "_orig_mod.",
+        "module.",
+        "net.",
+        "model.",
+        "transformer.",
+        "module._orig_mod.",
+        "model.module.",
+        "state_dict.ema_model.net._orig_mod.",
+        "_fsdp_wrapped_module.model.diffusion_model.",
+        "anything.of.any.tool.",
+    ],
+)
 def test_prefixes_and_weights_of_norms_are_renamed(prefix, written, tmp_path):
     renamed = {}
     for name, tensor in load_file(written).items():
@@ -114,6 +133,32 @@ def test_prefixes_and_weights_of_norms_are_renamed(prefix, written, tmp_path):
     save_file(renamed, tmp_path / "renamed.safetensors")
     _, params = checkpoint.read_checkpoint(tmp_path / "renamed.safetensors", MODEL)
     assert_equal(params, toy_params(MODEL))
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"]
+)
+def test_wrappers_of_blocks_are_removed(wrapper, written, tmp_path):
+    """torch.compile of each block puts its name into the middle of others."""
+    renamed = {
+        re.sub(r"(_blocks\.\d+\.)", rf"\1{wrapper}.", name): tensor
+        for name, tensor in load_file(written).items()
+    }
+    assert sum(f".{wrapper}." in name for name in renamed) > 20
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    _, params = checkpoint.read_checkpoint(tmp_path / "renamed.safetensors", MODEL)
+    assert_equal(params, toy_params(MODEL))
+
+
+def test_two_models_in_one_file_are_rejected(written, tmp_path):
+    tensors = load_file(written)
+    both = {prefix + name: x for name, x in tensors.items() for prefix in ("model.", "ema.")}
+    twice = tensors | {"module." + name: x for name, x in tensors.items()}
+    for renamed in (both, twice):
+        save_file(renamed, tmp_path / "both.safetensors")
+        with pytest.raises(CheckpointError, match="more than one model") as error:
+            checkpoint.read_checkpoint(tmp_path / "both.safetensors", MODEL)
+        assert len(sentence(error)) < 400
 
 
 def test_one_error_names_every_difference(written, tmp_path):

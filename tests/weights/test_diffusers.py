@@ -68,6 +68,18 @@ def compute_diffusers_output(transformer) -> np.ndarray:
     return y.numpy().reshape(image.shape)
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.", "module.model."])
+def test_prefixes_are_removed(prefix, native_file, tmp_path):
+    folder = write_folder(native_file, tmp_path / "folder")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {prefix + name: x for name, x in load_file(path).items()}
+    save(path, tensors | {"vae.other": np.zeros(3, np.float32)})
+    expected = checkpoint.open_checkpoint(native_file)
+    renamed = checkpoint.open_checkpoint(folder)
+    for name in expected.shapes:
+        np.testing.assert_array_equal(renamed.get_tensor(name), expected.get_tensor(name))
+
+
 def test_from_pretrained_loads_our_folder(native_file, tmp_path):
     folder = write_folder(native_file, tmp_path / "folder")
     transformer, report = diffusers_package.ChromaTransformer2DModel.from_pretrained(
