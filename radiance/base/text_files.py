@@ -8,7 +8,9 @@ belong to the line that they are in.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from radiance.base.errors import TextError
 
@@ -79,3 +81,14 @@ def split_lines(text: str) -> list[str]:
     r"""Split text at \n and \r\n only; an end after the last line adds no empty line."""
     lines = text.replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
+
+
+def iter_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
+    """Yield the lines of a stream with their ends; None in place of a line over `max_bytes`."""
+    while line := file.readline(max_bytes + 1):
+        if len(line) <= max_bytes:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(max_bytes)
+        yield None

@@ -15,6 +15,12 @@ from radiance.base.settings import (
 from radiance.shapes.attributes import MAX_OBJECTS, Background, CaptionLengths
 
 CACHE_DIR = "~/.cache/radiance"
+PROTOCOLS = ("file", "http", "https", "s3", "gs", "az", "hf")
+# Protocols of fsspec that interpret files, or open further files that these name.
+COMPOUND_PROTOCOLS = (
+    *("reference", "zip", "tar", "libarchive", "dir", "generic", "git", "dask"),
+    *("cached", "filecache", "simplecache", "blockcache", "asyncwrapper"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,9 @@ class Data(Section):
     pattern; tfds: the name."""
     root: str = resumable("")
     """Folder of the images of a JSONL file; empty: the folder of the file."""
+    protocols: tuple[str, ...] = resumable(PROTOCOLS)
+    """Protocols of the URLs that a JSONL file may contain; "file" allows absolute paths too. []
+    allows only paths below the root."""
     image_key: str = "image"
     """Feature (tfds) or column (parquet) of the image."""
     caption_key: str = "text"
@@ -189,6 +198,12 @@ class Data(Section):
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must be between 0 and 1.",
         )
+        for protocol in self.protocols:
+            require(
+                protocol.isalnum() and protocol not in COMPOUND_PROTOCOLS,
+                f"data.protocols={self.protocols}: {protocol!r} is not a protocol of plain files, "
+                f"such as {', '.join(PROTOCOLS)}.",
+            )
         self._check_sizes()
         self._check_sources()
 

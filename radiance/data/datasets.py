@@ -69,12 +69,13 @@ def _open_dataset_index(mixture_source: config.MixtureSource, data: config.Data)
             f"data.source={mixture_source.source} needs data.path: "
             "give the location of the images and captions."
         )
-    listing = _open_listing(mixture_source, cache_dir)
+    listing = _open_listing(mixture_source, data)
     return DatasetIndex(listing, dataset_title(mixture_source), cache_dir, data.num_threads)
 
 
-def _open_listing(mixture_source: config.MixtureSource, cache_dir: Path) -> Listing:
+def _open_listing(mixture_source: config.MixtureSource, data: config.Data) -> Listing:
     """Open the listing of a dataset; formats are imported on demand, since some need packages."""
+    cache_dir = Path(data.cache_dir).expanduser()
     match mixture_source.source:
         case "folder":
             from radiance.data.sources.folder import FolderListing
@@ -83,7 +84,7 @@ def _open_listing(mixture_source: config.MixtureSource, cache_dir: Path) -> List
         case "jsonl":
             from radiance.data.sources.jsonl import JsonlListing
 
-            return JsonlListing(mixture_source.path, mixture_source.root)
+            return JsonlListing(mixture_source.path, mixture_source.root, data.protocols)
         case "digits":
             from radiance.data.sources.digits import Digits
             from radiance.data.sources.tfds import TfdsListing

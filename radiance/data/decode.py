@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 MAX_PIXELS = 89_478_485  # above this, Pillow suspects a decompression bomb
+MAX_FILE_BYTES = 2**30  # an uncompressed image of MAX_PIXELS pixels takes up to 0.7 GB
 MAX_PROFILE_BYTES = 4 * 2**20  # the profiles of printing presses take one or two million bytes
 MAX_SCANS = 20  # scans of a JPEG of MAX_PIXELS pixels; a smaller one may have more
 # Formats that Pillow opens and that are not images. Formats are recognized by content, not by name.

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
-from radiance.data.decode import read_image_size
+from radiance.data.decode import MAX_FILE_BYTES, UnusableError, read_image_size
 
 TRAIN_HASH = 2**64 - 1  # the split hash of an image that its dataset puts into the training split
 CHUNK_SIZE = 256  # images that a thread processes at once
@@ -111,6 +111,8 @@ def read_image_header(file: BinaryIO) -> tuple[int, int, str]:
         UnusableError: The file is not an image that can be used; see `read_image_size`.
     """
     size = file.seek(0, os.SEEK_END)
+    if size > MAX_FILE_BYTES:
+        raise UnusableError("too large", f"{size} bytes")
     file.seek(0)
     edges = file.read(EDGE_BYTES)
     file.seek(max(size - EDGE_BYTES, EDGE_BYTES))

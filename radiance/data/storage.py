@@ -1,4 +1,4 @@
-"""Files by address: a local path, or a URL that fsspec knows (s3://, gs://, https://, …).
+"""Files by address: a local path, or a URL of a protocol that fsspec knows.
 
 Requests for remote files that fail for a moment are repeated with growing delays. Credentials are
 read by fsspec, from its own configuration or from what each provider's tools leave in the
@@ -6,6 +6,7 @@ environment.
 
 Local files are read with Python's own functions: fsspec's local file system has no finer time than
 microseconds, and it neither follows links to folders nor reports which folders it cannot list.
+Pipes and devices count as unreadable: to read them could take for ever.
 """
 
 import errno
@@ -19,16 +20,19 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
+import fsspec
 from fsspec.caching import FirstChunkCache
-from fsspec.core import url_to_fs
 from fsspec.spec import AbstractBufferedFile
 
 from radiance import config
 from radiance.base.errors import DataError
+from radiance.data.addresses import is_remote
+from radiance.data.decode import MAX_FILE_BYTES, UnusableError
 
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)  # seconds between attempts
 HEADER_BLOCK_SIZE = 2**16  # bytes of a remote file that are requested at once to read its header
 STREAM_BLOCK_SIZE = 2**23  # the same to read the file from start to end
+MAX_FOLDERS = 100_000  # of a remote folder; some servers generate folders without end
 # Names under which file systems report something that changes with a file's content.
 VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified"),
@@ -55,6 +59,10 @@ class FileInfo(NamedTuple):
     version: str
 
 
+class MissingPackageError(config.ConfigError):
+    """A protocol that fsspec does not know, or that needs a package that is not installed."""
+
+
 class UnreachableError(OSError, DataError):
     """A file that may exist and cannot be read.
 
@@ -64,30 +72,6 @@ class UnreachableError(OSError, DataError):
     def __init__(self, message: str):
         super().__init__(message)
         self.errno = errno.EIO
-
-
-def is_remote(address: str) -> bool:
-    """Return True for a URL."""
-    return "://" in address
-
-
-def resolve_address(address: str) -> str:
-    """Return an address that is valid in every working directory, with links resolved."""
-    return address if is_remote(address) else os.path.realpath(os.path.expanduser(address))
-
-
-def join_address(folder: str, path: str) -> str:
-    """Return the address of a path below a folder; an absolute path or URL stays as it is."""
-    if is_remote(path) or path.startswith("/"):
-        return path
-    if not is_remote(folder):
-        return os.path.join(folder, path)
-    return f"{folder}{'' if folder.endswith('/') else '/'}{path.removeprefix('./')}"
-
-
-def parent_address(address: str) -> str:
-    """Return the address of the folder of a file."""
-    return address[: address.rindex("/") + 1] if is_remote(address) else os.path.dirname(address)
 
 
 def list_files(folder: str) -> tuple[list[FileInfo], list[str]]:
@@ -134,7 +118,7 @@ def get_file_info(address: str) -> FileInfo:
 
 
 def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
-    """Read a file or a range of it.
+    """Read a range of a file.
 
     Args:
         address: Path or URL.
@@ -152,9 +136,25 @@ def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
     """
     if is_remote(address):
         return _retry(address, partial(_fetch_bytes, address, begin, end))
-    with _translate_os_errors(address), open(address, "rb") as file:
+    with _translate_os_errors(address), _open_local(address) as file:
+        size = os.fstat(file.fileno()).st_size
         file.seek(begin)
-        return file.read() if end is None else file.read(max(end - begin, 0))
+        return file.read(max((size if end is None else min(end, size)) - begin, 0))
+
+
+def read_file(address: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Read a file.
+
+    Raises:
+        UnusableError: It has more than `max_bytes` bytes.
+        FileNotFoundError: There is no such file.
+        PermissionError: It must not be read.
+        UnreachableError: It cannot be read for another reason.
+    """
+    content = read_bytes(address, 0, max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnusableError("too large", f"more than {max_bytes} bytes")
+    return content
 
 
 def open_seekable(address: str, size: int | None = None) -> BinaryIO:
@@ -174,7 +174,7 @@ def open_seekable(address: str, size: int | None = None) -> BinaryIO:
     return (
         _open_remote(address, size, HEADER_BLOCK_SIZE)
         if is_remote(address)
-        else open(address, "rb")
+        else _open_local(address)
     )
 
 
@@ -197,7 +197,7 @@ def open_stream(address: str, size: int | None = None) -> Iterator[BinaryIO]:
             _translate_os_errors(address),
             _open_remote(address, size, STREAM_BLOCK_SIZE)
             if is_remote(address)
-            else open(address, "rb") as file,
+            else _open_local(address) as file,
         ):
             yield file
     except (FileNotFoundError, PermissionError) as error:
@@ -207,6 +207,25 @@ def open_stream(address: str, size: int | None = None) -> Iterator[BinaryIO]:
 
 
 # --- local files ----------------------------------------------------------------------------------
+
+
+def _open_local(path: str) -> BinaryIO:
+    """Open a local file that is neither a pipe nor a device; opening those could wait or act."""
+
+    def open_without_waiting(path: str, flags: int) -> int:
+        _require_regular_file(os.stat(path), path)
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        _require_regular_file(os.fstat(descriptor), path)
+        return descriptor
+
+    return open(path, "rb", opener=open_without_waiting)
+
+
+def _require_regular_file(stat_result: os.stat_result, path: str):
+    if stat.S_ISDIR(stat_result.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(stat_result.st_mode):
+        raise PermissionError(errno.EACCES, "It is a pipe or a device", path)
 
 
 @contextmanager
@@ -306,14 +325,20 @@ def _permanent_error(error: Exception, address: str) -> Exception | None:
 
 
 def _open_file_system(address: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the file's path in it."""
+    """Return the file system of a URL, and the file's path in it.
+
+    Not by fsspec's own function, in which "::" opens file systems within others, and these
+    interpret the content of files.
+    """
+    protocol = address.partition("://")[0]
     try:
-        file_system, path = url_to_fs(address)
-    except (ImportError, ValueError) as error:  # no package for this protocol, or no such protocol
-        raise config.ConfigError(
+        options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(address)
+        file_system = fsspec.filesystem(protocol, **options)
+    except (ImportError, ValueError, TypeError) as error:  # no package or no such protocol
+        raise MissingPackageError(
             f"{address} cannot be reached: {str(error).rstrip('.')}."
         ) from None
-    return file_system, file_system._strip_protocol(path)
+    return file_system, file_system._strip_protocol(address)
 
 
 def _remote_file_info(address: str) -> FileInfo:
@@ -372,9 +397,14 @@ def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
     file_system, root_path = _retry(root, partial(_open_file_system, root))
     root_path = root_path.rstrip("/")
     file_system.invalidate_cache()
-    file_infos, unreadable_folders, pending = [], [], [root_path]
+    file_infos, unreadable_folders, pending, num_folders = [], [], [root_path], 0
     while pending:
-        folder = pending.pop()
+        folder, num_folders = pending.pop(), num_folders + 1
+        if num_folders > MAX_FOLDERS:
+            raise DataError(
+                f"{root} has more than {MAX_FOLDERS:,} folders: name its images in a list "
+                "(data.source=jsonl)."
+            )
         try:
             infos = _retry(root, partial(file_system.ls, folder, detail=True))
         except FileNotFoundError:

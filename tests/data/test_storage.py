@@ -14,6 +14,7 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data import storage
+from radiance.data.addresses import is_remote, parent_address
 from radiance.data.datasets import open_source
 from radiance.data.sources import records
 from radiance.data.sources.folder import FolderListing
@@ -125,7 +126,7 @@ FILES = {
 
 def fill(folder):
     for name, content in FILES.items():
-        if storage.is_remote(folder):
+        if is_remote(folder):
             put(f"{folder}/{name}", content)
         else:
             path = Path(folder, name)
@@ -212,27 +213,6 @@ def test_a_remote_file_that_disappears_raises_an_error(tmp_path):
         source.load_image(0)
 
 
-def test_addresses_are_joined_and_resolved(tmp_path):
-    table = [
-        ("/a", "b/c.png", "/a/b/c.png"),
-        ("/a", "/d.png", "/d.png"),
-        ("/a", "s3://b/c", "s3://b/c"),
-        ("s3://b", "c/d", "s3://b/c/d"),
-        ("s3://b/", "./c", "s3://b/c"),
-        ("memory://", "c", "memory://c"),
-        ("s3://b", "/c.png", "/c.png"),
-        ("s3://b", "https://c/d", "https://c/d"),
-    ]
-    for folder, path, expected in table:
-        assert storage.join_address(folder, path) == expected
-    remote_parent = storage.parent_address("memory://list.jsonl")
-    assert storage.join_address(remote_parent, "a.png") == "memory://a.png"
-    assert storage.join_address(storage.parent_address("/b/list.jsonl"), "a.png") == "/b/a.png"
-    (tmp_path / "link").symlink_to(tmp_path)
-    assert storage.resolve_address(str(tmp_path / "link")) == str(tmp_path)
-    assert storage.resolve_address("s3://b//c") == "s3://b//c"
-
-
 # --- ranges and streams ---------------------------------------------------------------------------
 
 
@@ -248,7 +228,7 @@ def test_ranges_are_read(remote, has_ranges, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{address}/y")
     with pytest.raises(FileNotFoundError):
-        storage.get_file_info(storage.parent_address(address) + ("none" if remote else ""))
+        storage.get_file_info(parent_address(address) + ("none" if remote else ""))
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,12 @@ from PIL import Image
 
 from radiance import config
 from radiance.base.errors import DataError
+from radiance.base.text_files import iter_lines
 from radiance.data import decode, storage
+from radiance.data.addresses import join_address, resolve_address
 from radiance.data.listing import IndexRecord, Unusable, map_in_threads
 from radiance.data.sources.records import (
+    MAX_TEXT_BYTES,
     Annotation,
     decode_lines,
     make_record,
@@ -60,7 +63,7 @@ class FolderListing:
     """
 
     def __init__(self, path: str):
-        self.path = storage.resolve_address(path)
+        self.path = resolve_address(path)
         try:
             self.files, self.unreadable_folders = storage.list_files(self.path)
         except NotADirectoryError:
@@ -96,17 +99,18 @@ class FolderListing:
 
     def address(self, location: str) -> str:
         """Return the path or URL of an image's file."""
-        return storage.join_address(self.path, location)
+        return join_address(self.path, location)
 
     def read_file(self, location: str) -> bytes:
-        """Read a file.
+        """Read an image's file.
 
         Raises:
+            UnusableError: The file is too large.
             DataError: The file cannot be read any more.
         """
         address = self.address(location)
         try:
-            return storage.read_bytes(address)
+            return storage.read_file(address)
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(
                 f"{address} existed at the start and cannot be read now ({error.strerror}): "
@@ -118,22 +122,23 @@ class FolderListing:
         metadata: dict[str, Annotation] = {}
         bad_lines = []
         for file in self.files:
-            if posixpath.basename(file.name) != METADATA_FILE:
+            folder, file_name = posixpath.split(file.name)
+            if file_name.lower() != METADATA_FILE:
                 continue
-            for line_number, line in enumerate(self.read_file(file.path).split(b"\n"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = parse_entry(line)
-                except decode.UnusableError:
-                    bad_lines.append(f"{file.name}:{line_number}")
-                    continue
-                folder = posixpath.dirname(file.name)
-                name = posixpath.normpath(posixpath.join(folder, entry.filename))
-                name = unicodedata.normalize("NFC", name)
-                previous_captions = metadata[name].captions if name in metadata else ()
-                captions = (*previous_captions, *entry.annotation.captions)
-                metadata[name] = entry.annotation._replace(captions=captions)
+            with storage.open_stream(self.address(file.path), file.size) as stream:
+                for line_number, line in enumerate(iter_lines(stream, MAX_TEXT_BYTES), 1):
+                    if line is not None and not line.strip():
+                        continue
+                    try:
+                        entry = parse_entry(line)
+                    except decode.UnusableError:
+                        bad_lines.append(f"{file.name}:{line_number}")
+                        continue
+                    name = posixpath.normpath(posixpath.join(folder, entry.filename))
+                    name = unicodedata.normalize("NFC", name)
+                    previous_captions = metadata[name].captions if name in metadata else ()
+                    captions = (*previous_captions, *entry.annotation.captions)
+                    metadata[name] = entry.annotation._replace(captions=captions)
         return metadata, bad_lines
 
     def _make_record(
@@ -157,7 +162,7 @@ class FolderListing:
         if caption_file is None:
             return annotation
         try:
-            content = storage.read_bytes(self.address(caption_file))
+            content = storage.read_file(self.address(caption_file), MAX_TEXT_BYTES)
         except (FileNotFoundError, PermissionError):
             raise decode.UnusableError("unreadable file") from None
         return annotation._replace(captions=decode_lines(content))

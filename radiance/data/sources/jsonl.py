@@ -6,9 +6,9 @@ The file has one JSON object a line::
      "is_tag_based": false, "loss_weight": 1.0}
 
 `filename` is a path below data.root (by default the folder of the list), an absolute path or a URL.
-A list holds several captions. "file_name", and "text" or "caption", are accepted as in
-metadata.jsonl. Every line is an image, also a second line for the same file: a list of millions is
-read as a stream.
+URLs and absolute paths need their protocol in data.protocols (data/addresses.py). A list holds
+several captions. "file_name", and "text" or "caption", are accepted as in metadata.jsonl. Every
+line is an image, also a second line for the same file: a list of millions is read as a stream.
 
 A width and a height in the list are trusted, and the file is not opened before it is needed.
 Without them its header is read. A file that is missing when it is needed is reported once and
@@ -20,12 +20,21 @@ import json
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from radiance import config
+from radiance.base.text_files import iter_lines
 from radiance.data import decode, storage
+from radiance.data.addresses import is_remote, parent_address, resolve_address, resolve_filename
 from radiance.data.listing import IndexRecord, Unusable, map_in_threads
-from radiance.data.sources.records import MetadataEntry, make_record, parse_entry, read_header_at
+from radiance.data.sources.records import (
+    MAX_TEXT_BYTES,
+    MISSING_PACKAGE,
+    MetadataEntry,
+    make_record,
+    parse_entry,
+    read_header_at,
+)
 
 
 class JsonlListing:
@@ -34,14 +43,15 @@ class JsonlListing:
     Args:
         path: Path or URL of the list.
         root: Folder of the images. If empty, the list's folder.
+        protocols: Protocols that the lines may name.
 
     Raises:
         ConfigError: There is no such file or folder.
     """
 
-    def __init__(self, path: str, root: str = ""):
-        self.path = storage.resolve_address(path)
-        self.root = storage.resolve_address(root) if root else storage.parent_address(self.path)
+    def __init__(self, path: str, root: str = "", protocols: Sequence[str] = ()):
+        self.path, self.protocols = resolve_address(path), tuple(protocols)
+        self.root = resolve_address(root) if root else parent_address(self.path)
         try:
             file = storage.get_file_info(self.path)
         except (FileNotFoundError, PermissionError) as error:
@@ -49,46 +59,54 @@ class JsonlListing:
                 f"data.path={path} cannot be read ({error.strerror}): "
                 "give a file with one JSON object a line."
             ) from None
-        if root and not (storage.is_remote(root) or os.path.isdir(self.root)):
+        if root and not (is_remote(self.root) or os.path.isdir(self.root)):
             raise config.ConfigError(
                 f"data.root={root} is not a folder: give the folder of the images of {path}."
             )
-        identity_json = json.dumps([self.path, self.root, file.size, file.version])
+        identity_json = json.dumps([self.path, self.root, self.protocols, file.size, file.version])
         self.identity = hashlib.sha256(identity_json.encode()).hexdigest()
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
         """Yield a record for each line."""
         with storage.open_stream(self.path) as file:
             numbered_lines = (
-                (line_number, line) for line_number, line in enumerate(file, 1) if line.strip()
+                (line_number, line)
+                for line_number, line in enumerate(iter_lines(file, MAX_TEXT_BYTES), 1)
+                if line is None or line.strip()
             )
             yield from map_in_threads(self._make_record, numbered_lines, num_threads)
 
     def address(self, location: str) -> str:
-        """Return the path or URL of an image's file."""
-        return storage.join_address(self.root, location)
+        """Return the path or URL of an image's file.
+
+        Raises:
+            UnusableError: The settings do not allow it.
+        """
+        return resolve_filename(self.root, location, self.protocols)
 
     def read_file(self, location: str) -> bytes:
         """Read an image's file.
 
         Raises:
-            UnusableError: The file is missing or unreadable.
+            UnusableError: The file is missing, unreadable, too large or not allowed.
         """
         try:
-            return storage.read_bytes(self.address(location))
+            return storage.read_file(self.address(location))
         except FileNotFoundError:
             raise decode.UnusableError("missing file") from None
         except PermissionError:
             raise decode.UnusableError("unreadable file") from None
+        except storage.MissingPackageError:
+            raise decode.UnusableError(MISSING_PACKAGE) from None
 
-    def _make_record(self, numbered_line: tuple[int, bytes]) -> IndexRecord | Unusable:
+    def _make_record(self, numbered_line: tuple[int, bytes | None]) -> IndexRecord | Unusable:
         line_number, line = numbered_line
         try:
             entry = parse_entry(line)
         except decode.UnusableError:
             return Unusable(f"line {line_number}", "bad line")
         name = entry.filename
-        if not storage.is_remote(name):
+        if not is_remote(name):
             name = posixpath.normpath(name)
         name = unicodedata.normalize("NFC", name)
         return make_record(
@@ -97,9 +115,10 @@ class JsonlListing:
 
     def _read_header(self, entry: MetadataEntry) -> tuple[int, int, str]:
         """Return the size that the list gives, or read it from the file."""
+        address = self.address(entry.filename)
         width, height, content_hash = entry.width, entry.height, ""
         if not (width and height):
-            width, height, content_hash = read_header_at(self.address(entry.filename))
+            width, height, content_hash = read_header_at(address)
         if width * height > decode.MAX_PIXELS:
             raise decode.UnusableError("too large")
         return width, height, content_hash

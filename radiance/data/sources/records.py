@@ -16,6 +16,8 @@ from radiance.data.listing import IndexRecord, Unusable, read_image_header
 
 # Fields that may hold the captions. The first one that is not empty counts.
 CAPTION_FIELDS = ("caption_or_tags", "text", "caption")
+MAX_TEXT_BYTES = 2**20  # of a caption file, or of a line of a list
+MISSING_PACKAGE = "protocol without an installed package"
 
 
 class Annotation(NamedTuple):
@@ -114,8 +116,8 @@ def parse_json_object(content: bytes) -> Mapping[str, Any]:
     return record
 
 
-def parse_entry(line: bytes) -> MetadataEntry:
-    """Parse a line of JSON about one image.
+def parse_entry(line: bytes | None) -> MetadataEntry:
+    """Parse a line of JSON about one image; None stands for a line that is too long.
 
     The names of fields are those of the published models' trainer, or of Hugging Face's
     `imagefolder`: `filename` or `file_name`, the fields of `parse_annotation`, and optionally
@@ -124,6 +126,8 @@ def parse_entry(line: bytes) -> MetadataEntry:
     Raises:
         UnusableError: The line is no such object.
     """
+    if line is None:
+        raise UnusableError("bad record")
     record = parse_json_object(line)
     filename = record.get("filename") or record.get("file_name")
     if not isinstance(filename, str) or "\0" in filename:
@@ -203,6 +207,8 @@ def read_header_at(address: str, size: int | None = None) -> tuple[int, int, str
         raise UnusableError("missing file") from None
     except OSError:
         raise UnusableError("unreadable file") from None
+    except storage.MissingPackageError:
+        raise UnusableError(MISSING_PACKAGE) from None
 
 
 def _parse_texts(value: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data import storage
+from radiance.data.addresses import is_remote, join_address, resolve_address
 
 BRACE_PATTERN = re.compile(r"\{([^{}]*)\}")  # the innermost braces
 WILDCARD_PATTERN = re.compile(r"[*?\[{]")
@@ -40,10 +41,9 @@ def find_shards(path: str, suffix: str) -> list[ShardFile]:
     Raises:
         ConfigError: There is no such shard.
     """
-    is_remote = storage.is_remote(path)
-    list_files = _list_remote if is_remote else _list_local
-    location = path if is_remote else os.path.expanduser(path)
-    is_file_or_folder = not is_remote and os.path.exists(location)
+    list_files = _list_remote if is_remote(path) else _list_local
+    location = path if is_remote(path) else os.path.expanduser(path)
+    is_file_or_folder = not is_remote(path) and os.path.exists(location)
     patterns = [location] if is_file_or_folder else _expand_braces(location)
     files_by_path: dict[str, storage.FileInfo] = {}
     for pattern in patterns:
@@ -67,9 +67,7 @@ def find_shards(path: str, suffix: str) -> list[ShardFile]:
 
 def hash_shards(shards: Sequence[ShardFile], *settings: str) -> str:
     """Return a hash of the shards' versions, their locations and the settings of their reader."""
-    shard_states = [
-        [storage.resolve_address(shard.path), shard.size, shard.version] for shard in shards
-    ]
+    shard_states = [[resolve_address(shard.path), shard.size, shard.version] for shard in shards]
     return hashlib.sha256(json.dumps([settings, shard_states]).encode()).hexdigest()
 
 
@@ -145,7 +143,7 @@ def _list_remote(pattern: str, suffix: str) -> list[storage.FileInfo]:
         files = [file for file in files if fnmatchcase(file.name, name) and "/" not in file.name]
     else:
         files = [file for file in files if file.name.endswith(suffix)]
-    matches = [file._replace(path=storage.join_address(folder, file.path)) for file in files]
+    matches = [file._replace(path=join_address(folder, file.path)) for file in files]
     # The listings of web servers do not give sizes.
     return [storage.get_file_info(file.path) if file.size is None else file for file in matches]
 

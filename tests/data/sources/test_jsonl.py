@@ -40,6 +40,7 @@ def settings(path, root="", **changes):
         "max_broken_fraction": 1.0,
         "validation_fraction": 1e-9,
         "resolution": 8,
+        "protocols": (*config.data.PROTOCOLS, "memory"),
     }
     return config.Data(
         source="jsonl",
