@@ -32,7 +32,8 @@ class IndexRecord(NamedTuple):
         loss_weight: Weight of the image's loss.
         content_hash: Hash of the file, or of the part of it that was read.
         attributes: Known contents of the image, as a JSON object.
-        split_hash: 0 for validation, TRAIN_HASH for training, None to decide by name.
+        split_hash: 0 for validation, TRAIN_HASH for training, another hash to decide by it, None
+            to decide by name.
     """
 
     name: str

@@ -1,27 +1,35 @@
 """The data source `tar`: WebDataset shards, in which all files of one key are one sample.
 
-A file's key is its path up to the first dot of its name: 0001/cat.jpg, 0001/cat.txt and
-0001/cat.json all belong to "0001/cat". A sample has one image. Its captions are the lines of .txt,
-or without that file are in .json. In both cases `is_tag_based` and `loss_weight` are read from
-.json (data/sources/records.py). Files with other suffixes and names that begin with a dot are
-skipped.
+A file's key is its path without its suffix: 0001/cat.jpg, 0001/cat.txt and 0001/cat.json all belong
+to "0001/cat". A sample has one image. Its captions are the lines of .txt, or without that file are
+in .json. In both cases `is_tag_based` and `loss_weight` are read from .json
+(data/sources/records.py). Files with other suffixes and names that begin with a dot are skipped,
+and so are files such as cat.mask.png where cat.jpg is an image: WebDataset counts them to "cat".
 
 Each shard is read once, when it is indexed: the headers of tar members, the captions, and the
 headers of images. Later each image is read by itself from its location in the shard. The complete
-samples of a truncated shard are used.
+samples of a truncated shard are used. The standard library reads the members, and each must begin
+after the previous one and state a size that a shard can have.
 """
 
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from radiance.base.errors import DataError
 from radiance.data.decode import UnusableError
-from radiance.data.listing import IndexRecord, Unusable, map_in_threads, read_image_header
+from radiance.data.listing import (
+    IndexRecord,
+    Unusable,
+    compute_split_hash,
+    map_in_threads,
+    read_image_header,
+)
 from radiance.data.sources.folder import IMAGE_SUFFIXES, UNSUPPORTED_SUFFIXES
 from radiance.data.sources.records import (
+    MAX_TEXT_BYTES,
     Annotation,
     decode_lines,
     make_record,
@@ -38,6 +46,16 @@ COMPRESSION_TOOLS = {
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
 TRUNCATED = "truncated shard"
+# Types of members that hold names and other properties of the next member.
+PROPERTY_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+# Errors that the standard library raises for broken members.
+TAR_ERRORS = (
+    *(tarfile.TarError, ValueError, LookupError, ArithmeticError),
+    *(TypeError, AttributeError, RecursionError),
+)
 
 
 class TarImage(NamedTuple):
@@ -100,7 +118,11 @@ def _read_shard(shard: ShardFile) -> list[IndexRecord | Unusable]:
     with open_shard(shard) as file:
         _check_uncompressed(file, shard)
         is_complete = _collect_samples(file, shard, samples)
-    shard_records = [_make_record(shard, key, files) for key, files in samples.items()]
+    shard_records = [
+        _make_record(shard, key, files)
+        for key, files in samples.items()
+        if not _is_companion(key, samples)
+    ]
     return shard_records if is_complete else [*shard_records, Unusable(shard.name, TRUNCATED)]
 
 
@@ -115,31 +137,65 @@ def _check_uncompressed(file: BinaryIO, shard: ShardFile):
     file.seek(0)
 
 
+class _BoundedTarInfo(tarfile.TarInfo):
+    """A member whose size is not negative and whose properties fit into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.type in PROPERTY_TYPES and member.size > MAX_TEXT_BYTES):
+            raise tarfile.ReadError("bad size of a member")
+        return member
+
+
+def _iter_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a shard, each behind the previous one."""
+    offset = 0
+    while member := tar.next():
+        if member.size < 0 or tar.offset <= offset:  # a size may also be stated by a property
+            raise tarfile.ReadError("bad size of a member")
+        offset = tar.offset
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] (it would keep them all)
+        yield member
+
+
 def _collect_samples(
     file: BinaryIO, shard: ShardFile, samples: dict[str, dict[str, SampleFile]]
 ) -> bool:
     """Fill in the files of all samples, and return whether the shard is complete."""
     try:
         with tarfile.open(
-            fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+            fileobj=file,
+            mode="r:",
+            encoding="utf-8",
+            errors="surrogateescape",
+            tarinfo=_BoundedTarInfo,
         ) as tar:
-            while member := tar.next():
-                # The module would keep every member in memory.
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-                folder, name = posixpath.split(posixpath.normpath(member.name))
-                stem, dot, suffix = name.partition(".")
-                if member.isreg() and not member.issparse() and stem:
-                    suffix = dot + suffix.lower()
-                    files = samples.setdefault(posixpath.join(folder, stem), {})
-                    files[suffix] = _read_member(tar, member, shard, suffix)
+            for member in _iter_members(tar):
+                key, suffix = posixpath.splitext(posixpath.normpath(member.name))
+                is_hidden = posixpath.basename(key).startswith(".")
+                if member.isreg() and not member.issparse() and not is_hidden:
+                    files = samples.setdefault(key, {})
+                    content = _read_member(tar, member, shard, suffix.lower())
+                    if content is not None and files.get(suffix.lower()) is not None:
+                        content = UnusableError("two files of one name")
+                    files[suffix.lower()] = content
             file.seek(tar.offset)
             return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
+    except TAR_ERRORS as error:
         if not samples and shard.size >= tarfile.BLOCKSIZE:
             raise DataError(
                 f"{shard.path} is not a tar file ({error}): remove it, or download it again."
             ) from None
         return False
+
+
+def _is_companion(key: str, samples: dict[str, dict[str, SampleFile]]) -> bool:
+    """Return True for the key "cat.mask" if "cat" has an image."""
+    folder, name = posixpath.split(key)
+    stem, dot, _ = name.partition(".")
+    sample_files = samples.get(posixpath.join(folder, stem), {}) if dot else {}
+    return not IMAGE_SUFFIXES.isdisjoint(sample_files)
 
 
 def _read_member(
@@ -154,6 +210,8 @@ def _read_member(
         return UnusableError(TRUNCATED)
     file = cast(BinaryIO, tar.extractfile(member))  # not None, because it is a regular file
     if suffix not in IMAGE_SUFFIXES:
+        if member.size > MAX_TEXT_BYTES:
+            return UnusableError("too large")
         return file.read()
     try:
         return TarImage(member.offset_data, member.size, read_image_header(file))
@@ -169,8 +227,13 @@ def _make_record(
         image = _find_image(files)
     except UnusableError as error:
         return Unusable(name, error.kind)
-    location = [shard.name, image.offset, image.size]
-    return make_record(name, location, partial(_read_annotation, files), lambda: image.header)
+    return make_record(
+        name,
+        [shard.name, image.offset, image.size],
+        partial(_read_annotation, files),
+        lambda: image.header,
+        split_hash=compute_split_hash(f"{name}.tar"),  # a dot in a key begins no suffix
+    )
 
 
 def _find_image(files: dict[str, SampleFile]) -> TarImage:

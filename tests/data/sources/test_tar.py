@@ -1,6 +1,8 @@
 """The data source `tar`: samples, the shards that a path names, and broken shards."""
 
+import contextlib
 import gzip
+import io
 import pickle
 import tarfile
 
@@ -9,7 +11,7 @@ import pytest
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.datasets import open_source
-from radiance.data.listing import IndexRecord, Unusable
+from radiance.data.listing import IndexRecord, Unusable, compute_split_hash
 from radiance.data.sources import tar
 from tests.helpers.toy_shards import (
     fill_tar,
@@ -71,6 +73,43 @@ def test_files_of_one_key_need_not_be_adjacent(tmp_path):
     assert [source.captions(i) for i in range(2)] == [("of a",), ("of b",)]
 
 
+def test_keys_may_contain_dots(tmp_path):
+    """Files such as c.mask.png are not samples, because WebDataset counts them to c."""
+    samples = {"c": 3, "v1.2/a.b.0": 1, "v1.2/a.b.1": 2}
+    files = {"c.mask.png": toy_image(9), "c.mask.txt": "of the mask"}
+    files |= {name: file for key, i in samples.items() for name, file in tar_sample(key, i).items()}
+    path = write_tar(tmp_path / "x.tar", files | {"v1.2/._a.b.0.png": b"what a Mac leaves"})
+    source = open_shards(path, tmp_path)
+    assert names(source) == ["x/c", "x/v1.2/a.b.0", "x/v1.2/a.b.1"]
+    assert gray_values(source) == [3, 1, 2]
+    assert source.skip_counts == {}
+    split_hashes = source.dataset_index.metadata["split_hash"]
+    assert len(set(split_hashes)) == 3
+    assert split_hashes[0] == compute_split_hash("x/c")
+
+
+def test_one_name_twice_is_counted(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as shard:
+        for name, content in [
+            *tar_sample("good", 1).items(),
+            *tar_sample("image", 2).items(),
+            ("./image.PNG", toy_image(3)),
+            *tar_sample("text", 4).items(),
+            ("text.txt", b"one"),
+            ("text.txt", b"two"),
+            ("good.cls", b"1"),
+            ("good.cls", b"2"),
+        ]:
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    source = open_shards(path, tmp_path)
+    assert gray_values(source) == [1]
+    assert source.skip_counts == {"two files of one name": 2}
+
+
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_are_read(tar_format, tmp_path):
     key = "ordner/" + "ö" * 300
@@ -119,6 +158,60 @@ def test_unusable_samples_are_counted(tmp_path):
         "caption not in UTF-8": 1,
         "loss_weight not above 0": 1,
     }
+
+
+# --- bounds on work -------------------------------------------------------------------------------
+
+
+def make_header(name: bytes, size: int, member_type: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member, with a size in base 256 that may be negative."""
+    header = bytearray(tarfile.TarInfo(name.decode()).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = (size % 256**12 | 0x80 << 88).to_bytes(12, "big")
+    header[156:157] = member_type
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return bytes(header)
+
+
+def pax_header(**properties: str) -> bytes:
+    """Return the header of properties of the next member."""
+    header = tarfile.TarInfo._create_pax_generic_header(properties, tarfile.XHDTYPE, "utf-8")
+    return header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        make_header(b"b.png", -512),
+        make_header(b"b.png", -(2**60)),
+        make_header(b"b.png", 2**80),
+        make_header(b"b.png", 2**40, tarfile.XHDTYPE),
+        make_header(b"b.png", -1, tarfile.GNUTYPE_LONGNAME),
+        pax_header(size="-2048") + make_header(b"b.png", 0),
+        pax_header(size="1e99") + make_header(b"b.png", 0),
+        pax_header(size="9" * 4000) + make_header(b"b.png", 0),
+        pax_header(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}) + make_header(b"b.png", 0),
+        pax_header(**{"GNU.sparse.map": "x,y"}) + make_header(b"b.png", 0),
+        make_header(b"b.png", 512, tarfile.GNUTYPE_SPARSE)[:482] + b"\1" * 30,
+        (make_header(b"b.png", 0, tarfile.GNUTYPE_LONGNAME) * 3000),
+        (make_header(b"b.png", 2**20 + 1, tarfile.GNUTYPE_LONGNAME) + bytes(2**21)),
+    ],
+)
+def test_a_shard_ends_at_an_impossible_member(content, tmp_path):
+    path = write_tar(tmp_path / "x.tar", tar_sample("a", 1))
+    path.write_bytes(path.read_bytes()[:2048] + content + bytes(1024))
+    records = list(tar.TarListing(str(path)).scan(1))
+    assert records[0].name == "x/a"
+    assert [item for item in records[1:] if isinstance(item, IndexRecord)] == []
+    (tmp_path / "x.tar").write_bytes(content + bytes(1024))
+    with contextlib.suppress(DataError):
+        assert not any(isinstance(item, IndexRecord) for item in tar.TarListing(str(path)).scan(1))
+
+
+def test_long_annotations_are_not_read(tmp_path):
+    files = tar_sample("a") | {"b.png": toy_image(), "b.txt": b"x" * (2**20 + 1)}
+    source = open_shards(write_tar(tmp_path / "x.tar", files), tmp_path)
+    assert source.skip_counts == {"too large": 1}
 
 
 # --- shards ---------------------------------------------------------------------------------------
