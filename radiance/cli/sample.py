@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from radiance.cli.output import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from radiance.flow.inpainting import InitImage
     from radiance.pipeline import GeneratedImage, Pipeline
@@ -92,7 +93,8 @@ def _add_input_arguments(parser: argparse.ArgumentParser):
         "--mask",
         type=Path,
         metavar="FILE",
-        help="mask of --image: white is sampled anew, black remains unchanged, gray is blended",
+        help="mask of --image: white is sampled anew, black remains unchanged, gray is blended; if "
+        "all visible pixels have one color, the alpha channel is the mask (opaque like white)",
     )
     parser.add_argument(
         "--strength",
@@ -282,23 +284,27 @@ def _load_init_image(options: argparse.Namespace) -> InitImage | None:
         return None
     import numpy as np
 
+    from radiance.data.decode import decode_image, decode_mask
     from radiance.flow.inpainting import InitImage
 
     mask = None
     if options.mask:
-        mask = _load_pixels(options.mask, options.size)[..., 0].astype(np.float32) / np.float32(255)
+        mask_pixels = _load_pixels(options.mask, options.size, decode_mask)[..., 0]
+        mask = mask_pixels.astype(np.float32) / np.float32(255)
     default_strength = 0.6 if mask is None else 1.0
     strength = default_strength if options.strength is None else options.strength
-    return InitImage(_load_pixels(options.image, options.size), mask, strength)
+    return InitImage(_load_pixels(options.image, options.size, decode_image), mask, strength)
 
 
-def _load_pixels(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def _load_pixels(
+    path: Path, size: tuple[int, int] | None, decode: Callable[[bytes], Image.Image]
+) -> np.ndarray:
     """Return the 8-bit pixels of an image file, scaled and cropped to `size` if given."""
     from radiance.base.images import resize_and_crop
-    from radiance.data.decode import UnusableError, decode_image
+    from radiance.data.decode import UnusableError
 
     try:
-        image = decode_image(read_option_file(path))
+        image = decode(read_option_file(path)).convert("RGB")
     except UnusableError as reason:
         raise config.ConfigError(f"{path} cannot be used: {reason}.") from None
     return resize_and_crop(image, *(size or image.size))

@@ -20,7 +20,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from radiance.data import png
+
 MAX_PIXELS = 89_478_485  # above this, Pillow suspects a decompression bomb
+MAX_SLOW_PIXELS = 2**24  # of formats that Pillow decodes in Python
 MAX_FILE_BYTES = 2**30  # an uncompressed image of MAX_PIXELS pixels takes up to 0.7 GB
 MAX_PROFILE_BYTES = 4 * 2**20  # the profiles of printing presses take one or two million bytes
 MAX_SCANS = 20  # scans of a JPEG of MAX_PIXELS pixels; a smaller one may have more
@@ -36,6 +39,7 @@ EXCLUDED_FORMATS = frozenset(
 )
 # Formats whose further frames are previews, layers or pages: the first frame is the image.
 STILL_FORMATS = ("MPO", "PSD", "TIFF")
+SLOW_FORMATS = ("QOI",)
 # Errors that Pillow raises for broken files.
 DECODE_ERRORS = (
     OSError,
@@ -98,7 +102,7 @@ def read_image_size(file: BinaryIO) -> tuple[int, int]:
         OSError: The file cannot be read.
     """
     with _suppress_warnings():
-        image = _open_image(file)
+        image = _open_image(file, header_only=True)
         width, height = image.size
         return (height, width) if _read_orientation(image) >= 5 else (width, height)
 
@@ -128,7 +132,7 @@ def decode_image(
         UnusableError: The file is not an image that can be used, or it is truncated or broken.
     """
     with _suppress_warnings():
-        image = _open_image(io.BytesIO(content))
+        image = _open_image(io.BytesIO(content), header_only=False)
         orientation, profile = _read_orientation(image), image.info.get("icc_profile")
         if cover_size and orientation >= 5:  # width and height of the stored image are swapped
             cover_size = cover_size[1], cover_size[0]
@@ -138,6 +142,39 @@ def decode_image(
     if orientation in ORIENTATION_TRANSPOSES:
         return rgb_image.transpose(ORIENTATION_TRANSPOSES[orientation])
     return rgb_image
+
+
+def decode_mask(content: bytes) -> Image.Image:
+    """Decode an image file to a mask of 8-bit gray levels.
+
+    The mask is the alpha channel of an image that is transparent somewhere and whose visible pixels
+    have one color. Otherwise it is the brightness.
+
+    Args:
+        content: The file.
+
+    Returns:
+        An image of mode L without metadata.
+
+    Raises:
+        UnusableError: The file cannot be decoded, or both its colors and its alpha channel could be
+            the mask.
+    """
+    with _suppress_warnings():
+        image = _open_image(io.BytesIO(content), header_only=False)
+        orientation, profile = _read_orientation(image), image.info.get("icc_profile")
+        with _translate_decode_errors():
+            colors, alpha = _split_alpha(_load_pixels(image, content, None))
+            mask = _to_srgb(colors, profile).convert("L")
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        visible_levels = np.asarray(mask)[np.asarray(alpha) > 0]
+        if len(visible_levels) and visible_levels.min() != visible_levels.max():
+            raise UnusableError("both its colors and its alpha channel may be the mask")
+        mask = alpha
+    mask.info = {}
+    if orientation in ORIENTATION_TRANSPOSES:
+        return mask.transpose(ORIENTATION_TRANSPOSES[orientation])
+    return mask
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -170,8 +207,11 @@ def _suppress_warnings() -> Iterator[None]:
                 _warning_filters.__exit__(None, None, None)
 
 
-def _open_image(file: BinaryIO) -> Image.Image:
-    """Read and check the header of an image."""
+def _open_image(file: BinaryIO, header_only: bool) -> Image.Image:
+    """Read and check the header of an image, whose pixels are not read later if `header_only`."""
+    profile = None
+    if png.is_png(file):
+        file, profile = png.reduce_png(file, MAX_PROFILE_BYTES, header_only)
     try:
         image = Image.open(
             file, formats=[name for name in Image.ID if name not in EXCLUDED_FORMATS]
@@ -185,10 +225,13 @@ def _open_image(file: BinaryIO) -> Image.Image:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UnusableError("not an image") from None
-    if image.width * image.height > MAX_PIXELS:
+    max_pixels = MAX_SLOW_PIXELS if image.format in SLOW_FORMATS else MAX_PIXELS
+    if image.width * image.height > max_pixels:
         raise UnusableError("too large", f"{image.width}×{image.height}")
     if is_animated:
         raise UnusableError("animated")
+    if profile is not None:
+        image.info["icc_profile"] = profile
     return image
 
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -15,9 +16,12 @@ from PIL import Image, ImageCms, features
 from radiance.base.images import to_array, to_image
 from radiance.data.decode import (
     MAX_PIXELS,
+    MAX_PROFILE_BYTES,
+    MAX_SLOW_PIXELS,
     ORIENTATION_TRANSPOSES,
     UnusableError,
     decode_image,
+    decode_mask,
     read_image_size,
 )
 from tests.helpers.toy_runs import output_of
@@ -94,6 +98,49 @@ def test_an_unreadable_orientation_is_ignored():
 
 def test_the_size_of_a_png_is_read_without_its_pixels():
     assert read_image_size(io.BytesIO(FILES["png"][:60])) == SMOOTH.size
+
+
+LONG_TEXT = b"a workflow of another tool " * 120_000  # 3 MB
+TEXT_CHUNKS = {
+    "text": (b"tEXt", b"prompt\0" + LONG_TEXT),
+    "compressed text": (b"zTXt", b"prompt\0\0" + zlib.compress(LONG_TEXT)),
+    "international text": (b"iTXt", b"workflow\0\0\0\0\0" + LONG_TEXT),
+    "compressed international text": (
+        b"iTXt",
+        b"workflow\0\1\0\0\0" + zlib.compress(LONG_TEXT),
+    ),
+    "metadata": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(LONG_TEXT)),
+    "text that is not compressed": (b"zTXt", b"prompt\0\7" + LONG_TEXT),
+    "exif": (b"eXIf", b"II*\0\x08\0\0\0" + LONG_TEXT),
+    "private": (b"prVt", LONG_TEXT),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_CHUNKS)
+@pytest.mark.parametrize("position", [33, -12])
+@pytest.mark.parametrize("num_chunks", [1, 30])
+def test_long_texts_in_a_png_change_nothing(name, position, num_chunks):
+    """Before the pixels and after them; 30 of them are more than Pillow reads."""
+    content = FILES["png"]
+    chunks = chunk(*TEXT_CHUNKS[name]) * num_chunks
+    content = content[:position] + chunks + content[position:]
+    assert read_image_size(io.BytesIO(content)) == SMOOTH.size
+    assert np.array_equal(decode_image(content), SMOOTH)
+
+
+def test_a_png_is_rotated_by_its_texts():
+    xmp = b'<x tiff:Orientation="6"/>'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = b"\nexif\n 1\n" + exif.tobytes().hex().encode()
+    for text in (
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+    ):
+        content = FILES["png"][:33] + text + FILES["png"][33:]
+        assert read_image_size(io.BytesIO(content)) == SMOOTH.size[::-1]
+        assert decode_image(content).size == SMOOTH.size[::-1]
 
 
 # --- colors ---------------------------------------------------------------------------------------
@@ -180,6 +227,21 @@ def test_colors_are_converted_by_their_profile(color):
     np.testing.assert_allclose(
         pixel(encode(half_opaque, "PNG", icc_profile=p3)), composited, atol=2
     )
+
+
+def test_long_profiles_of_a_png_are_used_up_to_a_limit():
+    """Profiles of printers take more than the 1 MiB that Pillow decompresses."""
+    profile = matrix_profile(P3, 1.8)
+    short = decode_image(encode(SMOOTH, "PNG", icc_profile=profile))
+    assert not np.array_equal(short, SMOOTH)
+    for num_bytes, expected in (
+        (MAX_PROFILE_BYTES // 2, short),
+        (MAX_PROFILE_BYTES, short),
+        (MAX_PROFILE_BYTES + 1, SMOOTH),
+    ):
+        long_profile = struct.pack(">I", num_bytes) + profile[4:]
+        content = encode(SMOOTH, "PNG", icc_profile=long_profile.ljust(num_bytes, b"\0"))
+        assert np.array_equal(decode_image(content), expected)
 
 
 def test_srgb_and_unusable_profiles_change_nothing():
@@ -323,6 +385,31 @@ def test_a_large_jpeg_is_decoded_smaller(size, orientation):
     assert decode_image(FILES["png"], (4, 4)).size == SMOOTH.size
 
 
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_masks_are_read_from_brightness_or_from_the_alpha_channel():
+    levels = Image.linear_gradient("L")
+    opaque = Image.new("L", levels.size, 255)
+    for image in (levels, levels.convert("RGB"), Image.merge("LA", (levels, opaque))):
+        assert np.array_equal(decode_mask(encode(image, "PNG")), levels)
+    for color in ("white", "black", "green"):
+        image = Image.new("RGBA", levels.size, color)
+        image.putalpha(levels)
+        assert np.array_equal(decode_mask(encode(image, "PNG")), levels)
+    strokes = Image.new("RGBA", (4, 1), (9, 8, 7, 0))  # an editor's layer
+    strokes.paste("white", (1, 0, 3, 1))
+    assert np.asarray(decode_mask(encode(strokes, "PNG"))).tolist() == [[0, 255, 255, 0]]
+    green = Image.new("RGB", (4, 1), (0, 255, 0))
+    assert decode_mask(encode(green, "PNG")).getpixel((0, 0)) == 150
+
+
+def test_a_mask_in_colors_and_alpha_is_refused():
+    levels = Image.linear_gradient("L")
+    with pytest.raises(UnusableError, match="both its colors and its alpha channel"):
+        decode_mask(encode(Image.merge("LA", (levels, levels.rotate(90))), "PNG"))
+
+
 # --- unusable files -------------------------------------------------------------------------------
 
 
@@ -368,6 +455,10 @@ UNUSABLE = {
     "webp": (frames("WEBP"), "animated"),
     "png that claims to be large": (png(60_000, 60_000, ZEROS), "too large"),
     "just too large": (png(MAX_PIXELS // 1000 + 1, 1000, ZEROS), "too large"),
+    "slow to decode": (
+        b"qoif" + struct.pack(">2I2B", MAX_SLOW_PIXELS // 1000 + 1, 1000, 3, 0) + b"\xfd" * 300_000,
+        "too large",
+    ),
     "absurd": (png(2**31 - 1, 2**31 - 1, ZEROS), "too large"),
     "gif that claims to be large": (
         encode(SMOOTH.quantize(), "GIF").replace(struct.pack("<2H", 48, 32), b"\xff" * 4, 1),
@@ -397,9 +488,12 @@ def test_decompression_bombs_raise_an_error():
     assert decode_image(content).size == (9000, 9900)
     row = chunk(b"IDAT", zlib.compress(b"\0" * 5)) + chunk(b"IEND", b"")
     assert decode_image(png(4, 1, row)).size == (4, 1)
-    for name in (b"iCCP", b"zTXt"):
-        with pytest.raises(UnusableError):
-            decode_image(png(4, 1, chunk(name, b"x\0\0" + zlib.compress(b"\0" * 10**8)), row))
+    for name in (b"iCCP", b"zTXt", b"iTXt", b"xxXx"):
+        bomb = chunk(name, b"x\0\0" + zlib.compress(b"\0" * 10**8))
+        tracemalloc.start()
+        assert decode_image(png(4, 1, bomb, row)).size == (4, 1)
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_PROFILE_BYTES
+        tracemalloc.stop()
     with pytest.raises(UnusableError, match="too many scans"):
         decode_image(jpeg_of_many_scans())
 
