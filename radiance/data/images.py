@@ -107,7 +107,7 @@ def load_images(
             continue
         try:
             pixels = resize_and_crop(
-                source.load_image(index, size), *size, augmentation.crop_x, augmentation.crop_y
+                source.load_image(int(index), size), *size, augmentation.crop_x, augmentation.crop_y
             )
         except UnusableError as error:
             broken[int(index)] = str(error)
