@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+import PIL
+from PIL import ExifTags, Image, ImageCms, features
 
 from radiance.data import png
 
@@ -66,6 +67,7 @@ ORIENTATION_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+OPTIONAL_CODECS = ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
 # Color space that an ICC profile must have to apply to pixels of a mode.
 PROFILE_COLOR_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
@@ -79,11 +81,20 @@ class UnusableError(Exception):
     Args:
         kind: Reason in a few words, under which the image is counted.
         detail: Details of this image.
+
+    Attributes:
+        address: Path or URL of the file, which may become usable as it is; empty if not known.
     """
 
     def __init__(self, kind: str, detail: object = ""):
         super().__init__(f"{kind} ({detail})" if str(detail) else kind)
-        self.kind = kind
+        self.kind, self.address = kind, ""
+
+
+def decoder_version() -> str:
+    """Return a text that changes with the formats that can be decoded."""
+    codecs = [name for name in OPTIONAL_CODECS if features.check(name)]
+    return " ".join([PIL.__version__, *codecs, *sorted(Image.OPEN)])
 
 
 def read_image_size(file: BinaryIO) -> tuple[int, int]:

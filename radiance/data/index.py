@@ -7,18 +7,26 @@ dataset of any size opens at once and many processes share it. Its folder holds 
 - metadata.bin: a record of fixed size for each image (METADATA_DTYPE);
 - records.jsonl: a line of JSON for each image, with name, location, captions and attributes;
 - images.bin: the files of images that cannot be read one by one from their source;
-- unusable.jsonl: a line of JSON for each image that cannot be used, with name, kind and split hash;
-- listing.json: title and identity of the listing.
+- unusable.jsonl: a line of JSON for each image that cannot be used, with name, kind and split hash,
+  and with the address and state of the file that failed;
+- listing.json: title and identity of the listing, and the version of the decoder.
+
+Files of a list may change without the list. Whenever an index is opened, it compares the state
+(size and time) of files whose header it has read, and looks again at files that failed. If there is
+a difference, the listing is scanned again into a folder with the next number. The previous folder
+remains for processes that are using it. Requests cost more than reads of a disk: of remote files,
+the index only looks at MAX_REMOTE_CHECKS, which are spread over all that failed.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
@@ -28,7 +36,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from radiance.base.errors import DataError
-from radiance.data.listing import CHUNK_SIZE, IndexRecord, Listing, Unusable, compute_split_hash
+from radiance.data import storage
+from radiance.data.addresses import is_remote
+from radiance.data.decode import decoder_version
+from radiance.data.listing import (
+    CHUNK_SIZE,
+    IndexRecord,
+    Listing,
+    Unusable,
+    compute_split_hash,
+    map_in_threads,
+)
 
 METADATA_DTYPE = np.dtype(
     [
@@ -38,11 +56,15 @@ METADATA_DTYPE = np.dtype(
         ("height", "<u4"),
         ("loss_weight", "<f4"),
         ("has_tags", "?"),
+        ("file_state", "<u8"),  # hash of the state of the file whose header was read; 0 if none was
         ("split_hash", "<u8"),  # validation if it is below data.validation_fraction · 2⁶⁴
         ("record_hash", "u1", 16),
     ]
 )
-FORMAT_VERSION = 3  # of the files in an index
+FORMAT_VERSION = 4  # of the files in an index
+MAX_REMOTE_CHECKS = 64
+# Reasons that may not exist any more with other versions of the decoder.
+DECODER_KINDS = ("not an image", "unsupported format")
 PROGRESS_INTERVAL = 10.0  # seconds between messages while an index is built
 STALE_AFTER = 3600.0  # seconds without a write after which a partially written index is removed
 
@@ -67,10 +89,17 @@ class DatasetIndex:
         index_hash = hashlib.blake2b(
             json.dumps([FORMAT_VERSION, listing.identity]).encode(), digest_size=12
         ).hexdigest()
-        self.path = cache_dir / "indexes" / index_hash
-        if not self.path.is_dir():
+        base_path = cache_dir / "indexes" / index_hash
+        number = _find_newest(base_path)
+        self.path = _numbered_path(base_path, number)
+        if not self.path.is_dir() or self._is_outdated(num_threads):
+            if self.path.is_dir():
+                print(f"{title}: files have changed and are scanned again.", file=sys.stderr)
+                self.path = _numbered_path(base_path, number + 1)
+            for mapped_file in ("metadata", "_record_bytes", "_image_bytes"):
+                self.__dict__.pop(mapped_file, None)
             try:
-                self._build(num_threads)
+                self._build(base_path, num_threads)
             except DataError:
                 raise
             except OSError as error:
@@ -79,6 +108,8 @@ class DatasetIndex:
                     f"({error.strerror or error}): free some space there, or set data.cache_dir "
                     "to another folder."
                 ) from None
+            for older_number in range(number):
+                shutil.rmtree(_numbered_path(base_path, older_number), ignore_errors=True)
 
     @cached_property
     def metadata(self) -> np.ndarray:
@@ -138,14 +169,50 @@ class DatasetIndex:
         """Yield the images that were left out, with their split hashes."""
         with open(self.path / "unusable.jsonl", encoding="utf-8") as lines:
             for line in lines:
-                name, kind, split_hash = json.loads(line)
-                yield Unusable(name, kind), split_hash
+                name, kind, split_hash, address, file_state = json.loads(line)
+                yield Unusable(name, kind, address, file_state), split_hash
 
-    def _build(self, num_threads: int):
+    # --- changes of files ---
+
+    def _is_outdated(self, num_threads: int) -> bool:
+        """Return whether a scan would find other images, or the index is damaged."""
+        try:
+            stored = json.loads((self.path / "listing.json").read_text("utf-8"))
+            if stored["file_sizes"] != _file_sizes(self.path):
+                return True
+            failures = [failure for failure, _ in self.iter_unusable()]
+        except (OSError, ValueError, LookupError, TypeError):
+            return True
+        if stored["decoder"] != decoder_version() and any(
+            failure.kind in DECODER_KINDS for failure in failures
+        ):
+            return True
+        return any(map_in_threads(self._has_recovered, _select_checks(failures), num_threads)) or (
+            any(
+                map_in_threads(
+                    self._has_changed, np.flatnonzero(self.metadata["file_state"]), num_threads
+                )
+            )
+        )
+
+    def _has_recovered(self, failure: Unusable) -> bool:
+        """Return whether the file that failed can be read now and is another one than then."""
+        file_state = storage.get_file_state(failure.address)
+        return bool(file_state) and file_state != failure.file_state
+
+    def _has_changed(self, index: int | np.integer) -> bool:
+        """Return whether an image's file is another one than when its header was read."""
+        address = self.listing.address(self.read_record(int(index)).location)
+        file_state = storage.get_file_state(address) if address else ""
+        return bool(file_state) and _hash_state(file_state) != self.metadata["file_state"][index]
+
+    # --- building ---
+
+    def _build(self, base_path: Path, num_threads: int):
         """Write the index to a temporary folder and rename it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_stale_dirs()
-        temp_dir = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        _remove_stale_dirs(base_path)
+        temp_dir = Path(tempfile.mkdtemp(prefix=f".{base_path.name}.", dir=self.path.parent))
         try:
             self._write_files(temp_dir, num_threads)
             try:
@@ -155,14 +222,6 @@ class DatasetIndex:
                     raise
         finally:
             shutil.rmtree(temp_dir, ignore_errors=True)
-
-    def _remove_stale_dirs(self):
-        """Remove what killed processes left of this index."""
-        for other_dir in self.path.parent.glob(f".{self.path.name}.*"):
-            with suppress(FileNotFoundError):  # its process may have renamed it meanwhile
-                last_write = max(file.stat().st_mtime for file in [other_dir, *other_dir.iterdir()])
-                if time.time() - last_write > STALE_AFTER:
-                    shutil.rmtree(other_dir, ignore_errors=True)
 
     def _write_files(self, directory: Path, num_threads: int):
         """Write all files of the index."""
@@ -179,7 +238,8 @@ class DatasetIndex:
                 metadata = []
                 for item in chunk:
                     if isinstance(item, Unusable):
-                        fields = [item.name, item.kind, compute_split_hash(item.name)]
+                        split_hash = compute_split_hash(item.name)
+                        fields = [item.name, item.kind, split_hash, item.address, item.file_state]
                         unusable_file.write(json.dumps(fields) + "\n")
                     else:
                         metadata.append(_write_record(item, records, images))
@@ -189,9 +249,51 @@ class DatasetIndex:
                     last_report = time.monotonic()
                     message = f"{self.title}: {num_scanned} images scanned."
                     print(message, file=sys.stderr, flush=True)
-        (directory / "listing.json").write_text(
-            json.dumps({"title": self.title, "identity": self.listing.identity}) + "\n"
-        )
+        description = {
+            "title": self.title,
+            "identity": self.listing.identity,
+            "decoder": decoder_version(),
+            "file_sizes": _file_sizes(directory),
+        }
+        (directory / "listing.json").write_text(json.dumps(description) + "\n", "utf-8")
+
+
+def _numbered_path(base_path: Path, number: int) -> Path:
+    return base_path.with_name(f"{base_path.name}.{number}") if number else base_path
+
+
+def _find_newest(base_path: Path) -> int:
+    """Return the largest number of an index's folders, or 0."""
+    numbers = [path.suffix[1:] for path in base_path.parent.glob(f"{base_path.name}.*")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def _remove_stale_dirs(base_path: Path):
+    """Remove what killed processes left of an index."""
+    for other_dir in base_path.parent.glob(f".{base_path.name}.*"):
+        with suppress(FileNotFoundError):  # its process may have renamed it meanwhile
+            last_write = max(file.stat().st_mtime for file in [other_dir, *other_dir.iterdir()])
+            if time.time() - last_write > STALE_AFTER:
+                shutil.rmtree(other_dir, ignore_errors=True)
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """Return the sizes of an index's files; a power failure may truncate them."""
+    names = ("images.bin", "metadata.bin", "records.jsonl", "unusable.jsonl")
+    return {name: (directory / name).stat().st_size for name in names}
+
+
+def _select_checks(failures: Sequence[Unusable]) -> list[Unusable]:
+    """Return the failures to look at again: all of local files, and some of remote ones."""
+    local = [failure for failure in failures if failure.address and not is_remote(failure.address)]
+    remote = [failure for failure in failures if is_remote(failure.address)]
+    return local + remote[:: max(1, math.ceil(len(remote) / MAX_REMOTE_CHECKS))]
+
+
+def _hash_state(file_state: str) -> int:
+    """Return a 64-bit hash of a file's state; 0 if it is not to be compared."""
+    digest = hashlib.blake2b(file_state.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") if file_state else 0
 
 
 class _Appender:
@@ -223,6 +325,7 @@ def _write_record(record: IndexRecord, records: _Appender, images: _Appender) ->
         record.height,
         record.loss_weight,
         record.has_tags,
+        _hash_state(record.file_state),
         compute_split_hash(record.name) if split_hash is None else split_hash,
         _hash_record(record),
     )

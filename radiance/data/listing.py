@@ -34,6 +34,8 @@ class IndexRecord(NamedTuple):
         attributes: Known contents of the image, as a JSON object.
         split_hash: 0 for validation, TRAIN_HASH for training, another hash to decide by it, None
             to decide by name.
+        file_state: State of the image's file when its header was read (`storage.get_file_state`).
+            Empty if the identity of the listing depends on it, or if the header was not read.
     """
 
     name: str
@@ -46,13 +48,23 @@ class IndexRecord(NamedTuple):
     content_hash: str = ""
     attributes: dict[str, Any] = {}  # noqa: RUF012 (it is never changed)
     split_hash: int | None = None
+    file_state: str = ""
 
 
 class Unusable(NamedTuple):
-    """An image, or a line of a file, that cannot be used."""
+    """An image, or a line of a file, that cannot be used.
+
+    Attributes:
+        name: Name of the image, or the location of the line.
+        kind: Reason under which it is counted.
+        address: Path or URL of the file that failed, if it may become usable as it is.
+        file_state: State of this file then; empty if it could not be read.
+    """
 
     name: str
-    kind: str  # the reason under which it is counted
+    kind: str
+    address: str = ""
+    file_state: str = ""
 
 
 class Listing(Protocol):

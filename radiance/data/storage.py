@@ -117,6 +117,20 @@ def get_file_info(address: str) -> FileInfo:
     return FileInfo(address, address, stat_result.st_size, str(stat_result.st_mtime_ns))
 
 
+def get_file_state(address: str) -> str:
+    """Return size and version of a file that can be read, in one attempt; otherwise nothing."""
+    try:
+        if is_remote(address):
+            info = _remote_file_info(address)
+            return f"{info.size} {info.version}"
+        with _open_local(address) as file:
+            file.read(1)
+            stat_result = os.fstat(file.fileno())
+        return f"{stat_result.st_size} {stat_result.st_mtime_ns}"
+    except Exception:  # each file system has its own errors
+        return ""
+
+
 def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
     """Read a range of a file.
 

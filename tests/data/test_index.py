@@ -134,6 +134,50 @@ def test_several_processes_may_build_an_index_at_once(tmp_path):
     assert len(os.listdir(tmp_path / "indexes")) == 1
 
 
+@pytest.mark.parametrize("kind", ["not an image", "unsupported format"])
+def test_a_decoder_with_other_codecs_scans_again(kind, tmp_path, monkeypatch):
+    items = [make_record(0), Unusable("bad.avif", kind)]
+    mute = ListListing([make_record(0), Unusable("mute.png", "no caption")], "mute")
+    listing = ListListing(items)
+    for _ in range(2):
+        DatasetIndex(listing, "these", tmp_path, 2)
+        DatasetIndex(mute, "others", tmp_path, 2)
+    assert listing.num_scans == 1
+    monkeypatch.setattr("radiance.data.index.decoder_version", lambda: "with AVIF")
+    listing.items = [make_record(0), make_record(1)]
+    for _ in range(2):
+        assert len(DatasetIndex(listing, "these", tmp_path, 2)) == 2
+        assert len(DatasetIndex(mute, "others", tmp_path, 2)) == 1
+    assert listing.num_scans == 2
+    assert mute.num_scans == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.bin", "records.jsonl", "unusable.jsonl", "listing.json"]
+)
+@pytest.mark.parametrize("content", [b"", b"\0" * 1000, None])
+def test_a_damaged_index_is_built_again(name, content, tmp_path):
+    """A power failure may truncate files, fill them with NUL, or lose them."""
+    listing = ListListing(ITEMS)
+    path = DatasetIndex(listing, "these", tmp_path, 2).path / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    assert len(DatasetIndex(listing, "these", tmp_path, 2)) == 7
+    assert listing.num_scans == 2
+
+
+def test_processes_that_use_the_previous_index_keep_it(tmp_path, monkeypatch):
+    listing, indexes = ListListing([make_record(0), Unusable("bad", "not an image")]), []
+    for version in "abcd":
+        monkeypatch.setattr("radiance.data.index.decoder_version", lambda version=version: version)
+        indexes.append(DatasetIndex(listing, "these", tmp_path, 2))
+        assert [len(dataset_index) for dataset_index in indexes[-2:]] == [1] * len(indexes[-2:])
+        indexes = [pickle.loads(pickle.dumps(dataset_index)) for dataset_index in indexes]
+    assert len(os.listdir(tmp_path / "indexes")) == 2
+
+
 def test_an_empty_listing_raises_an_error(tmp_path):
     dataset_index = DatasetIndex(ListListing([]), "these", tmp_path, 2)
     message = r"train split of these is empty \(left out: none; in the other split: 0\)"

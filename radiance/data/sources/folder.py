@@ -39,6 +39,7 @@ from radiance.data.sources.records import (
     make_record,
     parse_entry,
     read_header_at,
+    translate_file_errors,
 )
 from radiance.data.storage import FileInfo
 
@@ -161,10 +162,9 @@ class FolderListing:
         """Replace the captions of an annotation by the lines of the image's caption file."""
         if caption_file is None:
             return annotation
-        try:
-            content = storage.read_file(self.address(caption_file), MAX_TEXT_BYTES)
-        except (FileNotFoundError, PermissionError):
-            raise decode.UnusableError("unreadable file") from None
+        address = self.address(caption_file)
+        with translate_file_errors(address):
+            content = storage.read_file(address, MAX_TEXT_BYTES)
         return annotation._replace(captions=decode_lines(content))
 
 

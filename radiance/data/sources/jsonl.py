@@ -12,7 +12,7 @@ line is an image, also a second line for the same file: a list of millions is re
 
 A width and a height in the list are trusted, and the file is not opened before it is needed.
 Without them its header is read. A file that is missing when it is needed is reported once and
-skipped. The dataset index is kept until the list changes.
+skipped. The dataset index is kept until the list changes, or a local file whose header was read.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from radiance.data.addresses import is_remote, parent_address, resolve_address, 
 from radiance.data.listing import IndexRecord, Unusable, map_in_threads
 from radiance.data.sources.records import (
     MAX_TEXT_BYTES,
-    MISSING_PACKAGE,
     MetadataEntry,
     make_record,
     parse_entry,
     read_header_at,
+    translate_file_errors,
 )
 
 
@@ -90,14 +90,9 @@ class JsonlListing:
         Raises:
             UnusableError: The file is missing, unreadable, too large or not allowed.
         """
-        try:
-            return storage.read_file(self.address(location))
-        except FileNotFoundError:
-            raise decode.UnusableError("missing file") from None
-        except PermissionError:
-            raise decode.UnusableError("unreadable file") from None
-        except storage.MissingPackageError:
-            raise decode.UnusableError(MISSING_PACKAGE) from None
+        address = self.address(location)
+        with translate_file_errors(address):
+            return storage.read_file(address)
 
     def _make_record(self, numbered_line: tuple[int, bytes | None]) -> IndexRecord | Unusable:
         line_number, line = numbered_line
@@ -109,9 +104,20 @@ class JsonlListing:
         if not is_remote(name):
             name = posixpath.normpath(name)
         name = unicodedata.normalize("NFC", name)
-        return make_record(
+        # The list does not change with a file whose header is read.
+        file_state = "" if entry.width and entry.height else self._get_file_state(entry.filename)
+        record = make_record(
             name, entry.filename, lambda: entry.annotation, lambda: self._read_header(entry)
         )
+        return record._replace(file_state=file_state) if isinstance(record, IndexRecord) else record
+
+    def _get_file_state(self, filename: str) -> str:
+        """Return the state of a local file; to compare those of remote files takes too long."""
+        try:
+            address = self.address(filename)
+        except decode.UnusableError:
+            return ""
+        return "" if is_remote(address) else storage.get_file_state(address)
 
     def _read_header(self, entry: MetadataEntry) -> tuple[int, int, str]:
         """Return the size that the list gives, or read it from the file."""

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from radiance.data.listing import IndexRecord, Unusable, read_image_header
 # Fields that may hold the captions. The first one that is not empty counts.
 CAPTION_FIELDS = ("caption_or_tags", "text", "caption")
 MAX_TEXT_BYTES = 2**20  # of a caption file, or of a line of a list
+MISSING_FILE, UNREADABLE_FILE = "missing file", "unreadable file"
 MISSING_PACKAGE = "protocol without an installed package"
+UNREADABLE_KINDS = (MISSING_FILE, UNREADABLE_FILE, MISSING_PACKAGE)
 
 
 class Annotation(NamedTuple):
@@ -65,7 +68,9 @@ def make_record(
         loss_weight = validate_weight(annotation)
         width, height, content_hash = read_header()
     except UnusableError as error:
-        return Unusable(name, error.kind)
+        is_unreadable = error.kind in UNREADABLE_KINDS or not error.address
+        state = "" if is_unreadable else storage.get_file_state(error.address)
+        return Unusable(name, error.kind, error.address, state)
     return IndexRecord(
         name,
         location,
@@ -198,17 +203,31 @@ def read_header_at(address: str, size: int | None = None) -> tuple[int, int, str
         UnusableError: The file is missing, unreadable or not an image.
         UnreachableError: A remote file may exist but cannot be read.
     """
+    with translate_file_errors(address), storage.open_seekable(address, size) as file:
+        return read_image_header(file)
+
+
+@contextmanager
+def translate_file_errors(address: str) -> Iterator[None]:
+    """Raise UnusableError, with the address, if a file is missing, unreadable or not an image."""
+    kind = ""
     try:
-        with storage.open_seekable(address, size) as file:
-            return read_image_header(file)
+        yield
     except storage.UnreachableError:
         raise
+    except UnusableError as error:
+        error.address = address
+        raise
     except (FileNotFoundError, NotADirectoryError):
-        raise UnusableError("missing file") from None
+        kind = MISSING_FILE
     except OSError:
-        raise UnusableError("unreadable file") from None
+        kind = UNREADABLE_FILE
     except storage.MissingPackageError:
-        raise UnusableError(MISSING_PACKAGE) from None
+        kind = MISSING_PACKAGE
+    if kind:
+        error = UnusableError(kind)
+        error.address = address
+        raise error
 
 
 def _parse_texts(value: Any) -> tuple[str, ...]:

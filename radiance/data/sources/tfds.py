@@ -68,7 +68,7 @@ class TfdsListing:
             )
         self._require_feature("caption_key", tfds.features.Tensor, TEXTS)
         shards = [
-            [Path(path).name, Path(path).stat().st_size]
+            [Path(path).name, Path(path).stat().st_size, Path(path).stat().st_mtime_ns]
             for split in self.splits
             for path in info.splits[split].filepaths
         ]

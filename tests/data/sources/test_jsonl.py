@@ -1,5 +1,6 @@
 """The data source `jsonl`: fields of lines, trusted sizes, and missing files."""
 
+import errno
 import json
 import pickle
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from radiance import config
 from radiance.base.errors import DataError
+from radiance.data import storage
 from radiance.data.batches import Batches
 from radiance.data.datasets import open_source
 from radiance.data.decode import UnusableError
@@ -131,7 +133,8 @@ def test_records_equal_those_of_a_folder(tmp_path):
         tmp_path / "metadata.jsonl",
         *({"file_name": name, "text": f"of {name}", "loss_weight": 2} for name in names),
     )
-    assert list(JsonlListing(str(path)).scan(2)) == list(FolderListing(str(tmp_path)).scan(2))
+    records = [record._replace(file_state="") for record in JsonlListing(str(path)).scan(2)]
+    assert records == list(FolderListing(str(tmp_path)).scan(2))
 
 
 UNUSABLE = {
@@ -259,6 +262,98 @@ def test_a_changed_list_is_read_again(tmp_path):
         path, *({"loss_weight": 2.0} | line for line in lines)
     )  # the images and captions are the same
     assert open_list(path).fingerprint() not in (first, second)
+
+
+# --- files that change while the list does not ----------------------------------------------------
+
+
+def test_files_that_appear_or_change_are_scanned_again(tmp_path, capsys):
+    save(tmp_path / "a.png")
+    (tmp_path / "page.png").write_text("<html>404</html>")
+    names = ["a.png", "page.png", "late.png", "mount/b.png"]
+    path = write_lines(tmp_path / "list.jsonl", *({"filename": n, "text": "x"} for n in names))
+    assert open_list(path).skip_counts == {"not an image": 1, "missing file": 2}
+    number = 0
+
+    def reopen():
+        nonlocal number
+        source, is_again = open_list(path), "scanned again" in capsys.readouterr().err
+        number += is_again
+        assert source.dataset_index.path.suffix == (f".{number}" if number else "")
+        return source, is_again
+
+    assert reopen()[1] is False
+    for change, sizes in [
+        (lambda: save(tmp_path / "late.png", size=(13, 10)), [[12, 10], [13, 10]]),
+        (lambda: save(tmp_path / "mount" / "b.png"), [[12, 10], [13, 10], [12, 10]]),
+        (lambda: save(tmp_path / "a.png", size=(30, 20)), [[30, 20], [13, 10], [12, 10]]),
+        (lambda: save(tmp_path / "page.png"), [[30, 20], [12, 10], [13, 10], [12, 10]]),
+    ]:
+        change()
+        source, is_again = reopen()
+        assert is_again
+        assert source.sizes.tolist() == sizes
+        assert source.load_image(0).size == tuple(sizes[0])
+        assert reopen()[1] is False
+    assert source.skip_counts == {}
+
+
+def test_a_file_that_is_lost_again_changes_nothing(tmp_path, capsys):
+    """It is reported and skipped when it is needed, and the run can resume."""
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    path = write_lines(
+        tmp_path / "list.jsonl", *({"filename": f"{n}.png", "text": "x"} for n in "ab")
+    )
+    fingerprint = open_list(path).fingerprint()
+    content = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").unlink()
+    assert open_list(path).fingerprint() == fingerprint
+    (tmp_path / "b.png").write_bytes(content)
+    assert open_list(path).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("kind", ["unreadable", "broken disk"])
+def test_files_that_become_readable_are_scanned_again(kind, tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    path = write_lines(
+        tmp_path / "list.jsonl", *({"filename": f"{n}.png", "text": "x"} for n in "ab")
+    )
+    open_local, code = storage._open_local, errno.EACCES if kind == "unreadable" else errno.EIO
+
+    def fail(path):
+        if path.endswith("b.png"):
+            raise OSError(code, "no")
+        return open_local(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_open_local", fail)
+        assert open_list(path).skip_counts == {"unreadable file": 1}
+        assert open_list(path).skip_counts == {"unreadable file": 1}
+    assert open_list(path).skip_counts == {}
+
+
+def test_remote_failures_are_looked_at_in_samples(tmp_path, monkeypatch):
+    names = [f"memory://late/{i}.png" for i in range(300)]
+    save(tmp_path / "a.png")
+    path = write_lines(
+        tmp_path / "list.jsonl",
+        {"filename": "a.png", "text": "x"},
+        *({"filename": n, "text": "x"} for n in names),
+    )
+    assert open_list(path).skip_counts == {"missing file": 300}
+    checked = []
+    get_file_state = storage.get_file_state
+    monkeypatch.setattr(
+        storage, "get_file_state", lambda a: (checked.append(a), get_file_state(a))[1]
+    )
+    assert open_list(path).skip_counts == {"missing file": 300}
+    assert 32 <= sum(address.startswith("memory") for address in checked) <= 64
+    for name in names:
+        with fsspec.open(name, "wb") as file:
+            file.write((tmp_path / "a.png").read_bytes())
+    assert len(open_list(path)) == 301
 
 
 @pytest.mark.slow

@@ -297,7 +297,7 @@ def test_truncated_shards_are_used_as_far_as_they_go(tmp_path):
         complete = [f"x/{key}" for key, end in zip(keys, ends) if end <= cut]
         unusable = [entry for entry in entries if isinstance(entry, Unusable)]
         assert [entry.name for entry in entries if isinstance(entry, IndexRecord)] == complete, cut
-        assert unusable[-1] == ("x", "truncated shard"), cut
+        assert unusable[-1] == Unusable("x", "truncated shard"), cut
         assert len(unusable) <= 2, cut
         assert all(entry.kind in ("truncated shard", "no caption") for entry in unusable), cut
 
