@@ -153,7 +153,7 @@ def load_data_config(address: str) -> config.Config | None:
         not path.exists() and Path(f"{location.replace('.', '/')}.py").is_file()
     ):
         return load_experiment(address)
-    source = FILE_SOURCES.get(path.suffix)
+    source = FILE_SOURCES.get(path.suffix.lower())
     if source is None and path.is_dir() and not _is_model_dir(path):
         source = _detect_source(path)
     return (

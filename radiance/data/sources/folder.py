@@ -1,7 +1,7 @@
 """The data source `folder`: images with captions beside them, on a disk or anywhere fsspec reaches.
 
-The captions of cat.png are the lines of cat.txt. Without that file they are in a metadata.jsonl of
-its folder or of a parent folder, as in Hugging Face's `imagefolder`::
+The captions of cat.png are the lines of cat.txt or cat.TXT. Without that file they are in a
+metadata.jsonl of its folder or of a parent folder, as in Hugging Face's `imagefolder`::
 
     {"file_name": "cat.png", "text": "a cat"}
 
@@ -83,7 +83,12 @@ class FolderListing:
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
         """Yield unreadable folders, bad lines and missing files, then a record for each image."""
         metadata, bad_lines = self._read_metadata()
-        caption_files = {file.name: file.path for file in self.files if file.name.endswith(".txt")}
+        # In any case; .txt comes after .TXT in the order of names, and counts.
+        caption_files = {
+            posixpath.splitext(file.name)[0]: file.path
+            for file in self.files
+            if _suffix(file) == ".txt"
+        }
         image_suffixes = IMAGE_SUFFIXES.union(UNSUPPORTED_SUFFIXES)
         images = [
             file for file in self.files if _suffix(file) in image_suffixes or file.name in metadata
@@ -147,7 +152,7 @@ class FolderListing:
     ) -> IndexRecord | Unusable:
         if _suffix(file) not in IMAGE_SUFFIXES and _suffix(file) in UNSUPPORTED_SUFFIXES:
             return Unusable(file.name, "unsupported format")
-        caption_file = caption_files.get(posixpath.splitext(file.name)[0] + ".txt")
+        caption_file = caption_files.get(posixpath.splitext(file.name)[0])
         annotation = metadata.get(file.name)
         if caption_file is None and annotation is None:
             return Unusable(file.name, "no caption")

@@ -1,10 +1,10 @@
 """The data source `parquet`: tables as Hugging Face publishes them, with an image in each row.
 
 `data.image_key` names the column of the images' files: bytes, or {bytes, path}, of which the path
-is ignored. `data.caption_key` names the column of the captions: a text, several, or a class label,
-whose name is the caption. A column within others is written as "captions/text". `is_tag_based` and
-`loss_weight` have the same meaning as in other sources (data/sources/records.py). Other columns of
-numbers or texts become attributes of the image.
+is ignored, or a list with one of them. `data.caption_key` names the column of the captions: a text,
+several, or a class label, whose name is the caption. A column within others is written as
+"captions/text". `is_tag_based` and `loss_weight` have the same meaning as in other sources
+(data/sources/records.py). Other columns of numbers or texts become attributes of the image.
 
 Rows are named FILE/ROW. A row cannot be read without its neighbors, so the dataset index stores the
 images, which takes as much space as the files. Building it needs the memory of a few row groups.
@@ -28,6 +28,10 @@ from radiance.data.sources.records import Annotation, make_record, parse_annotat
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard
 
 ROWS_PER_BATCH = 64  # rows that are decoded at once
+MAX_BATCH_BYTES = 2**28  # the same in bytes, on average of a row group
+# Bytes of the images of a file, relative to its size. Rows may share an image, which is stored once
+# in the file and once for each row in the dataset index.
+MAX_REPETITION = 100
 BUFFER_BYTES = 2**20  # bytes of each column that are read at once
 ANNOTATION_COLUMNS = ("is_tag_based", "loss_weight")
 
@@ -80,12 +84,17 @@ class ParquetListing:
                 f"data.source=parquet stores its images in data.cache_dir, and {error}"
             ) from None
         for shard, columns in zip(self.shards, all_columns):
-            row_index = 0
-            with _open_table(shard) as table:
-                for batch in table.iter_batches(ROWS_PER_BATCH, columns=list(columns.names)):
-                    for row in batch.to_pylist():
-                        yield self._make_record(f"{shard.name}/{row_index}", row, columns)
-                        row_index += 1
+            num_bytes = 0
+            for row_index, row in enumerate(_iter_rows(shard, columns)):
+                record = self._make_record(f"{shard.name}/{row_index}", row, columns)
+                if isinstance(record, IndexRecord):
+                    num_bytes += len(record.location)
+                if num_bytes > MAX_REPETITION * shard.size:
+                    raise DataError(
+                        f"{shard.path} repeats images until they take more than {MAX_REPETITION} "
+                        "times its size: remove it, or write each image once."
+                    )
+                yield record
 
     def address(self, location: Any) -> None:
         """Return None: an image is a part of a table."""
@@ -143,12 +152,14 @@ class ParquetListing:
         return class_names
 
     def _make_record(
-        self, name: str, row: dict[str, Any], columns: Columns
+        self, name: str, row: dict[str, Any] | None, columns: Columns
     ) -> IndexRecord | Unusable:
-        image_value = _value_at_path(row, self.image_key)
-        content = image_value.get("bytes") if isinstance(image_value, dict) else image_value
-        if not content:
-            return Unusable(name, "no image bytes")
+        if row is None:
+            return Unusable(name, "text not in UTF-8")
+        contents = list(_iter_images(_value_at_path(row, self.image_key)))
+        if len(contents) != 1:
+            return Unusable(name, "several images in a row" if contents else "no image bytes")
+        (content,) = contents
         return make_record(
             name,
             content,
@@ -190,6 +201,40 @@ def _open_table(shard: ShardFile) -> Iterator[Any]:
                 f"{shard.path} cannot be read as Parquet ({reason}): "
                 "remove it, or download it again."
             ) from None
+
+
+def _iter_rows(shard: ShardFile, columns: Columns) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a file; None in place of a row whose texts are not UTF-8."""
+    with _open_table(shard) as table:
+        for group in range(table.num_row_groups):
+            metadata = table.metadata.row_group(group)
+            bytes_per_row = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
+            num_rows = min(ROWS_PER_BATCH, max(1, MAX_BATCH_BYTES // bytes_per_row))
+            names = list(columns.names)
+            for batch in table.iter_batches(num_rows, row_groups=[group], columns=names):
+                try:
+                    yield from batch.to_pylist()
+                except UnicodeDecodeError:
+                    yield from (_convert_row(batch, index) for index in range(batch.num_rows))
+
+
+def _convert_row(batch: Any, index: int) -> dict[str, Any] | None:
+    try:
+        (row,) = batch.slice(index, 1).to_pylist()
+    except UnicodeDecodeError:
+        return None
+    return row
+
+
+def _iter_images(value: Any) -> Iterator[bytes]:
+    """Yield the files of the images in a row: none, one, or those of a list."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _iter_images(item)
+    elif isinstance(value, dict):
+        yield from _iter_images(value.get("bytes"))
+    elif value:
+        yield value
 
 
 # --- columns --------------------------------------------------------------------------------------

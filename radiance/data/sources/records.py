@@ -17,6 +17,7 @@ from radiance.data.listing import IndexRecord, Unusable, read_image_header
 
 # Fields that may hold the captions. The first one that is not empty counts.
 CAPTION_FIELDS = ("caption_or_tags", "text", "caption")
+FLAG_TEXTS = {"true": True, "false": False, "1": True, "0": False, "": False}
 MAX_TEXT_BYTES = 2**20  # of a caption file, or of a line of a list
 MISSING_FILE, UNREADABLE_FILE = "missing file", "unreadable file"
 MISSING_PACKAGE = "protocol without an installed package"
@@ -101,7 +102,7 @@ def parse_annotation(record: Any) -> Annotation:
     weight = record.get("loss_weight")
     return Annotation(
         _parse_texts(captions),
-        bool(record.get("is_tag_based")),
+        _parse_flag(record.get("is_tag_based")),
         1.0 if weight is None else _parse_number(weight),
     )
 
@@ -110,10 +111,10 @@ def parse_json_object(content: bytes) -> Mapping[str, Any]:
     """Parse a JSON object in UTF-8.
 
     Raises:
-        UnusableError: The content is something else.
+        UnusableError: The content is something else, or an object has two fields of one name.
     """
     try:
-        record = json.loads(decode_text(content, "JSON"))
+        record = json.loads(decode_text(content, "JSON"), object_pairs_hook=_make_object)
     except (ValueError, RecursionError):
         raise UnusableError("bad record") from None
     if not isinstance(record, dict):
@@ -228,6 +229,22 @@ def translate_file_errors(address: str) -> Iterator[None]:
         error = UnusableError(kind)
         error.address = address
         raise error
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("two fields of one name")
+    return fields
+
+
+def _parse_flag(value: Any) -> bool:
+    """Parse a boolean. Tables write it as 0 or 1, or as a text."""
+    if isinstance(value, str):
+        value = FLAG_TEXTS.get(value.strip().lower(), value)
+    if value is None or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    raise UnusableError("bad record")
 
 
 def _parse_texts(value: Any) -> tuple[str, ...]:

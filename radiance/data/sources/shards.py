@@ -50,7 +50,7 @@ def find_shards(path: str, suffix: str) -> list[ShardFile]:
         matches = {
             file.path: file
             for file in list_files(pattern, suffix)
-            if file.path.endswith(suffix) or file.path == location
+            if file.path.lower().endswith(suffix) or file.path == location
         }
         if not matches:
             raise config.ConfigError(
@@ -121,9 +121,13 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _list_local(pattern: str, suffix: str) -> list[storage.FileInfo]:
     if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**", f"*{suffix}")
+        pattern = os.path.join(glob.escape(pattern), "**", "*")
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    return [storage.get_file_info(path) for path in paths if os.path.isfile(path)]
+    return [
+        storage.get_file_info(path)
+        for path in paths
+        if (path == pattern or path.lower().endswith(suffix)) and os.path.isfile(path)
+    ]
 
 
 def _list_remote(pattern: str, suffix: str) -> list[storage.FileInfo]:
@@ -142,7 +146,7 @@ def _list_remote(pattern: str, suffix: str) -> list[storage.FileInfo]:
     if name:
         files = [file for file in files if fnmatchcase(file.name, name) and "/" not in file.name]
     else:
-        files = [file for file in files if file.name.endswith(suffix)]
+        files = [file for file in files if file.name.lower().endswith(suffix)]
     matches = [file._replace(path=join_address(folder, file.path)) for file in files]
     # The listings of web servers do not give sizes.
     return [storage.get_file_info(file.path) if file.size is None else file for file in matches]

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 
-from radiance.base.errors import DataError
+from radiance.base.errors import DataError, TextError
 from radiance.base.settings import suggest_name
+from radiance.base.text_files import decode_text
 from radiance.config import ConfigError
 from radiance.data.decode import UnusableError
 from radiance.data.listing import (
@@ -33,6 +35,7 @@ from radiance.data.sources.records import Annotation, make_record
 from radiance.data.sources.tfds_preparation import FILE_FORMAT
 
 TEXTS = "texts or class labels"
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, DecodeError)
 
 
 class TfdsListing:
@@ -80,7 +83,11 @@ class TfdsListing:
         return {name: getattr(self, name) for name in names}
 
     def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
-        """Yield a record for each example."""
+        """Yield a record for each example.
+
+        Raises:
+            DataError: The dataset is damaged.
+        """
         for split in self.splits:
             indices = range(len(self._split_examples[split]))
             yield from map_in_threads(partial(self._make_record, split), indices, num_threads)
@@ -98,7 +105,7 @@ class TfdsListing:
         split, index = location
         try:
             example = self._read_example(split, index, self._image_features)
-        except (OSError, ValueError, RuntimeError) as error:
+        except READ_ERRORS as error:
             raise DataError(
                 f"{self.folder} existed at the start and cannot be read now ({error}): put it back."
             ) from None
@@ -151,16 +158,27 @@ class TfdsListing:
         return features.deserialize_example_np(serialized, decoders=decoders)
 
     def _make_record(self, split: str, index: int) -> IndexRecord | Unusable:
-        example = self._read_example(split, index, self._index_features)
+        try:
+            example = self._read_example(split, index, self._index_features)
+        except READ_ERRORS as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise DataError(
+                f"Example {index} of the split {split} in {self.folder} cannot be read ({reason}): "
+                "prepare it again."
+            ) from None
         split_hash = None  # the names of images decide where there is only one split
         if len(self.splits) > 1:
             split_hash = 0 if split == "validation" else TRAIN_HASH
+        try:
+            attributes = {name: _to_python(example[name]) for name in self._attribute_names}
+        except UnusableError as error:
+            return Unusable(f"{split}/{index}", error.kind)
         return make_record(
             f"{split}/{index}",
             [split, index],
             partial(self._read_annotation, example),
             lambda: read_image_header(BytesIO(_value_at_path(example, self.image_key))),
-            {name: _to_python(example[name]) for name in self._attribute_names},
+            attributes,
             split_hash,
         )
 
@@ -237,8 +255,17 @@ def _has_text(feature: Any) -> bool:
 
 
 def _to_python(value: Any) -> Any:
-    """Convert a number or a text to what JSON can hold."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else np.asarray(value).item()
+    """Convert a number or a text to what JSON can hold.
+
+    Raises:
+        UnusableError: The text is not in UTF-8.
+    """
+    if not isinstance(value, bytes):
+        return np.asarray(value).item()
+    try:
+        return decode_text(value, "feature")
+    except TextError:
+        raise UnusableError("text not in UTF-8") from None
 
 
 def _flatten(value: Any) -> Iterator[Any]:

@@ -74,6 +74,19 @@ def test_captions_are_read_from_text_files(tmp_path):
     assert captions(source) == {f"{name}.png": expected for name, (_, expected) in files.items()}
 
 
+def test_suffixes_may_be_in_any_case(tmp_path):
+    for name in ("DSC1.JPG", "DSC2.JPG", "DSC3.JPG", "sub/DSC4.JPG"):
+        save(tmp_path / name)
+    (tmp_path / "DSC1.TXT").write_text("of 1")
+    (tmp_path / "DSC2.TXT").write_text("in capitals")
+    (tmp_path / "DSC2.txt").write_text("of 2")
+    (tmp_path / "DSC3.Txt").write_text("of 3")
+    write_metadata(tmp_path / "sub", {"file_name": "DSC4.JPG", "text": "of 4"})
+    (tmp_path / "sub" / "metadata.jsonl").rename(tmp_path / "sub" / "METADATA.JSONL")
+    expected = {f"DSC{i}.JPG": (f"of {i}",) for i in (1, 2, 3)} | {"sub/DSC4.JPG": ("of 4",)}
+    assert captions(open_folder(tmp_path)) == expected
+
+
 def test_captions_are_read_from_metadata(tmp_path):
     for name in ("a.png", "b.png", "sub/c.png", "sub/deep/d.png", "both.png"):
         save(tmp_path / name)

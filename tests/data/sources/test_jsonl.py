@@ -99,6 +99,16 @@ def test_all_fields_of_a_line_are_read(tmp_path):
     assert [source.has_tags(i) for i in range(4)] == [True, False, False, True]
 
 
+def test_the_marker_of_tags_may_be_a_text_or_a_number(tmp_path):
+    save(tmp_path / "x.png")
+    markers = {False: (False, 0, 0.0, None, "false", "False", " FALSE", "0", "")}
+    markers |= {True: (True, 1, 1.0, "true", "True", "1")}
+    for expected, values in markers.items():
+        lines = [{"filename": "x.png", "text": "x", "is_tag_based": value} for value in values]
+        source = open_list(write_lines(tmp_path / f"{expected}.jsonl", *lines))
+        assert [source.has_tags(i) for i in range(len(source))] == [expected] * len(values)
+
+
 def test_images_are_below_the_root_or_anywhere(tmp_path):
     save(tmp_path / "lists" / "a.png", 1)
     save(tmp_path / "root" / "a.png", 2)
@@ -175,6 +185,11 @@ UNUSABLE = {
         '{"filename": "x.png", "text": "x", "loss_weight": NaN}',
         "loss_weight not above 0",
     ),
+    "a field twice": ('{"filename": "x.png", "text": "x", "text": "y"}', "bad line"),
+    **{
+        f"tags {marker!r}": ({"filename": "x.png", "text": "x", "is_tag_based": marker}, "bad line")
+        for marker in ("no", "none", 2, -1, 0.5, [], [True], {"a": 1})
+    },
     "no caption": ({"filename": "x.png"}, "empty caption"),
     "empty captions": ({"filename": "x.png", "text": ["", " "]}, "empty caption"),
     "surrogate in a caption": ({"filename": "x.png", "text": "\udc00"}, "caption not in UTF-8"),

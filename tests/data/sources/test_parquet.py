@@ -116,6 +116,59 @@ def test_columns_can_be_within_columns(tmp_path):
     assert [source.captions(i) for i in range(2)] == [("cat", "dog"), ("dog",)]
 
 
+@pytest.mark.parametrize("make_type", [pyarrow.list_, pyarrow.large_list])
+@pytest.mark.parametrize("is_struct", [True, False])
+def test_the_only_image_of_a_list_is_read(make_type, is_struct, tmp_path):
+    item_type = image_column(0).type if is_struct else pyarrow.binary()
+    images = [[toy_image(1)], [], None, [toy_image(2), toy_image(3)], [None, toy_image(4)], [None]]
+    if is_struct:
+        images = [
+            row and [image and {"bytes": image, "path": "x"} for image in row] for row in images
+        ]
+    path = write_parquet(
+        tmp_path / "x.parquet", images=pyarrow.array(images, make_type(item_type)), text=["a"] * 6
+    )
+    source = open_table(path, tmp_path, image_key="images")
+    assert gray_values(source) == [1, 4]
+    assert source.skip_counts == {"no image bytes": 3, "several images in a row": 1}
+
+
+@pytest.mark.parametrize("column", ["text", "license", "texts"])
+def test_a_text_that_is_not_utf_8_leaves_out_its_row(column, tmp_path):
+    """pyarrow checks texts only when they are converted."""
+    texts = [b"a", b"caf\xe9", b"c", b"d"]
+    invalid = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    if column == "texts":
+        invalid = pyarrow.ListArray.from_arrays([0, 1, 2, 3, 4], invalid)
+    columns = {"text": ["a", "b", "c", "d"]} | {column: invalid}
+    path = write_parquet(tmp_path / "x.parquet", row_group_size=4, image=image_column(4), **columns)
+    caption_key = "texts" if column == "texts" else "text"
+    source = open_table(path, tmp_path, caption_key=caption_key)
+    assert gray_values(source) == [0, 2, 3]
+    assert source.skip_counts == {"text not in UTF-8": 1}
+
+
+def test_a_file_that_repeats_its_images_too_often_is_an_error(tmp_path):
+    image = toy_image(5, (300, 300), "BMP")
+    path = write_parquet(
+        tmp_path / "x.parquet",
+        row_group_size=10**6,
+        image=pyarrow.array([image] * 1500).dictionary_encode().cast(pyarrow.binary()),
+        text=["a"] * 1500,
+    )
+    with pytest.raises(DataError, match=r"x\.parquet repeats images .* write each image once"):
+        open_table(path, tmp_path)
+
+
+def test_the_marker_of_tags_may_be_a_text_or_a_number(tmp_path):
+    for marker in (["false", "True", None], [0, 1, 0], [False, True, False], [0.0, 1.0, None]):
+        path = write_parquet(
+            tmp_path / "x.parquet", image=image_column(3), text=["a"] * 3, is_tag_based=marker
+        )
+        source = open_table(path, tmp_path)
+        assert [source.has_tags(i) for i in range(3)] == [False, True, False]
+
+
 def test_unusable_rows_are_counted(tmp_path):
     rows = [
         {"bytes": toy_image(5)},

@@ -255,6 +255,18 @@ def test_a_path_that_looks_like_a_pattern_is_read(tmp_path):
         assert names(open_shards(shards, tmp_path)) == ["x/a"]
 
 
+def test_suffixes_of_shards_may_be_in_any_case(tmp_path):
+    for index, name in enumerate(("a.tar", "a.TAR", "b.Tar")):
+        write_tar(tmp_path / "in" / name, tar_sample("key", index))
+    source = open_shards(tmp_path / "in", tmp_path)
+    assert sorted(zip(names(source), gray_values(source))) == [
+        ("a.TAR/key", 1),
+        ("a/key", 0),
+        ("b.Tar/key", 2),
+    ]
+    assert len(open_shards(tmp_path / "in" / "a.TAR", tmp_path)) == 1
+
+
 def test_the_identity_depends_on_the_shards(tmp_path):
     identity = tar.TarListing(str(fill_tar(tmp_path))).identity
     assert tar.TarListing(str(tmp_path)).identity == identity

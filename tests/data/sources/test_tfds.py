@@ -106,6 +106,36 @@ def open_dataset(path, cache_dir, split="train", **changes):
     return open_source(shard_settings("tfds", path, cache_dir, **changes), split)
 
 
+# --- unusable examples ----------------------------------------------------------------------------
+
+
+def test_texts_that_are_not_utf_8_leave_out_their_example(cache_dir, monkeypatch):
+    read_example = TfdsListing._read_example
+
+    def read_damaged(listing, split, index, features):
+        example = read_example(listing, split, index, features)
+        return example | ({"text": b"caf\xe9"} if index == 5 else {})
+
+    listing = TfdsListing(find_or_prepare_dataset("toy", cache_dir), "image", "text")
+    other_listing = TfdsListing(listing.folder, "image", "captions/text")
+    monkeypatch.setattr(TfdsListing, "_read_example", read_damaged)
+    for damaged_listing in (listing, other_listing):
+        kinds = {item.name: getattr(item, "kind", None) for item in damaged_listing.scan(1)}
+        assert kinds["train/5"] == "text not in UTF-8"
+        assert kinds["train/4"] is None
+
+
+@pytest.mark.parametrize("damage", [bytes(2000), None])
+def test_a_damaged_dataset_is_an_error(damage, tmp_path):
+    folder = find_or_prepare_dataset("toy", tmp_path)
+    listing = TfdsListing(folder, "image", "text")
+    for path in folder.glob(f"*.{FILE_FORMAT}-*"):
+        content = path.read_bytes()
+        path.write_bytes(content[:1000] if damage is None else damage + content[2000:])
+    with pytest.raises(DataError, match=r"cannot be read .*: prepare it again"):
+        list(listing.scan(1))
+
+
 # --- features and splits --------------------------------------------------------------------------
 
 
