@@ -498,6 +498,24 @@ def test_decompression_bombs_raise_an_error():
         decode_image(jpeg_of_many_scans())
 
 
+@pytest.mark.parametrize("image_format", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_overlapping_tags_take_no_more_memory_than_the_file(image_format):
+    """Each of 2000 tags has all bytes of the file as its value."""
+    num_tags, size = 2000, 50_000
+    tags = b"".join(struct.pack("<HHII", 0x1000 + i, 7, size, 0) for i in range(num_tags))
+    directory = b"II*\0\x08\0\0\0" + struct.pack("<H", num_tags) + tags + bytes(4 + size)
+    if image_format == "TIFF":
+        content = directory
+    else:
+        content = encode(SMOOTH, image_format, exif=b"Exif\0\0" + directory[:65_000])
+    tracemalloc.start()
+    with contextlib.suppress(UnusableError):
+        read_image_size(io.BytesIO(content))
+        decode_image(content)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
 def test_an_error_of_the_storage_is_not_a_broken_image():
     class FailingFile(io.BytesIO):
         def read(self, *_):
