@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radiance.base.errors import TextError
-from radiance.base.text_files import decode_text, split_lines
+from radiance.base.text_files import check_text, decode_text, split_lines
 from radiance.data import storage
 from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
@@ -172,8 +172,8 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     if not captions:
         raise UnusableError("empty caption")
     try:
-        decode_text("".join(captions).encode(), "caption")
-    except (UnicodeError, TextError):
+        check_text("".join(captions), "caption")
+    except TextError:
         raise UnusableError("caption not in UTF-8") from None
     return captions
 
