@@ -69,7 +69,8 @@ class ParquetListing:
         """Yield a record for each row.
 
         Args:
-            num_threads: Not used; pyarrow chooses its own number of threads.
+            num_threads: Not used: pyarrow allocates the size that a page states, up to 2 GiB, so
+                pages are read one after the other.
 
         Raises:
             DataError: A file cannot be read, lacks the columns, or the disk is too small.
@@ -195,8 +196,8 @@ def _open_table(shard: ShardFile) -> Iterator[Any]:
     with open_shard(shard) as file:
         try:
             yield ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DataError(
                 f"{shard.path} cannot be read as Parquet ({reason}): "
                 "remove it, or download it again."
@@ -211,7 +212,7 @@ def _iter_rows(shard: ShardFile, columns: Columns) -> Iterator[dict[str, Any] | 
             bytes_per_row = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
             num_rows = min(ROWS_PER_BATCH, max(1, MAX_BATCH_BYTES // bytes_per_row))
             names = list(columns.names)
-            for batch in table.iter_batches(num_rows, row_groups=[group], columns=names):
+            for batch in table.iter_batches(num_rows, [group], names, use_threads=False):
                 try:
                     yield from batch.to_pylist()
                 except UnicodeDecodeError:
