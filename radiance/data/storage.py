@@ -273,7 +273,11 @@ def _list_local_files(root: str) -> tuple[list[FileInfo], list[str]]:
 
     walk = os.walk(root, followlinks=True, onerror=record_unreadable)
     for folder, subfolders, file_names in walk:
-        stat_result = os.stat(folder)
+        try:
+            stat_result = os.stat(folder)
+        except OSError as error:  # it was removed meanwhile
+            record_unreadable(error)
+            continue
         identity = stat_result.st_dev, stat_result.st_ino
         if identity in visited:
             subfolders.clear()

@@ -109,6 +109,11 @@ class ParquetListing:
         with _open_table(shard) as table:
             schema = table.schema_arrow
         column_types = dict(zip(schema.names, schema.types))
+        if len(column_types) < len(schema.names):
+            raise DataError(
+                f"{shard.path} has two columns of one name ({', '.join(schema.names)}): "
+                "rename one of them."
+            )
         self._check_image_column(shard, column_types)
         class_names = self._check_caption_column(shard, column_types, schema.metadata or {})
         # Read the outermost columns of the image and the caption, and the attributes.

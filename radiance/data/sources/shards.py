@@ -121,13 +121,15 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _list_local(pattern: str, suffix: str) -> list[storage.FileInfo]:
     if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**", "*")
+        files, _ = storage.list_files(pattern)
+        files = [file._replace(path=os.path.join(pattern, file.path)) for file in files]
+        return [
+            file
+            for file in files
+            if file.name.lower().endswith(suffix) and os.path.isfile(file.path)
+        ]
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    return [
-        storage.get_file_info(path)
-        for path in paths
-        if (path == pattern or path.lower().endswith(suffix)) and os.path.isfile(path)
-    ]
+    return [storage.get_file_info(path) for path in paths if os.path.isfile(path)]
 
 
 def _list_remote(pattern: str, suffix: str) -> list[storage.FileInfo]:

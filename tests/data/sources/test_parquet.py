@@ -228,6 +228,14 @@ def test_missing_and_wrong_columns_are_errors(changes, message, tmp_path):
         open_table(path, tmp_path, **changes)
 
 
+def test_two_columns_of_one_name_are_an_error(tmp_path):
+    columns = [image_column(1), pyarrow.array(["one"]), pyarrow.array(["two"])]
+    table = pyarrow.Table.from_arrays(columns, ["image", "text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"two columns of one name \(image, text, text\): rename"):
+        open_table(tmp_path / "x.parquet", tmp_path)
+
+
 def test_columns_of_all_files_are_checked_before_reading(tmp_path, monkeypatch):
     fill_parquet(tmp_path)
     write_parquet(tmp_path / "z.parquet", image=image_column(1))

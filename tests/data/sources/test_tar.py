@@ -255,6 +255,14 @@ def test_a_path_that_looks_like_a_pattern_is_read(tmp_path):
         assert names(open_shards(shards, tmp_path)) == ["x/a"]
 
 
+def test_linked_folders_of_shards_are_listed_once(tmp_path):
+    write_tar(tmp_path / "in" / "a.tar", tar_sample("key"))
+    for name in ("self", "again"):  # each of 40 levels would double the number of shards
+        (tmp_path / "in" / name).symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "in" / "broken.tar").symlink_to(tmp_path / "nowhere")
+    assert names(open_shards(tmp_path / "in", tmp_path)) == ["a/key"]
+
+
 def test_suffixes_of_shards_may_be_in_any_case(tmp_path):
     for index, name in enumerate(("a.tar", "a.TAR", "b.Tar")):
         write_tar(tmp_path / "in" / name, tar_sample("key", index))
