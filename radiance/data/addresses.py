@@ -7,6 +7,7 @@ protocols, has no meaning in any address.
 
 import os
 import posixpath
+import unicodedata
 from collections.abc import Sequence
 
 from radiance.data.decode import UnusableError
@@ -59,7 +60,18 @@ def resolve_filename(root: str, filename: str, protocols: Sequence[str]) -> str:
             raise UnusableError("protocol not in data.protocols", filename)
         if not path.startswith("/"):
             raise UnusableError("bad record", filename)
-        return path
+        return to_local_path(path)
     if posixpath.normpath(filename).split("/")[0] == "..":
         raise UnusableError("path outside of the folder", filename)
-    return join_address(root, filename)
+    return join_address(root, filename if is_remote(root) else to_local_path(filename))
+
+
+def to_local_path(name: str) -> str:
+    """Return the system's spelling of a path in UTF-8, which differs if its locale is another."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def from_local_path(path: str) -> str:
+    """Return a path of the system as UTF-8, with "/" and in Unicode NFC: the same everywhere."""
+    name = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", name.replace(os.sep, "/"))

@@ -26,7 +26,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from radiance import config
 from radiance.base.errors import DataError
-from radiance.data.addresses import is_remote
+from radiance.data.addresses import from_local_path, is_remote
 from radiance.data.decode import MAX_FILE_BYTES, UnusableError
 
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)  # seconds between attempts
@@ -269,7 +269,7 @@ def _list_local_files(root: str) -> tuple[list[FileInfo], list[str]]:
     file_infos, unreadable_folders, visited = [], [], set()
 
     def record_unreadable(error: OSError):
-        unreadable_folders.append(_normalize_name(os.path.relpath(error.filename, root)))
+        unreadable_folders.append(from_local_path(os.path.relpath(error.filename, root)))
 
     walk = os.walk(root, followlinks=True, onerror=record_unreadable)
     for folder, subfolders, file_names in walk:
@@ -296,13 +296,9 @@ def _local_file_info(root: str, path: str) -> FileInfo:
     try:
         stat_result = os.stat(os.path.join(root, path))
     except OSError:
-        return FileInfo(_normalize_name(path), path, None, "")
+        return FileInfo(from_local_path(path), path, None, "")
     version = str(stat_result.st_mtime_ns)
-    return FileInfo(_normalize_name(path), path, stat_result.st_size, version)
-
-
-def _normalize_name(path: str) -> str:
-    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
+    return FileInfo(from_local_path(path), path, stat_result.st_size, version)
 
 
 # --- remote files ---------------------------------------------------------------------------------
@@ -430,7 +426,9 @@ def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
                 raise NotADirectoryError(root) from None
             continue
         except PermissionError:
-            unreadable_folders.append(_normalize_name(folder[len(root_path) + 1 :] or "."))
+            unreadable_folders.append(
+                unicodedata.normalize("NFC", folder[len(root_path) + 1 :] or ".")
+            )
             continue
         entries = [
             info
@@ -448,7 +446,8 @@ def _list_remote_files(root: str) -> tuple[list[FileInfo], list[str]]:
             else:
                 name = path[len(root_path) + 1 :]
                 version = _file_version(info)
-                file_infos.append(FileInfo(_normalize_name(name), name, info.get("size"), version))
+                normalized_name = unicodedata.normalize("NFC", name)
+                file_infos.append(FileInfo(normalized_name, name, info.get("size"), version))
     return file_infos, unreadable_folders
 
 

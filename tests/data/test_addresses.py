@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import subprocess
 import sys
 
 import fsspec
@@ -136,6 +137,29 @@ def test_names_in_a_listing_open_no_file_system_within_another(tmp_path):
     (record,) = FolderListing(f"local://{tmp_path}").scan(1)
     assert isinstance(record, IndexRecord)
     assert record.captions == ("a caption",)
+
+
+def test_names_are_utf_8_in_every_locale(tmp_path):
+    """Names decide splits."""
+    save(tmp_path / "猫.png")
+    save(tmp_path / os.fsdecode(b"caf\xe9.png"), "not UTF-8")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "猫.png", "text": "a cat"}', "utf-8")
+    path = save_list(tmp_path, "猫.png", "caf\udce9.png")
+    code = (
+        "from radiance.data.sources.folder import FolderListing; "
+        "from radiance.data.sources.jsonl import JsonlListing; "
+        f"listings = [FolderListing({str(tmp_path)!r}), JsonlListing({str(path)!r})]; "
+        "records = [record for listing in listings for record in listing.scan(1)]; "
+        "print([(ascii(record.name), record.captions) for record in records])"
+    )
+    outputs = []
+    for utf_8 in "10":
+        variables = {"LC_ALL": "C", "PYTHONUTF8": utf_8, "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-c", code]
+        outputs.append(subprocess.check_output(command, text=True, env=os.environ | variables))
+    names = ["'caf\\udce9.png'", "'\\u732b.png'"]
+    expected = [(names[0], ("not UTF-8",)), (names[1], ("a cat",)), (names[1], ("x",))]
+    assert outputs == [f"{[*expected, (names[0], ('x',))]}\n"] * 2
 
 
 def test_a_protocol_without_its_package_leaves_out_the_line_only(tmp_path, monkeypatch):

@@ -90,4 +90,5 @@ def _relative_filename(address: str, folder: str) -> str:
         return address
     absolute_path = os.path.abspath(address)
     relative_path = os.path.relpath(absolute_path, folder)
-    return absolute_path if relative_path.startswith(os.pardir) else relative_path
+    path = absolute_path if relative_path.startswith(os.pardir) else relative_path
+    return os.fsencode(path).decode("utf-8", "surrogateescape")

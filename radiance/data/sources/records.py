@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -139,7 +138,7 @@ def parse_entry(line: bytes | None) -> MetadataEntry:
     if not isinstance(filename, str) or "\0" in filename:
         raise UnusableError("bad record")
     try:
-        os.fsencode(filename)
+        filename.encode("utf-8", "surrogateescape")
     except UnicodeError:
         raise UnusableError("bad record") from None
     return MetadataEntry(
