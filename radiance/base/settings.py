@@ -14,6 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from radiance.base.errors import ConfigError
+from radiance.base.json_files import parse_json
+
+# Sizes of the numbers of settings: of normal numbers in float32, and of seeds.
+MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+MAX_INTEGER = 2**32
+MAX_SHOWN_LENGTH = 200  # characters of a wrong value in a message
 
 
 def require(condition: bool, message: str):
@@ -142,7 +148,7 @@ def from_dict(section_type: type[S], values: Mapping[str, Any]) -> S:
     """
     require(
         isinstance(values, Mapping),
-        f"{section_type.__name__} must be an object with keys, not {values!r}.",
+        f"{section_type.__name__} must be an object with keys, not {_abbreviate(values)}.",
     )
     fields = {}
     for key, value in values.items():
@@ -176,9 +182,10 @@ def to_json(config: Section) -> str:
 def from_json(section_type: type[S], text: str) -> S:
     """Return a section from JSON. Raise ConfigError for unknown keys and wrong values."""
     try:
-        return from_dict(section_type, json.loads(text))
-    except json.JSONDecodeError as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"The config is not JSON: {error}.") from None
+    return from_dict(section_type, values)
 
 
 def differences(a: Section, b: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -277,8 +284,8 @@ def _parse_list(key: str, text: str, item_type: Any) -> Any:
     is_section = _is_section(item_type)
     if is_section or (item_type is str and text.startswith("[")):  # texts may contain commas
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
+            return parse_json(text)
+        except ValueError:
             example = '[{"key": "value"}, …]' if is_section else '["one", "two"]'
             raise ConfigError(f"{key}={text}: this list is not JSON: write {example}.") from None
     items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
@@ -297,19 +304,55 @@ def _coerce_value(key: str, value: Any, field_type: Any) -> Any:
     if origin is Literal:
         if value not in args:
             problem = suggest_name(str(value), args) or " is not known;"
-            raise ConfigError(f"{key}={value!r}{problem} the choices are {', '.join(args)}.")
+            raise ConfigError(
+                f"{key}={_abbreviate(value)}{problem} the choices are {', '.join(args)}."
+            )
         return value
     if _is_optional(field_type):
         return None if value is None else _coerce_value(key, value, _strip_optional(field_type))
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{key}={value!r}: a list is expected.")
+        require(
+            isinstance(value, (list, tuple)), f"{key}={_abbreviate(value)}: a list is expected."
+        )
         require(
             args[-1] is Ellipsis or len(value) == len(args),
-            f"{key}={value!r}: {len(args)} values are expected.",
+            f"{key}={_abbreviate(value)}: {len(args)} values are expected.",
         )
         return tuple(_coerce_value(key, v, args[0]) for v in value)
-    if field_type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, field_type) or (field_type is int and isinstance(value, bool)):
-        raise ConfigError(f"{key}={value!r}: {field_type.__name__} is expected.")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not (is_integer and field_type in (int, float)) and (
+        not isinstance(value, field_type) or (field_type is int and isinstance(value, bool))
+    ):
+        raise ConfigError(f"{key}={_abbreviate(value)}: {field_type.__name__} is expected.")
+    if field_type in (int, float):
+        _check_number(key, value)
+        return field_type(value)
+    require(
+        field_type is not str or "\0" not in value,
+        f"{key}={_abbreviate(value)} contains a NUL character: remove it.",
+    )
     return value
+
+
+def _check_number(key: str, value: int | float):
+    """Raise ConfigError for numbers that the computation cannot hold, and for NaN."""
+    if isinstance(value, int):
+        require(
+            abs(value) < MAX_INTEGER,
+            f"{key}={_abbreviate(value)} must be less than 2**32 in size.",
+        )
+        return
+    require(
+        value == 0 or MIN_FLOAT <= abs(value) <= MAX_FLOAT,
+        f"{key}={value} must be a finite number: 0, or from {MIN_FLOAT:.1e} to {MAX_FLOAT:.1e} in "
+        "size, as float32 holds them.",
+    )
+
+
+def _abbreviate(value: Any) -> str:
+    """Return a value as text for a message; a large one is cut."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of an integer of thousands of digits, or a deep list
+        return "…"
+    return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]}…"

@@ -128,6 +128,10 @@ def _load_suite(suite_address: str) -> tuple[str, Suite]:
     )
     if not isinstance(module_suites, dict) or not module_suites:
         raise config.ConfigError(f"{path} is not a suite: it has no SUITE.")
+    if not all(isinstance(suite, Suite) for suite in module_suites.values()):
+        raise config.ConfigError(
+            f"{path} is not a suite: its SUITE must be a radiance.ablation.suite.Suite."
+        )
     suites = {f"{path}:{name}" if name else path: suite for name, suite in module_suites.items()}
     address = f"{path}:{suite_name}" if suite_name else path
     if address not in suites:

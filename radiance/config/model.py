@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from radiance.base.errors import ConfigError
-from radiance.base.settings import Section, require, require_at_least, suggest_name
+from radiance.base.settings import (
+    MAX_INTEGER,
+    Section,
+    require,
+    require_at_least,
+    suggest_name,
+)
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,10 @@ class Model(Section):
             "change one of them.",
         )
         require(
-            self.mlp_ratio > 0 and abs(self.mlp_ratio * self.hidden - self.mlp_hidden) < 1e-6,
+            0 < self.mlp_ratio * self.hidden < MAX_INTEGER
+            and abs(self.mlp_ratio * self.hidden - self.mlp_hidden) < 1e-6,
             f"model.mlp_ratio={self.mlp_ratio} times model.hidden={self.hidden} is not a positive "
-            "whole number.",
+            "whole number, or too large.",
         )
         require(
             self.approximator_dim % 8 == 0 and self.approximator_dim > 0,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from radiance.base.settings import Section, require, require_at_least
+from radiance.base.settings import MAX_FLOAT, MIN_FLOAT, Section, require, require_at_least
 
 # Relative width of the plain mean, 1 / √12. No average whose weights grow has a larger one.
 MAX_EMA_WIDTH = 0.288
+MAX_DECAY = 1 - 2.0**-24  # the largest number below 1 in float32
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,23 @@ class Optimizer(Section):
             self.clip_norm > 0,
             f"optimizer.clip_norm={self.clip_norm} must be positive (1e9 for none).",
         )
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive, such as 1e-8.")
+        require(
+            self.learning_rate * self.weight_decay < 1,
+            f"optimizer.weight_decay={self.weight_decay} times optimizer.learning_rate="
+            f"{self.learning_rate} must be less than 1: it is what a step takes from every weight.",
+        )
         for name in ("beta1", "beta2", "muon_beta"):
             require(
-                0 <= getattr(self, name) < 1,
-                f"optimizer.{name}={getattr(self, name)} must be in [0, 1).",
+                0 <= getattr(self, name) <= MAX_DECAY,
+                f"optimizer.{name}={getattr(self, name)} must be at least 0 and less than 1, also "
+                "when it is rounded to float32.",
             )
         require(
-            all(0 < factor < math.inf for factor in self.lr_multiplier_by_path.values()),
+            all(
+                MIN_FLOAT <= factor * self.learning_rate <= MAX_FLOAT
+                for factor in self.lr_multiplier_by_path.values()
+            ),
             f"optimizer.lr_multipliers={self.lr_multipliers}: factors are positive numbers "
             "(optimizer.frozen names parameters that are not trained).",
         )
@@ -93,7 +103,7 @@ class Optimizer(Section):
             len(self.lr_multiplier_by_path) == len(self.lr_multipliers),
             f"optimizer.lr_multipliers={self.lr_multipliers} names a path twice.",
         )
-        _check_numbers("ema_decays", self.ema_decays, 1)
+        _check_numbers("ema_decays", self.ema_decays, MAX_DECAY)
         _check_numbers("ema_widths", self.ema_widths, MAX_EMA_WIDTH)
 
     @property

@@ -18,12 +18,14 @@ from radiance.config.sample import Sample, find_preset_name, get_preset
 from radiance.config.text import T5_MAX_LENGTH, Text
 from radiance.config.train import Train
 
+MAX_NAME_BYTES = 200  # disks allow 255
+
 
 @dataclass(frozen=True)
 class Config(Section):
     """All settings of one run."""
 
-    name: str = "run"
+    name: str = resumable("run")
     """Name of the run; the run directory is output/name."""
     output: str = resumable("runs")
     """Folder of run directories."""
@@ -54,9 +56,14 @@ class Config(Section):
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""
+        is_folder_name = self.name.isprintable() and not set(self.name) & set("/\\")
         require(
-            self.name != "" and "/" not in self.name,
-            f"name={self.name!r} must be the name of one folder.",
+            is_folder_name and self.name not in ("", ".", ".."),
+            f"name={self.name!r} must be the name of one folder, without / and \\.",
+        )
+        require(
+            len(self.name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES,
+            f"name={self.name[:20]!r}… is longer than {MAX_NAME_BYTES} bytes: choose another.",
         )
         self._check_sizes()
         self._check_batch_size()

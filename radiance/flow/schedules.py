@@ -35,7 +35,7 @@ def make_time_schedule(
     elif settings.schedule == "beta":
         times = beta.ppf(times, *settings.beta)
     times = times.astype(np.float32)
-    if (np.diff(times) >= 0).any():
+    if not (np.diff(times) < 0).all():  # also where a time is NaN
         raise ConfigError(
             f"sample.schedule={settings.schedule} with sample.steps={settings.steps} repeats a "
             "time: use fewer steps or a milder schedule."
