@@ -1,0 +1,195 @@
+"""Locks of folders, so that two processes do not write the same files.
+
+A lock is a file that its holder keeps locked by the operating system (flock), which ends with the
+process however it ends. Not all network disks lock across hosts. So the file also names its holder,
+who renews its time: a lock of another host is held as long as its time changes.
+
+The library `filelock` would give the first half, without the name; its leases, the second half, let
+go of a process that was stopped for a while.
+"""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from radiance.base.errors import OutputError
+from radiance.base.files import is_disk_full, require_folder, write_error
+from radiance.base.json_files import parse_json
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the time alone decides
+    fcntl = None
+
+LOCK_NAME = ".lock"
+RENEWAL_SECONDS = 10.0
+OBSERVATION_SECONDS = 30.0  # of a lock of another host; more than two renewals
+ABANDONED_SECONDS = 600.0  # since the last renewal; more than clocks of hosts differ
+
+
+class Holder(NamedTuple):
+    """The process that holds a lock."""
+
+    host: str
+    pid: int
+    start: str  # local time
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.start}: {self.command}"
+
+
+@contextmanager
+def hold_lock(path: Path, subject: str, remedy: str) -> Iterator[None]:
+    """Hold a lock during the block.
+
+    Args:
+        path: File of the lock. Missing parent folders are created.
+        subject: What is locked, for the message, such as "runs/quickstart".
+        remedy: What the user can do if another process holds it.
+
+    Raises:
+        OutputError: Another process holds the lock, which the message names; or the file cannot be
+            written.
+    """
+    require_folder(path.parent)
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, subject, remedy)
+    except OSError as error:
+        raise write_error(path, error) from error
+    ended = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(path, descriptor, ended), daemon=True)
+    renewal.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewal.join()
+        _release(path, descriptor, new_folders)
+
+
+def _acquire(path: Path, subject: str, remedy: str) -> int:
+    """Return the open file of the lock, which now names this process."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            is_locked = _lock_file(descriptor)
+            holder = _read_holder(descriptor)
+            if is_locked is False or (holder and _is_alive(path, holder, is_locked)):
+                raise OutputError(f"{subject} is in use by {holder or 'another process'}. {remedy}")
+            # Between opening and locking, the holder before may have removed the file.
+            if _is_same_file(path, descriptor):
+                _write_holder(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock_file(descriptor: int) -> bool | None:
+    """Lock an open file; return False if it is locked, None if the disk has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # for example ENOLCK, EOPNOTSUPP
+        return None
+    return True
+
+
+def _is_alive(path: Path, holder: Holder, is_locked: bool | None) -> bool:
+    """Return whether the process that a lock names may still run.
+
+    On this host the lock of the operating system is reliable; for another one, watch the time.
+    """
+    if is_locked and holder.host == socket.gethostname():
+        return False
+    renewal_time = _stat(path)
+    if renewal_time is None or time.time() - renewal_time / 1e9 > ABANDONED_SECONDS:
+        return False
+    print(
+        f"radiance: {path} names {holder}; waiting {OBSERVATION_SECONDS:.0f} s to see whether it "
+        "still runs.",
+        file=sys.stderr,
+        flush=True,
+    )
+    end_time = time.monotonic() + OBSERVATION_SECONDS
+    while time.monotonic() < end_time:
+        time.sleep(OBSERVATION_SECONDS / 30)
+        if _stat(path) not in (None, renewal_time):
+            return True
+    return False
+
+
+def _stat(path: Path) -> int | None:
+    """Return the time of a file in ns, as the disk and not a cache of it knows; None without it."""
+    try:
+        with path.open("rb") as file:  # network disks look at a file again when it is opened
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(descriptor: int) -> Holder | None:
+    """Return the holder that a lock names; None for a new file or a damaged one."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = Holder(**parse_json(os.read(descriptor, 4096)))
+    except (ValueError, TypeError):
+        return None
+    types = [type(value) for value in holder]
+    return holder if types == [str, int, str, str] and str(holder).isprintable() else None
+
+
+def _write_holder(descriptor: int):
+    start = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    command = shlex.join(["radiance", *sys.argv[1:]])[:500]
+    holder = Holder(socket.gethostname(), os.getpid(), start, command)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(holder._asdict()).encode() + b"\n")
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_disk_full(error):  # a full disk still locks
+            raise
+
+
+def _renew(path: Path, descriptor: int, ended: threading.Event):
+    """Renew the time of a lock until `ended`."""
+    while not ended.wait(RENEWAL_SECONDS):
+        with suppress(OSError):  # of a disk that is away for a moment
+            if _is_same_file(path, descriptor):
+                os.utime(path)
+
+
+def _release(path: Path, descriptor: int, new_folders: list[Path]):
+    """Remove a lock, and the folders that were created for it if they are empty."""
+    with suppress(OSError):
+        if _is_same_file(path, descriptor):
+            path.unlink()
+    os.close(descriptor)
+    for folder in new_folders:
+        with suppress(OSError):
+            folder.rmdir()
