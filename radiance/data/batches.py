@@ -1,6 +1,9 @@
 """Batches as a function of (seed, step) alone, for any number of hosts and processes."""
 
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -88,7 +91,8 @@ class Batches:
             image_dataset = image_dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self.data.num_workers, per_worker_buffer_size=2
-                )
+                ),
+                worker_init_fn=_exit_with_parent,
             )
         batch_dataset = image_dataset.map(
             lambda image_batch: self._build_batch(image_batch.pop("step"), image_batch)
@@ -166,6 +170,18 @@ class _StepSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"step": self.first_step + index} | self.image_loader[self.first_step + index]
+
+
+def _exit_with_parent(worker_index: int, num_workers: int):
+    """Make this process end when the trainer does, also when that is killed."""
+
+    def watch_parent():
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch_parent, daemon=True).start()
 
 
 def padded_text_length(num_tokens: int, limit: int, masking: str) -> int:
