@@ -37,8 +37,10 @@ from radiance.model.transformer import Params
 from radiance.shapes import scoring
 from radiance.text.factory import make_encoder
 from radiance.training.checkpoints import Checkpoints
+from radiance.training.metric_writer import MetricWriter
 from radiance.training.progress import Progress
-from radiance.training.run_directory import MetricWriter, RunDirectory
+from radiance.training.resumption import check_resumable
+from radiance.training.run_directory import RunDirectory
 from radiance.training.step import init_state, make_train_step
 from radiance.training.tracking import Loggers
 from radiance.weights import autoencoder as files
@@ -161,7 +163,7 @@ def main(changes: list[str]) -> int:
     run = c.override(config(), changes)
     run_dir, source = RunDirectory(run.run_dir), open_source(run.data, "train")
     data = {"train": describe_source(source, run.data, "train")}
-    run_dir.check_resumable(run, data)
+    check_resumable(run_dir, run, data)
     encoder = make_encoder(run.text, run.model.text_dim)
     batches = Batches(source, run.data, encoder, run.train.seed, run.train.steps, run.model.masking)
     run_dir.write_metadata(run, data, Checkpoints(run_dir.checkpoint_dir).latest_step or 0)

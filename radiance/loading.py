@@ -18,7 +18,7 @@ from radiance.model.transformer import Params, make_abstract_params
 from radiance.pipeline import LatentDecoder, Pipeline
 from radiance.text.factory import make_encoder
 from radiance.text.prompts import encode_prompts
-from radiance.training.checkpoints import Checkpoints
+from radiance.training.checkpoint_reader import CheckpointReader
 from radiance.training.initialization import identify_weights, load_base_params
 from radiance.training.lora import to_lora_weights
 from radiance.training.run_directory import RunDirectory, is_run_directory
@@ -286,13 +286,16 @@ def restore_run_weights(
     Raises:
         ConfigError: When there is no checkpoint.
     """
-    checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoint_dir)
-    step, weights = checkpoints.latest_step, run.sample.weights
-    if step is None:
+    checkpoints = CheckpointReader(RunDirectory(Path(model)).checkpoint_dir)
+    weights = run.sample.weights
+    newest = checkpoints.read_newest(
+        lambda step: checkpoints.restore_params(step, run, weights, param_shardings)
+    )
+    if newest is None:
         raise config.ConfigError(
             f"{model} has no checkpoint yet: train it for at least train.checkpoint_every steps."
         )
-    params = checkpoints.restore_params(step, run, weights, param_shardings)
+    step, params = newest
     return params, f"{run.name} step {step} {weights}"
 
 

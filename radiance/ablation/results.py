@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from radiance import config
-from radiance.base.errors import ConfigError
+from radiance.base.errors import ConfigError, OutputError
 from radiance.base.files import replace_atomically
+from radiance.base.json_files import are_numbers, is_number, read_json
 
 ROOT = Path(__file__).parents[2]
+MAX_REASON_LENGTH = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -155,26 +157,63 @@ class ResultFolder:
 
 
 def read_result(path: Path) -> Result:
-    """Return the result in a file. Raise ConfigError if it is no result."""
+    """Return the result in a file. Raise OutputError if it is damaged."""
+    remedy = "move it away, and run the arm again"
+    fields = read_json(path, dict, remedy)
     try:
-        result_fields = json.loads(path.read_text())
-        result_fields["key"] = ResultKey(
-            **result_fields["key"] | {"seeds": tuple(result_fields["key"]["seeds"])}
-        )
-        for name in ("metrics", "conditions"):
-            result_fields[name] = {
-                metric: _parse_seeds(values) for metric, values in result_fields[name].items()
+        key = ResultKey(**fields["key"] | {"seeds": tuple(fields["key"]["seeds"])})
+        result = Result(
+            **fields
+            | {
+                "key": key,
+                "metrics": _parse_seeds_by_name(fields["metrics"]),
+                "conditions": _parse_seeds_by_name(fields["conditions"]),
+                "bins": [_parse_seeds(values) for values in fields["bins"]],
+                "curve": [(step, _parse_seeds(values)) for step, values in fields["curve"]],
             }
-        result_fields["curve"] = [
-            (step, _parse_seeds(values)) for step, values in result_fields["curve"]
-        ]
-        result_fields["bins"] = [_parse_seeds(values) for values in result_fields["bins"]]
-        return Result(**result_fields)
+        )
+        _check_result(result)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} is not the result of an arm ({error!r}): remove it.") from None
+        reason = str(error)[:MAX_REASON_LENGTH]
+        raise OutputError(f"{path} is not the result of an arm ({reason}): {remedy}.") from None
+    return result
+
+
+def _check_result(result: Result):
+    """Raise ValueError if a value of a result has another type than its report needs."""
+    key, names = result.key, ("suite", "arm", "scale", "commit", "config", "data")
+    checks = {
+        "key": all(isinstance(getattr(key, name), str) for name in names)
+        and all(type(seed) is int for seed in key.seeds),
+        "seeds": all(
+            set(values) == set(key.seeds)
+            for values in (
+                *result.metrics.values(),
+                *result.conditions.values(),
+                *result.bins,
+                *(values for _, values in result.curve),
+            )
+        ),
+        "curve": are_numbers([step for step, _ in result.curve]),
+        "cost": are_numbers(result.cost)
+        and {"parameters", "flops", "seconds", "skipped_steps"} <= result.cost.keys(),
+        "tuning": is_number(result.tuning["learning_rate_factor"])
+        and isinstance(result.tuning["average"], str)
+        and isinstance(result.tuning["losses"], dict),
+        "environment": all(isinstance(device, str) for device in result.environment["devices"]),
+    }
+    for name, is_valid in checks.items():
+        if not is_valid:
+            raise ValueError(f"its {name} has other values")
+
+
+def _parse_seeds_by_name(values: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    return {name: _parse_seeds(seed_values) for name, seed_values in values.items()}
 
 
 def _parse_seeds(values: Mapping[str, float]) -> dict[int, float]:
+    if not isinstance(values, dict) or not are_numbers(values):
+        raise ValueError("the values of seeds must be numbers")
     return {int(seed): value for seed, value in values.items()}
 
 

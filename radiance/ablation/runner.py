@@ -4,7 +4,6 @@ A seed has the same images, captions, times and noise in every arm, and the same
 everything that the arm shares with the base. Each seed has its own run directory.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from radiance import config
 from radiance.ablation.data import ImageSet, PoolBatches, TextSet
 from radiance.ablation.metrics import measure_validation_losses
 from radiance.base.files import replace_atomically
+from radiance.base.json_files import read_json
 from radiance.model.transformer import Params, init_params
 from radiance.training.inputs import DataFeed, prepare
 from radiance.training.loop import fit
@@ -121,7 +121,8 @@ def read_curve(directories: Sequence[RunDirectory]) -> list[tuple[int, list[floa
 
 def _add_seconds(file: Path, seconds: float) -> float:
     """Add the time of this start to that of earlier ones, and return the sum."""
-    total = seconds + (json.loads(file.read_text()) if file.is_file() else 0.0)
+    remedy = "remove it; the cost in the result will lack the time before"
+    total = seconds + (read_json(file, float, remedy) if file.is_file() else 0.0)
     with replace_atomically(file) as partial_path:
         partial_path.write_text(f"{total}\n")
     return total

@@ -16,7 +16,10 @@ from radiance.ablation.metrics import measure_adherence, measure_validation_loss
 from radiance.ablation.results import Result, ResultFolder, ResultKey, hash_config
 from radiance.ablation.runner import TrainingOutcome, train_seeds
 from radiance.ablation.suite import TUNING_SEEDS, Scale, Suite
+from radiance.base.errors import OutputError
 from radiance.base.files import replace_atomically
+from radiance.base.json_files import are_numbers, read_json
+from radiance.base.locks import LOCK_NAME, hold_lock
 from radiance.base.trees import count_params
 from radiance.model.flops import training_flops
 from radiance.model.transformer import make_abstract_params
@@ -118,11 +121,26 @@ def run_arm(
 
     Raises:
         ConfigError: `results` holds results of something else, or no learning rate trains the arm.
+        OutputError: Another process trains the arm.
     """
     key = trial.key
     if existing_result := results.find(key):
         return existing_result
     folder = Path(work_dir) / trial.suite.name / trial.scale / trial.arm / key.name
+    remedy = "Wait until it ends, train other --arms, or give another --work."
+    with hold_lock(folder / LOCK_NAME, str(folder), remedy):
+        # The process that held the lock before may have written the result.
+        return results.find(key) or _run_missing_arm(trial, key, results, folder, should_stop)
+
+
+def _run_missing_arm(
+    trial: Trial,
+    key: ResultKey,
+    results: ResultFolder,
+    folder: Path,
+    should_stop: Callable[[], bool],
+) -> Result | None:
+    """Tune, train and measure an arm, and write its result."""
     tuning = _tune(trial, folder, should_stop)
     if tuning is None:
         return None
@@ -187,7 +205,7 @@ def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[s
                 return None
             with replace_atomically(losses_file) as partial_path:
                 partial_path.write_text(json.dumps(losses) + "\n")
-        losses_by_factor[f"{factor:g}"] = json.loads(losses_file.read_text())
+        losses_by_factor[f"{factor:g}"] = _read_losses(losses_file)
     choices = {
         (factor, name): loss
         for factor, losses in losses_by_factor.items()
@@ -201,6 +219,15 @@ def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[s
         )
     factor, average = min(choices, key=choices.__getitem__)
     return {"learning_rate_factor": float(factor), "average": average, "losses": losses_by_factor}
+
+
+def _read_losses(path: Path) -> dict[str, float]:
+    """Return the losses of averages that tuning has measured."""
+    remedy = "remove it, and the learning rate is measured again"
+    losses = read_json(path, dict, remedy)
+    if not are_numbers(losses):
+        raise OutputError(f"{path} is damaged (it holds other values): {remedy}.")
+    return losses
 
 
 def _measure_factor(

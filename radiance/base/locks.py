@@ -33,6 +33,7 @@ except ImportError:  # Windows, where the time alone decides
 LOCK_NAME = ".lock"
 RENEWAL_SECONDS = 10.0
 OBSERVATION_SECONDS = 30.0  # of a lock of another host; more than two renewals
+SETTLING_SECONDS = 2.0  # after which processes that start at once have written their names
 ABANDONED_SECONDS = 600.0  # since the last renewal; more than clocks of hosts differ
 
 
@@ -91,11 +92,21 @@ def _acquire(path: Path, subject: str, remedy: str) -> int:
             # Between opening and locking, the holder before may have removed the file.
             if _is_same_file(path, descriptor):
                 _write_holder(descriptor)
+                if is_locked is None:
+                    _check_written_last(descriptor, subject, remedy)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _check_written_last(descriptor: int, subject: str, remedy: str):
+    """On a disk without locks, let the last of several processes that start at once win."""
+    time.sleep(SETTLING_SECONDS)
+    holder = _read_holder(descriptor)
+    if holder is not None and (holder.host, holder.pid) != (socket.gethostname(), os.getpid()):
+        raise OutputError(f"{subject} is in use by {holder}. {remedy}")
 
 
 def _lock_file(descriptor: int) -> bool | None:

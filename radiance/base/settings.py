@@ -328,7 +328,7 @@ def _coerce_value(key: str, value: Any, field_type: Any) -> Any:
         _check_number(key, value)
         return field_type(value)
     require(
-        field_type is not str or "\0" not in value,
+        not isinstance(value, str) or "\0" not in value,
         f"{key}={_abbreviate(value)} contains a NUL character: remove it.",
     )
     return value

@@ -26,6 +26,13 @@ def add_parser(subparsers):
         help="a file, such as experiments/quickstart.py, or its dotted name; with variants",
     )
     add_changes_argument(parser, "optimizer.learning_rate=2e-4")
+    parser.add_argument(
+        "--allow-changes",
+        default="",
+        metavar="NAMES",
+        help="resume although these settings, sections or data differ, such as "
+        "data,optimizer.learning_rate; the run records it",
+    )
     add_host_arguments(parser)
     parser.set_defaults(run=main)
 
@@ -43,7 +50,8 @@ def main(options: argparse.Namespace) -> int:
     run = config.override(load_experiment(options.experiment), options.changes)
     is_first_host = join_hosts_from_options(options)[0] == 0
     retain_freed_memory_on_cpu()
-    last_step = train(run)
+    allowed_changes = [name for name in options.allow_changes.split(",") if name]
+    last_step = train(run, allowed_changes)
     is_complete = last_step >= run.train.steps
     if is_first_host and is_complete:
         print(f"{run.run_dir} is trained for {last_step} steps; see {write_report(run.run_dir)}.")

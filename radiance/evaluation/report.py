@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from PIL import Image
 
 from radiance import config
 from radiance.base.files import replace_atomically
+from radiance.base.json_files import parse_json
 from radiance.base.tables import format_table
 from radiance.base.trees import count_params
+from radiance.data.decode import DECODE_ERRORS
 from radiance.evaluation.figures import COLORS
 from radiance.evaluation.pages import render_charts, render_page
 from radiance.evaluation.run_curves import ReportRun, format_bin_range, plot_run_curves
 from radiance.model.transformer import make_abstract_params
+from radiance.training.metrics_file import describe_damage, read_metrics_file
 from radiance.training.run_directory import RunDirectory
 
 MAX_SHEETS = 10  # contact sheets per run
@@ -61,17 +64,19 @@ def write_report(*directories: Path, out: Path | None = None) -> Path:
 def _read_run(path: Path, color: str) -> ReportRun:
     directory = RunDirectory(path)
     settings = directory.read_config()
-    return ReportRun(settings.name, directory, settings, directory.read_metrics(), color)
+    rows, damaged_lines = read_metrics_file(directory.metrics_path)
+    if damaged_lines:
+        print(f"radiance: {path}: {describe_damage(damaged_lines)}.", file=sys.stderr)
+    return ReportRun(settings.name, directory, settings, rows, color)
 
 
 def _format_overview(runs: Sequence[ReportRun]) -> str:
     rows = [("run", "steps", "parameters", "devices", "commit", "data")]
     for run in runs:
-        starts = _read_json(run.directory.path / "environment.json") or [{}]
-        newest = starts[-1]
-        data = _read_json(run.directory.path / "data.json") or {}
+        newest = _read_newest_start(run.directory.path / "environment.json")
+        data = _read_data(run.directory.path / "data.json")
         num_params = count_params(make_abstract_params(run.settings.model))
-        commit = (newest.get("commit") or "unknown")[:12]
+        commit = str(newest.get("commit") or "unknown")[:12]
         rows.append(
             (
                 run.label,
@@ -79,13 +84,15 @@ def _format_overview(runs: Sequence[ReportRun]) -> str:
                 f"{num_params / 1e6:,.1f} M",
                 _format_devices(newest.get("devices", [])),
                 f"{commit} (dirty)" if newest.get("dirty") else commit,
-                data.get("train", {}).get("hash", "unknown")[:12],
+                str(data.get("train", {}).get("hash", "unknown"))[:12],
             )
         )
     return _format_text_table(rows)
 
 
-def _format_devices(devices: Sequence[str]) -> str:
+def _format_devices(devices: Any) -> str:
+    if not isinstance(devices, list) or not all(isinstance(kind, str) for kind in devices):
+        return "unknown"
     counts = [f"{devices.count(kind)} × {kind}" for kind in dict.fromkeys(devices)]
     return ", ".join(counts) or "unknown"
 
@@ -110,9 +117,9 @@ def _format_skipped(runs: Sequence[ReportRun]) -> str:
     """Images that were left out of the data, by reason."""
     rows = [("run", "split", "reason", "images")]
     for run in runs:
-        data = _read_json(run.directory.path / "data.json") or {}
-        for split, split_metadata in data.items():
-            for reason, count in (split_metadata.get("skipped") or {}).items():
+        for split, metadata in _read_data(run.directory.path / "data.json").items():
+            skipped = metadata.get("skipped")
+            for reason, count in skipped.items() if isinstance(skipped, dict) else ():
                 rows.append((run.label, split, reason, count))
     return f"<h2>Skipped data</h2>{_format_text_table(rows)}" if len(rows) > 1 else ""
 
@@ -135,7 +142,7 @@ def _format_samples(runs: Sequence[ReportRun]) -> str:
         for run, paths in zip(runs, sheet_paths):
             try:
                 image_format, data, prompts = _encode_image(paths[step], max_bytes)
-            except (KeyError, OSError):
+            except (*DECODE_ERRORS, Image.DecompressionBombError):
                 continue  # the run has no sheet of this step, or one that was cut off by a kill
             caption = f"step {step}" if len(runs) == 1 else f"{run.label}, step {step}"
             step_figures.append(
@@ -168,14 +175,13 @@ def thin_steps(steps: Sequence[int], max_count: int = MAX_SHEETS) -> list[int]:
 
 def _encode_image(path: Path, max_bytes: int) -> tuple[str, str, list[str] | None]:
     """Return format, data (base64 of at most `max_bytes` bytes) and prompts of a PNG file."""
-    image = Image.open(path)
-    image.load()
-    try:
-        prompts = json.loads(image.info["prompts"])
-    except (KeyError, ValueError):
-        prompts = None
+    with Image.open(path, formats=["PNG"]) as sheet:
+        image = sheet.convert("RGB")
+        try:
+            prompts = parse_json(sheet.info["prompts"])
+        except (KeyError, ValueError):
+            prompts = None
     image_format, data = "png", path.read_bytes()
-    image = image.convert("RGB")
     while len(data) > max_bytes and min(image.size) > 8:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=85)
@@ -236,9 +242,23 @@ def _format_text_table(rows: Sequence[Sequence[Any]]) -> str:
     return format_table(rows, num_text_columns=len(rows[0]), style="html")
 
 
+def _read_newest_start(path: Path) -> dict[str, Any]:
+    """Return the last environment of a run; an empty one if the file is missing or damaged."""
+    starts = _read_json(path)
+    is_valid = isinstance(starts, list) and starts and isinstance(starts[-1], dict)
+    return starts[-1] if is_valid else {}
+
+
+def _read_data(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the identities of the data of a run, without those that are damaged."""
+    data = _read_json(path)
+    items = data.items() if isinstance(data, dict) else ()
+    return {name: value for name, value in items if isinstance(value, dict)}
+
+
 def _read_json(path: Path) -> Any:
     """Return the content of a JSON file, or None if it is missing or damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None

@@ -22,6 +22,7 @@ from jaxtyping import Int64, UInt64
 
 from radiance.base.errors import CheckpointError, ConfigError, TextError
 from radiance.base.files import replace_atomically
+from radiance.base.locks import LOCK_NAME, hold_lock
 from radiance.base.text_files import quote_text
 from radiance.text.encoder import TextEmbedding, TextEncoder
 from radiance.weights.opening import open_tensors
@@ -91,11 +92,15 @@ def encode_captions(
         ConfigError: If another encoder or maximum length made the folder.
         CheckpointError: If a shard is damaged.
         TextError: If the encoder computes values that are not finite.
+        OutputError: If another process encodes as the same host.
     """
-    writer = _CacheWriter(encoder, cache_dir, host_index, num_hosts, report_progress)
-    for caption in chain([""], captions):
-        writer.add_caption(caption)
-    return writer.finish()
+    lock_path = Path(cache_dir).expanduser() / f".{host_index:05d}{LOCK_NAME}"
+    remedy = "Wait until it ends; processes that share the captions need different --host."
+    with hold_lock(lock_path, str(cache_dir), remedy):
+        writer = _CacheWriter(encoder, cache_dir, host_index, num_hosts, report_progress)
+        for caption in chain([""], captions):
+            writer.add_caption(caption)
+        return writer.finish()
 
 
 class _CacheWriter:

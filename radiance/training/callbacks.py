@@ -8,9 +8,9 @@ import numpy as np
 from radiance import config
 from radiance.distributed.hardware import find_device_spec
 from radiance.model.flops import training_flops
-from radiance.training.checkpoints import Snapshots
 from radiance.training.checks import check_finite
 from radiance.training.optimizer import make_lr_schedule
+from radiance.training.snapshots import Snapshots
 from radiance.training.step import Metrics
 from radiance.training.trainer import Trainer
 from radiance.training.validation import sample_gallery

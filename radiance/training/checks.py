@@ -7,7 +7,8 @@ from radiance.base.errors import TrainingError
 from radiance.distributed.sharding import check_divisible
 from radiance.flow.schedules import make_time_schedule
 from radiance.model.transformer import make_abstract_params
-from radiance.training.checkpoints import Checkpoints, resolve_average
+from radiance.training.checkpoint_reader import resolve_average
+from radiance.training.checkpoints import Checkpoints
 from radiance.training.seed_checkpoints import SeedCheckpoints
 from radiance.training.step import Metrics
 from radiance.training.tracking import require_loggers

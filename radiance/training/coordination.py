@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from radiance import config
-from radiance.base.errors import TrainingError
+from radiance.base.errors import OutputError, TrainingError
+from radiance.base.locks import LOCK_NAME, hold_lock
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.seed_checkpoints import SeedCheckpoints
 
@@ -33,6 +35,30 @@ def is_any_host_stopping(stop_event: threading.Event, step: int, every: int) -> 
     return step % every == 0 and bool(
         multihost_utils.process_allgather(np.array(stop_event.is_set())).any()
     )
+
+
+@contextmanager
+def lock_run_directory(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory during the block; the first host holds it for all.
+
+    Raises:
+        OutputError: Another process trains there.
+    """
+    remedy = "Wait until it ends, or choose another name=."
+    error = None
+    with ExitStack() as stack:
+        try:
+            if jax.process_index() == 0:
+                stack.enter_context(hold_lock(path / LOCK_NAME, str(path), remedy))
+        except OutputError as lock_error:
+            error = lock_error
+        if jax.process_count() > 1:
+            is_failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+            if is_failed and error is None:
+                error = OutputError(f"The first host could not lock {path}: see its message.")
+        if error is not None:
+            raise error
+        yield
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from radiance.model.transformer import Params, make_abstract_params
 from radiance.pipeline import Pipeline
 from radiance.text.encoder import TextEncoder
 from radiance.text.prompts import encode_prompts
+from radiance.training.checkpoint_reader import CheckpointReader
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import RunDirectory, is_run_directory
 from radiance.training.seed_checkpoints import SeedCheckpoints
@@ -42,10 +43,10 @@ def initialize_state(
         mesh: Mesh of the shardings.
         init_params: Random initial weights from a key, in place of those of the model.
     """
-    latest_step = checkpoints.latest_step
-    if latest_step is not None:
-        state = checkpoints.restore(latest_step, abstract_state)
-        return latest_step, state, f"resumed from step {latest_step}"
+    newest = checkpoints.restore_newest(abstract_state)
+    if newest is not None:
+        step, state = newest
+        return step, state, f"resumed from step {step}"
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     init = partial(init_states, run, seeds, init_params=init_params)
     init_fresh_state = jax.jit(init, out_shardings=shardings)
@@ -70,8 +71,13 @@ def load_pretrained_params(
     """
     if not is_run_directory(path):
         return checkpoint.read_checkpoint(path, run.model, shardings)[1]
-    source_run, checkpoints, step = _open_source_run(path, run)
-    return checkpoints.restore_params(step, source_run, source_run.sample.weights, shardings)
+    source_run, checkpoints, _ = _open_source_run(path, run)
+    weights = source_run.sample.weights
+    newest = checkpoints.read_newest(
+        lambda step: checkpoints.restore_params(step, source_run, weights, shardings)
+    )
+    assert newest is not None  # checked by `_open_source_run`
+    return newest[1]
 
 
 def load_base_params(run: config.Config, shardings: Params | None = None) -> Params:
@@ -140,7 +146,7 @@ def identify_weights(path: str, run: config.Config) -> str:
     return f"{source_run.name} step {step}{loss_text} {source_run.sample.weights}"
 
 
-def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Checkpoints, int]:
+def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, CheckpointReader, int]:
     """Return config, checkpoints and newest step of a run directory to start from.
 
     Raises:
@@ -160,8 +166,8 @@ def _open_source_run(path: str, run: config.Config) -> tuple[config.Config, Chec
             f"{path} is a LoRA run without weights of its own: merge it with "
             f"`radiance convert {path} FILE` and give that file."
         )
-    checkpoints = Checkpoints(run_dir.checkpoint_dir)
-    latest_step = checkpoints.latest_step
+    checkpoints = CheckpointReader(run_dir.checkpoint_dir)
+    latest_step = checkpoints.latest_complete_step
     if latest_step is None:
         raise config.ConfigError(f"{path} has no checkpoint yet: train it first.")
     return source_run, checkpoints, latest_step

@@ -18,7 +18,6 @@ from radiance.model.transformer import Params
 from radiance.text.encoder import TextEncoder
 from radiance.text.factory import make_encoder
 from radiance.training import trajectories
-from radiance.training.checkpoints import find_latest_complete_step
 from radiance.training.checks import check_run
 from radiance.training.coordination import check_hosts_agree
 from radiance.training.initialization import (
@@ -27,7 +26,8 @@ from radiance.training.initialization import (
     load_trajectory_teacher,
 )
 from radiance.training.loss_diagnosis import ReferenceLoss, find_reference_loss
-from radiance.training.run_directory import RunDirectory
+from radiance.training.resumption import Changes, check_resumable
+from radiance.training.run_directory import RunDirectory, find_latest_complete_step
 from radiance.training.seeds import InitParams, check_seeds, init_states
 from radiance.training.step import TrainState
 from radiance.training.trajectory_batches import (
@@ -61,6 +61,7 @@ class RunInputs:
 
     runs: tuple[config.Config, ...]  # one for each seed
     directories: tuple[RunDirectory, ...]
+    changes: tuple[Changes, ...]  # that the user has allowed, of each run
     mesh: jax.sharding.Mesh
     encoder: TextEncoder
     sources: Mapping[str, Source]  # train and validation
@@ -84,12 +85,17 @@ class RunInputs:
         return tuple(run.train.seed for run in self.runs)
 
 
-def prepare(runs: Sequence[config.Config], feed: DataFeed | None = None) -> RunInputs:
+def prepare(
+    runs: Sequence[config.Config],
+    feed: DataFeed | None = None,
+    allowed_changes: Sequence[str] = (),
+) -> RunInputs:
     """Return the inputs of a training; write nothing but missing trajectories of a teacher.
 
     Args:
         runs: One run, or several that differ only in `name` and `train.seed`.
         feed: Data, first weights and validation of an ablation; those of the config if None.
+        allowed_changes: What may differ when the runs resume; see `check_resumable`.
 
     Raises:
         ConfigError: A setting, a directory or the hosts do not fit.
@@ -110,8 +116,10 @@ def prepare(runs: Sequence[config.Config], feed: DataFeed | None = None) -> RunI
     data = _describe_data(run, sources, encoder) | (dict(feed.metadata) if feed else {})
     check_hosts_agree(data)
     directories = tuple(RunDirectory(run.run_dir) for run in runs)
-    for directory, seed_run in zip(directories, runs):
-        directory.check_resumable(seed_run, data)
+    changes = tuple(
+        check_resumable(directory, seed_run, data, allowed_changes)
+        for directory, seed_run in zip(directories, runs)
+    )
 
     prompts = run.train.sample_prompts or choose_prompts(run, sources["validation"], encoder)
     # Raises TextError for a prompt over the limit.
@@ -130,6 +138,7 @@ def prepare(runs: Sequence[config.Config], feed: DataFeed | None = None) -> RunI
     return RunInputs(
         runs=tuple(runs),
         directories=directories,
+        changes=changes,
         mesh=mesh,
         encoder=encoder,
         sources=sources,

@@ -3,7 +3,7 @@
 A run directory holds a run. The same command resumes it, bit for bit as without an interruption.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
 import jax
@@ -16,6 +16,7 @@ from radiance.training.coordination import (
     exit_if_host_fails,
     handle_signals,
     is_any_host_stopping,
+    lock_run_directory,
 )
 from radiance.training.inputs import RunInputs, prepare
 from radiance.training.loss_diagnosis import diagnose_loss
@@ -25,17 +26,22 @@ from radiance.training.trainer import Trainer
 from radiance.training.validation import Validator
 
 
-def train(run: config.Config) -> int:
+def train(run: config.Config, allowed_changes: Sequence[str] = ()) -> int:
     """Train a run in its directory, or resume it, and return the step that it reached.
 
     That is less than `train.steps` after SIGTERM or Ctrl-C.
+
+    Args:
+        run: The run.
+        allowed_changes: What may differ when it resumes; see `resumption.check_resumable`.
 
     Raises:
         ConfigError, DataError, TextError, CheckpointError, OutputError: An input does not fit. This
             is found before any work.
         TrainingError: The loss stays non-finite.
     """
-    step, _ = fit(prepare([run]))
+    with lock_run_directory(run.run_dir):
+        step, _ = fit(prepare([run], allowed_changes=allowed_changes))
     return step
 
 

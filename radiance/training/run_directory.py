@@ -1,25 +1,27 @@
 """The run directory: config, command, environment, metrics, samples and checkpoints of a run."""
 
 import json
+import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import jax
-from PIL import Image
 
 from radiance import config
 from radiance.base.errors import OutputError
-from radiance.base.files import open_for_append, replace_atomically, require_folder
-from radiance.base.images import save_png
-from radiance.training.tracking import Loggers
+from radiance.base.files import open_for_append, replace_atomically, write_error
+from radiance.base.json_files import read_json
+from radiance.training.metrics_file import describe_damage, read_metrics_file
 
 # Temporary files of `replace_atomically` and of Orbax.
 UNFINISHED_PATTERNS = (
@@ -29,6 +31,7 @@ UNFINISHED_PATTERNS = (
     "checkpoints/*.orbax-checkpoint-tmp*",
     "averages/*.orbax-checkpoint-tmp*",
 )
+NUM_SCANS = 3
 ABANDONED_SECONDS = 3600  # after which a temporary file of trajectories belongs to no process
 
 
@@ -44,53 +47,23 @@ class RunDirectory:
         self.checkpoint_dir = self.path / "checkpoints"
         self.average_dir = self.path / "averages"
         self.sample_dir = self.path / "samples"
+        self.damaged_dir = self.path / "damaged"
         self.metrics_path = self.path / "metrics.jsonl"
 
     def read_config(self) -> config.Config:
-        """Return the resolved config of the run. Raise ConfigError if this is no run directory."""
+        """Return the resolved config of the run.
+
+        Raises:
+            ConfigError: This is no run directory, or its config has unknown or wrong settings.
+            OutputError: The config is damaged.
+        """
         file = self.path / "config.json"
         if not file.is_file():
             raise config.ConfigError(f"{self.path} is not a run directory: it has no config.json.")
-        return config.from_json(config.Config, file.read_text())
-
-    def check_resumable(self, run: config.Config, data: Mapping[str, Any]):
-        """Check that the directory is new, or holds this run on the same data; change nothing.
-
-        Args:
-            run: Config of the run.
-            data: Identities of the data and weights that it uses.
-
-        Raises:
-            ConfigError: The directory holds a run of another config or on other data.
-            OutputError: The directory cannot be written.
-        """
-        require_folder(self.path)
-        if (self.path / "config.json").is_file():
-            changes = {
-                key: values
-                for key, values in config.differences(self.read_config(), run).items()
-                if key not in _resumable_settings(run)
-            }
-            if changes:
-                changes_text = ", ".join(
-                    f"{key} was {old!r}, now {new!r}" for key, (old, new) in changes.items()
-                )
-                raise config.ConfigError(
-                    f"{self.path} holds a run of another config ({changes_text}): choose another "
-                    "name=, or remove the directory."
-                )
-        recorded_data = self._read_data()
-        if recorded_data is None:
-            return
-        if changed_names := [
-            name
-            for name in recorded_data.keys() | data.keys()
-            if recorded_data.get(name) != data.get(name)
-        ]:
-            raise config.ConfigError(
-                f"{self.path} holds a run on other data ({', '.join(sorted(changed_names))} in "
-                "data.json): choose another name=, or remove the directory."
-            )
+        try:
+            return config.from_dict(config.Config, read_json(file, dict, "restore it from a copy"))
+        except config.ConfigError as error:
+            raise config.ConfigError(f"{file} cannot be used: {error}") from None
 
     def remove_partial_files(self):
         """Remove files that a killed process left partially written. One process may call this.
@@ -106,17 +79,25 @@ class RunDirectory:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_metadata(self, run: config.Config, data: Mapping[str, Any], step: int):
+    def write_metadata(
+        self,
+        run: config.Config,
+        data: Mapping[str, Any],
+        step: int,
+        changes: Mapping[str, tuple[Any, Any]] | None = None,
+    ):
         """Write config and data, and append the command and the environment of this start.
 
         Args:
             run: Config of the run.
             data: Identities of the data and weights that it uses.
             step: Number of steps done before this start.
+            changes: Old and new values of what the user has allowed to change at this start.
         """
-        path = self.path / "environment.json"
-        environments = json.loads(path.read_text()) if path.is_file() else []
-        environments.append({"from_step": step, **describe_environment()})
+        start = {"from_step": step, **describe_environment()}
+        if changes:
+            start["allowed_changes"] = changes
+        environments = [*self._read_environments(), start]
         texts = {
             "config.json": config.to_json(run),
             "data.json": json.dumps(data, indent=2) + "\n",
@@ -128,32 +109,36 @@ class RunDirectory:
         with open_for_append(self.path / "command.txt") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
+    def _read_environments(self) -> list[Any]:
+        """Return the environments of earlier starts; a damaged file is reported and kept."""
+        path = self.path / "environment.json"
+        if not path.is_file():
+            return []
+        try:
+            return read_json(path, list, "earlier starts are not listed in the new one")
+        except OutputError as error:
+            print(f"{error} The damaged one is kept as {self.keep_damaged(path)}.", flush=True)
+            return []
+
     def read_base_identity(self) -> str | None:
         """Return the identity of the weights that a LoRA run adds to; None if not recorded."""
-        data = self._read_data() or {}
+        data = self.read_data() or {}
         return data.get("base", {}).get("identity")
 
-    def _read_data(self) -> dict[str, Any] | None:
+    def read_data(self) -> dict[str, Any] | None:
         """Return the recorded identities of the data; None before the first start."""
         file = self.path / "data.json"
         if not file.is_file():
             return None
-        try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise OutputError(f"{file} is damaged ({error}): remove the run directory.") from None
+        remedy = "restore it, or remove this file to resume without a comparison of the data"
+        data = read_json(file, dict, remedy)
+        if not all(isinstance(value, dict) for value in data.values()):
+            raise OutputError(f"{file} is damaged (it holds other values): {remedy}.")
+        return data
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all rows of metrics, without a last line that was cut by a kill."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """Return the rows of metrics that can be read."""
+        return read_metrics_file(self.metrics_path).rows
 
     def last_validation_loss(self) -> float | None:
         """Return the last validation loss.
@@ -164,77 +149,31 @@ class RunDirectory:
         return losses[-1] if losses and self.read_config().distill.kind == "none" else None
 
     def truncate_metrics(self, step: int):
-        """Remove the metrics of steps after `step`, which are repeated; all of them for step 0."""
-        lines = [
-            json.dumps(row) + "\n" for row in self.read_metrics() if step and row["step"] <= step
-        ]
+        """Remove the metrics of steps after `step`, which are repeated; all of them for step 0.
+
+        Lines that cannot be read are reported, and the file with them is kept in `damaged_dir`.
+        """
+        rows, damaged_lines = read_metrics_file(self.metrics_path)
+        if damaged_lines:
+            kept_path = self.keep_damaged(self.metrics_path)
+            print(f"{describe_damage(damaged_lines)}; the file is kept as {kept_path}.", flush=True)
+        lines = [json.dumps(row) + "\n" for row in rows if step and row["step"] <= step]
         with replace_atomically(self.metrics_path) as partial_path:
             partial_path.write_text("".join(lines))
+
+    def keep_damaged(self, path: Path) -> Path:
+        """Move a damaged file or folder of the run to `damaged_dir`, and return its path there."""
+        kept_path = find_free_path(self.damaged_dir / path.name)
+        try:
+            self.damaged_dir.mkdir(exist_ok=True)
+            os.replace(path, kept_path)
+        except OSError as error:
+            raise write_error(kept_path, error) from error
+        return kept_path
 
     def sample_path(self, step: int) -> Path:
         """Return the file of the samples after a step."""
         return self.sample_dir / f"{step:08d}.png"
-
-
-def _resumable_settings(run: config.Config) -> frozenset[str]:
-    """Return the settings that may change when the run resumes."""
-    keys = config.resumable_settings(config.Config)
-    # Other schedules than the constant one depend on the number of steps.
-    return keys if run.optimizer.lr_schedule == "constant" else keys - {"train.steps"}
-
-
-class MetricWriter:
-    """Writes metrics.jsonl, an object a line, and samples/STEP.png, and sends both to the loggers.
-
-    Args:
-        run_dir: Directory of the run.
-        step: Number of steps done before this start; later rows are removed.
-        loggers: Loggers of the run.
-    """
-
-    def __init__(self, run_dir: RunDirectory, step: int, loggers: Loggers):
-        run_dir.truncate_metrics(step)
-        self._run_dir, self._loggers = run_dir, loggers
-
-    def write_metrics(self, step: int, metrics: Mapping[str, Any]):
-        """Append a row. Raise OutputError if it cannot be written."""
-        with open_for_append(self._run_dir.metrics_path) as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._loggers.write_metrics(step, metrics)
-
-    def write_samples(
-        self, step: int, sheet: Image.Image, prompts: Sequence[str], metadata: Mapping[str, Any]
-    ):
-        """Write a contact sheet. Raise OutputError if it cannot be written.
-
-        Args:
-            step: Number of steps done.
-            sheet: Images of the prompts in rows.
-            prompts: Prompt of each image.
-            metadata: Further metadata of the PNG file.
-        """
-        with replace_atomically(self._run_dir.sample_path(step)) as partial_path:
-            save_png(partial_path, sheet, {"prompts": list(prompts), **metadata})
-        self._loggers.write_samples(step, sheet, prompts)
-
-    def close(self):
-        """Close the loggers."""
-        self._loggers.close()
-
-
-class NullMetricWriter:
-    """A writer that writes nothing, for hosts other than the first."""
-
-    def write_metrics(self, step: int, metrics: Mapping[str, Any]):
-        """Do nothing."""
-
-    def write_samples(
-        self, step: int, sheet: Image.Image, prompts: Sequence[str], metadata: Mapping[str, Any]
-    ):
-        """Do nothing."""
-
-    def close(self):
-        """Do nothing."""
 
 
 def is_run_directory(path: str | Path) -> bool:
@@ -257,6 +196,29 @@ def is_run_directory(path: str | Path) -> bool:
             "GGUF file."
         )
     return path.is_dir()
+
+
+def find_free_path(path: Path) -> Path:
+    """Return a path, or PATH.2, PATH.3 and so on if it exists."""
+    paths = chain([path], (path.with_name(f"{path.name}.{i}") for i in count(2)))
+    return next(free_path for free_path in paths if not free_path.exists())
+
+
+def find_complete_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a directory, which may not exist."""
+    steps: list[int] = []
+    # A single scan can miss the only checkpoint while a training replaces it by the next one.
+    for _ in range(NUM_SCANS):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+        if steps:
+            break
+    return steps
+
+
+def find_latest_complete_step(directory: Path) -> int | None:
+    """Return the step of the newest complete checkpoint in a directory, which may not exist."""
+    return max(find_complete_steps(directory), default=None)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 
 from radiance.base.errors import CheckpointError
-from radiance.training.checkpoints import Checkpoints, find_complete_steps
+from radiance.training.checkpoint_reader import read_newest
+from radiance.training.checkpoints import Checkpoints
+from radiance.training.run_directory import find_complete_steps
 from radiance.training.seeds import abstract_seed, select_seed, stack_states
 from radiance.training.step import TrainState
 
@@ -33,10 +35,14 @@ class SeedCheckpoints:
         return max(steps, default=None)
 
     @property
+    def complete_steps(self) -> list[int]:
+        """Steps of the checkpoints that are complete on disk for all seeds, in rising order."""
+        return sorted(set.intersection(*(set(seed.complete_steps) for seed in self._seeds)))
+
+    @property
     def latest_complete_step(self) -> int | None:
         """Step of the newest checkpoint that is complete on disk for all seeds."""
-        steps = set.intersection(*(set(find_complete_steps(s.directory)) for s in self._seeds))
-        return max(steps, default=None)
+        return max(self.complete_steps, default=None)
 
     def save(self, state: TrainState, report: Callable[[str], None] = print):
         """Start to write the state of each seed, which may be donated at once.
@@ -55,6 +61,23 @@ class SeedCheckpoints:
         abstract = abstract_seed(abstract_state)
         states = [checkpoints.restore(step, abstract) for checkpoints in self._seeds]
         return stack_states(states, jax.tree.map(lambda x: x.sharding, abstract_state))
+
+    def restore_newest(self, abstract_state: TrainState) -> tuple[int, TrainState] | None:
+        """Return the newest step that all seeds can restore, and the stacked state.
+
+        Damaged checkpoints after it are reported, and all seeds keep theirs in `damaged_dir`.
+        """
+
+        def report(line: str):
+            print(f"{line} The later ones of all seeds are kept in damaged/.", flush=True)
+
+        newest = read_newest(
+            lambda: self.complete_steps, lambda step: self.restore(step, abstract_state), report
+        )
+        if newest is not None:
+            for checkpoints in self._seeds:
+                checkpoints.set_aside_after(newest[0])
+        return newest
 
     def wait_and_report(self, report: Callable[[str], None] = print):
         """Wait for the checkpoints that are being written, and report failures."""

@@ -12,8 +12,8 @@ from radiance.model.transformer import Params, make_abstract_params
 from radiance.training.feed import BatchFeed
 from radiance.training.initialization import initialize_state, load_base_params, make_teacher
 from radiance.training.inputs import RunInputs
+from radiance.training.metric_writer import MetricWriter, NullMetricWriter
 from radiance.training.progress import Progress, StepProfiler
-from radiance.training.run_directory import MetricWriter, NullMetricWriter
 from radiance.training.seed_checkpoints import open_checkpoints
 from radiance.training.seeds import select_seed
 from radiance.training.step import Metrics, TrainState
@@ -77,8 +77,8 @@ class Trainer:
         self.seeds = np.array(inputs.seeds, np.uint32) if self.is_group else None
         self.shown_metrics: dict[str, float] = {}
         if _is_first_host():
-            for run, directory in zip(inputs.runs, inputs.directories):
-                directory.write_metadata(run, inputs.data, self.first_step)
+            for run, directory, changes in zip(inputs.runs, inputs.directories, inputs.changes):
+                directory.write_metadata(run, inputs.data, self.first_step, changes)
         self._print_start(origin)
 
     def _print_start(self, origin: str):

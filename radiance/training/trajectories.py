@@ -19,8 +19,10 @@ import numpy as np
 from jaxtyping import Float16
 
 from radiance import config
-from radiance.base.errors import SamplingError
+from radiance.base.errors import CheckpointError, OutputError, SamplingError
 from radiance.base.files import replace_atomically, require_space
+from radiance.base.json_files import parse_json, read_json
+from radiance.base.locks import LOCK_NAME, hold_lock
 from radiance.base.random import RandomStream, make_rng, random_permutation
 from radiance.data.captions import augment_caption
 from radiance.data.source import Source
@@ -99,8 +101,26 @@ class Trajectories:
 
     def _open_shard(self, shard: int) -> tuple[Tensors, list[str]]:
         """Open a file; return its tensors and prompts."""
-        tensors = open_tensors(self.shard_path(shard))
-        return tensors, json.loads(tensors.metadata["captions"])
+        path = self.shard_path(shard)
+        tensors = open_tensors(path)
+        try:
+            captions = parse_json(tensors.metadata["captions"])
+            shape = tensors.locations["points"].shape
+        except (KeyError, ValueError):
+            captions, shape = [], ()
+        is_complete = (
+            isinstance(captions, list)
+            and len(captions) == SHARD_SIZE
+            and all(isinstance(caption, str) for caption in captions)
+            and len(shape) == 5
+            and shape[0] == SHARD_SIZE
+            and shape[1] % self.segments == 0
+        )
+        if not is_complete:
+            raise CheckpointError(
+                f"{path} holds no trajectories: remove it, and the run generates it again."
+            )
+        return tensors, captions
 
 
 def trajectory_folder(run: config.Config) -> Path:
@@ -181,11 +201,15 @@ def resolve_segments(folder: Path, metadata: TrajectoryMetadata) -> TrajectoryMe
 
     Raises:
         ConfigError: The folder's trajectories were generated with other settings.
+        OutputError: The folder's metadata are damaged.
     """
     path = folder / METADATA_FILE
     if not path.is_file():
         return metadata
-    stored = json.loads(path.read_text())
+    remedy = "restore it, or set distill.trajectory_dir to another folder"
+    stored = read_json(path, dict, remedy)
+    if type(stored.get("segments")) is not int or stored["segments"] < 1:
+        raise OutputError(f"{path} is damaged (segments): {remedy}.")
     mismatches = [
         name
         for name, value in metadata._asdict().items()
@@ -223,22 +247,42 @@ def generate_missing_trajectories(
         The metadata, with the segments that the folder's trajectories have now.
 
     Raises:
-        OutputError: The disk has no room for the files.
+        OutputError: The disk has no room for the files, or another process generates them.
         ConfigError: No caption fits the text encoder, or several hosts run.
     """
-    missing_shards = [
+    missing_shards = _list_missing_shards(run)
+    if not missing_shards:
+        return metadata
+    _check_generation(run, metadata, len(missing_shards))
+    folder = trajectory_folder(run)
+    remedy = "Wait until it ends; then the same command reads what it generated."
+    with hold_lock(folder / LOCK_NAME, str(folder), remedy):
+        return _generate_shards(run, metadata, sources, load_teacher)
+
+
+def _list_missing_shards(run: config.Config) -> list[tuple[Trajectories, int]]:
+    """Return the files of a run's trajectories that do not exist."""
+    return [
         (trajectories, shard)
         for trajectories in open_trajectories(run).values()
         for shard in trajectories.missing_shards
     ]
+
+
+def _generate_shards(
+    run: config.Config,
+    metadata: TrajectoryMetadata,
+    sources: dict[str, Source],
+    load_teacher: Callable[[], Pipeline],
+) -> TrajectoryMetadata:
+    """Generate the missing files of a locked folder; see `generate_missing_trajectories`."""
+    folder = trajectory_folder(run)
+    # The process that held the lock before may have generated all.
+    metadata = resolve_segments(folder, metadata)
+    missing_shards = _list_missing_shards(run)
     if not missing_shards:
         return metadata
-    _check_generation(run, metadata, len(missing_shards))
     teacher = load_teacher()
-
-    # Another run may have started to generate here while the teacher was loaded.
-    folder = trajectory_folder(run)
-    metadata = resolve_segments(folder, metadata)
     captions = {
         split: choose_captions(
             sources[split], teacher.encoder, run.data, trajectories.num_shards * SHARD_SIZE
@@ -254,8 +298,6 @@ def generate_missing_trajectories(
     print(f"{folder}: {num_missing} trajectories are generated first.", flush=True)
     with closing(Progress(0, len(missing_shards), SHARD_SIZE, "file")) as progress:
         for num_done, (trajectories, shard) in enumerate(missing_shards, 1):
-            if trajectories.shard_path(shard).is_file():  # another run wrote it
-                continue
             prompts = captions[trajectories.split][shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
             _generate_shard(trajectories, shard, prompts, run, teacher, metadata.segments)
             if num_done == 1:

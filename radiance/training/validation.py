@@ -20,9 +20,9 @@ from radiance.flow.distillation import Teacher
 from radiance.model.transformer import Params
 from radiance.pipeline import Pipeline
 from radiance.text.encoder import TextEncoder
-from radiance.training.checkpoints import resolve_average
+from radiance.training.checkpoint_reader import resolve_average
+from radiance.training.metric_writer import MetricWriter, NullMetricWriter
 from radiance.training.parameter_groups import merge_params, split_frozen
-from radiance.training.run_directory import MetricWriter, NullMetricWriter
 from radiance.training.step import TrainState, assemble_params, compute_validation_losses
 
 NUM_DEFAULT_PROMPTS = 16  # samples during training, if the config names no prompts

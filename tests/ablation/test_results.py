@@ -27,6 +27,7 @@ from radiance.ablation.results import (
 )
 from radiance.ablation.suite import Scale, Suite
 from radiance.ablation.trial import hash_arm
+from radiance.base.errors import OutputError
 
 KEY = ResultKey("toy", "base", "cpu", (0, 1, 2), "c0ffee", "h-base", "data")
 LOSSES = {
@@ -134,7 +135,7 @@ def test_a_result_of_another_config_is_refused(tmp_path):
     )  # different arms have different configs
     assert changed.name != KEY.name  # their run directories differ too
     (tmp_path / "near.json").write_text("[]")
-    with pytest.raises(config.ConfigError, match="not the result"):
+    with pytest.raises(OutputError, match=r"near.json is damaged .*: move it away"):
         results.find(KEY)
 
 

@@ -263,10 +263,15 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
     ("arguments", "message"),
     [
         (["--arms", "bse"], "no arm bse"),
-        (["--seeds", "1"], "at least two"),
         (["--scale", "pod"], ""),
     ],
 )
 def test_invalid_arguments_are_reported(suite, arguments, message, capsys):
     assert main(["ablate", str(suite), *arguments]) == (2 if message else 0)
     assert message in capsys.readouterr().err
+
+
+def test_a_single_seed_is_refused(suite, capsys):
+    with pytest.raises(SystemExit):
+        main(["ablate", str(suite), "--seeds", "1"])
+    assert "is not a whole number from 2" in capsys.readouterr().err

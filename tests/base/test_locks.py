@@ -106,6 +106,7 @@ def test_processes_that_contend_hold_it_in_turn(tmp_path):
 def fast(monkeypatch):
     monkeypatch.setattr(locks, "RENEWAL_SECONDS", 0.05)
     monkeypatch.setattr(locks, "OBSERVATION_SECONDS", 0.6)
+    monkeypatch.setattr(locks, "SETTLING_SECONDS", 0.3)
 
 
 def write_lock(path, **changes):
@@ -163,6 +164,19 @@ def test_a_disk_without_locks_relies_on_renewals(fast, tmp_path, monkeypatch, ha
     ):
         raise AssertionError
     assert not path.exists()
+
+
+def test_the_last_to_write_wins_on_a_disk_without_locks(fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    path = tmp_path / ".lock"
+    other = threading.Timer(0.1, write_lock, [path])
+    other.start()
+    with (
+        pytest.raises(OutputError, match="in use by process 7 on elsewhere"),
+        hold_lock(path, "runs/a", "Wait."),
+    ):
+        raise AssertionError
+    other.join()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_files_that_are_no_experiment(kind, tmp_path):
 @pytest.mark.parametrize("content", [b"x = '\xff'\n", b"\xff\xfe" + "x".encode("utf-16-le")])
 def test_files_that_are_no_text(content, tmp_path):
     (tmp_path / "bytes.py").write_bytes(content)
-    with pytest.raises(ConfigError, match="is not valid Python|fails"):
+    with pytest.raises(ConfigError, match=r"is not valid Python|fails"):
         load_experiment(str(tmp_path / "bytes.py"))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,11 +67,11 @@ def step_of(run: config.Config):
     return jax.jit(make_train_step(run))
 
 
-def train(run: config.Config) -> int:
+def train(run: config.Config, allowed_changes: Sequence[str] = ()) -> int:
     """Train without samples, for tests that need none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks, "sample_gallery", lambda *_: None)
-        return loop.train(run)
+        return loop.train(run, allowed_changes)
 
 
 def batch_of(run: config.Config, seed: int = 0) -> dict[str, jnp.ndarray]:

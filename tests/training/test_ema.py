@@ -12,9 +12,10 @@ from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.cli import main
 from radiance.loading import restore_run_weights
-from radiance.training.checkpoints import Checkpoints, Snapshots
+from radiance.training.checkpoints import Checkpoints
 from radiance.training.ema import solve_posthoc_coefficients, update_averages, width_to_exponent
 from radiance.training.parameter_groups import split_frozen
+from radiance.training.snapshots import Snapshots
 from radiance.weights.opening import open_tensors
 from tests.helpers.toy_runs import PLAIN, same, toy_run, train
 
@@ -207,6 +208,7 @@ def test_a_full_disk_loses_a_snapshot_and_no_checkpoint(
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage(1, 1, 0) if "averages" in str(path) else disk(path)
     )
+    (run.run_dir / "averages").mkdir(parents=True)
     assert train(run) == 4
     assert Snapshots(run.run_dir / "averages").steps == []
     assert Checkpoints(run.run_dir / "checkpoints").latest_step == 4

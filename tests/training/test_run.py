@@ -182,14 +182,16 @@ def test_a_finished_run_stays_finished(uninterrupted):
 def test_a_directory_of_another_config_is_refused(uninterrupted):
     with pytest.raises(
         config.ConfigError,
-        match=r"optimizer.learning_rate was 0.001, now 0.002.*choose another name=",
+        match=r"optimizer.learning_rate was 0.001, now 0.002.*init=.* name=NEW, or continue it",
     ):
         train(config.override(uninterrupted[0], ["optimizer.learning_rate=2e-3"]))
 
 
 def test_a_directory_of_other_data_is_refused(uninterrupted, monkeypatch):
     monkeypatch.setattr(inputs, "describe_source", lambda source, data, split: {"count": 1})
-    with pytest.raises(config.ConfigError, match="holds a run on other data"):
+    with pytest.raises(
+        config.ConfigError, match=r"data.train.count was 1498, now 1,.*--allow-changes data"
+    ):
         train(uninterrupted[0])
 
 

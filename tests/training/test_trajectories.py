@@ -283,45 +283,51 @@ def test_generation_keeps_the_segments_of_the_folder(folder, teacher, tmp_path):
     assert json.loads((tmp_path / "trajectories.json").read_text())["segments"] == 4
 
 
-def test_two_runs_generate_into_one_folder(folder, teacher, tmp_path):
-    """Files that another run wrote meanwhile remain; other settings of it are an error."""
+def test_only_one_run_generates_into_a_folder(teacher, tmp_path):
     run = run_of(tmp_path)
     metadata = metadata_of(run, teacher.encoder)
 
-    def simulate_other_run(**changes):
-        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-        stored = json.loads((folder / "trajectories.json").read_text()) | changes
-        (tmp_path / "trajectories.json").write_text(json.dumps(stored))
-        (tmp_path / "train-000001.safetensors").unlink()
-        return files(tmp_path)
-
-    before = []
-    result = generate_missing_trajectories(
-        run, metadata, SOURCES, lambda: before.append(simulate_other_run()) or teacher
-    )
-    assert result == metadata
-    after = files(tmp_path)
-    assert after.keys() - before[0].keys() == {"train-000001.safetensors"}
-    assert {name: after[name] for name in before[0]} == before[0]
-    (tmp_path / "train-000000.safetensors").unlink()
-    with pytest.raises(config.ConfigError, match=r"other settings \(1 segments\)"):
-        generate_missing_trajectories(
-            run, metadata, SOURCES, lambda: simulate_other_run(segments=1) and teacher
-        )
-    # The run must find the same metadata when it resumes: the segments of the folder.
-    one_segment = run_of(tmp_path / "one segment", "distill.segments=1")
-    metadata = metadata_of(one_segment, teacher.encoder)
-
-    def copy_finer_folder():
-        shutil.copytree(folder, tmp_path / "one segment")
+    def start_other_run():
+        with pytest.raises(OutputError, match=r"in use by process \d+ on .*Wait until it ends"):
+            generate_missing_trajectories(run, metadata, SOURCES, lambda: teacher)
         return teacher
 
+    generate_missing_trajectories(run, metadata, SOURCES, start_other_run)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_trajectories_that_another_run_finished_meanwhile_are_used(folder, teacher, tmp_path):
+    """Other settings of it are an error."""
+    run = run_of(tmp_path / "same")
+    metadata = metadata_of(run, teacher.encoder)
+    shutil.copytree(folder, tmp_path / "same")
+    before = files(tmp_path / "same")
+    assert generate_missing_trajectories(run, metadata, SOURCES, lambda: teacher) == metadata
+    (tmp_path / "same" / "train-000001.safetensors").unlink()
+    assert generate_missing_trajectories(run, metadata, SOURCES, lambda: teacher) == metadata
+    after = files(tmp_path / "same")
+    assert after.keys() == before.keys()
+    del before["train-000001.safetensors"]
+    assert {name: after[name] for name in before} == before
+
+    # The run must find the same metadata when it resumes: the segments of the folder.
+    run = run_of(tmp_path / "finer", "distill.segments=1")
+    metadata = metadata_of(run, teacher.encoder)
     assert metadata.segments == 1
+    shutil.copytree(folder, tmp_path / "finer")
+    (tmp_path / "finer" / "train-000001.safetensors").unlink()
     assert (
-        generate_missing_trajectories(one_segment, metadata, SOURCES, copy_finer_folder)
-        == metadata_of(one_segment, teacher.encoder)
+        generate_missing_trajectories(run, metadata, SOURCES, lambda: teacher)
+        == metadata_of(run, teacher.encoder)
         == metadata._replace(segments=4)
     )
+    stored = json.loads((folder / "trajectories.json").read_text()) | {"segments": 1}
+    run = run_of(tmp_path / "other")
+    metadata = metadata_of(run, teacher.encoder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "trajectories.json").write_text(json.dumps(stored))
+    with pytest.raises(config.ConfigError, match=r"other settings \(1 segments\)"):
+        generate_missing_trajectories(run, metadata, SOURCES, lambda: teacher)
 
 
 # --- captions -------------------------------------------------------------------------------------
