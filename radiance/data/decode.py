@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageCms, features
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from radiance.data import png
 
@@ -237,13 +238,24 @@ def _open_image(file: BinaryIO, header_only: bool) -> Image.Image:
             raise
         raise UnusableError("not an image") from None
     max_pixels = MAX_SLOW_PIXELS if image.format in SLOW_FORMATS else MAX_PIXELS
-    if image.width * image.height > max_pixels:
-        raise UnusableError("too large", f"{image.width}×{image.height}")
+    for width, height in (image.size, _read_tile_size(image)):
+        if width * height > max_pixels:
+            raise UnusableError("too large", f"{width}×{height}")
     if is_animated:
         raise UnusableError("animated")
     if profile is not None:
         image.info["icc_profile"] = profile
     return image
+
+
+def _read_tile_size(image: Image.Image) -> tuple[int, int]:
+    """Return the size of a TIFF file's tiles, which may be larger than the image."""
+    if not isinstance(image, TiffImageFile):
+        return 0, 0
+    width, height = (image.tag_v2.get(tag, 0) for tag in (TILEWIDTH, TILELENGTH))
+    if not (isinstance(width, int) and isinstance(height, int)):
+        raise UnusableError("not an image")
+    return width, height
 
 
 def _read_orientation(image: Image.Image) -> int:

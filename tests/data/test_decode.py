@@ -441,6 +441,15 @@ def jpeg_of_many_scans():
     return content[:-2] + content[last:-2] * 2000 + content[-2:]
 
 
+def tiled_tiff(tile_width, tile_height):
+    """Return a TIFF file of 16 × 16 pixels in one tile."""
+    values = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
+    values += [(322, tile_width), (323, tile_height), (324, 138), (325, 1000)]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    header = b"II*\0\x08\0\0\0" + struct.pack("<H", len(values)) + tags + bytes(8)
+    return header + zlib.compress(bytes(100_000)).ljust(1000, b"\0")
+
+
 ZEROS = chunk(b"IDAT", zlib.compress(b"\0" * 10**7)) + chunk(b"IEND", b"")
 UNUSABLE = {
     "page": (b"<!DOCTYPE html>404", "not an image"),
@@ -460,6 +469,7 @@ UNUSABLE = {
         "too large",
     ),
     "absurd": (png(2**31 - 1, 2**31 - 1, ZEROS), "too large"),
+    "tile of a small tiff": (tiled_tiff(2**15, 2**15), "too large"),
     "gif that claims to be large": (
         encode(SMOOTH.quantize(), "GIF").replace(struct.pack("<2H", 48, 32), b"\xff" * 4, 1),
         "too large",
@@ -476,6 +486,10 @@ def test_headers_of_unusable_images_raise_an_error(case, recwarn):
         assert error.value.kind == kind
     assert not recwarn.list
     assert pickle.loads(pickle.dumps(error.value)).kind == kind
+
+
+def test_tiles_of_a_tiff_may_exceed_it():
+    assert decode_image(tiled_tiff(64, 64)).size == (16, 16)
 
 
 def test_photographs_with_previews_or_pages_are_not_animated():

@@ -28,7 +28,8 @@ from radiance.data.sources.records import Annotation, make_record, parse_annotat
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard
 
 ROWS_PER_BATCH = 64  # rows that are decoded at once
-MAX_BATCH_BYTES = 2**28  # the same in bytes, on average of a row group
+MAX_BATCH_BYTES = 2**30  # the same in bytes, if every row repeats the longest value
+MAX_VALUES_PER_ROW = 10_000  # of a list, on average of a row group
 # Bytes of the images of a file, relative to its size. Rows may share an image, which is stored once
 # in the file and once for each row in the dataset index.
 MAX_REPETITION = 100
@@ -213,15 +214,25 @@ def _iter_rows(shard: ShardFile, columns: Columns) -> Iterator[dict[str, Any] | 
     """Yield the rows of a file; None in place of a row whose texts are not UTF-8."""
     with _open_table(shard) as table:
         for group in range(table.num_row_groups):
-            metadata = table.metadata.row_group(group)
-            bytes_per_row = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
-            num_rows = min(ROWS_PER_BATCH, max(1, MAX_BATCH_BYTES // bytes_per_row))
+            num_rows = _choose_batch_rows(shard, table.metadata.row_group(group))
             names = list(columns.names)
             for batch in table.iter_batches(num_rows, [group], names, use_threads=False):
                 try:
                     yield from batch.to_pylist()
                 except UnicodeDecodeError:
                     yield from (_convert_row(batch, index) for index in range(batch.num_rows))
+
+
+def _choose_batch_rows(shard: ShardFile, row_group: Any) -> int:
+    """Return how many rows of a group are read at once; all may repeat the longest value."""
+    column_chunks = [row_group.column(index) for index in range(row_group.num_columns)]
+    num_values = max((chunk.num_values for chunk in column_chunks), default=0)
+    if num_values > MAX_VALUES_PER_ROW * max(row_group.num_rows, 1):
+        raise DataError(
+            f"{shard.path} has more than {MAX_VALUES_PER_ROW} values in a row: remove that column."
+        )
+    max_bytes = max((chunk.total_uncompressed_size for chunk in column_chunks), default=0)
+    return min(ROWS_PER_BATCH, max(1, MAX_BATCH_BYTES // max(max_bytes, 1)))
 
 
 def _convert_row(batch: Any, index: int) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ def test_a_text_that_is_not_utf_8_leaves_out_its_row(column, tmp_path):
 
 
 def test_a_file_that_repeats_its_images_too_often_is_an_error(tmp_path):
-    image = toy_image(5, (300, 300), "BMP")
+    image = toy_image(5, (90, 90), "BMP")
     path = write_parquet(
         tmp_path / "x.parquet",
         row_group_size=10**6,
@@ -157,6 +157,39 @@ def test_a_file_that_repeats_its_images_too_often_is_an_error(tmp_path):
         text=["a"] * 1500,
     )
     with pytest.raises(DataError, match=r"x\.parquet repeats images .* write each image once"):
+        open_table(path, tmp_path)
+
+
+def test_a_value_that_all_rows_repeat_fits_into_memory(tmp_path, monkeypatch):
+    """The file states it once, in a dictionary: 64 rows of it would take 3 GB."""
+    batch_sizes, iter_batches = [], parquet.ParquetFile.iter_batches
+
+    def record_batches(table, num_rows, *args, **kwargs):
+        for batch in iter_batches(table, num_rows, *args, **kwargs):
+            batch_sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", record_batches)
+    monkeypatch.setattr("radiance.data.sources.parquet.MAX_BATCH_BYTES", 200_000_000)
+    dictionary = pyarrow.array([toy_image() + bytes(50_000_000)])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64), dictionary)
+    table = pyarrow.table({"image": column, "text": ["a"] * 64})
+    parquet.write_table(
+        table,
+        tmp_path / "x.parquet",
+        compression="zstd",
+        dictionary_pagesize_limit=2**30,
+        store_schema=False,
+    )
+    with pytest.raises(DataError, match="repeats images"):
+        open_table(tmp_path / "x.parquet", tmp_path)
+    assert 100_000_000 < batch_sizes[0] < 201_000_000
+
+
+def test_lists_of_too_many_values_are_an_error(tmp_path):
+    texts = pyarrow.array([["a"], [None] * 30_000])
+    path = write_parquet(tmp_path / "x.parquet", image=image_column(2), text=texts)
+    with pytest.raises(DataError, match=r"x\.parquet has more than 10000 values in a row"):
         open_table(path, tmp_path)
 
 
