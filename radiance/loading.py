@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -118,6 +118,7 @@ class _LoadedParams:
     adapters: Loras
 
 
+@runtime_checkable
 class _ModelSource(Protocol):
     """A run directory or a file."""
 

@@ -23,29 +23,26 @@ os.environ.setdefault(
 import pytest
 from jaxtyping import install_import_hook
 
-# Types and array shapes in signatures are checked at every call of these modules. Not checked are
-# modules whose annotations beartype cannot check at run time: `typing.Self` (base.settings), the
-# data source, a Protocol with properties (data, and modules that import it), train states, into
-# which JAX puts other objects than arrays (training.step), and functions that tests call with stubs
-# of the network (the rest of flow).
-CHECKED_MODULES = (  # after a change, delete all __pycache__ folders: they hold checked code
-    "base.images",
-    "base.random",
-    "distributed",
-    "flow.coupling",
-    "flow.objective",
-    "flow.schedules",
-    "flow.solvers",
-    "flow.timesteps",
-    "model",
-    "shapes",
-    "text",
-    "training.adam",
-    "training.ema",
-    "training.muon",
-    "training.stochastic_rounding",
-)
-install_import_hook([f"radiance.{name}" for name in CHECKED_MODULES], "beartype.beartype")
+import tests.helpers.type_checks  # noqa: F401  the hook imports only the folder
+
+# Types and array shapes in signatures are checked at every call, except in these modules. After a
+# change of this list, delete all __pycache__ folders: they hold the checked code.
+UNCHECKED_MODULES = {
+    "config": "sections convert and check their fields themselves, and raise ConfigError",
+    "training.step": "JAX fills a TrainState with other objects than arrays, such as axes of vmap",
+}
+PACKAGE_FOLDER = Path(__file__).parents[1] / "radiance"
+
+
+def _list_checked_modules() -> list[str]:
+    """Return the names of all modules that are checked."""
+    paths = sorted(path.relative_to(PACKAGE_FOLDER) for path in PACKAGE_FOLDER.rglob("[!_]*.py"))
+    names = [".".join(path.with_suffix("").parts) for path in paths]
+    unchecked = tuple(f"{name}." for name in UNCHECKED_MODULES)
+    return [f"radiance.{name}" for name in names if not f"{name}.".startswith(unchecked)]
+
+
+install_import_hook(_list_checked_modules(), "tests.helpers.type_checks.check_types")
 
 
 def pytest_collection_finish():

@@ -11,7 +11,7 @@ import functools
 import json
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from radiance.base.errors import ConfigError
 from radiance.base.json_files import parse_json
@@ -20,6 +20,8 @@ from radiance.base.json_files import parse_json
 MIN_FLOAT, MAX_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 MAX_INTEGER = 2**32
 MAX_SHOWN_LENGTH = 200  # characters of a wrong value in a message
+
+S = TypeVar("S", bound="Section")
 
 
 def require(condition: bool, message: str):
@@ -59,7 +61,7 @@ class Section:
         """Raise ConfigError if the fields contradict each other."""
 
     @classmethod
-    def from_name(cls, name: str) -> Self:
+    def from_name(cls: type[S], name: str) -> S:
         """Return the predefined section of that name.
 
         Raises:
@@ -86,9 +88,6 @@ def require_fraction(section: Section, *names: str):
         value = getattr(section, name)
         key = f"{type(section).__name__.lower()}.{name}"
         require(0 <= value <= 1, f"{key}={value} must be between 0 and 1.")
-
-
-S = TypeVar("S", bound=Section)
 
 
 # --- changes and conversion ---------------------------------------------------------------------
@@ -138,7 +137,7 @@ def _to_plain(value: Any) -> Any:
     return tuple(map(_to_plain, value)) if isinstance(value, tuple) else value
 
 
-def from_dict(section_type: type[S], values: Mapping[str, Any]) -> S:
+def from_dict(section_type: type[S], values: Any) -> S:
     """Return a section from nested dictionaries: the inverse of `to_dict`.
 
     Missing keys take their defaults.

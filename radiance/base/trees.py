@@ -14,7 +14,7 @@ def leaf_path(keys: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in keys)
 
 
-def flatten_tree(tree: Any) -> dict[str, jax.Array]:
+def flatten_tree(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by path, in the order of `jax.tree.leaves`."""
     return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 

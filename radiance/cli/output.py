@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from radiance import config
 from radiance.base.files import replace_atomically
@@ -26,6 +26,7 @@ class SampleJob(NamedTuple):
     seed: int
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Writes sampled images into a folder."""
 

@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from radiance.data.decode import MAX_FILE_BYTES, UnusableError, read_image_size
 
@@ -67,6 +67,7 @@ class Unusable(NamedTuple):
     file_state: str = ""
 
 
+@runtime_checkable
 class Listing(Protocol):
     """The images of a dataset in a folder, in a file that lists them, or in shards.
 

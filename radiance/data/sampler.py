@@ -178,7 +178,7 @@ class BatchSampler:
 
     def _cut_into_batches(
         self, bucket_images: ImageIndices
-    ) -> tuple[list[Int64[np.ndarray, " batch"]], ImageIndices]:
+    ) -> tuple[list[Int64[np.ndarray, " batch"]], Int64[np.ndarray, " leftover"]]:
         """Cut the images of a bucket into batches; return also what the next epoch begins with."""
         batch_size, incomplete_batches = self.data.batch_size, self.data.incomplete_batches
         num_in_batches = len(bucket_images) // batch_size * batch_size

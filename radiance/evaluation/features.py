@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,13 @@ from radiance.base.images import Images
 from radiance.weights.opening import open_tensors
 from radiance.weights.safetensors import write_safetensors
 
-Features = Float32[np.ndarray, "b d"]
+Features = Float32[np.ndarray, "_ d"]
 
 FEATURES_METADATA_KEY = "radiance.features"
 FLOAT32 = np.dtype(np.float32)
 
 
+@runtime_checkable
 class Extractor(Protocol):
     """A function from images to feature vectors.
 
@@ -102,7 +103,7 @@ class RandomNetworkExtractor:
 
 @jax.jit
 def _random_network_features(
-    kernels: list[Float32[Array, "3 3 inner outer"]], images: Float[Array, "b height width 3"]
+    kernels: list[Float32[Array, "3 3 _ _"]], images: Float[Array, "b height width 3"]
 ) -> Float32[Array, "b d"]:
     x, channel_means = images.astype(jnp.float32), []
     for kernel in kernels:
@@ -119,8 +120,12 @@ def _random_network_features(
     return jnp.concatenate(channel_means, axis=1)
 
 
-def extract_features(batches: Iterable[Images], extractor: Extractor) -> Features:
+def extract_features(batches: Iterable[np.ndarray], extractor: Extractor) -> Features:
     """Return the features of all images, in order.
+
+    Args:
+        batches: Batches of images [b, height, width, 3] in [-1, 1].
+        extractor: The function from images to features.
 
     Raises:
         DataError: There are no images, or some features are not finite.

@@ -32,7 +32,7 @@ class Moments(NamedTuple):
     covariance: Float64[np.ndarray, "d d"]  # unbiased: divided by n − 1
 
 
-def compute_moments(blocks: Iterable[Float[np.ndarray, "b d"]]) -> Moments:
+def compute_moments(blocks: Iterable[Float[np.ndarray, "_ d"]]) -> Moments:
     """Return mean and covariance of all rows, block by block (Chan et al. 1983, eq. 2.1).
 
     Raises:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from jaxtyping import Float
 
 from radiance.base.errors import ConfigError
 
@@ -22,7 +23,9 @@ class Interval(NamedTuple):
         return f"{self.mean:.4g} ({self.low:.4g} … {self.high:.4g})"
 
 
-def student_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def student_interval(
+    values: Sequence[float] | Float[np.ndarray, " n"], confidence: float = CONFIDENCE
+) -> Interval:
     """Return the mean of normally distributed values with Student's two-sided interval.
 
     Args:

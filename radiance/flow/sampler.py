@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Integer
 
 from radiance.config import Compute, Model, Sample
 from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
@@ -44,7 +44,7 @@ from radiance.model.transformer import (
 )
 def generate_images(
     params: Params,
-    seeds: Int[Array, " b"],
+    seeds: Integer[Array, " b"],
     positive: TextCondition,
     negative: TextCondition | None,
     *,
@@ -97,7 +97,7 @@ def generate_images(
     )
 
 
-def sample_noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Images:
+def sample_noise(seeds: Integer[Array, " b"], shape: tuple[int, int, int]) -> Images:
     """Sample standard normal noise.
 
     Args:

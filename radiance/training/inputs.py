@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from radiance.training.trajectory_batches import (
 from radiance.training.validation import choose_prompts
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Batches of one seed."""
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from radiance import config
 LOGGER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
+@runtime_checkable
 class Logger(Protocol):
     """A service that receives the metrics and samples of a run."""
 

@@ -302,7 +302,7 @@ class _LeafSource(NamedTuple):
 
 
 def _find_leaf_sources(
-    leaves: Mapping[str, jax.Array], shapes: TensorShapes, sources: Mapping[str, NativeSource]
+    leaves: Mapping[str, Any], shapes: TensorShapes, sources: Mapping[str, NativeSource]
 ) -> dict[str, _LeafSource]:
     """Return the source of every leaf; bounds are computed once for each rule."""
     names_by_rule: dict[NativeRule, list[str]] = {}

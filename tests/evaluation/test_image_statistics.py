@@ -154,6 +154,6 @@ def test_statistics_of_batches_add_up():
     np.testing.assert_allclose(statistics.spectrum, radial_spectrum(images), rtol=1e-12)
     assert statistics.seam_score == pytest.approx(seam_score(images, 4))
     np.testing.assert_allclose(
-        radial_error(statistics.spectrum, radial_spectrum(images / 2)),
+        spectrum_error(statistics.spectrum, radial_spectrum(images / 2)),
         radial_error(images, images / 2),
     )

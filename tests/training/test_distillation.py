@@ -1,5 +1,7 @@
 """Distillation targets against NumPy, separate calls of the models, and closed forms."""
 
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from radiance import config
 from radiance.flow import distillation, objective
 from radiance.flow.distillation import make_segment_batch
 from radiance.flow.sampler import sample_noise
+from radiance.model.transformer import Transformer
 from radiance.training import step
 from radiance.training.step import add_noise_and_times, compute_validation_losses
 from tests.helpers.distilled_runs import close, distilling, pulled, pulled_to, teacher_of, wide
@@ -77,9 +80,10 @@ def test_without_dropped_captions_all_targets_are_guided():
         inputs_seen.append((text.shape, np.asarray(lengths), np.asarray(divisor)))
         return own
 
+    model = Mock(Transformer, side_effect=student)
     batch = {"time": time}
     result = distillation.compute_guidance_target(
-        run, student, batch, plain, plain, teacher_of(run, words=5)
+        run, model, batch, plain, plain, teacher_of(run, words=5)
     )
     np.testing.assert_allclose(result, 0.5 + 3 * 1.5)
     ((shape, lengths, divisor),) = inputs_seen
@@ -87,7 +91,12 @@ def test_without_dropped_captions_all_targets_are_guided():
     assert lengths.tolist() == [2] * 4
     np.testing.assert_allclose(divisor, time + 0.05)
     remaining = distillation.compute_guidance_target(
-        run, student, batch | {"dropped": jnp.ones(4, bool)}, plain, plain, teacher_of(run)
+        run,
+        Mock(Transformer, side_effect=student),
+        batch | {"dropped": jnp.ones(4, bool)},
+        plain,
+        plain,
+        teacher_of(run),
     )
     assert np.array_equal(remaining, plain)
 
@@ -97,12 +106,17 @@ def test_a_guidance_scale_of_one_needs_one_evaluation():
     calls = []
     batch = batch_of(run) | {"time": jnp.ones(4)}
 
-    def model(*arguments, divisor):
+    def predict(*arguments, divisor):
         calls.append(arguments)
         return arguments[0]
 
     result = distillation.predict_guided_velocity(
-        run, model, batch, batch["image"], jnp.ones(4), teacher_of(run).negative_condition
+        run,
+        Mock(Transformer, side_effect=predict),
+        batch,
+        batch["image"],
+        jnp.ones(4),
+        teacher_of(run).negative_condition,
     )
     assert np.array_equal(result, batch["image"])
     assert len(calls) == 1

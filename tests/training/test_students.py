@@ -335,10 +335,10 @@ def test_frozen_weights_are_bfloat16_except_precise_parts(monkeypatch):
         initialization,
         "load_pretrained_params",
         lambda path, run, shardings: (
-            params if shardings == "shardings" else pytest.fail("a whole tree on one device")
+            params if shardings == {"x": 1} else pytest.fail("a whole tree on one device")
         ),
     )
-    result = load_frozen_params("a run", run, "bfloat16", shardings="shardings")
+    result = load_frozen_params("a run", run, "bfloat16", shardings={"x": 1})
     expected = checkpoint.checkpoint_from_params(run.model, params, "a run").load_params("bfloat16")
     assert same(result, expected)
     assert jax.tree.map(lambda x: x.dtype, result) == jax.tree.map(lambda x: x.dtype, expected)

@@ -164,7 +164,7 @@ def test_agrees_with_the_published_code(path):
         module,
         inputs["image"],
         *condition,
-        times=file["schedule"],
+        times=torch.from_numpy(np.array(file["schedule"])),
         guidance_scale=3.5,
         unguided_steps=2,
     )
