@@ -47,10 +47,11 @@ class ClipScorer:
                 output_loading_info=True,
             )
             processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # transformers raises errors of every kind for damaged files
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(
-                f"{folder} has no complete CLIP model for transformers "
-                f"({str(error).splitlines()[0]}): copy it again."
+                f"{folder} has no complete CLIP model for transformers ({reason[:200]}): copy it "
+                f"again."
             ) from None
         self.model, loading_info = loaded
         self.processor = processor

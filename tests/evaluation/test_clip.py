@@ -1,6 +1,7 @@
 """The CLIP score of a toy CLIP model with random weights, step by step."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from radiance.base.errors import CheckpointError, DataError
 from radiance.base.images import to_image
 from radiance.evaluation.clip import ClipScorer
+from tests.helpers.mutations import mutate_header, mutate_json
 
 WORDS = ["red", "green", "square", "circle", "a"]
 CAPTIONS = ["a red square", "green circle", "a green square", "red"]
@@ -124,3 +126,22 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"radiance\[reference\]"):
         ClipScorer(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damaged_files_are_read_or_rejected(name, folder, tmp_path):
+    """RADIANCE_FUZZ=20000 tries a hundred inputs for each file instead of ten."""
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    content = (copy / name).read_bytes()
+    change = mutate_header if name == "model.safetensors" else mutate_json
+    rng = np.random.default_rng(len(name))
+    for i in range(int(os.environ.get("RADIANCE_FUZZ", "2000")) // 200):
+        (copy / name).write_bytes(change(content, len(content), rng))
+        try:
+            ClipScorer(copy)
+            message = ""
+        except CheckpointError as error:
+            message = str(error)
+        assert "\n" not in message, f"input {i}"
