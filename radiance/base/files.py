@@ -41,9 +41,7 @@ def _replace_atomically(path: Path, create: Callable[[Path], object]) -> Iterato
     temp_path = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent not in _cleaned_folders:
-            _cleaned_folders.add(path.parent)
-            remove_abandoned(path.parent)
+        _clean_folder(path.parent)
         with hold_temp_path(path, create) as temp_path:
             _temp_paths.add(temp_path)
             yield temp_path
@@ -59,6 +57,13 @@ def _replace_atomically(path: Path, create: Callable[[Path], object]) -> Iterato
             with suppress(OSError):
                 temp_path.unlink()
             _temp_paths.discard(temp_path)
+
+
+def _clean_folder(folder: Path):
+    """Remove what killed processes left in a folder; each process looks once."""
+    if folder not in _cleaned_folders:
+        _cleaned_folders.add(folder)
+        remove_abandoned(folder)
 
 
 def remove_temp_paths():
@@ -113,9 +118,13 @@ def require_new_folder(path: Path):
 
 
 def require_space(folder: Path, num_bytes: int):
-    """Raise OutputError if the disk of `folder` has less than `num_bytes` free."""
+    """Raise OutputError if the disk of `folder` has less than `num_bytes` free.
+
+    What killed processes left in the folder is removed before.
+    """
     while not folder.exists():
         folder = folder.parent
+    _clean_folder(folder)
     num_free_bytes = shutil.disk_usage(folder).free
     if num_free_bytes < num_bytes:
         raise OutputError(

@@ -130,6 +130,13 @@ def test_the_next_writer_removes_what_a_killed_one_left(kind, next_name, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [next_name]
 
 
+def test_the_space_that_is_needed_includes_what_a_killed_writer_left(tmp_path):
+    """Otherwise the same command would find no space for its file of 19 GB."""
+    kill(start_writer(tmp_path / "model"))
+    require_space(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_files_of_running_writers_stay(kind, tmp_path):
     process = start_writer(tmp_path / "model", kind)
