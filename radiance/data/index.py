@@ -38,7 +38,7 @@ import numpy as np
 from radiance.base.errors import DataError
 from radiance.data import storage
 from radiance.data.addresses import is_remote
-from radiance.data.decode import decoder_version
+from radiance.data.decode import UnusableError, decoder_version
 from radiance.data.listing import (
     CHUNK_SIZE,
     IndexRecord,
@@ -181,30 +181,35 @@ class DatasetIndex:
             if stored["file_sizes"] != _file_sizes(self.path):
                 return True
             failures = [failure for failure, _ in self.iter_unusable()]
+            if stored["decoder"] != decoder_version() and any(
+                failure.kind in DECODER_KINDS for failure in failures
+            ):
+                return True
+            if any(map_in_threads(self._has_recovered, _select_checks(failures), num_threads)):
+                return True
+            with open(self.path / "records.jsonl", "rb") as lines:
+                states = self.metadata["file_state"].tolist()
+                checks = ((line, state) for line, state in zip(lines, states) if state)
+                return any(map_in_threads(self._has_changed, checks, num_threads))
         except (OSError, ValueError, LookupError, TypeError):
             return True
-        if stored["decoder"] != decoder_version() and any(
-            failure.kind in DECODER_KINDS for failure in failures
-        ):
-            return True
-        return any(map_in_threads(self._has_recovered, _select_checks(failures), num_threads)) or (
-            any(
-                map_in_threads(
-                    self._has_changed, np.flatnonzero(self.metadata["file_state"]), num_threads
-                )
-            )
-        )
 
     def _has_recovered(self, failure: Unusable) -> bool:
         """Return whether the file that failed can be read now and is another one than then."""
         file_state = storage.get_file_state(failure.address)
         return bool(file_state) and file_state != failure.file_state
 
-    def _has_changed(self, index: int | np.integer) -> bool:
-        """Return whether an image's file is another one than when its header was read."""
-        address = self.listing.address(self.read_record(int(index)).location)
-        file_state = storage.get_file_state(address) if address else ""
-        return bool(file_state) and _hash_state(file_state) != self.metadata["file_state"][index]
+    def _has_changed(self, line_and_state: tuple[bytes, int]) -> bool:
+        """Return whether an image's file is another one than when its header was read.
+
+        A file that is lost is reported when it is needed.
+        """
+        line, old_state = line_and_state
+        address = self.listing.address(json.loads(line)[1])
+        try:
+            return bool(address) and _hash_state(storage.get_file_info(address).state) != old_state
+        except (OSError, UnusableError):
+            return False
 
     # --- building ---
 

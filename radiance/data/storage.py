@@ -58,6 +58,11 @@ class FileInfo(NamedTuple):
     size: int | None
     version: str
 
+    @property
+    def state(self) -> str:
+        """Size and version in one text."""
+        return f"{self.size} {self.version}"
+
 
 class MissingPackageError(config.ConfigError):
     """A protocol that fsspec does not know, or that needs a package that is not installed."""
@@ -121,12 +126,10 @@ def get_file_state(address: str) -> str:
     """Return size and version of a file that can be read, in one attempt; otherwise nothing."""
     try:
         if is_remote(address):
-            info = _remote_file_info(address)
-            return f"{info.size} {info.version}"
+            return _remote_file_info(address).state
         with _open_local(address) as file:
             file.read(1)
-            stat_result = os.fstat(file.fileno())
-        return f"{stat_result.st_size} {stat_result.st_mtime_ns}"
+        return get_file_info(address).state
     except Exception:  # each file system has its own errors
         return ""
 

@@ -313,6 +313,14 @@ def test_files_that_appear_or_change_are_scanned_again(tmp_path, capsys):
     assert source.skip_counts == {}
 
 
+def test_a_damaged_record_is_scanned_again(tmp_path):
+    save(tmp_path / "a.png")
+    path = write_lines(tmp_path / "list.jsonl", {"filename": "a.png", "text": "x"})
+    records_path = open_list(path).dataset_index.path / "records.jsonl"
+    records_path.write_bytes(bytes(records_path.stat().st_size))
+    assert open_list(path).captions(0) == ("x",)
+
+
 def test_a_file_that_is_lost_again_changes_nothing(tmp_path, capsys):
     """It is reported and skipped when it is needed, and the run can resume."""
     save(tmp_path / "a.png")
