@@ -197,20 +197,22 @@ class Tensors:
             )
 
     def require_weights(self, keys: Iterable[str]):
-        """Check that tensors are weights: floats, or quantized values with scales.
+        """Check that tensors are weights: floats, or int8 with scales.
 
         Args:
             keys: Names of the tensors.
 
         Raises:
-            CheckpointError: If they are integers without scales, or of an unsupported type.
+            CheckpointError: If they are integers, but not int8 with scales.
         """
         for key in keys:
             code = self.dtypes[key]
-            if INTEGER_CODES.fullmatch(code) and key not in self._scale_locations:
+            is_int8 = code == "I8" and key in self._scale_locations
+            if INTEGER_CODES.fullmatch(code) and not is_int8:
+                reason = "are packed" if key in self._scale_locations else "have no scales"
                 raise CheckpointError(
-                    f"{self.path} has {key} as {code} without scales, so that its values are not "
-                    f"known: use another file of the model."
+                    f"{self.path} has {key} as integers ({code}) that {reason}, so that its values "
+                    f"are not known: use another file of the model."
                 )
 
     def __getitem__(self, key: str) -> np.ndarray:

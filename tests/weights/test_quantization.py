@@ -200,17 +200,28 @@ def test_every_file_of_an_index_describes_its_own_layers(tmp_path):
 def test_integers_without_scales_are_rejected(dtype, tmp_path):
     tensors = published(PIXELS) | {MATRIX: np.ones(published(PIXELS)[MATRIX].shape, dtype)}
     path = save(tmp_path / "x.safetensors", tensors, PIXELS)
-    with pytest.raises(CheckpointError, match=f"{MATRIX} as .* without scales") as error:
+    with pytest.raises(CheckpointError, match=f"{MATRIX} as integers .* no scales") as error:
         open_checkpoint(path)
     sentence(error)
-    assert "without scales" in inspect_file(path)
+    assert "no scales" in inspect_file(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_other_integers_with_scales_are_rejected(dtype, tmp_path):
+    """Files store float8 as bytes, and four-bit values packed."""
+    tensors = published(PIXELS) | {MATRIX: np.ones(published(PIXELS)[MATRIX].shape, dtype)}
+    tensors[f"{LAYER}.weight_scale"] = np.ones(1, np.float32)
+    path = save(tmp_path / "x.safetensors", tensors, PIXELS)
+    with pytest.raises(CheckpointError, match="are packed") as error:
+        open_checkpoint(path)
+    sentence(error)
 
 
 def test_integers_in_text_encoders_and_autoencoders_are_rejected(tmp_path):
     t5 = torch_tensors()
     name = next(name for name in t5 if name.endswith("SelfAttention.q.weight"))
     save_file(t5 | {name: t5[name].astype(np.int8)}, tmp_path / "t5.safetensors")
-    with pytest.raises(CheckpointError, match="without scales") as error:
+    with pytest.raises(CheckpointError, match="no scales") as error:
         T5Weights(tmp_path / "t5.safetensors")
     sentence(error)
 
