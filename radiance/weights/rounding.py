@@ -113,10 +113,13 @@ def export_scale_shape(checkpoint: Checkpoint, name: str, is_copy: bool) -> tupl
     """
     tensors = checkpoint.file_tensors
     if is_copy and tensors is not None:
-        scale_shapes = [tensors.file.scale_shape(key) for key in tensors.keys[name]]
-        if all(shape is None for shape in scale_shapes):
+        keys = tensors.keys[name]
+        scale_shapes = [
+            shape for key in keys if (shape := tensors.file.scale_shape(key)) is not None
+        ]
+        if not scale_shapes:
             return None
-        if len(scale_shapes) == 1 and math.prod(scale_shapes[0]) == 1:
+        if len(keys) == 1 and math.prod(scale_shapes[0]) == 1:
             return scale_shapes[0]
     return (checkpoint.shapes[name][0], 1)
 
