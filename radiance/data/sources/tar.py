@@ -16,7 +16,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple, Self, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from radiance.base.errors import DataError
 from radiance.data.decode import UnusableError
@@ -141,7 +141,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
     """A member whose size is not negative and whose properties fit into memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_BoundedTarInfo":
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0 or (member.type in PROPERTY_TYPES and member.size > MAX_TEXT_BYTES):
             raise tarfile.ReadError("bad size of a member")
