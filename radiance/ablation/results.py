@@ -5,6 +5,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,46 +162,50 @@ def read_result(path: Path) -> Result:
     remedy = "move it away, and run the arm again"
     fields = read_json(path, dict, remedy)
     try:
-        key = ResultKey(**fields["key"] | {"seeds": tuple(fields["key"]["seeds"])})
-        result = Result(
+        _check_fields(fields)
+        return Result(
             **fields
             | {
-                "key": key,
+                "key": ResultKey(**fields["key"] | {"seeds": tuple(fields["key"]["seeds"])}),
                 "metrics": _parse_seeds_by_name(fields["metrics"]),
                 "conditions": _parse_seeds_by_name(fields["conditions"]),
                 "bins": [_parse_seeds(values) for values in fields["bins"]],
                 "curve": [(step, _parse_seeds(values)) for step, values in fields["curve"]],
             }
         )
-        _check_result(result)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error)[:MAX_REASON_LENGTH]
         raise OutputError(f"{path} is not the result of an arm ({reason}): {remedy}.") from None
-    return result
 
 
-def _check_result(result: Result):
+def _check_fields(fields: dict[str, Any]):
     """Raise ValueError if a value of a result has another type than its report needs."""
-    key, names = result.key, ("suite", "arm", "scale", "commit", "config", "data")
+    key, tuning, environment = (fields[name] for name in ("key", "tuning", "environment"))
+    values_by_seed = [
+        *fields["metrics"].values(),
+        *fields["conditions"].values(),
+        *fields["bins"],
+        *(values for _, values in fields["curve"]),
+    ]
+    seeds = {str(seed) for seed in key["seeds"]}
     checks = {
-        "key": all(isinstance(getattr(key, name), str) for name in names)
-        and all(type(seed) is int for seed in key.seeds),
+        "names": fields.keys() == {field.name for field in dataclass_fields(Result)},
+        "key": all(isinstance(x, str) for name, x in key.items() if name != "seeds")
+        and key.keys() == {field.name for field in dataclass_fields(ResultKey)}
+        and all(type(seed) is int for seed in key["seeds"]),
         "seeds": all(
-            set(values) == set(key.seeds)
-            for values in (
-                *result.metrics.values(),
-                *result.conditions.values(),
-                *result.bins,
-                *(values for _, values in result.curve),
-            )
+            isinstance(values, dict) and values.keys() == seeds and are_numbers(values)
+            for values in values_by_seed
         ),
-        "curve": are_numbers([step for step, _ in result.curve]),
-        "cost": are_numbers(result.cost)
-        and {"parameters", "flops", "seconds", "skipped_steps"} <= result.cost.keys(),
-        "tuning": is_number(result.tuning["learning_rate_factor"])
-        and isinstance(result.tuning["average"], str)
-        and isinstance(result.tuning["losses"], dict),
-        "environment": all(isinstance(device, str) for device in result.environment["devices"]),
+        "curve": all(type(step) is int for step, _ in fields["curve"]),
+        "cost": isinstance(fields["cost"], dict)
+        and are_numbers(fields["cost"])
+        and {"parameters", "flops", "seconds", "skipped_steps"} <= fields["cost"].keys(),
+        "tuning": is_number(tuning["learning_rate_factor"])
+        and isinstance(tuning["average"], str)
+        and isinstance(tuning["losses"], dict),
+        "environment": isinstance(environment, dict)
+        and all(isinstance(device, str) for device in environment["devices"]),
     }
     for name, is_valid in checks.items():
         if not is_valid:
@@ -212,8 +217,6 @@ def _parse_seeds_by_name(values: Mapping[str, Any]) -> dict[str, dict[int, float
 
 
 def _parse_seeds(values: Mapping[str, float]) -> dict[int, float]:
-    if not isinstance(values, dict) or not are_numbers(values):
-        raise ValueError("the values of seeds must be numbers")
     return {int(seed): value for seed, value in values.items()}
 
 

@@ -31,6 +31,7 @@ except ImportError:  # Windows, where the time alone decides
     fcntl = None
 
 LOCK_NAME = ".lock"
+HOLDER_TYPES = {"host": str, "pid": int, "start": str, "command": str}
 RENEWAL_SECONDS = 10.0
 OBSERVATION_SECONDS = 30.0  # of a lock of another host; more than two renewals
 SETTLING_SECONDS = 2.0  # after which processes that start at once have written their names
@@ -166,11 +167,13 @@ def _read_holder(descriptor: int) -> Holder | None:
     """Return the holder that a lock names; None for a new file or a damaged one."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        holder = Holder(**parse_json(os.read(descriptor, 4096)))
-    except (ValueError, TypeError):
+        fields = parse_json(os.read(descriptor, 4096))
+    except ValueError:
         return None
-    types = [type(value) for value in holder]
-    return holder if types == [str, int, str, str] and str(holder).isprintable() else None
+    if not isinstance(fields, dict) or {k: type(x) for k, x in fields.items()} != HOLDER_TYPES:
+        return None
+    holder = Holder(**fields)
+    return holder if str(holder).isprintable() else None
 
 
 def _write_holder(descriptor: int):
