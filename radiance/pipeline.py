@@ -16,7 +16,7 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import SamplingError
 from radiance.base.images import to_image
-from radiance.base.text_files import check_text, quote_text
+from radiance.base.text_files import check_text, quote_text, replace_invalid
 from radiance.distributed.sharding import gather_array
 from radiance.flow.finiteness import describe_nonfinite, find_nonfinite_row
 from radiance.flow.guidance import TextCondition
@@ -43,9 +43,9 @@ class GeneratedImage(NamedTuple):
 class GeneratedTrajectory(NamedTuple):
     """States from noise to images, about in [-1, 1]; of latent models, to latents."""
 
-    times: Float32[np.ndarray, " steps+1"]  # decreasing from 1 to 0
+    times: Float32[np.ndarray, " times"]  # decreasing from 1 to 0
     # x_t at each time, in complete patches: the inputs of the network, then the images.
-    noisy: Float32[np.ndarray, "steps+1 b height width c"]
+    noisy: Float32[np.ndarray, "times b height width c"]
 
     @property
     def clean(self) -> Float32[np.ndarray, "steps b height width c"]:
@@ -219,7 +219,7 @@ class Pipeline:
         return {
             "size": [width, height],
             "settings": config.to_dict(settings or self.run.sample),
-            "model": self.origin,
+            "model": replace_invalid(self.origin),
         }
 
     def generate_arrays(
@@ -276,7 +276,7 @@ class Pipeline:
         width: int,
         height: int,
         settings: config.Sample,
-    ) -> Iterator[Float32[np.ndarray, "steps+1 b rows columns c"]]:
+    ) -> Iterator[Float32[np.ndarray, "times b rows columns c"]]:
         """Yield the states of trajectories batch by batch.
 
         The arguments are those of `generate`.
@@ -285,7 +285,7 @@ class Pipeline:
 
     def _make_times(
         self, width: int, height: int, settings: config.Sample, strength: float = 1.0
-    ) -> Float32[np.ndarray, " steps+1"]:
+    ) -> Float32[np.ndarray, " times"]:
         return make_time_schedule(
             settings,
             -(-height // self.pixels_per_token) * -(-width // self.pixels_per_token),
@@ -327,7 +327,8 @@ class Pipeline:
         for first in range(0, len(prompts), batch_size):
             indices = np.arange(first, first + batch_size)
             indices = np.minimum(indices, len(prompts) - 1).tolist()  # pads the last batch
-            batch_prompts, batch_seeds = [[x[i] for i in indices] for x in (prompts, seeds)]
+            batch_prompts = [prompts[index] for index in indices]
+            batch_seeds = [seeds[index] for index in indices]
             samples = sample(batch_prompts, batch_seeds, return_trajectory=return_trajectory)
             samples = samples[..., : len(prompts) - first, :, :, :]
             if (row := find_nonfinite_row(samples)) is not None:

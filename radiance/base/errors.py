@@ -1,14 +1,18 @@
 """Errors that a user can cause. All derive from `RadianceError`."""
 
+MAX_MESSAGE_LENGTH = 2000  # characters
+
 
 class RadianceError(Exception):
     """Base class of all errors that a user can cause.
 
     The message is one sentence: what is wrong, and what to do. Characters that cannot be printed
-    are escaped, because names of files, tensors and settings come from strangers.
+    are escaped and long texts cut, because names of files and tensors come from strangers.
     """
 
     def __init__(self, message: str = ""):
+        if len(message) > MAX_MESSAGE_LENGTH:  # what to do is at the end
+            message = f"{message[: MAX_MESSAGE_LENGTH - 400]} … {message[-300:]}"
         super().__init__(escape_unprintable(message))
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TextIO
 
 from radiance.base.errors import OutputError
 from radiance.base.temp_files import hold_temp_path, remove_abandoned
+
+MAX_FILE_BYTES = 1 << 30  # of a file that is read at once
 
 _temp_paths: set[Path] = set()  # files and folders that `replace_atomically` is writing
 _cleaned_folders: set[Path] = set()
@@ -93,6 +96,25 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in codes or any(
         os.strerror(code) in str(error) for code in codes
     )
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file that a stranger may have chosen: no device, and no pipe without end.
+
+    Pipes that the shell has connected, such as /dev/stdin, are accepted.
+
+    Raises:
+        OSError: It is none, has more than `MAX_FILE_BYTES`, or cannot be read.
+    """
+    mode = path.stat().st_mode
+    is_connected = stat.S_ISFIFO(mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_connected):
+        raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(errno.EINVAL, f"it has more than {MAX_FILE_BYTES / 1e9:.1f} GB", str(path))
+    return content
 
 
 def require_folder(folder: Path):

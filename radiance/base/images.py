@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, PngImagePlugin
 
+from radiance.base.text_files import replace_invalid
+
 Pixels = Float32[np.ndarray, "height width 3"]
 Images = Float[np.ndarray, "b height width 3"]  # in [-1, 1]
 
@@ -80,10 +82,12 @@ def save_png(path: str | Path, image: Image.Image, metadata: Mapping[str, Any]):
     Args:
         path: The file. Missing folders are created.
         image: Any image that PNG supports.
-        metadata: Texts are stored as they are, other values as JSON.
+        metadata: Texts are stored as they are, other values as JSON. Bytes of file names that are
+            not UTF-8 become U+FFFD.
     """
     info = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        text = value if isinstance(value, str) else json.dumps(value)
+        info.add_itxt(key, replace_invalid(text))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG", pnginfo=info)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from radiance.base.errors import TextError
+from radiance.base.files import read_file
 
 MAX_QUOTED_CHARACTERS = 60  # of a text in an error message
 
@@ -24,7 +25,7 @@ def read_text(path: Path) -> str:
         TextError: It is not text in UTF-8.
         OSError: It cannot be read.
     """
-    return decode_text(path.read_bytes(), path)
+    return decode_text(read_file(path), path)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -69,6 +70,11 @@ def check_text(text: str, name: str):
         raise TextError(
             f"{name} {quote_text(text)} is not UTF-8 text (character {match.start()}): correct it."
         )
+
+
+def replace_invalid(text: str) -> str:
+    """Replace what is not valid Unicode by U+FFFD, in names that are shown but not used."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def quote_text(text: str) -> str:

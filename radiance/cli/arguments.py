@@ -2,12 +2,13 @@
 
 import argparse
 import math
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from radiance import config
+from radiance.base.files import read_file
+from radiance.base.text_files import decode_text, split_lines
 
 CHANGES_METAVAR = "key=value"
 EXPERIMENT_METAVAR = "EXPERIMENT[:VARIANT…]"
@@ -15,7 +16,6 @@ MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1_000_000  # of a prompt
 MAX_SIDE = 16_384  # pixels
 MAX_DEVICES = 16_384
-MAX_OPTION_BYTES = 1 << 30  # bytes of a file that an option names
 
 
 def add_verb(
@@ -101,39 +101,18 @@ def parse_path_with_number(text: str) -> tuple[str, float | None]:
 
 def read_prompts(path: Path) -> list[str]:
     """Read a file with one prompt per line."""
-    try:
-        return [
-            line for line in read_option_file(path).decode("utf-8-sig").splitlines() if line.strip()
-        ]
-    except UnicodeDecodeError as error:
-        raise config.ConfigError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from None
+    lines = split_lines(decode_text(read_option_file(path), path))
+    return [line for line in lines if line.strip()]
 
 
 def read_option_file(path: Path) -> bytes:
-    """Read a file that an option names.
-
-    Raises:
-        ConfigError: It cannot be read, is too large, or is a device or a pipe, which may have no
-            end. Pipes that the shell has connected, such as /dev/stdin, are accepted.
-    """
+    """Read a file that an option names. Raise ConfigError if that fails."""
     try:
-        mode = path.stat().st_mode
-        is_connected = stat.S_ISFIFO(mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_connected):
-            raise config.ConfigError(f"{path} is a device or a pipe: give a file.")
-        with path.open("rb") as file:
-            content = file.read(MAX_OPTION_BYTES + 1)
+        return read_file(path)
     except OSError as error:
         raise config.ConfigError(
             f"{path} cannot be read ({error.strerror}): give an existing file."
         ) from None
-    if len(content) > MAX_OPTION_BYTES:
-        raise config.ConfigError(
-            f"{path} has more than {MAX_OPTION_BYTES / 1e9:.1f} GB: give a smaller file."
-        )
-    return content
 
 
 def parse_mesh(text: str) -> config.Mesh:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from radiance import config
+from radiance.base.errors import TextError
 from radiance.base.files import replace_atomically
+from radiance.base.text_files import read_text, split_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +112,10 @@ class DatasetFolder:
         for name, prompt in prompts.items():
             caption_path = (folder / name).with_suffix(".txt")
             if caption_path.is_file():
-                caption = caption_path.read_text("utf-8").removesuffix("\n")
+                try:
+                    caption = read_text(caption_path).removesuffix("\n")
+                except TextError:
+                    caption = None
                 if caption != _join_lines(prompt):
                     conflicts.add(caption_path.name)
         if conflicts:
@@ -137,7 +142,7 @@ class DatasetFolder:
         """Write a caption, then its image: an image that exists has its caption."""
         path = self.folder / job.name
         with replace_atomically(path.with_suffix(".txt")) as temp_path:
-            temp_path.write_text(_join_lines(job.prompt) + "\n", "utf-8")
+            temp_path.write_text(_join_lines(job.prompt) + "\n", "utf-8", newline="\n")
         _write_png(path, result.image, result.metadata)
 
     def finish(self, sheet_columns: int, metadata: Mapping[str, Any]) -> str:
@@ -154,4 +159,4 @@ def _write_png(path: Path, image: Image.Image, metadata: Mapping[str, Any]):
 
 def _join_lines(prompt: str) -> str:
     """Return a prompt as one line, because every line of a caption file is a caption."""
-    return " ".join(prompt.splitlines())
+    return " ".join(split_lines(prompt))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from radiance import config
 from radiance.base.files import require_folder
+from radiance.base.text_files import check_text
 from radiance.cli.arguments import (
     add_changes_argument,
     add_model_arguments,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from radiance.flow.inpainting import InitImage
     from radiance.pipeline import GeneratedImage, Pipeline
 
+MAX_IMAGES = 10_000_000  # of a command
 MAX_SHEET_COLUMNS = 10
 
 
@@ -184,6 +186,13 @@ def main(options: argparse.Namespace) -> int:
     prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
     if not prompts:
         raise config.ConfigError("There is no prompt: give --prompt TEXT or --prompts FILE.")
+    if len(prompts) * len(options.seeds) > MAX_IMAGES:
+        raise config.ConfigError(
+            f"{len(prompts):,} prompts with {len(options.seeds):,} seeds are more than "
+            f"{MAX_IMAGES:,} images: give them in several commands."
+        )
+    for prompt in options.prompt:
+        check_text(prompt, "--prompt")
     with join_independent_hosts(options) as (host_index, num_hosts):
         return _sample_prompts(options, prompts, host_index, num_hosts)
 

@@ -115,7 +115,7 @@ def _report_failure(location: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RadianceError, ImportError, MemoryError):
+    except (RadianceError, ImportError):
         raise
     except SyntaxError as error:
         raise ConfigError(

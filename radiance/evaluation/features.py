@@ -199,6 +199,8 @@ def _read_features(path: Path, provenance: dict[str, object]) -> Features | None
         file = open_tensors(path)
         if json.loads(file.metadata[FEATURES_METADATA_KEY]) != provenance:
             return None
-        return file["features"]
-    except (CheckpointError, KeyError, ValueError):
+        features = file["features"]
+    except (CheckpointError, KeyError, ValueError, TypeError, RecursionError):
         return None
+    is_valid = features.ndim == 2 and features.dtype == FLOAT32 and np.isfinite(features).all()
+    return features if is_valid and len(features) == provenance["count"] else None

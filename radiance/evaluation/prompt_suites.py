@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from radiance.base.errors import ConfigError
+from radiance.base.errors import ConfigError, RadianceError
 from radiance.base.files import replace_atomically
 from radiance.base.images import make_contact_sheet, save_png
+from radiance.base.text_files import check_text, read_lines, read_text
 from radiance.pipeline import GeneratedImage
 
 # Of 40,504 images: the first caption of each of the first images; papers draw them at random.
 COCO_NUM_IMAGES = 30_000
+COCO_ID_DIGITS = 12
 METADATA_KEYS = ("prompt", "seed", "size", "settings", "model")  # of our PNG files
 
 
@@ -66,6 +68,7 @@ class PromptSuite(NamedTuple):
 
         Raises:
             ConfigError: The path has no prompts of the suite, or the suite cannot use such seeds.
+            TextError: A prompt is not text in UTF-8.
         """
         if seeds is not None and not self.default_seeds:
             raise ConfigError(f"Suite {suite_name} has a seed for every prompt: leave --seeds out.")
@@ -78,9 +81,9 @@ class PromptSuite(NamedTuple):
                 f"{prompts_path} cannot be read ({error.strerror}): give the prompts of suite "
                 f"{suite_name}."
             ) from None
-        except (ValueError, TypeError, KeyError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except RadianceError:
+            raise
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f"{prompts_path} does not have the format of suite {suite_name} ({error!r}): give "
                 "the file of its authors."
@@ -122,16 +125,31 @@ class PromptSuite(NamedTuple):
 
 
 def read_png_metadata(path: Path) -> dict[str, Any] | None:
-    """Return the `METADATA_KEYS` of a PNG file, or None if there is no file."""
+    """Return the `METADATA_KEYS` of a PNG file, or None if there is no file.
+
+    Raises:
+        ConfigError: The file is damaged, or not one of ours.
+    """
     if not path.is_file():
         return None
-    with Image.open(path) as image:
-        info = image.info
-    return {
-        name: info[name] if name in ("prompt", "model") else json.loads(info[name])
-        for name in METADATA_KEYS
-        if name in info
-    }
+    try:
+        with Image.open(path) as image:
+            info = image.info
+        return {
+            name: info[name] if name in ("prompt", "model") else json.loads(info[name])
+            for name in METADATA_KEYS
+            if name in info
+        }
+    # Pillow raises these and SyntaxError for damaged files, and the last one for large images.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        SyntaxError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it.") from None
 
 
 def check_same_metadata(path: Path, metadata: Mapping[str, Any]):
@@ -157,11 +175,19 @@ def check_same_metadata(path: Path, metadata: Mapping[str, Any]):
 
 
 def _parse_geneval(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_lines(path) if line.strip()]
     return [
-        SuitePrompt(f"{i:05d}", json.loads(line)["prompt"], seeds, line)
+        SuitePrompt(f"{i:05d}", _require_text(json.loads(line)["prompt"]), seeds, line)
         for i, line in enumerate(lines)
     ]
+
+
+def _require_text(value: Any) -> str:
+    """Return a prompt of a JSON file. Raise TypeError or TextError if it is not valid text."""
+    if not isinstance(value, str):
+        raise TypeError(f"a prompt is {type(value).__name__}")
+    check_text(value, "The prompt")
+    return value
 
 
 def _geneval_file(suite_prompt: SuitePrompt, index: int) -> str:
@@ -171,7 +197,7 @@ def _geneval_file(suite_prompt: SuitePrompt, index: int) -> str:
 def _write_geneval(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
     (folder / suite_prompt.name / "samples").mkdir(parents=True, exist_ok=True)
     with replace_atomically(folder / suite_prompt.name / "metadata.jsonl") as temp_path:
-        temp_path.write_text(suite_prompt.metadata_line + "\n", "utf-8")
+        temp_path.write_text(suite_prompt.metadata_line + "\n", "utf-8", newline="\n")
     for i, output in enumerate(outputs):
         _save_image(folder / _geneval_file(suite_prompt, i), output.image, output.metadata)
 
@@ -186,7 +212,7 @@ def _parse_dpg(folder: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
             f"{folder} is not a folder: give DPG-Bench's folder with a .txt file per prompt."
         )
     return [
-        SuitePrompt(path.stem, path.read_text("utf-8").strip(), seeds)
+        SuitePrompt(path.stem, read_text(path).strip(), seeds)
         for path in sorted(folder.glob("*.txt"))
     ]
 
@@ -199,11 +225,14 @@ def _write_dpg(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedI
 
 def _parse_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
     first_captions: dict[int, str] = {}
-    for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
-        caption = " ".join(annotation["caption"].split())
-        first_captions.setdefault(int(annotation["image_id"]), caption)
+    for annotation in json.loads(read_text(path))["annotations"]:
+        caption = " ".join(_require_text(annotation["caption"]).split())
+        image_id = annotation["image_id"]
+        if type(image_id) is not int or not 0 <= image_id < 10**COCO_ID_DIGITS:
+            raise ValueError(f"image_id={str(image_id)[:40]}")
+        first_captions.setdefault(image_id, caption)
     return [
-        SuitePrompt(f"{image_id:012d}", caption, (i,))
+        SuitePrompt(f"{image_id:0{COCO_ID_DIGITS}d}", caption, (i,))
         for i, (image_id, caption) in enumerate(list(first_captions.items())[:COCO_NUM_IMAGES])
     ]
 

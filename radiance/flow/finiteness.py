@@ -14,7 +14,7 @@ def find_nonfinite_row(images: Float32[np.ndarray, "*steps b rows columns c"]) -
 
 
 def describe_nonfinite(
-    prompt: str, seed: int, trajectory: Float32[np.ndarray, "steps+1 1 rows columns c"]
+    prompt: str, seed: int, trajectory: Float32[np.ndarray, "times 1 rows columns c"]
 ) -> SamplingError:
     """Return the error for an image that is not finite, with the step at which that begins.
 

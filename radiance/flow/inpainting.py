@@ -37,7 +37,7 @@ class InitImage:
     """
 
     image: UInt8[np.ndarray, "height width 3"]
-    mask: Float32[np.ndarray, "height width"] | None = None
+    mask: Float32[np.ndarray, "mask_height mask_width"] | None = None
     strength: float = 1.0
 
     def __post_init__(self):

@@ -14,6 +14,7 @@ from radiance.text.t5_weights import SENTENCEPIECE_NAME, T5Weights
 from radiance.text.tokenizers import PAD_ID, Tokenizer, open_tokenizer, parse_tokenizer
 from radiance.weights.tensors import DTYPES
 
+MIN_USED_FRACTION = 0.5  # of the network's vectors; T5's tokenizer uses 32100 of 32128
 MAX_BATCH_TOKENS = 4096  # tokens of a batch; the attention of 64 heads then takes 0.5 GB at most
 
 
@@ -102,7 +103,7 @@ class T5Encoder(BaseT5Encoder):
 
     Raises:
         CheckpointError: If the weights or the tokenizer cannot be read.
-        ConfigError: If the tokenizer has more tokens than the network.
+        ConfigError: If the tokenizer has more tokens than the network, or far fewer.
     """
 
     kind = "t5"
@@ -119,11 +120,12 @@ class T5Encoder(BaseT5Encoder):
         self.weights = T5Weights(Path(file).expanduser())
         self.sizes = self.weights.sizes
         opened_tokenizer = _open_tokenizer_of(self.weights, tokenizer)
-        if opened_tokenizer.vocab_size > self.sizes.vocabulary:
+        num_tokens, num_vectors = opened_tokenizer.vocab_size, self.sizes.vocabulary
+        if not MIN_USED_FRACTION * num_vectors <= num_tokens <= num_vectors:
             raise ConfigError(
-                f"{opened_tokenizer.origin} has {opened_tokenizer.vocab_size} tokens, and "
-                f"{self.weights.file.path} vectors for {self.sizes.vocabulary}: set text.tokenizer "
-                "to the tokenizer of that model."
+                f"{opened_tokenizer.origin} has {num_tokens} tokens, and "
+                f"{self.weights.file.path} vectors for {num_vectors}: set text.tokenizer to the "
+                "tokenizer of that model."
             )
         self.tokenizer = opened_tokenizer
         self.dim, self.max_length, self.dtype = self.sizes.hidden, max_length, DTYPES[dtype]

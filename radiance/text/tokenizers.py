@@ -12,13 +12,23 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from radiance.base.errors import CheckpointError
+from radiance.base.text_files import decode_text, replace_invalid
 
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 PAD_ID, END_ID = 0, 1
 PROBE_TEXT = "a cat \ue000"  # has a letter that no tokenizer knows: damaged files fail with it
 MAX_TOKENIZER_BYTES = 256_000_000
+PROBE_WORDS = ("a", "photo", "of", "the", "red", "cat", "and", "two", "dogs", "in", "park")
+# Parts of tokenizer.json whose work is linear in the text. Others, such as regular expressions,
+# could make a short prompt take hours, and T5 has none but one.
+ALLOWED_PARTS = {
+    *("Sequence", "Precompiled", "NFC", "NFD", "NFKC", "NFKD", "Strip", "Lowercase", "Replace"),
+    *("Metaspace", "WhitespaceSplit", "Whitespace"),
+}
+ALLOWED_PATTERN = {"Regex": " {2,}"}  # of Replace
 NUM_SENTINELS = 100  # their ids follow those of the pieces, the last sentinel first
 
 OpenedTokenizer = tuple[Callable[[str], list[int]], int, dict[str, int | None]]
@@ -46,8 +56,7 @@ class Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         """Convert a text to token ids; lone surrogates, which are invalid, become U+FFFD."""
-        valid_text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return [*self.tokenize(valid_text), END_ID]
+        return [*self.tokenize(replace_invalid(text)), END_ID]
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
@@ -84,13 +93,30 @@ def parse_tokenizer(content: bytes, origin: object) -> Tokenizer:
     is_json = content[:64].lstrip().startswith(b"{")
     parse = _parse_tokenizer_json if is_json else _parse_sentencepiece
     tokenize, vocab_size, control_ids = parse(content, origin)
+    _check_control_ids(origin, control_ids)
+    _check_words(origin, tokenize)
+    return Tokenizer(origin, content, tokenize, vocab_size)
+
+
+def _check_control_ids(origin: object, control_ids: dict[str, int | None]):
+    """Raise CheckpointError if the ids of padding and end-of-sequence are not T5's."""
     if control_ids != {"<pad>": PAD_ID, "</s>": END_ID}:
         id_list = ", ".join(f"{token} is {token_id}" for token, token_id in control_ids.items())
         raise CheckpointError(
             f"{origin} is not a tokenizer of T5, which has <pad> as 0 and </s> as 1 "
             f"(here {id_list}): use T5's."
         )
-    return Tokenizer(origin, content, tokenize, vocab_size)
+
+
+def _check_words(origin: object, tokenize: Callable[[str], list[int]]):
+    """Raise CheckpointError if a tokenizer does not know half of some frequent words."""
+    (unknown_id,) = set(tokenize("\ue000")[-1:]) or {None}
+    known_words = [word for word in PROBE_WORDS if unknown_id not in tokenize(word)]
+    if 2 * len(known_words) < len(PROBE_WORDS):
+        raise CheckpointError(
+            f"{origin} knows {len(known_words)} of {len(PROBE_WORDS)} frequent words, so it is "
+            "incomplete: copy or download T5's tokenizer again."
+        )
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -167,8 +193,8 @@ def _parse_tokenizer_json(content: bytes, origin: object) -> OpenedTokenizer:
             "tokenizer.json needs the tokenizers package: pip install 'radiance[text]'."
         ) from None
     try:
-        text = content.decode()
-        json.loads(text)
+        text = decode_text(content, "it")
+        _check_parts(json.loads(text))
         tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_truncation()  # files store the settings of their last use
         tokenizer.no_padding()
@@ -183,3 +209,17 @@ def _parse_tokenizer_json(content: bytes, origin: object) -> OpenedTokenizer:
         max(tokenizer.get_vocab().values(), default=0) + 1,
         control_ids,
     )
+
+
+def _check_parts(content: dict[str, Any]):
+    """Raise ValueError if a tokenizer.json has parts that T5's has not."""
+    parts = [content.get("normalizer"), content.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop()
+        if part is None:
+            continue
+        if part["type"] not in ALLOWED_PARTS or (
+            part["type"] == "Replace" and part["pattern"] != ALLOWED_PATTERN
+        ):
+            raise ValueError(f"T5 has no part {str(part)[:80]}")
+        parts += [*part.get("normalizers", []), *part.get("pretokenizers", [])]

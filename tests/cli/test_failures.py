@@ -3,15 +3,20 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from radiance.base.errors import CheckpointError
+from radiance.base.images import save_png
 from radiance.cli import COMMANDS, main, report
+from radiance.cli.arguments import parse_seeds, read_prompts
+from radiance.evaluation.prompt_suites import SUITES
 
 VERBS = [command.__name__.rpartition(".")[2] for command in COMMANDS]
 
@@ -114,9 +119,7 @@ def test_amounts_of_work_have_limits(capsys, verb, option, value):
     assert len(printed) < 300
 
 
-def test_seeds_of_several_ranges(capsys):
-    from radiance.cli.arguments import parse_seeds
-
+def test_seeds_of_several_ranges():
     assert parse_seeds("3,5-7,4294967295") == [3, 5, 6, 7, 4294967295]
 
 
@@ -207,3 +210,174 @@ def test_ctrl_c_during_the_start_is_one_line(verb, tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert (process.returncode, errors) == (130, "radiance: stopped by Ctrl-C.\n")
+
+
+# --- files and texts ------------------------------------------------------------------------------
+
+
+def read_error(capsys, *arguments) -> str:
+    """Return the one line on stderr of a command that fails."""
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+SEPARATORS = "one\u2028line\x85of\fa\vprompt\x1c\n\r\nanother\r\nthird"
+
+
+def test_prompts_are_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + SEPARATORS.encode())
+    assert read_prompts(path) == [*SEPARATORS.split("\n")[:1], "another", "third"]
+
+
+def test_lines_of_a_prompt_suite_are_json(tmp_path):
+    """JSON may contain U+2028 as it is."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b\x85"}\n{"prompt": "c"}\n', "utf-8")
+    prompts = SUITES["geneval"].load_prompts("geneval", path, None)
+    assert [prompt.prompt for prompt in prompts] == ["a\u2028b\x85", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("geneval", '{"prompt": 3}'),
+        ("geneval", '{"prompt": "\\ud800"}'),
+        ("geneval", '{"prompt": "a\\u0000"}'),
+        ("geneval", "null"),
+        ("geneval", "[" * 99999),
+        ("coco30k", '{"annotations": 3}'),
+        ("coco30k", '{"annotations": [{"image_id": 1e400, "caption": "a"}]}'),
+        ("coco30k", '{"annotations": [{"image_id": -1, "caption": "a"}]}'),
+        ("coco30k", f'{{"annotations": [{{"image_id": 1{"0" * 300}, "caption": "a"}}]}}'),
+        ("coco30k", '{"annotations": [{"image_id": 1, "caption": null}]}'),
+        ("coco30k", '{"a":' * 99999),
+    ],
+)
+def test_suites_of_another_form_are_reported(capsys, tmp_path, name, content):
+    path = tmp_path / "prompts"
+    path.write_text(content)
+    printed = read_error(capsys, "sample", "m", "--suite", name, "--prompts", path)
+    assert len(printed) < 400
+
+
+@pytest.mark.parametrize("suite", [[], ["--suite", "geneval"], ["--suite", "coco30k"]])
+def test_prompt_files_that_cannot_be_read_are_reported(capsys, tmp_path, suite):
+    pipe, socket_path, empty = (tmp_path / name for name in ("pipe", "socket", "empty"))
+    os.mkfifo(pipe)
+    empty.touch()
+    (tmp_path / "latin1").write_bytes(b"caf\xe9\n")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(socket_path))
+    for path, message in [
+        (pipe, "it is a device or a pipe"),
+        (socket_path, "it is a device or a pipe"),
+        ("/dev/zero", "it is a device or a pipe"),
+        ("/dev/null", "it is a device or a pipe"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "missing", "No such file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "latin1", "is not UTF-8 text (byte 3)"),
+        (empty, "prompt"),
+    ]:
+        printed = read_error(capsys, "sample", "m", *suite, "--prompts", path)
+        assert message in printed
+    server.close()
+
+
+def test_connected_pipes_are_files():
+    done = subprocess.run(
+        [sys.executable, "-m", "radiance", "sample", "m", "--prompts", "/dev/stdin"],
+        input=b"a cat\n",
+        capture_output=True,
+        timeout=300,
+    )
+    assert b"no checkpoint m" in done.stderr
+
+
+def test_large_files_are_not_read(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n" * 9)
+    monkeypatch.setattr("radiance.base.files.MAX_FILE_BYTES", 50)
+    assert "it has more than" in read_error(capsys, "sample", "m", "--prompts", path)
+
+
+def test_a_prompt_with_other_bytes_is_an_error_before_the_model_is_read(capsys):
+    printed = read_error(capsys, "sample", "m", "--prompt", os.fsdecode(b"caf\xe9"))
+    assert printed == r"radiance: --prompt 'caf\udce9' is not UTF-8 text (character 3): correct it."
+
+
+def test_too_many_images_are_an_error(capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n" * 11)
+    printed = read_error(capsys, "sample", "m", "--prompts", path, "--seeds", "0-999999")
+    assert "more than 10,000,000 images" in printed
+
+
+def test_names_that_are_not_utf_8_are_no_error(tmp_path):
+    """Of folders, in the metadata of images."""
+    path = tmp_path / os.fsdecode(b"caf\xe9") / "x.png"
+    save_png(
+        path, Image.new("RGB", (1, 1)), {"prompt": "a", "model": str(path), "start": [str(path)]}
+    )
+    assert "caf\ufffd" in Image.open(path).text["model"]
+
+
+EXPERIMENTS = {
+    "missing name": ("def config():\n    return nothing\n", "line 2 of .*NameError"),
+    "syntax": ("def config(:\n", "is not valid Python \\(line 1"),
+    "NUL": ("x = 1\0", "is not valid Python"),
+    "other value": ("def config():\n    return 3\n", "returns int: return a"),
+    "no config": ("x = 1\n", "it has no function config"),
+    "number": ("config = 3\n", "it has no function config"),
+    "arguments": ("def config(a):\n    pass\n", "fails \\(TypeError"),
+    "exit": ("raise SystemExit(3)\n", "line 1 of .*SystemExit"),
+    "recursion": ("def config():\n    return config()\n", "RecursionError"),
+    "field": (
+        "from radiance.config import Config\ndef config():\n    return Config(nam='a')\n",
+        "line 3 of .*TypeError",
+    ),
+    "variants": (
+        "from radiance.config import Config as config\nVARIANTS = {'a': 'train.steps=3'}\n",
+        "VARIANTS of .* is not a dictionary",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("verb", ["train", "plan", "encode"])
+def test_experiments_that_fail_are_one_line(capsys, tmp_path, name, verb):
+    content, message = EXPERIMENTS[name]
+    path = tmp_path / "experiment.py"
+    path.write_text(content)
+    options = ["--device", "cpu"] if verb == "plan" else []
+    assert re.search(message, read_error(capsys, verb, path, *options))
+
+
+@pytest.mark.parametrize("content", ["SUITE = 3", "SUITES = 3", "SUITES = {'a': 3}", "1/0", ""])
+def test_suites_of_ablations_that_fail_are_one_line(capsys, tmp_path, content):
+    path = tmp_path / "suite.py"
+    path.write_text(content)
+    read_error(capsys, "ablate", path)
+    read_error(capsys, "ablate", f"{path}:a")
+
+
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_one_line(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    os.mkfifo(tmp_path / "pipe")
+    for command in (
+        *([verb, file] for verb in ("report", "inspect", "verify")),
+        *([verb, tmp_path] for verb in ("report", "inspect", "verify")),
+        *([verb, tmp_path / "pipe"] for verb in ("report", "inspect", "verify")),
+        *([verb, "/dev/null"] for verb in ("report", "inspect", "verify", "train", "encode")),
+        *([verb, tmp_path] for verb in ("train", "encode", "ablate", "evaluate")),
+        *([verb, file] for verb in ("train", "encode", "ablate", "evaluate")),
+        ["convert", file, tmp_path / "out.safetensors"],
+        ["convert", tmp_path, tmp_path / "out.safetensors"],
+        ["sample", file, "--prompt", "a"],
+        ["plan", tmp_path, "--device", "cpu"],
+    ):
+        assert len(read_error(capsys, *command)) > 25, command

@@ -10,9 +10,11 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Their
 from tokenizers import models, normalizers, pre_tokenizers
 
-from radiance.base.errors import CheckpointError
+from radiance.base.errors import CheckpointError, ConfigError
+from radiance.text.t5 import T5
+from radiance.text.t5_encoder import T5Encoder
 from radiance.text.tokenizers import find_tokenizer, open_tokenizer
-from tests.helpers.toy_t5 import CAPTIONS, train_tokenizer
+from tests.helpers.toy_t5 import CAPTIONS, toy_folder, train_tokenizer
 
 SPACES = [chr(i) for i in range(0x3001) if chr(i).isspace()] + [
     "\u200b",
@@ -239,3 +241,47 @@ def test_a_missing_package_is_an_error(spiece, as_json, package, monkeypatch):
     wanting = partial(open_tokenizer, spiece if package == "sentencepiece" else as_json)
     with pytest.raises(ImportError, match=r"pip install 'radiance\[text\]'"):
         wanting()
+
+
+def test_files_without_words_are_an_error(spiece, as_json, tmp_path):
+    """As 104 tokens: control text alone, with which every word is unknown."""
+    content = json.loads(as_json.read_text("utf-8"))
+    content["model"]["vocab"] = [*content["model"]["vocab"][:3], ["▁", -1.0]]
+    sentinels = [token for token in content["added_tokens"] if "extra" in token["content"]]
+    for i, token in enumerate(sentinels):
+        token["id"] = 4 + i
+    content["added_tokens"] = [*content["added_tokens"][:3], *sentinels]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), "utf-8")
+    assert Their.from_file(str(path)).get_vocab_size() == 104
+    with pytest.raises(CheckpointError) as error:
+        open_tokenizer(path)
+    assert "knows 0 of 11 frequent words" in sentence(error)
+
+
+def test_a_tokenizer_of_another_model_is_an_error(tmp_path):
+    """Its tokens are few beside the vectors of the network."""
+    folder = toy_folder(tmp_path / "t5", T5(1000, 32, 1, 4, 6, 40))
+    with pytest.raises(ConfigError, match=r"has .* tokens, and .* vectors for 1000: set"):
+        T5Encoder(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}),
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 99}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed"}),
+        ("pre_tokenizer", "Metaspace"),
+        ("pre_tokenizer", {}),
+    ],
+)
+def test_parts_that_choose_the_amount_of_work_are_an_error(as_json, tmp_path, place, part):
+    content = json.loads(as_json.read_text("utf-8"))
+    content[place] = {"type": "Sequence", f"{place.replace('_', '')}s": [content[place], part]}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(CheckpointError) as error:
+        open_tokenizer(path)
+    assert "is not a complete tokenizer" in sentence(error)

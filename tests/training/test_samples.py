@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from radiance.text.factory import make_encoder
-from radiance.training.run_directory import NullMetricWriter
+from radiance.training.metric_writer import NullMetricWriter
 from radiance.training.validation import sample_gallery
 from tests.helpers.toy_models import toy_params
 from tests.helpers.toy_runs import PLAIN, toy_run
