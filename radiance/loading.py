@@ -1,6 +1,7 @@
 """Load a model by its address: a run directory, or a checkpoint file with its companions."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +31,8 @@ from radiance.weights.checkpoint import (
     checkpoint_from_params,
     open_checkpoint,
 )
-from radiance.weights.lora_adapters import apply_loras
+from radiance.weights.lora_adapters import apply_loras, can_stay_unmerged
+from radiance.weights.lora_reading import read_lora
 from radiance.weights.safetensors import write_safetensors
 
 # Key of the settings that our exports contain, so that they are sampled as the run was.
@@ -93,7 +95,7 @@ def load(
     run = replace(run, text=_resolve_text(run.text, text_encoder, tokenizer))
     _check_loadable(run, model, autoencoder)
     decoder = _load_decoder(autoencoder, run, model) if autoencoder else None
-    adapters = [(lora_files.read_lora(path, run.model), strength) for path, strength in loras]
+    adapters, merged_loras = _read_loras(loras, run.model)
 
     device_mesh = None if mesh is None else make_mesh(mesh, jax.local_devices())
     make_param_shardings, shardings = None, None
@@ -101,6 +103,8 @@ def load(
         make_param_shardings = partial(make_shardings, mesh=device_mesh)
         shardings = make_param_shardings(make_abstract_params(run.model))
     encoder = make_encoder(run.text, run.model.text_dim, make_param_shardings)
+    if merged_loras:
+        source = source.open_weights(run).merge_loras(merged_loras)
     loaded = source.load_params(run, weight_format, shardings)
     params, adapters = loaded.params, [*loaded.adapters, *adapters]
     if adapters:
@@ -133,6 +137,10 @@ class _ModelSource(Protocol):
         """Load the parameters of `run.model`, quantized and sharded."""
         ...
 
+    def open_weights(self, run: config.Config) -> "_FileModel":
+        """Return the weights as a checkpoint that LoRAs can be merged into."""
+        ...
+
 
 @dataclass(frozen=True)
 class _RunModel:
@@ -162,6 +170,11 @@ class _RunModel:
         params = checkpoint.load_params(weight_format=weight_format, shardings=shardings)
         return _LoadedParams(params, origin, [])
 
+    def open_weights(self, run: config.Config) -> "_FileModel":
+        """Return the newest checkpoint; of a LoRA run, the base with the adapters merged."""
+        dtype = run.lora.dtype if run.lora.rank else "float32"
+        return _FileModel(_open_run(self.path, run.sample.weights), run, dtype)
+
 
 @dataclass(frozen=True)
 class _FileModel:
@@ -178,6 +191,17 @@ class _FileModel:
         quantization = {None: "file", "none": None}.get(weight_format, weight_format)
         params = self.checkpoint.load_params(self.dtype, quantization, shardings)
         return _LoadedParams(params, self.checkpoint.origin, [])
+
+    def open_weights(self, run: config.Config) -> "_FileModel":
+        """Return the file itself."""
+        return self
+
+    def merge_loras(self, loras: Loras) -> "_FileModel":
+        """Return the file with LoRAs merged into its weights."""
+        checkpoint = self.checkpoint
+        for lora, strength in loras:
+            checkpoint = lora_files.merge_lora(checkpoint, lora, strength)
+        return replace(self, checkpoint=replace(checkpoint, origin=self.checkpoint.origin))
 
 
 def _open_source(
@@ -231,6 +255,17 @@ def _load_decoder(path: str, run: config.Config, model: str | Path) -> LatentDec
             f"{latent_channels}: give FLUX's autoencoder."
         )
     return decoder
+
+
+def _read_loras(loras: Sequence[tuple[str, float]], model: config.Model) -> tuple[Loras, Loras]:
+    """Return the LoRAs that are kept beside the weights, and those that are merged into them."""
+    adapters, merged_loras = [], []
+    for path, strength in loras:
+        lora = read_lora(path, model)
+        for note in lora.notes:
+            print(note, file=sys.stderr, flush=True)
+        (adapters if can_stay_unmerged(lora) else merged_loras).append((lora, strength))
+    return adapters, merged_loras
 
 
 def _reject_model_overrides(model: str | Path, model_overrides: dict[str, Any]):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import radiance
 from radiance import config
@@ -279,6 +279,35 @@ def test_a_lora_at_a_strength(files, tmp_path):
     origins = [Image.open(path).text["model"] for path in paths]
     assert sum("lora.safetensors" in model for model in origins) == 2
     assert any("+ 0.5 × " in model for model in origins)
+
+
+def test_a_lokr_is_merged_when_it_is_loaded(files, tmp_path, capsys):
+    """It samples what the merged file samples, and the part for a text encoder is reported."""
+    base, file = tmp_path / "base.safetensors", tmp_path / "lokr.safetensors"
+    assert main(["convert", str(files / "pixels.safetensors"), str(base), "--dtype", "fp32"]) == 0
+    rng = np.random.default_rng(0)
+    name = "lycoris_double_blocks_0_img_attn_qkv"
+    tensors = {
+        f"{name}.lokr_w1": 0.3 * rng.standard_normal((12, 4), np.float32),
+        f"{name}.lokr_w2": 0.3 * rng.standard_normal((16, 16), np.float32),
+        "lora_te1_q.lokr_w1": np.ones((2, 2), np.float32),
+    }
+    save_file(tensors, file)
+    merged = tmp_path / "merged.safetensors"
+    capsys.readouterr()
+    assert main(["convert", str(base), str(merged), "--lora", f"{file}:0.5"]) == 0
+    note = f"{file}: 2 of 3 tensors are used, the others are skipped (1 for text encoders).\n"
+    assert note in capsys.readouterr().out
+    named = dict(text_encoder=str(files / "t5"), dtype="float32")
+    pipeline = radiance.load(base, loras=[(str(file), 0.5)], **named)
+    assert note in capsys.readouterr().err
+    assert pipeline.origin == f"{base} + 0.5 × {file}"
+    for x, y, z in zip(
+        *(jax.tree.leaves(p.params) for p in (pipeline, radiance.load(merged, **named))),
+        jax.tree.leaves(radiance.load(base, **named).params),
+    ):
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == z.dtype
 
 
 def test_a_preset_of_a_run_that_was_trained_at_several_resolutions(tmp_path):

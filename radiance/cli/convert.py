@@ -19,7 +19,9 @@ from radiance.cli.convert_lora import (
     LORA_DTYPES,
     add_lora_arguments,
     count_params,
+    is_lora_output,
     open_other_model,
+    read_lora,
     write_lora,
 )
 from radiance.config.experiments import load_experiment
@@ -50,8 +52,9 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--to",
-        choices=[*EXPORT_FORMATS, *LORA_NAMINGS],
-        help="format of OUT; by default the one of its suffix",
+        choices=list(dict.fromkeys([*EXPORT_FORMATS, *LORA_NAMINGS])),
+        help="format of OUT; by default the one of its suffix. peft, kohya and, if OUT is a "
+        ".safetensors file, diffusers are the names in a LoRA",
     )
     parser.add_argument(
         "--dtype",
@@ -148,7 +151,7 @@ def main(options: argparse.Namespace) -> int:
         checkpoint = surgery.merge_checkpoints(
             checkpoint, open_other_model(options.merge[0], options), options.merge[1]
         )
-    if target_format in LORA_NAMINGS:
+    if is_lora_output(options, target_format):
         return write_lora(options, checkpoint, target_format, dtype or "bfloat16")
     checkpoint = _apply_surgery(options, checkpoint)
     checkpoint, pooled_description = _fix_pooled_vector(options, checkpoint)
@@ -170,7 +173,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _check_options(options: argparse.Namespace, target_format: str, dtype: str | None):
     """Raise ConfigError if options contradict each other."""
-    is_lora = target_format in LORA_NAMINGS
+    is_lora = is_lora_output(options, target_format)
     if options.extract and not is_lora:
         raise config.ConfigError(
             f"--extract writes a LoRA: --to must be {' or '.join(LORA_NAMINGS)}, not "
@@ -217,7 +220,7 @@ def _apply_surgery(options: argparse.Namespace, checkpoint: Checkpoint) -> Check
     for path, strength in options.lora:
         checkpoint = lora.merge_lora(
             checkpoint,
-            lora.read_lora(path, checkpoint.model),
+            read_lora(path, checkpoint.model),
             1.0 if strength is None else strength,
         )
     if options.head:

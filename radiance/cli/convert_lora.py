@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from radiance import config
 from radiance.cli.arguments import get_model_overrides, parse_whole_number
+from radiance.weights.formats import EXPORT_FORMATS, FORMATS_BY_SUFFIX, LORA_NAMINGS
 
 if TYPE_CHECKING:
     from radiance.weights.checkpoint import Checkpoint
+    from radiance.weights.lora import LoraWeights
 
 LORA_DTYPES = ("float32", "bfloat16", "float16")
 MAX_RANK = 65_536
@@ -23,7 +25,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--extract",
         metavar="BASE",
-        help="write the difference of MODEL and BASE as a LoRA (--to peft or kohya)",
+        help="write the difference of MODEL and BASE as a LoRA (--to peft, kohya or diffusers)",
     )
     parser.add_argument(
         "--rank",
@@ -31,6 +33,23 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
         default=32,
         help="rank of the extracted LoRA",
     )
+
+
+def is_lora_output(options: argparse.Namespace, target_format: str) -> bool:
+    """Return whether OUT is a LoRA; of diffusers, a model is a folder and a LoRA is a file."""
+    if target_format in LORA_NAMINGS and target_format in EXPORT_FORMATS:
+        return bool(options.extract) or options.out.suffix in FORMATS_BY_SUFFIX
+    return target_format in LORA_NAMINGS
+
+
+def read_lora(path: str, model: config.Model) -> LoraWeights:
+    """Read a LoRA file, and print what the user should know about it."""
+    from radiance.weights import lora_reading
+
+    result = lora_reading.read_lora(path, model)
+    for note in result.notes:
+        print(note)
+    return result
 
 
 def write_lora(options: argparse.Namespace, checkpoint: Checkpoint, naming: str, dtype: str) -> int:
@@ -104,7 +123,7 @@ def _rename_lora(
             f"--lora {path}:{strength:g}: renaming does not change the strength of a LoRA; give "
             "it where the LoRA is used."
         )
-    lora.write_lora(options.out, lora.read_lora(path, checkpoint.model), naming, dtype)
+    lora.write_lora(options.out, read_lora(path, checkpoint.model), naming, dtype)
     print(f"{path} is written to {options.out} with the names of {naming}.")
     return 0
 

@@ -218,7 +218,7 @@ def check_diffusers_support(model: config.Model) -> None:
         raise CheckpointError(
             "diffusers has no class for pixel models such as Radiance (its Chroma reads latents): "
             "use --to native, which ComfyUI and stable-diffusion.cpp open, or --to torch, a "
-            "self-contained PyTorch module."
+            "self-contained PyTorch module; for a LoRA, --to peft or kohya."
         )
     for name, value in SUPPORTED_SETTINGS.items():
         if getattr(model, name) != value:

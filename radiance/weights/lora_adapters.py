@@ -11,12 +11,14 @@ from jaxtyping import Float32
 from scipy.linalg import block_diag
 
 from radiance import config
+from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree, leaf_path
 from radiance.model.lora import LoraKernel
 from radiance.model.paths import count_inputs, is_block_matrix
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.weights import native
-from radiance.weights.lora import LoraPair, LoraWeights, check_lora_fits
+from radiance.weights.lora import LoraWeights, check_lora_fits
+from radiance.weights.lora_changes import LoraPair
 
 
 class LoraTarget(NamedTuple):
@@ -26,6 +28,23 @@ class LoraTarget(NamedTuple):
     native_shape: tuple[int, ...]
     down: Float32[np.ndarray, "rank in"]
     up: Float32[np.ndarray, "out rank"]  # times strength and scale
+
+
+def can_stay_unmerged(lora: LoraWeights) -> bool:
+    """Return True if a LoRA is smaller beside the weights than the weights themselves.
+
+    That is so if all its changes are pairs of low rank. The pairs of stacked blocks are padded to
+    the highest rank, so one rank in a file must not determine the memory of all blocks.
+
+    Args:
+        lora: The LoRA.
+    """
+    sources = native.native_layout(lora.model)[1]
+    return not lora.changes and all(
+        2 * len(pair.down) <= min(len(pair.up), pair.down.shape[1])
+        for module, pair in lora.pairs.items()
+        if is_block_matrix(sources[f"{module}.weight"].rule.slices[0].path)
+    )
 
 
 def apply_loras(
@@ -46,13 +65,18 @@ def apply_loras(
         The new parameter tree.
 
     Raises:
-        CheckpointError: A LoRA does not fit the model.
+        CheckpointError: A LoRA does not fit the model, or has changes that are no pairs.
         ValueError: `params` have LoRAs already.
     """
     # Collect the pairs of all LoRAs by native tensor, because a kernel takes one pair.
     scaled_pairs: dict[str, list[tuple[LoraPair, float]]] = {}
     for lora, strength in loras:
         check_lora_fits(lora, model)
+        if lora.changes:
+            raise CheckpointError(
+                f"{lora.origin} changes {next(iter(lora.changes))} by more than a pair of "
+                "matrices: merge it into the checkpoint (`merge_lora`)."
+            )
         for module, pair in lora.pairs.items():
             scaled_pairs.setdefault(f"{module}.weight", []).append((pair, strength))
 

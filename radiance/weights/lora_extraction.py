@@ -12,7 +12,8 @@ from radiance.model.paths import is_block_matrix
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint
 from radiance.weights.detect import MARKERS
-from radiance.weights.lora import LoraPair, LoraWeights
+from radiance.weights.lora import LoraWeights
+from radiance.weights.lora_changes import LoraPair
 from radiance.weights.tensors import DTYPES, cast_array
 
 # Changes of the approximator harm trained models; the pixel embedder works in float32 on pixels.

@@ -15,7 +15,7 @@ from radiance.model.lora import LoraKernel
 from radiance.model.paths import is_block_matrix
 from radiance.training.lora import attach_adapters, init_adapters, to_lora_weights
 from radiance.training.optimizer import make_optimizer
-from radiance.weights import checkpoint, lora
+from radiance.weights import checkpoint, lora, lora_reading
 from tests.helpers.toy_models import apply, gradients, toy_inputs, toy_model, toy_params
 from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
 
@@ -115,7 +115,7 @@ def test_the_exported_lora_equals_the_trained_one(target_modules, tmp_path):
     )
     merged = lora.merge_lora(
         checkpoint.checkpoint_from_params(MODEL, params, "toy"),
-        lora.read_lora(tmp_path / "lora.safetensors", MODEL),
+        lora_reading.read_lora(tmp_path / "lora.safetensors", MODEL),
     ).load_params()
     result = apply(MODEL, attach_adapters(params, adapters, settings), inputs)
     expected = np.asarray(apply(MODEL, merged, inputs))
@@ -184,7 +184,7 @@ def test_a_run_resumes_samples_and_exports(base, tmp_path, data_directory):
     )
     assert (
         load_trained_lora(complete.run_dir, complete).pairs.keys()
-        == lora.read_lora(tmp_path / "lora.safetensors", complete.model).pairs.keys()
+        == lora_reading.read_lora(tmp_path / "lora.safetensors", complete.model).pairs.keys()
     )
     assert open_model(tmp_path / "merged.safetensors").metadata["radiance.run"]
     pipelines = [

@@ -12,7 +12,8 @@ from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.model.lora import LoraKernel
 from radiance.model.quantized import QuantizedKernel
-from radiance.weights import checkpoint, lora
+from radiance.weights import checkpoint, lora, lora_reading
+from radiance.weights.convert import convert_checkpoint
 from radiance.weights.lora import LoraPair, LoraWeights
 from radiance.weights.lora_adapters import apply_loras
 from radiance.weights.lora_extraction import extract_lora
@@ -72,9 +73,8 @@ def test_opposite_strength_removes_the_lora(dtype, stored, result, bound):
         expected = result if name.removesuffix(".weight") in added.pairs else stored
         assert changed.dtypes[name] == expected
         before, after = base.get_tensor(name).astype(np.float32), back.get_tensor(name)
-        assert after.dtype == (
-            checkpoint.DTYPES["bfloat16"] if expected == "BF16" else np.dtype(dtype)
-        )
+        is_changed = name.removesuffix(".weight") in added.pairs
+        assert after.dtype == (np.float32 if is_changed else np.dtype(dtype))
         if before.size:
             # Each of the two roundings is relative to the sum.
             largest = max(
@@ -83,10 +83,38 @@ def test_opposite_strength_removes_the_lora(dtype, stored, result, bound):
             assert np.abs(after.astype(np.float32) - before).max() <= bound * largest, name
 
 
-def test_sum_that_its_type_cannot_hold_is_an_error():
+def test_sum_that_its_type_cannot_hold_is_an_error(tmp_path):
     base, added = make_checkpoint(dtype=np.float16, stored="F16")[0], toy_lora(size=1000.0)
     with pytest.raises(CheckpointError, match="float16 cannot hold"):
-        lora.merge_lora(base, added).get_tensor("txt_in.weight")
+        convert_checkpoint(lora.merge_lora(base, added), tmp_path / "merged.safetensors")
+
+
+def test_sum_that_is_not_finite_names_the_lora():
+    merged = lora.merge_lora(make_checkpoint()[0], toy_lora(size=1e10), 1e30)
+    with pytest.raises(CheckpointError, match=r"at strength 1e\+30 gives txt_in"):
+        merged.get_tensor("txt_in.weight")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", None])
+def test_merge_is_rounded_once(dtype, tmp_path):
+    """The values of two merges are those of float32, rounded to the written type."""
+    base, first, second = (
+        make_checkpoint(dtype=BF16, stored="BF16")[0],
+        toy_lora(),
+        toy_lora(seed=1),
+    )
+    path = tmp_path / "merged.safetensors"
+    merged = lora.merge_lora(lora.merge_lora(base, first, 0.3), second, -0.2)
+    report = convert_checkpoint(merged, path, dtype=dtype)
+    assert all(row.relative_error == 0 for row in report.rows.values()) == (dtype == "float32")
+    written = checkpoint.open_checkpoint(path)
+    for module in first.pairs:
+        name = f"{module}.weight"
+        exact = base.get_tensor(name).astype(np.float32)
+        for added, strength in ((first, 0.3), (second, -0.2)):
+            exact = exact + added.pairs[module].compute_delta(strength).reshape(exact.shape)
+        values = written.get_tensor(name)
+        np.testing.assert_array_equal(values, exact.astype(values.dtype), err_msg=name)
 
 
 # --- without merging ------------------------------------------------------------------------------
@@ -293,7 +321,7 @@ def test_selected_modules_are_extracted_but_never_the_approximator(tmp_path):
         "nerf_image_embedder.embedder.0.weight",
     } <= result.remaining_changes.keys()
     lora.write_lora(tmp_path / "lora.safetensors", result.lora, dtype="float32")
-    changed = lora.merge_lora(a, lora.read_lora(tmp_path / "lora.safetensors", MODEL))
+    changed = lora.merge_lora(a, lora_reading.read_lora(tmp_path / "lora.safetensors", MODEL))
     for module in expected:
         np.testing.assert_allclose(
             changed.get_tensor(f"{module}.weight"),

@@ -31,7 +31,7 @@ from radiance.text.hash_encoder import HashEncoder
 from radiance.text.t5_encoder import T5Encoder
 from radiance.text.tokenizers import open_tokenizer
 from radiance.weights import autoencoder as autoencoder_files
-from radiance.weights import lora
+from radiance.weights import lora, lora_reading
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
 from radiance.weights.inspect import inspect_file
@@ -72,7 +72,38 @@ def read_quantized(path: Path):
 
 
 def read_lora(path: Path):
-    lora.read_lora(path, LATENT)
+    lora_reading.read_lora(path, LATENT)
+
+
+def read_lora_folder(path: Path):
+    read_lora(path.parent)
+
+
+PEFT_CONFIG = json.dumps(
+    {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "use_rslora": True}
+    | {"rank_pattern": {}, "alpha_pattern": {"proj": 4, ".*qkv": 8.5, r"^a\.\d+": 1}}
+).encode()
+
+
+def lora_kinds() -> bytes:
+    """Return a LoRA file with changes of all kinds, and settings in its header."""
+    x = np.ones((8, 8), np.float32)
+    block = "double_blocks.0.img_attn"
+    tensors = {
+        f"lycoris_{block.replace('.', '_')}_qkv.lokr_w1": np.ones((24, 8), np.float32),
+        f"lycoris_{block.replace('.', '_')}_qkv.lokr_w2": x,
+        f"{block}.proj.hada_w1_a": np.ones((64, 2), np.float32),
+        f"{block}.proj.hada_w1_b": np.ones((2, 64), np.float32),
+        f"{block}.proj.hada_w2_a": np.ones((64, 2), np.float32),
+        f"{block}.proj.hada_w2_b": np.ones((2, 64), np.float32),
+        f"{block}.proj.dora_scale": np.ones((64, 1), np.float32),
+        f"{block}.proj.diff_b": np.ones(64, np.float32),
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": x.reshape(1, 64),
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": x.reshape(64, 1),
+        "text_encoder.q.lora_A.weight": x,
+    }
+    metadata = {"lora_adapter_metadata": PEFT_CONFIG.decode(), "ss_network_alpha": "4"}
+    return save(tensors, metadata)
 
 
 def read_t5(path: Path):
@@ -231,6 +262,8 @@ def files(tmp_path_factory) -> dict:
         0,
         read_lora,
     )
+    targets["lora kinds"] = ("x.safetensors", lora_kinds(), 0, read_lora)
+    targets["adapter_config.json"] = ("adapter_config.json", PEFT_CONFIG, 0, read_lora_folder)
     targets["tokenizer.json"] = (
         "tokenizer.json",
         tokenizer_json(folder / "spiece.model"),
@@ -265,6 +298,9 @@ def files(tmp_path_factory) -> dict:
         "cache": {"manifest.json": manifest},
         "manifest": {"00000-x.safetensors": shard},
         "config.json": {"diffusion_pytorch_model.safetensors": diffusers_file},
+        "adapter_config.json": {
+            "adapter_model.safetensors": (folder / "lora.safetensors").read_bytes()
+        },
     }
     return targets | {"beside": beside}
 
@@ -276,7 +312,8 @@ CHANGES = dict.fromkeys(
     ),
     mutate_header,
 )
-CHANGES |= dict.fromkeys(("tokenizer.json", "config.json"), mutate_json)
+CHANGES["lora kinds"] = mutate_header
+CHANGES |= dict.fromkeys(("tokenizer.json", "config.json", "adapter_config.json"), mutate_json)
 TARGETS = [
     "tensors",
     "native",
@@ -294,6 +331,8 @@ TARGETS = [
     "manifest",
     "tokenizer",
     "lora header",
+    "lora kinds",
+    "adapter_config.json",
     "tokenizer.json",
     "config.json",
     "int8",

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from radiance import config
 from radiance.base.errors import CheckpointError
-from radiance.weights import checkpoint, diffusers, lora, native
+from radiance.weights import checkpoint, lora, lora_reading
 from radiance.weights.formats import LORA_NAMINGS
 from radiance.weights.lora import LoraPair, LoraWeights
 from radiance.weights.lora_adapters import apply_loras
@@ -69,45 +69,7 @@ def test_naming_scheme_does_not_matter(naming, alpha, tmp_path):
                 [(), (1,)][len(tensors) % 2]
             )
     save_file(tensors, tmp_path / "lora.safetensors")
-    assert_equal_loras(lora.read_lora(tmp_path / "lora.safetensors", MODEL), expected)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(),
-        dict(head="linear", patch=1, channels=8),
-        dict(
-            head="linear",
-            patch=1,
-            channels=8,
-            modulation="per_block",
-            pooled_dim=5,
-            guidance_embed=True,
-            masking="off",
-        ),
-        dict(modulation="shared", head="nerf_linear"),
-        dict(double_blocks=12, single_blocks=12),
-    ],
-    ids=str,
-)
-def test_underscored_names_are_not_ambiguous(changes):
-    model = toy_model(**changes)
-    spellings = Counter()
-    for module in module_shapes(model):
-        try:
-            names = diffusers.to_diffusers_names(f"{module}.weight")
-        except KeyError:
-            names = ()
-        # `distilled_guidance_layer.in_proj` has the same name in both layouts.
-        spellings.update(
-            {
-                module.replace(".", "_"),
-                *(n.removesuffix(".weight").replace(".", "_") for n in names),
-            }
-        )
-    assert max(spellings.values()) == 1
-    assert lora._list_spellings(native.native_layout(model)[0]).keys() == spellings.keys()
+    assert_equal_loras(lora_reading.read_lora(tmp_path / "lora.safetensors", MODEL), expected)
 
 
 D, MLP = LATENT.hidden, LATENT.mlp_hidden
@@ -158,7 +120,7 @@ def test_diffusers_parts_become_one_module(down_key, up_key, tmp_path):
             )
         deltas[module][a:b] = (0.75 if i % 2 else 1) * up.astype(float) @ down
     save_file({k: np.asarray(v) for k, v in tensors.items()}, tmp_path / "lora.safetensors")
-    merged = lora.read_lora(tmp_path / "lora.safetensors", LATENT)
+    merged = lora_reading.read_lora(tmp_path / "lora.safetensors", LATENT)
     assert {m: len(pair.down) for m, pair in merged.pairs.items()} == ranks
     for module, pair in merged.pairs.items():
         np.testing.assert_allclose(pair.compute_delta(), deltas[module], rtol=1e-5, atol=1e-6)
@@ -168,19 +130,45 @@ def test_diffusers_parts_become_one_module(down_key, up_key, tmp_path):
 
 
 @pytest.mark.parametrize("model", [MODEL, LATENT], ids=["pixels", "latent"])
-@pytest.mark.parametrize("naming", lora.NAMING_SCHEMES)
+@pytest.mark.parametrize("naming", ["peft", "kohya"])
 def test_written_lora_is_read_back(naming, model, tmp_path):
     path, expected = tmp_path / "new" / "lora.safetensors", toy_lora(model)
     lora.write_lora(path, expected, naming, "float32")
-    assert_equal_loras(lora.read_lora(path, model), expected)
+    assert_equal_loras(lora_reading.read_lora(path, model), expected)
     lora.write_lora(path, expected, naming)
-    rounded = lora.read_lora(path, model)
+    rounded = lora_reading.read_lora(path, model)
     for module, pair in expected.pairs.items():
         np.testing.assert_array_equal(
             rounded.pairs[module].up, pair.up.astype(BF16).astype(np.float32)
         )
         assert rounded.pairs[module].scale == pytest.approx(pair.scale, rel=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_names_of_diffusers(tmp_path):
+    """Fused matrices are split into diffusers' modules, and come back as the same change."""
+    modules = [x for x in module_shapes(LATENT) if not x.startswith("distilled")]
+    path, expected = tmp_path / "lora.safetensors", toy_lora(LATENT, modules)
+    lora.write_lora(path, expected, "diffusers", "float32")
+    keys = load_file(path).keys()
+    assert all(key.startswith("transformer.") for key in keys)
+    for module in ("transformer_blocks.1.attn.add_k_proj", "single_transformer_blocks.2.proj_mlp"):
+        assert {f"transformer.{module}.{x}" for x in ("lora_A.weight", "alpha")} <= keys
+    read = lora_reading.read_lora(path, LATENT)
+    assert read.pairs.keys() == expected.pairs.keys()
+    for module, pair in expected.pairs.items():
+        np.testing.assert_allclose(
+            read.pairs[module].compute_delta(), pair.compute_delta(), rtol=1e-4, atol=1e-6
+        )
+    # A LoRA with separate ranks for the parts keeps them.
+    lora.write_lora(tmp_path / "again.safetensors", read, "diffusers", "float32")
+    again = load_file(tmp_path / "again.safetensors")
+    assert {k: x.shape for k, x in again.items()} == {
+        k: x.shape for k, x in load_file(path).items()
+    }
+    with pytest.raises(CheckpointError, match="no class for pixel models") as error:
+        lora.write_lora(path, toy_lora(), "diffusers")
+    read_message(error)
 
 
 def test_every_naming_scheme_can_be_requested():
@@ -217,7 +205,7 @@ def test_written_names(tmp_path):
         "lora_up.weight",
         "alpha",
     }
-    with pytest.raises(CheckpointError, match="choose one of peft, kohya") as error:
+    with pytest.raises(CheckpointError, match="choose one of peft, kohya, diffusers") as error:
         lora.write_lora(path, written, "onnx")
     read_message(error)
     with pytest.raises(CheckpointError, match="is a LoRA: give it as --lora"):
@@ -230,41 +218,21 @@ X = "double_blocks.0.img_attn.proj"
 A, B = f"{X}.lora_A.weight", f"{X}.lora_B.weight"
 GOOD = {A: np.ones((2, 48), np.float32), B: np.ones((48, 2), np.float32)}
 WRONG_FILES = {
-    "DoRA": (GOOD | {f"{X}.dora_scale": np.ones(48)}, rf"{X}\.dora_scale makes this file a DoRA"),
-    "DoRA of peft": (GOOD | {f"{X}.lora_magnitude_vector": np.ones(48)}, "DoRA"),
-    "LoHa": (
-        {f"lora_unet_{X.replace('.', '_')}.hada_w1_a": np.ones((2, 2))},
-        "hada_w1_a belongs to another kind.*extract the difference",
+    "another kind": (
+        GOOD | {f"{X}.oft_blocks": np.ones((2, 2, 2))},
+        rf"{X}.oft_blocks belongs to another kind of adapter \(OFT\).*extract the difference",
     ),
-    "LoKr": ({f"diffusion_model.{X}.lokr_w1": np.ones((2, 2))}, "lokr_w1 belongs to another kind"),
-    "LoCon's middle": (
-        GOOD | {f"{X}.lora_mid.weight": np.ones((2, 2, 3, 3))},
-        "lora_mid.weight belongs to another kind",
+    "text encoder alone": (
+        {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))},
+        "holds nothing for this model .1 for text encoders.: choose the model",
     ),
-    "text encoder of kohya": (
-        GOOD | {"lora_te1_encoder_q.lora_down.weight": np.ones((2, 4))},
-        "lora_te1_encoder_q.*not applied",
-    ),
-    "text encoder of diffusers": (
-        GOOD | {"text_encoder.q.lora_A.weight": np.ones((2, 4))},
-        "text_encoder.q.*not applied",
-    ),
-    "a trained norm": (
-        GOOD | {"double_blocks.0.img_attn.norm.query_norm.scale": np.ones(24)},
-        "query_norm.scale is not part of a LoRA",
-    ),
-    "fused parts": (
-        GOOD | {"double_blocks.0.img_attn.qkv.lora.lora_As": np.ones((6, 48))},
-        "lora_As is not part of a LoRA",
-    ),
-    "full difference": (GOOD | {f"{X}.diff_b": np.ones(48)}, "diff_b is not part"),
     "another model": (
-        GOOD | {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))},
-        r"blocks\.7.*does not have",
+        {"diffusion_model.double_blocks.7.img_attn.proj.lora_A.weight": np.ones((2, 48))},
+        "holds nothing for this model .1 for modules that this model does not have",
     ),
-    "FLUX": (
-        GOOD | {"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": np.ones((2, 48))},
-        "img_mod_lin.*does not have: choose the model",
+    "a quantized model": (
+        GOOD | {"transformer_blocks.0.attn.to_qkv.qweight": np.ones((4, 2))},
+        "is quantized",
     ),
     "no up matrix": ({A: GOOD[A]}, rf"{A} without the up matrix"),
     "no down matrix": (
@@ -296,16 +264,18 @@ WRONG_FILES = {
     "infinite": (GOOD | {f"{X}.alpha": np.array(np.inf)}, "alpha holds values that are not finite"),
     "two adapters": (
         GOOD | {f"diffusion_model.{X}.lora_A.weight": GOOD[A]},
-        "same matrix of one pair",
+        "same part of one change",
     ),
     "module and its parts": (
         {
             "double_blocks.0.img_attn.qkv.lora_A": np.ones((1, 48)),
+            "double_blocks.0.img_attn.qkv.lora_B": np.ones((144, 1)),
             "transformer_blocks.0.attn.to_q.lora_A": np.ones((1, 48)),
+            "transformer_blocks.0.attn.to_q.lora_B": np.ones((48, 1)),
         },
         "both as a whole and in parts",
     ),
-    "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "txt_in.weight is not part of a LoRA"),
+    "a checkpoint": ({"txt_in.weight": np.ones((48, 32))}, "is no LoRA: txt_in.weight is not part"),
     "nothing": ({}, "no tensors"),
 }
 
@@ -317,7 +287,7 @@ def test_wrong_file_is_an_error(case, tmp_path):
         {k: np.asarray(v, np.float32) for k, v in tensors.items()}, tmp_path / "lora.safetensors"
     )
     with pytest.raises(CheckpointError, match=expected) as error:
-        lora.read_lora(tmp_path / "lora.safetensors", MODEL)
+        lora_reading.read_lora(tmp_path / "lora.safetensors", MODEL)
     assert str(tmp_path / "lora.safetensors") in read_message(error)
 
 
@@ -325,7 +295,7 @@ def test_one_by_one_convolutions_are_linear(tmp_path):
     tensors = {A: GOOD[A].reshape(2, 48, 1, 1), B: GOOD[B].reshape(48, 2, 1, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
     assert_equal_loras(
-        lora.read_lora(tmp_path / "lora.safetensors", MODEL),
+        lora_reading.read_lora(tmp_path / "lora.safetensors", MODEL),
         LoraWeights(MODEL, {X: LoraPair(GOOD[A], GOOD[B])}),
     )
 
