@@ -830,7 +830,7 @@ def add_lora(model: Transformer, path: str | Path, strength: float = 1.0) -> Non
         module = key.removesuffix(".lora_A.weight")
         down = tensors.pop(key).flatten(1)
         up = tensors.pop(f"{module}.lora_B.weight", torch.empty(0, 0)).flatten(1)
-        scale = tensors.pop(f"{module}.alpha", torch.tensor(float(len(down)))) / len(down)
+        alpha = tensors.pop(f"{module}.alpha", None)
         weight = weights.get(f"{module.removeprefix('diffusion_model.')}.weight")
         if (
             weight is None
@@ -841,7 +841,12 @@ def add_lora(model: Transformer, path: str | Path, strength: float = 1.0) -> Non
                 f"{path}: {key} and its lora_B do not fit this model: "
                 "the LoRA is for another model, or the file is incomplete."
             )
-        pairs[weight] = (down, up, strength * scale)
+        if alpha is None:  # it may be in the header, or in another file
+            raise ValueError(
+                f"{path}: {key} has no alpha beside it, which determines the strength: write the "
+                "file with `radiance convert --to peft`."
+            )
+        pairs[weight] = (down, up, strength * alpha / len(down))
     if tensors or not pairs:
         raise ValueError(
             f"{path} is not a LoRA with PEFT's names ({next(iter(tensors), 'it is empty')}): "
