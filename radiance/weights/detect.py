@@ -15,8 +15,10 @@ MODEL_KEY = "radiance.model"  # of the metadata
 # Empty tensors by which readers recognize a variant, and the setting that each determines.
 MARKERS = {"__x0__": "prediction", "__32x32__": "patch", "__sequential__": "text_ids"}
 SIGNATURE_TENSOR = "txt_in.weight"  # every checkpoint with native names has it
+LORA_DESCRIPTION = "a LoRA: give it as --lora, or merge it with radiance convert --lora"
 # Substrings of tensor names, and the kind of file that contains them.
 OTHER_FILE_KINDS = (
+    *((name, LORA_DESCRIPTION) for name in ("lora_", ".lora.", "_lora.", "hada_w", "lokr_w")),
     (
         "dec_net.",
         "a Zeta-Chroma checkpoint: Chroma's successor uses another network (Z-Image), which is not "
@@ -26,9 +28,6 @@ OTHER_FILE_KINDS = (
     ("SelfAttention.q.", "a T5 text encoder: give it as --text-encoder"),
     ("enc.blk.0.", "a T5 text encoder: give it as --text-encoder"),
     ("decoder.conv_in.", "an autoencoder: give it as --autoencoder"),
-    ("hada_w", "a LyCORIS adapter: give it as --lora"),
-    ("lokr_w", "a LyCORIS adapter: give it as --lora"),
-    ("lora_", "a LoRA: give it as --lora, or merge it with radiance convert --lora"),
     ("text_model.encoder.layers.", "a CLIP text encoder, which Chroma does not read"),
     ("vision_model.encoder.layers.", "a CLIP image encoder"),
     ("self_attn.q_proj.", "a language model"),

@@ -12,7 +12,13 @@ from radiance.base.tables import format_table
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.conversion_report import find_network_part
-from radiance.weights.detect import MODEL_KEY, OTHER_FILE_KINDS, SIGNATURE_TENSOR
+from radiance.weights.detect import (
+    LORA_DESCRIPTION,
+    MODEL_KEY,
+    OTHER_FILE_KINDS,
+    SIGNATURE_TENSOR,
+)
+from radiance.weights.lora_description import describe_lora
 from radiance.weights.opening import open_any_tensors
 from radiance.weights.tensors import Tensors, TensorShapes
 
@@ -33,7 +39,7 @@ def inspect_file(path: str | Path) -> str:
         return _describe_tensors(file, f"{file.path} {file.problem}, which is not supported.")
     has_native_names = any(name.endswith(SIGNATURE_TENSOR) for name in file.shapes)
     if not has_native_names and not diffusers.has_diffusers_names(file.shapes):
-        return _describe_tensors(file, f"{file.path} is {_describe_other_file(file)}.")
+        return _describe_tensors(file, _describe_other_file(file))
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:  # the file is whole, but not a model that can be converted
@@ -61,11 +67,14 @@ def inspect_model(model: config.Model) -> str:
 
 
 def _describe_other_file(file: Tensors) -> str:
-    """Return the kind of a file that is no checkpoint of ours."""
+    """Return the kind of a file that is no checkpoint of ours; of a LoRA also what it holds."""
     for pattern, description in OTHER_FILE_KINDS:
         if any(pattern in name for name in file.shapes):
-            return description.partition(":")[0]
-    return "not a known model"
+            lines = [f"{file.path} is {description.partition(':')[0]}."]
+            return "\n".join(
+                lines + (describe_lora(file) if description == LORA_DESCRIPTION else [])
+            )
+    return f"{file.path} is not a known model."
 
 
 def _describe_model(model: config.Model) -> str:

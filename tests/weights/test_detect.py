@@ -118,7 +118,7 @@ def test_a_checkpoint_without_an_essential_tensor_is_incomplete():
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
         "model.diffusion_model.input_blocks.0.0.weight": "a Stable Diffusion checkpoint",
         "transformer_blocks.0.attn.to_q.weight": "not Chroma's",
-        "lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": "LyCORIS",
+        "lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": "is a LoRA",
         "text_model.encoder.layers.0.self_attn.q_proj.weight": "CLIP",
         "model.layers.0.self_attn.q_proj.weight": "a language model",
         "double_stream_modulation_img.lin.weight": "FLUX.2",

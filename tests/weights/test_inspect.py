@@ -73,6 +73,9 @@ def test_long_metadata_values_are_cut(tmp_path):
         ({"dec_net.cond_embed.weight": np.ones((2, 2), np.float32)}, "Zeta-Chroma"),
         ({"conv.weight": np.ones((2, 2), np.float32)}, "not a known model."),
         ({"x.lora_A.weight": np.ones((2, 2), np.float32)}, "a LoRA."),
+        ({"x.lora.down.weight": np.ones((2, 2), np.float32)}, "a LoRA."),
+        ({"lora_te1_SelfAttention.q.hada_w1_a": np.ones((2, 2), np.float32)}, "a LoRA."),
+        ({"x.lokr_w1": np.ones((2, 2), np.float32)}, "a LoRA."),
     ],
 )
 def test_files_of_other_kinds_are_described(tensors, kind, tmp_path):
@@ -81,6 +84,32 @@ def test_files_of_other_kinds_are_described(tensors, kind, tmp_path):
     assert kind in text
     assert "total" in text
     assert f"{sum(x.size for x in tensors.values()):,}" in text
+
+
+def test_lora_is_described(tmp_path):
+    a, b = np.ones((4, 8), np.float32), np.ones((8, 4), np.float32)
+    tensors = {
+        "transformer.x.lora_A.weight": a,
+        "transformer.x.lora_B.weight": b,
+        "transformer.y.lora_A.weight": a[:2],
+        "transformer.y.lora_B.weight": b[:, :2],
+        "transformer.y.dora_scale": b[:, :1],
+        "lycoris_z.lokr_w1": a,
+        "lycoris_z.lokr_w2": a,
+        "lora_te1_q.lora_down.weight": a,
+        "strange": a,
+    }
+    path, metadata = tmp_path / "x.safetensors", {"ss_network_alpha": "16"}
+    save_file({key: x.copy() for key, x in tensors.items()}, path, metadata)
+    lines = inspect_file(path).splitlines()
+    assert lines[:4] == [
+        f"{path} is a LoRA.",
+        "modules: 1 LoKr, 1 LoRA, 1 DoRA; ranks: 2, 4",
+        "for other networks: 1 text encoders, 1 unknown tensors",
+        "alpha of modules without a tensor of it: 16",
+    ]
+    save_file({"x.lora_A.weight": a}, path, {"lora_alpha": "?"})
+    assert "lora_alpha='?', which is no finite number" in inspect_file(path)
 
 
 def test_a_damaged_file_is_rejected(tmp_path):
