@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from radiance.weights import checkpoint, diffusers
+from radiance.weights import checkpoint, diffusers, lora
 from radiance.weights.convert import convert_checkpoint
 from radiance.weights.tensors import concatenated_shape
 from tests.helpers.toy_files import LATENT, published, save, stored
+from tests.helpers.toy_loras import module_shapes, toy_lora
 from tests.helpers.toy_models import apply, toy_inputs
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -125,6 +126,28 @@ def test_from_single_file_loads_our_native_file(native_file, tmp_path, monkeypat
         compute_our_output(exported), compute_diffusers_output(transformer)
     )
     print(f"from_single_file: {difference:.1e}")
+    assert difference < BOUND
+
+
+def test_loras_are_applied(native_file, tmp_path):
+    """Every pair that we write arrives, also those of queries, keys and values, at our scale."""
+    pytest.importorskip("peft", reason="diffusers needs PEFT for LoRAs")
+    base = checkpoint.open_checkpoint(native_file)
+    modules = list(module_shapes(LATENT, blocks_only=True))
+    added = toy_lora(LATENT, modules)
+    path = tmp_path / "lora.safetensors"
+    lora.write_lora(path, added, "diffusers", "float32")
+    transformer = diffusers_package.ChromaTransformer2DModel.from_pretrained(
+        write_folder(native_file, tmp_path / "folder")
+    )
+    pipeline = diffusers_package.ChromaPipeline
+    tensors, alphas = pipeline.lora_state_dict(path, return_alphas=True)
+    pipeline.load_lora_into_transformer(tensors, alphas, transformer)
+    convert_checkpoint(lora.merge_lora(base, added), tmp_path / "merged.safetensors")
+    difference = relative_difference(
+        compute_our_output(tmp_path / "merged.safetensors"), compute_diffusers_output(transformer)
+    )
+    print(f"LoRA: {difference:.1e}")
     assert difference < BOUND
 
 
