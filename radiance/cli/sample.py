@@ -310,7 +310,7 @@ def _load_pixels(
 ) -> np.ndarray:
     """Return the 8-bit pixels of an image file, scaled and cropped to `size` if given."""
     from radiance.base.images import resize_and_crop
-    from radiance.data.decode import UnusableError
+    from radiance.data.unusable import UnusableError
 
     try:
         image = decode(read_option_file(path)).convert("RGB")

@@ -10,7 +10,7 @@ import posixpath
 import unicodedata
 from collections.abc import Sequence
 
-from radiance.data.decode import UnusableError
+from radiance.data.unusable import UnusableError
 
 FILE_PROTOCOL = "file"
 

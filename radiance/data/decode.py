@@ -5,29 +5,27 @@ bounds the cost of decoding it.
 """
 
 import errno
-import functools
 import io
 import logging
 import re
-import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageCms, features
+from PIL import ExifTags, Image, features
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from radiance.data import png
+from radiance.data.colors import DECODE_ERRORS, MAX_PROFILE_BYTES, split_alpha, to_rgb, to_srgb
+from radiance.data.unusable import UnusableError
 
 MAX_PIXELS = 89_478_485  # above this, Pillow suspects a decompression bomb
 MAX_SLOW_PIXELS = 2**24  # of formats that Pillow decodes in Python
 MAX_FILE_BYTES = 2**30  # an uncompressed image of MAX_PIXELS pixels takes up to 0.7 GB
-MAX_PROFILE_BYTES = 4 * 2**20  # the profiles of printing presses take one or two million bytes
 MAX_SCANS = 20  # scans of a JPEG of MAX_PIXELS pixels; a smaller one may have more
 # Formats that Pillow opens and that are not images. Formats are recognized by content, not by name.
 EXCLUDED_FORMATS = frozenset(
@@ -42,23 +40,6 @@ EXCLUDED_FORMATS = frozenset(
 # Formats whose further frames are previews, layers or pages: the first frame is the image.
 STILL_FORMATS = ("MPO", "PSD", "TIFF")
 SLOW_FORMATS = ("QOI",)
-# Errors that Pillow raises for broken files.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    ImageCms.PyCMSError,
-)
 ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,27 +50,8 @@ ORIENTATION_TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 OPTIONAL_CODECS = ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")
-# Color space that an ICC profile must have to apply to pixels of a mode.
-PROFILE_COLOR_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
-
 Image.init()  # register all formats, not only the most common ones
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # print nothing about broken files
-
-
-class UnusableError(Exception):
-    """An image that cannot be used.
-
-    Args:
-        kind: Reason in a few words, under which the image is counted.
-        detail: Details of this image.
-
-    Attributes:
-        address: Path or URL of the file, which may become usable as it is; empty if not known.
-    """
-
-    def __init__(self, kind: str, detail: object = ""):
-        super().__init__(f"{kind} ({detail})" if str(detail) else kind)
-        self.kind, self.address = kind, ""
 
 
 def decoder_version() -> str:
@@ -150,7 +112,7 @@ def decode_image(
             cover_size = cover_size[1], cover_size[0]
         with _translate_decode_errors():
             image = _load_pixels(image, content, cover_size)
-            rgb_image = _to_rgb(image, profile, background)
+            rgb_image = to_rgb(image, profile, background)
     if orientation in ORIENTATION_TRANSPOSES:
         return rgb_image.transpose(ORIENTATION_TRANSPOSES[orientation])
     return rgb_image
@@ -176,8 +138,8 @@ def decode_mask(content: bytes) -> Image.Image:
         image = _open_image(io.BytesIO(content), header_only=False)
         orientation, profile = _read_orientation(image), image.info.get("icc_profile")
         with _translate_decode_errors():
-            colors, alpha = _split_alpha(_load_pixels(image, content, None))
-            mask = _to_srgb(colors, profile).convert("L")
+            colors, alpha = split_alpha(_load_pixels(image, content, None))
+            mask = to_srgb(colors, profile).convert("L")
     if alpha is not None and alpha.getextrema() != (255, 255):
         visible_levels = np.asarray(mask)[np.asarray(alpha) > 0]
         if len(visible_levels) and visible_levels.min() != visible_levels.max():
@@ -344,116 +306,3 @@ def _request_draft(
             image.draft(image.mode, (width, height))
             return 0, 0, width, height
     return None
-
-
-# --- colors ---------------------------------------------------------------------------------------
-
-
-def _to_rgb(
-    image: Image.Image, profile: bytes | None, background: tuple[int, int, int]
-) -> Image.Image:
-    """Convert to sRGB, then composite over the background, which is sRGB already."""
-    colors, alpha = _split_alpha(image)
-    colors = _to_srgb(colors, profile)
-    colors.info = {}
-    if alpha is None:
-        return colors
-    canvas = Image.new("RGB", colors.size, background)
-    canvas.paste(colors, mask=alpha)
-    return canvas
-
-
-def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colors in mode L, RGB, CMYK or LAB, and the opacity of each pixel."""
-    mode, transparency = image.mode, image.info.get("transparency")
-    if mode in ("I", "F") or mode.startswith("I;16"):
-        values = np.asarray(image)
-        alpha = None
-        if isinstance(transparency, int):
-            alpha = Image.fromarray(np.where(values == transparency, 0, 255).astype(np.uint8))
-        return _scale_to_8_bits(values), alpha
-    if mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
-        # A transparent color of 16 bits; Pillow keeps the upper 8 bits of the pixels.
-        image.info["transparency"] = tuple(value >> 8 for value in transparency)
-    if image.has_transparency_data:
-        is_gray = mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if is_gray else "RGBA")
-        return image.convert("L" if is_gray else "RGB"), image.getchannel("A")
-    if mode in ("L", "RGB", "CMYK", "LAB"):
-        return image, None
-    return image.convert("L" if mode == "1" else "RGB"), None
-
-
-def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
-    """Scale gray levels of more than 8 bits to 8 bits.
-
-    For 32-bit integers and floats, no file states which level is white. It is taken as the lowest
-    common white level that no pixel exceeds.
-    """
-    if values.dtype.kind == "f":
-        white_levels = (1, 255, 65535)
-    else:
-        white_levels = (65535, 2**31 - 1) if values.dtype.itemsize == 4 else (65535,)
-    darkest, brightest = values.min(), values.max()
-    white_level = next((level for level in white_levels if brightest <= level), None)
-    if white_level is None or not darkest >= 0:
-        raise UnusableError("unknown range of gray levels", f"{darkest} to {brightest}")
-    scale = np.float32(255 / white_level)
-    return Image.fromarray(np.rint(values * scale).astype(np.uint8))
-
-
-def _to_srgb(colors: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert colors to mode RGB with their profile."""
-    if colors.mode == "LAB":
-        transform = _make_srgb_transform(None, "LAB")
-    elif isinstance(profile, bytes) and len(profile) <= MAX_PROFILE_BYTES:
-        transform = _make_srgb_transform(profile, colors.mode)
-    else:
-        transform = None
-    if transform:
-        return transform.apply(colors)
-    return colors if colors.mode == "RGB" else colors.convert("RGB")  # "RGB" would be copied
-
-
-@functools.lru_cache(64)
-def _make_srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform from a profile to sRGB.
-
-    Args:
-        profile: ICC profile; None for CIELAB.
-        mode: Mode of the pixels.
-
-    Returns:
-        The transform; None if it would change nothing or the profile cannot be used.
-    """
-    srgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    try:
-        source_profile = ImageCms.ImageCmsProfile(
-            io.BytesIO(profile) if profile else ImageCms.createProfile("LAB")
-        )
-        if profile and source_profile.profile.xcolor_space != PROFILE_COLOR_SPACES[mode]:
-            return None
-        transform = ImageCms.ImageCmsTransform(
-            source_profile,
-            srgb_profile,
-            mode,
-            "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except DECODE_ERRORS:
-        return None
-    return None if mode in ("L", "RGB") and _is_identity(transform, mode) else transform
-
-
-def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return True if a transform changes no color by more than 1: its profile is sRGB."""
-    levels = np.arange(0, 256, 15, dtype=np.uint8)
-    if mode == "L":
-        samples = levels[None]
-    else:
-        samples = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
-    sample_image = Image.fromarray(samples)
-    converted = np.asarray(transform.apply(sample_image), np.int16)
-    unconverted = np.asarray(sample_image.convert("RGB"), np.int16)
-    return bool(np.abs(converted - unconverted).max() <= 1)

@@ -10,9 +10,9 @@ from radiance import config
 from radiance.base.images import resize_and_crop
 from radiance.base.random import RandomStream, make_rng
 from radiance.data.captions import has_direction_words, sample_caption
-from radiance.data.decode import UnusableError
 from radiance.data.sampler import NO_IMAGE, BatchSampler
 from radiance.data.source import Source
+from radiance.data.unusable import UnusableError
 
 
 class Augmentation(NamedTuple):

@@ -38,7 +38,7 @@ import numpy as np
 from radiance.base.errors import DataError
 from radiance.data import storage
 from radiance.data.addresses import is_remote
-from radiance.data.decode import UnusableError, decoder_version
+from radiance.data.decode import decoder_version
 from radiance.data.listing import (
     CHUNK_SIZE,
     IndexRecord,
@@ -47,6 +47,7 @@ from radiance.data.listing import (
     compute_split_hash,
     map_in_threads,
 )
+from radiance.data.unusable import UnusableError
 
 METADATA_DTYPE = np.dtype(
     [

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from radiance.data.decode import MAX_FILE_BYTES, UnusableError, read_image_size
+from radiance.data.decode import MAX_FILE_BYTES, read_image_size
+from radiance.data.unusable import UnusableError
 
 TRAIN_HASH = 2**64 - 1  # the split hash of an image that its dataset puts into the training split
 CHUNK_SIZE = 256  # images that a thread processes at once

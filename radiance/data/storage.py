@@ -27,7 +27,8 @@ from fsspec.spec import AbstractBufferedFile
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.addresses import from_local_path, is_remote
-from radiance.data.decode import MAX_FILE_BYTES, UnusableError
+from radiance.data.decode import MAX_FILE_BYTES
+from radiance.data.unusable import UnusableError
 
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)  # seconds between attempts
 HEADER_BLOCK_SIZE = 2**16  # bytes of a remote file that are requested at once to read its header

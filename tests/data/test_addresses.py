@@ -19,11 +19,11 @@ from radiance.data.addresses import (
     resolve_filename,
 )
 from radiance.data.datasets import open_source
-from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord
 from radiance.data.sources.folder import FolderListing
 from radiance.data.sources.jsonl import JsonlListing
 from radiance.data.sources.records import read_header_at
+from radiance.data.unusable import UnusableError
 from tests.helpers.toy_folders import save
 from tests.helpers.toy_shards import toy_image
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from radiance import config
 from radiance.base.errors import DataError
-from radiance.data import decode
 from radiance.data.batches import (
     Batches,
     encode_captions,
@@ -18,6 +17,7 @@ from radiance.data.batches import (
 )
 from radiance.data.datasets import describe_source, open_source
 from radiance.data.source import Span
+from radiance.data.unusable import UnusableError
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_runs import toy_run
 
@@ -47,7 +47,7 @@ class BrokenSource(IndexSource):
     """Images that cannot be decoded."""
 
     def load_image(self, index, cover_size=None):
-        raise decode.UnusableError("truncated")
+        raise UnusableError("truncated")
 
     def name(self, index):
         return f"{index}.png"

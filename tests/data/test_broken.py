@@ -14,7 +14,7 @@ from radiance.base.errors import DataError
 from radiance.base.images import to_array
 from radiance.data.batches import Batches, make_validation_batches
 from radiance.data.datasets import open_source
-from radiance.data.decode import UnusableError
+from radiance.data.unusable import UnusableError
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_folders import fill, first_pixels, open_folder, save, settings
 from tests.helpers.toy_runs import PLAIN, toy_run, train
@@ -184,5 +184,5 @@ def test_a_run_records_its_data_and_resumes_only_on_the_same(tmp_path):
     )
     assert train(moved) == 3
     save(tmp_path / "moved" / "new.png", "a new one")
-    with pytest.raises(config.ConfigError, match="other data"):
+    with pytest.raises(config.ConfigError, match=r"data\.train\.count was 33, now 34"):
         train(moved)

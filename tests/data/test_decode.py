@@ -14,16 +14,16 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from radiance.base.images import to_array, to_image
+from radiance.data.colors import MAX_PROFILE_BYTES
 from radiance.data.decode import (
     MAX_PIXELS,
-    MAX_PROFILE_BYTES,
     MAX_SLOW_PIXELS,
     ORIENTATION_TRANSPOSES,
-    UnusableError,
     decode_image,
     decode_mask,
     read_image_size,
 )
+from radiance.data.unusable import UnusableError
 from tests.helpers.toy_runs import output_of
 
 RNG = np.random.default_rng(0)

@@ -21,12 +21,13 @@ from PIL import Image, features
 
 from radiance.base.errors import RadianceError
 from radiance.config.data import PROTOCOLS
-from radiance.data.decode import UnusableError, decode_image, decode_mask
+from radiance.data.decode import decode_image, decode_mask
 from radiance.data.listing import IndexRecord, read_image_header
 from radiance.data.sources.folder import FolderListing
 from radiance.data.sources.jsonl import JsonlListing
 from radiance.data.sources.parquet import ParquetListing
 from radiance.data.sources.tar import TarListing
+from radiance.data.unusable import UnusableError
 from tests.helpers.toy_shards import tar_sample, toy_image, write_parquet, write_tar
 
 NUM_INPUTS = int(os.environ.get("RADIANCE_FUZZ", "2000"))

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Real, UInt8, UInt64
 from PIL import Image
 
-from radiance.data.decode import UnusableError
 from radiance.data.listing import map_in_threads
 from radiance.data.source import Source
+from radiance.data.unusable import UnusableError
 
 LUMA_SIZE = 32  # pixels
 NUM_FREQUENCIES = 8  # along each axis

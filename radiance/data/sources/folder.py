@@ -42,6 +42,7 @@ from radiance.data.sources.records import (
     translate_file_errors,
 )
 from radiance.data.storage import FileInfo
+from radiance.data.unusable import UnusableError
 
 IMAGE_SUFFIXES = frozenset(
     suffix
@@ -137,7 +138,7 @@ class FolderListing:
                         continue
                     try:
                         entry = parse_entry(line)
-                    except decode.UnusableError:
+                    except UnusableError:
                         bad_lines.append(f"{file.name}:{line_number}")
                         continue
                     name = posixpath.normpath(posixpath.join(folder, entry.filename))

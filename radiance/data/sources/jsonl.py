@@ -35,6 +35,7 @@ from radiance.data.sources.records import (
     read_header_at,
     translate_file_errors,
 )
+from radiance.data.unusable import UnusableError
 
 
 class JsonlListing:
@@ -98,7 +99,7 @@ class JsonlListing:
         line_number, line = numbered_line
         try:
             entry = parse_entry(line)
-        except decode.UnusableError:
+        except UnusableError:
             return Unusable(f"line {line_number}", "bad line")
         name = entry.filename
         if not is_remote(name):
@@ -115,7 +116,7 @@ class JsonlListing:
         """Return the state of a local file; to compare those of remote files takes too long."""
         try:
             address = self.address(filename)
-        except decode.UnusableError:
+        except UnusableError:
             return ""
         return "" if is_remote(address) else storage.get_file_state(address)
 
@@ -126,5 +127,5 @@ class JsonlListing:
         if not (width and height):
             width, height, content_hash = read_header_at(address)
         if width * height > decode.MAX_PIXELS:
-            raise decode.UnusableError("too large")
+            raise UnusableError("too large")
         return width, height, content_hash

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 from radiance import config
 from radiance.base.errors import DataError, OutputError
 from radiance.base.files import require_space
-from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
 from radiance.data.sources.records import Annotation, make_record, parse_annotation
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard
+from radiance.data.unusable import UnusableError
 
 ROWS_PER_BATCH = 64  # rows that are decoded at once
 MAX_BATCH_BYTES = 2**30  # the same in bytes, if every row repeats the longest value

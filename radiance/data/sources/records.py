@@ -11,8 +11,8 @@ import numpy as np
 from radiance.base.errors import TextError
 from radiance.base.text_files import check_text, decode_text, split_lines
 from radiance.data import storage
-from radiance.data.decode import UnusableError
 from radiance.data.listing import IndexRecord, Unusable, read_image_header
+from radiance.data.unusable import UnusableError
 
 # Fields that may hold the captions. The first one that is not empty counts.
 CAPTION_FIELDS = ("caption_or_tags", "text", "caption")

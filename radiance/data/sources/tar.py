@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from radiance.base.errors import DataError
-from radiance.data.decode import UnusableError
 from radiance.data.listing import (
     IndexRecord,
     Unusable,
@@ -37,6 +36,7 @@ from radiance.data.sources.records import (
     parse_json_object,
 )
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard, read_range
+from radiance.data.unusable import UnusableError
 
 # First bytes of compressed files, and the tool that unpacks them.
 COMPRESSION_TOOLS = {

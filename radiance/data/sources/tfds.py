@@ -23,7 +23,6 @@ from radiance.base.errors import DataError, TextError
 from radiance.base.settings import suggest_name
 from radiance.base.text_files import decode_text
 from radiance.config import ConfigError
-from radiance.data.decode import UnusableError
 from radiance.data.listing import (
     TRAIN_HASH,
     IndexRecord,
@@ -33,6 +32,7 @@ from radiance.data.listing import (
 )
 from radiance.data.sources.records import Annotation, make_record
 from radiance.data.sources.tfds_preparation import FILE_FORMAT
+from radiance.data.unusable import UnusableError
 
 TEXTS = "texts or class labels"
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, DecodeError)

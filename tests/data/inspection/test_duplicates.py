@@ -8,7 +8,6 @@ import pytest
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from radiance.data.decode import UnusableError
 from radiance.data.inspection.duplicates import (
     DEFAULT_DISTANCE,
     MAX_DISTANCE,
@@ -21,6 +20,7 @@ from radiance.data.inspection.duplicates import (
     hash_source,
     keep_mask,
 )
+from radiance.data.unusable import UnusableError
 
 PHOTOGRAPHS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 

@@ -14,9 +14,9 @@ from radiance.base.errors import DataError
 from radiance.data import storage
 from radiance.data.batches import Batches
 from radiance.data.datasets import open_source
-from radiance.data.decode import UnusableError
 from radiance.data.sources.folder import FolderListing
 from radiance.data.sources.jsonl import JsonlListing
+from radiance.data.unusable import UnusableError
 from radiance.text.hash_encoder import HashEncoder
 
 
