@@ -325,8 +325,8 @@ class Pipeline:
         )
         batch_size = min(settings.batch_size, len(prompts))
         for first in range(0, len(prompts), batch_size):
-            indices = np.arange(first, first + batch_size)
-            indices = np.minimum(indices, len(prompts) - 1).tolist()  # pads the last batch
+            last = len(prompts) - 1  # pads the last batch
+            indices = [min(index, last) for index in range(first, first + batch_size)]
             batch_prompts = [prompts[index] for index in indices]
             batch_seeds = [seeds[index] for index in indices]
             samples = sample(batch_prompts, batch_seeds, return_trajectory=return_trajectory)

@@ -4,6 +4,7 @@ Messages are one line of printable characters, because names in them come from u
 """
 
 import argparse
+import io
 import os
 import platform
 import select
@@ -41,7 +42,7 @@ def tolerate_any_text():
     These are × in code page 1252, for example, and bytes of file names that are not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
