@@ -22,8 +22,8 @@ from radiance import config as c
 from radiance.base.images import make_contact_sheet, resize_and_crop, save_png
 from radiance.cli import main as radiance
 from radiance.data.datasets import open_source
-from radiance.data.unusable import UnusableError
 from radiance.data.sampler import BatchSampler
+from radiance.data.unusable import UnusableError
 from radiance.loading import load
 
 CAPTIONS = {

@@ -19,7 +19,6 @@ from radiance.base.images import to_image
 from radiance.base.text_files import check_text, quote_text, replace_invalid
 from radiance.distributed.sharding import gather_array
 from radiance.flow.finiteness import describe_nonfinite, find_nonfinite_row
-from radiance.flow.guidance import TextCondition
 from radiance.flow.inpainting import InitImage
 from radiance.flow.sampler import compute_modulations, generate_images
 from radiance.flow.schedules import compute_step_lengths, make_time_schedule
@@ -362,10 +361,7 @@ class Pipeline:
                 self._network,
                 np.array(seeds, np.uint32),
                 positive,
-                TextCondition(
-                    np.repeat(negative.text, len(prompts), axis=0),
-                    np.repeat(negative.lengths, len(prompts)),
-                ),
+                jax.tree.map(lambda x: np.repeat(x, len(prompts), axis=0), negative),
                 model=self.run.model,
                 compute=self.run.compute,
                 # The negative prompt is encoded already: another one needs no other program.
