@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -289,6 +289,6 @@ def _measure_arm(
     return Result(key, tuning, metrics, conditions, bins, curve, cost, describe_environment())
 
 
-def map_by_seed(seeds: Sequence[int], values: Sequence[float]) -> dict[int, float]:
+def map_by_seed(seeds: Sequence[int], values: Iterable[float]) -> dict[int, float]:
     """Return a value for each seed as a dictionary."""
     return {seed: float(value) for seed, value in zip(seeds, values, strict=True)}

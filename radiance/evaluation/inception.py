@@ -37,13 +37,11 @@ BATCH_NORM_EPSILON = 1e-3
 FIRST_KERNEL, CLASS_WEIGHT = "Conv2d_1a_3x3.conv.weight", "fc.weight"
 BATCH_NORM_KEYS = ("weight", "bias", "running_mean", "running_var")
 
-FeatureMap = Float32[Array, "b height width c"]
+FeatureMap = Float32[Array, "b _ _ _"]
 # conv(name, x, out_channels, kernel_size, stride=1, padding="SAME"); a stride of 2 has no padding.
 Conv = Callable[..., FeatureMap]
 # Kernel and bias of every convolution by name.
-InceptionParams = dict[
-    str, tuple[Float32[Array, "height width inner outer"], Float32[Array, " outer"]]
-]
+InceptionParams = dict[str, tuple[Float32[Array, "_ _ _ _"], Float32[Array, " _"]]]
 
 
 class InceptionExtractor:

@@ -16,6 +16,7 @@ from radiance.evaluation.evaluate import SampleMetrics, evaluate_samples, select
 from radiance.evaluation.features import PixelExtractor
 from radiance.evaluation.metrics import compare_features
 from radiance.loading import load
+from radiance.pipeline import Pipeline
 from radiance.shapes import scoring
 from radiance.text.hash_encoder import HashEncoder
 from radiance.training.step import compute_validation_losses
@@ -169,7 +170,7 @@ def test_features_of_real_images_are_cached(run, result):
     assert json.loads((run.run_dir / "evaluation.json").read_text()) == result
 
 
-class Perfect:
+class Perfect(Pipeline):
     """A pipeline whose samples are the real images."""
 
     pixels_per_token = 4

@@ -238,7 +238,7 @@ def test_error_messages_of_the_command(tmp_path, capsys):
     for message, arguments in {
         "only per_block": [str(shared_file), "--modulation"],
         "chroma1-base is not one": ["chroma1-base", "--modulation"],
-        "x.jsonl is not one": [str(tmp_path / "x.jsonl"), "--modulation"],
+        "x.jsonl is a data set": [str(tmp_path / "x.jsonl"), "--modulation"],
         "give that too": [str(file), "--pooled", "x"],
     }.items():
         assert main(["inspect", *arguments]) == 2

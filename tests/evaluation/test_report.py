@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -117,7 +118,7 @@ def test_the_same_run_gives_the_same_report(tmp_path):
 
 
 def test_waiting_for_input_is_a_percentage_of_the_time():
-    run = ReportRun("", RunDirectory("unused"), config.Config(), make_measurements(3), "")
+    run = ReportRun("", RunDirectory(Path("unused")), config.Config(), make_measurements(3), "")
     assert input_wait_percentages(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
 
 

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from radiance import config
 from radiance.base import errors
 from radiance.base.errors import DataError
 from radiance.training import coordination
+from radiance.training.checkpoints import Checkpoints
 from radiance.training.loss_diagnosis import diagnose_loss, find_reference_loss, list_alternatives
 
 PUBLISHED = config.MODELS["chroma1-radiance-x0"]
@@ -93,7 +94,7 @@ def test_an_error_of_one_host_ends_its_process_at_once(monkeypatch, capsys):
         monkeypatch.setattr(coordination.jax, "process_count", lambda hosts=hosts: hosts)
         with (
             pytest.raises(error) if raised else nullcontext(),
-            coordination.exit_if_host_fails(SimpleNamespace(latest_complete_step=7)),
+            coordination.exit_if_host_fails(Mock(Checkpoints, latest_complete_step=7)),
         ):
             raise error("an image is gone")
     error_output = capsys.readouterr().err
@@ -101,7 +102,7 @@ def test_an_error_of_one_host_ends_its_process_at_once(monkeypatch, capsys):
     assert error_output.count("start all hosts again") == 1
     assert "(an image is gone)" in error_output
     assert "from step 7." in error_output
-    with coordination.exit_if_host_fails(SimpleNamespace(latest_complete_step=None)):
+    with coordination.exit_if_host_fails(Mock(Checkpoints, latest_complete_step=None)):
         raise AssertionError  # without a message
     assert "(AssertionError): start all hosts again" in capsys.readouterr().err
 

@@ -241,7 +241,7 @@ def test_other_weights_in_a_resumed_run_are_an_error(base, tmp_path, data_direct
     assert train(run) == 2
     other = tmp_path / "other.safetensors"
     checkpoint.write_checkpoint(other, run.model, toy_params(run.model, 1), "bfloat16")
-    with pytest.raises(config.ConfigError, match=r"on other data .base in data.json"):
+    with pytest.raises(config.ConfigError, match=r"another run \(base.identity was"):
         train(config.override(run, [f"init={other}", "train.steps=4"]))
     with pytest.raises(config.ConfigError, match="is a LoRA run without weights"):
         train(config.override(run, [f"init={run.run_dir}", "name=second"]))

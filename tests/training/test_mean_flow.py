@@ -335,7 +335,7 @@ def test_the_mean_flow_solver_passes_step_lengths_to_the_network(mean, solver):
         )
         x = np.float32(x + (after - t) * (negative + 2 * (positive - negative)))
     assert np.abs(x - noise).max() > 0.1
-    (result,) = pipeline.generate_arrays(prompts, seeds, 8, 8, settings)
+    (result,) = pipeline.generate_arrays(prompts, seeds.tolist(), 8, 8, settings)
     np.testing.assert_allclose(result, x, atol=2e-3)
     images = generate_images(
         params,

@@ -249,7 +249,7 @@ def test_students_learn(kind, tmp_path, data_directory):
     )
     if kind == "prediction":
         other = saved(tmp_path, run.model, seed=3)
-        with pytest.raises(config.ConfigError, match=r"on other data \(teacher in data.json\)"):
+        with pytest.raises(config.ConfigError, match=r"another run \(teacher.identity was"):
             train(config.override(run, [f"distill.teacher={other}", "train.steps=9"]))
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -156,8 +157,9 @@ def test_stored_points_are_the_teachers(folder, teacher):
         batch = dict(
             image=points[-1:].swapaxes(0, 1), seed=np.uint32(seeds), text=0, lengths=0, weight=0
         )
+        batch = jax.tree.map(jnp.asarray, batch)
         np.testing.assert_allclose(
-            make_segment_batch(one_segment, batch, np.zeros(4, int), np.ones(4))["noise"],
+            make_segment_batch(one_segment, batch, jnp.zeros(4, jnp.int32), jnp.ones(4))["noise"],
             states[0],
             atol=1e-5,
         )
