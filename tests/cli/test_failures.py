@@ -336,7 +336,7 @@ EXPERIMENTS = {
     "exit": ("raise SystemExit(3)\n", "line 1 of .*SystemExit"),
     "recursion": ("def config():\n    return config()\n", "RecursionError"),
     "field": (
-        "from radiance.config import Config\ndef config():\n    return Config(nam='a')\n",
+        "from radiance.config import Config\ndef config():\n    return Config(title='a')\n",
         "line 3 of .*TypeError",
     ),
     "variants": (
