@@ -22,13 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from radiance.base.errors import OutputError
+from radiance.base.file_locks import try_lock
 from radiance.base.files import is_disk_full, require_folder, write_error
 from radiance.base.json_files import parse_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where the time alone decides
-    fcntl = None
 
 LOCK_NAME = ".lock"
 HOLDER_TYPES = {"host": str, "pid": int, "start": str, "command": str}
@@ -86,7 +82,7 @@ def _acquire(path: Path, subject: str, remedy: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            is_locked = _lock_file(descriptor)
+            is_locked = try_lock(descriptor)
             holder = _read_holder(descriptor)
             if is_locked is False or (holder and _is_alive(path, holder, is_locked)):
                 raise OutputError(f"{subject} is in use by {holder or 'another process'}. {remedy}")
@@ -108,19 +104,6 @@ def _check_written_last(descriptor: int, subject: str, remedy: str):
     holder = _read_holder(descriptor)
     if holder is not None and (holder.host, holder.pid) != (socket.gethostname(), os.getpid()):
         raise OutputError(f"{subject} is in use by {holder}. {remedy}")
-
-
-def _lock_file(descriptor: int) -> bool | None:
-    """Lock an open file; return False if it is locked, None if the disk has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # for example ENOLCK, EOPNOTSUPP
-        return None
-    return True
 
 
 def _is_alive(path: Path, holder: Holder, is_locked: bool | None) -> bool:

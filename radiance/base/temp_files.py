@@ -5,19 +5,18 @@ with the process however it ends. Not all network disks lock across hosts. So th
 host too, and files of other hosts count as abandoned only when they are old.
 """
 
+import errno
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where age alone decides
-    fcntl = None
+from radiance.base.file_locks import try_lock
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
 # .NAME.PID@HOST.part; versions before 0.2 had no host and no lock.
@@ -92,20 +91,18 @@ def _lock(path: Path) -> int | None:
     Raises:
         OSError: If another process has locked it, or it cannot be opened.
     """
-    if fcntl is None:
+    if sys.platform == "win32":  # which cannot open folders, and has no such locks
         return None
     # Network disks lock only files that are open for writing.
     access = os.O_RDONLY if path.is_dir() else os.O_RDWR
     descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:  # for example ENOLCK, EOPNOTSUPP
-        os.close(descriptor)
-        return None
-    return descriptor
+    is_locked = try_lock(descriptor)
+    if is_locked:
+        return descriptor
+    os.close(descriptor)
+    if is_locked is False:
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path))
+    return None
 
 
 def _close(descriptor: int | None):

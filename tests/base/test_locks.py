@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from radiance.base import locks
+from radiance.base import file_locks, locks
 from radiance.base.errors import OutputError
 from radiance.base.locks import hold_lock
 
@@ -155,7 +155,7 @@ def test_a_disk_without_locks_relies_on_renewals(fast, tmp_path, monkeypatch, ha
         def flock(*_):
             raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(locks, "fcntl", NoLocks if has_flock else None)
+    monkeypatch.setattr(file_locks, "fcntl", NoLocks if has_flock else None)
     path = tmp_path / ".lock"
     with (
         hold_lock(path, "runs/a", "Wait."),
@@ -167,7 +167,7 @@ def test_a_disk_without_locks_relies_on_renewals(fast, tmp_path, monkeypatch, ha
 
 
 def test_the_last_to_write_wins_on_a_disk_without_locks(fast, tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(file_locks, "fcntl", None)
     path = tmp_path / ".lock"
     other = threading.Timer(0.1, write_lock, [path])
     other.start()

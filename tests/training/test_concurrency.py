@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from radiance import config
+from radiance.training.run_directory import find_complete_steps
 from tests.helpers.commands import Commands
 from tests.helpers.toy_runs import (
     PLAIN,
@@ -88,6 +89,26 @@ def test_two_trainers_of_one_directory(trial, alone, tmp_path, commands):
             assert re.fullmatch(IN_USE, lines[0] + "\n"), lines
     assert_same_run(run, alone)
     assert not (run.run_dir / ".lock").exists()
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_sampling_beside_a_run_that_keeps_one_checkpoint(trial, alone, tmp_path, commands):
+    changes = ["train.max_to_keep=1", "train.checkpoint_every=1", "train.steps=100000"]
+    changes += ["train.sample_every=999999", "train.validate_every=999999", "train.log_every=1000"]
+    run = config.override(alone, [f"output={tmp_path}", *changes])
+    training = commands.start("train", written_experiment(run))
+    try:
+        wait_for(lambda: find_complete_steps(run.run_dir / "checkpoints"), training)
+        for number in range(3):
+            out = tmp_path / f"images_{number}"
+            code, output = commands.run(
+                "sample", run.run_dir, "--prompt", "the digit 2", "--out", out
+            )
+            assert code == 0, output
+            assert "could not be read" not in output
+    finally:
+        training.kill()
+        training.wait()
 
 
 def make_suite(folder, data_directory: str):
