@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,18 +20,11 @@ from radiance import config
 from radiance.base.errors import OutputError
 from radiance.base.files import open_for_append, replace_atomically, write_error
 from radiance.base.json_files import read_json
+from radiance.base.temp_files import remove_abandoned
 from radiance.training.metrics_file import describe_damage, read_metrics_file
 
-# Temporary files of `replace_atomically` and of Orbax.
-UNFINISHED_PATTERNS = (
-    ".*.part",
-    "samples/.*.part",
-    "trajectories/.*.part",
-    "checkpoints/*.orbax-checkpoint-tmp*",
-    "averages/*.orbax-checkpoint-tmp*",
-)
+ORBAX_TEMP_PATTERN = "*.orbax-checkpoint-tmp*"
 NUM_SCANS = 3
-ABANDONED_SECONDS = 3600  # after which a temporary file of trajectories belongs to no process
 
 
 class RunDirectory:
@@ -66,18 +58,12 @@ class RunDirectory:
             raise config.ConfigError(f"{file} cannot be used: {error}") from None
 
     def remove_partial_files(self):
-        """Remove files that a killed process left partially written. One process may call this.
-
-        Several runs may write trajectories into one folder; only abandoned files are removed there.
-        """
-        for path in (path for pattern in UNFINISHED_PATTERNS for path in self.path.glob(pattern)):
-            is_shared = path.parent.name == "trajectories"
-            if is_shared and time.time() - path.stat().st_mtime <= ABANDONED_SECONDS:
-                continue
-            if path.is_dir():
+        """Remove what killed processes left partially written. One process may call this."""
+        for folder in (self.path, self.sample_dir, self.path / "trajectories"):
+            remove_abandoned(folder)
+        for folder in (self.checkpoint_dir, self.average_dir):
+            for path in folder.glob(ORBAX_TEMP_PATTERN):
                 shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def write_metadata(
         self,

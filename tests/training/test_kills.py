@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from radiance import config
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.loop import train
-from radiance.training.run_directory import UNFINISHED_PATTERNS, RunDirectory
+from radiance.training.run_directory import RunDirectory
 from tests.helpers.processes import Forks, Moment
 from tests.helpers.toy_runs import PLAIN, metrics, read_samples, same, state_of, toy_run
 
@@ -51,7 +51,8 @@ def snapshots(run: config.Config) -> dict[str, dict]:
 
 
 def find_partial_files(run: config.Config) -> list[Path]:
-    return [path for pattern in UNFINISHED_PATTERNS for path in run.run_dir.glob(pattern)]
+    patterns = (".*.part", "*/.*.part", "*/*.orbax-checkpoint-tmp*")
+    return [path for pattern in patterns for path in run.run_dir.glob(pattern)]
 
 
 @pytest.fixture(scope="module")
