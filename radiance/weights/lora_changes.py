@@ -92,8 +92,8 @@ class Factor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HadamardChange:
-    """LoHa: scale · (first ⊙ second), two products of low rank multiplied value by value."""
+class _ProductChange:
+    """A change by a product of two factors."""
 
     first: Factor
     second: Factor
@@ -103,6 +103,11 @@ class HadamardChange:
     def is_zero(self) -> bool:
         """Whether a factor is zero, as it is before training."""
         return not self.scale or self.first.is_zero or self.second.is_zero
+
+
+@dataclass(frozen=True)
+class HadamardChange(_ProductChange):
+    """LoHa: scale · (first ⊙ second), two products of low rank multiplied value by value."""
 
     def apply(self, weight: Array, strength: float) -> Array:
         """Return weight + strength · scale · (first ⊙ second)."""
@@ -111,17 +116,8 @@ class HadamardChange:
 
 
 @dataclass(frozen=True)
-class KroneckerChange:
+class KroneckerChange(_ProductChange):
     """LoKr: scale · (first ⊗ second), the Kronecker product of two matrices."""
-
-    first: Factor
-    second: Factor
-    scale: float
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether a factor is zero, as it is before training."""
-        return not self.scale or self.first.is_zero or self.second.is_zero
 
     def apply(self, weight: Array, strength: float) -> Array:
         """Return weight + strength · scale · (first ⊗ second)."""
