@@ -7,7 +7,6 @@ RADIANCE_FUZZ_SEED=1 makes others. RADIANCE_FUZZ_KEEP=FOLDER saves a file that b
 """
 
 import faulthandler
-import gc
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from radiance.data.sources.jsonl import JsonlListing
 from radiance.data.sources.parquet import ParquetListing
 from radiance.data.sources.tar import TarListing
 from radiance.data.unusable import UnusableError
+from tests.helpers.memory import needs_peak, peak_bytes, reset_peak
 from tests.helpers.toy_shards import tar_sample, toy_image, write_parquet, write_tar
 
 NUM_INPUTS = int(os.environ.get("RADIANCE_FUZZ", "2000"))
@@ -180,22 +180,8 @@ READERS = {
 }
 
 
-def peak_bytes() -> int:
-    """Return the highest number of resident bytes since `reset_peak`."""
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-
-def reset_peak():
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"),
-    reason="the peak of memory is read from /proc, which only Linux has",
-)
+@needs_peak
 @pytest.mark.parametrize("target", READERS)
 def test_readers_use_or_reject_damaged_files(target, tmp_path):
     make_content, read = READERS[target]

@@ -7,7 +7,6 @@ RADIANCE_FUZZ_SEED=1 makes other inputs. RADIANCE_FUZZ_KEEP=FOLDER saves an inpu
 reader.
 """
 
-import gc
 import json
 import os
 import struct
@@ -36,6 +35,7 @@ from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
 from radiance.weights.inspect import inspect_file
 from radiance.weights.opening import open_tensors
+from tests.helpers.memory import needs_peak, peak_bytes, reset_peak
 from tests.helpers.mutations import mutate, mutate_header, mutate_json
 from tests.helpers.toy_files import KNOWN, LATENT, PIXELS, published
 from tests.helpers.toy_files import save as save_model
@@ -344,22 +344,8 @@ TARGETS = [
 ]
 
 
-def peak_bytes() -> int:
-    """Return the highest number of resident bytes since `reset_peak`."""
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
-
-def reset_peak():
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"),
-    reason="the peak of memory is read from /proc, which only Linux has",
-)
+@needs_peak
 @pytest.mark.parametrize("target", TARGETS)
 def test_readers_read_or_reject_damaged_files(target, files, tmp_path):
     name, valid_content, header_size, read = files[target]
