@@ -80,9 +80,11 @@ def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
     except OSError:  # locked by its process, removed meanwhile, or not ours
         return False
     _close(descriptor)
-    if descriptor is None or host not in (None, HOST):
-        return time.time() - _last_change(path) > ABANDONED_SECONDS
-    return host == HOST or not _is_running(pid)
+    if host == HOST and descriptor is not None:
+        return True
+    is_old = time.time() - _last_change(path) > ABANDONED_SECONDS
+    # A process may have the number of an earlier one, so even a running one keeps no file for ever.
+    return is_old or (host is None and descriptor is not None and not _is_running(pid))
 
 
 def _lock(path: Path) -> int | None:
