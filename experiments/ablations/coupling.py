@@ -7,7 +7,7 @@
 
 Optimal transport makes paths straighter, and the noise then contains information about the image:
 a model learns the noise that goes with a caption, and samples from any. Validation with
-independent noise would judge an arm by pairs it was not trained on; so generated images decide,
+independent noise would judge a variant by pairs it was not trained on; so generated images decide,
 scored by an exact reader. Noise exchanged between images of one caption only (within_caption)
 contains nothing that the caption does not. C²OT (arXiv 2503.10636) adds the distance of captions
 to the cost.
@@ -65,8 +65,8 @@ def cpu() -> c.Config:
     )
 
 
-def make_local_arm(group_size: int) -> dict[str, tuple[str, ...]]:
-    """Return the arm that couples within groups of images."""
+def make_local_variant(group_size: int) -> dict[str, tuple[str, ...]]:
+    """Return the variant that couples within groups of images."""
     changes = ("flow.coupling=optimal_transport", f"flow.coupling_group_size={group_size}")
     return {"local": changes}
 
@@ -78,21 +78,23 @@ SUITE = Suite(
     base="independent",
     control="no_text",
     margin=0.02,
-    arms=CHANGES,
+    variants=CHANGES,
     scales={
-        "cpu": Scale(cpu(), num_images=256, num_seeds=2, num_samples=16, arms=make_local_arm(4)),
+        "cpu": Scale(
+            cpu(), num_images=256, num_seeds=2, num_samples=16, variants=make_local_variant(4)
+        ),
         "gpu": Scale(
             masking.make_base("coupling", "gpu"),
             num_images=65536,
             num_seeds=8,
             learning_rate_factors=(0.5, 1.0, 2.0),
             num_samples=1024,
-            arms=make_local_arm(32),
+            variants=make_local_variant(32),
         ),
-        "pod": Scale(config(), num_seeds=3, arms=make_local_arm(32)),
+        "pod": Scale(config(), num_seeds=3, variants=make_local_variant(32)),
     },
 )
-VARIANTS = SUITE.arms_at("pod")
+VARIANTS = SUITE.variants_at("pod")
 
 
 # --- The bias of the noise, without training. ---
@@ -138,28 +140,28 @@ def measure_bias(
 
 
 def print_table(
-    run: c.Config, arms: dict[str, tuple[str, ...]], num_seeds: int = 3, num_batches: int = 8
+    run: c.Config, variants: dict[str, tuple[str, ...]], num_seeds: int = 3, num_batches: int = 8
 ) -> None:
-    """Print the bias of each arm, with 95 % intervals over seeds."""
+    """Print the bias of each variant, with 95 % intervals over seeds."""
     images = load_image_set(run.data, "train", 2048)
     texts = encode_captions(images.captions, run.text, run.model.text_dim)
     print("| coupling | bias, σ | saved |\n| --- | --- | --- |")
-    for arm, changes in arms.items():
-        arm_run = c.override(run, changes)
+    for variant, changes in variants.items():
+        variant_run = c.override(run, changes)
         measured = [
-            measure_bias(arm_run, images, texts, seed, num_batches) for seed in range(num_seeds)
+            measure_bias(variant_run, images, texts, seed, num_batches) for seed in range(num_seeds)
         ]
         bias, saved = (student_interval(values) for values in zip(*measured))
-        print(f"| {arm} | {bias} | {saved.mean:.2%} |", flush=True)
+        print(f"| {variant} | {bias} | {saved.mean:.2%} |", flush=True)
 
 
 if __name__ == "__main__":
-    c2ot_arms = {
+    c2ot_variants = {
         f"c2ot, {weight:g}": (*CHANGES["global"], f"flow.coupling_caption_weight={weight:g}")
         for weight in (0.01, 0.02, 0.03, 0.05, 0.1)
     }
-    suite_arms = {
-        arm: SUITE.arms_at("gpu")[arm]
-        for arm in ("independent", "local", "global", "within_caption")
+    suite_variants = {
+        variant: SUITE.variants_at("gpu")[variant]
+        for variant in ("independent", "local", "global", "within_caption")
     }
-    print_table(masking.make_base("coupling", "gpu"), suite_arms | c2ot_arms)
+    print_table(masking.make_base("coupling", "gpu"), suite_variants | c2ot_variants)

@@ -98,7 +98,7 @@ def make_base(name: str, scale: str, *changes: str) -> c.Config:
 
 
 def make_scales(
-    name: str, *changes: str, num_seeds: int = 3, **arms: dict[str, tuple[str, ...]]
+    name: str, *changes: str, num_seeds: int = 3, **variants: dict[str, tuple[str, ...]]
 ) -> dict[str, Scale]:
     """Return the scales that most suites use.
 
@@ -106,15 +106,15 @@ def make_scales(
         name: Name of the suite.
         changes: Changes to the base at every scale.
         num_seeds: Number of seeds at the cpu scale.
-        arms: Additional arms by scale.
+        variants: Additional variants by scale.
     """
-    extra_arms = {scale: arms.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
+    extra_variants = {scale: variants.get(scale, {}) for scale in ("cpu", "gpu", "pod")}
     return {
         "cpu": Scale(
             make_base(name, "cpu", *changes),
             num_images=2048,
             num_seeds=num_seeds,
-            arms=extra_arms["cpu"],
+            variants=extra_variants["cpu"],
         ),
         "gpu": Scale(
             make_base(name, "gpu", *changes),
@@ -122,9 +122,9 @@ def make_scales(
             num_seeds=8,
             learning_rate_factors=(0.5, 1.0, 2.0),
             num_samples=1024,
-            arms=extra_arms["gpu"],
+            variants=extra_variants["gpu"],
         ),
-        "pod": Scale(make_base(name, "pod", *changes), num_seeds=3, arms=extra_arms["pod"]),
+        "pod": Scale(make_base(name, "pod", *changes), num_seeds=3, variants=extra_variants["pod"]),
     }
 
 
@@ -145,7 +145,7 @@ SUITE = Suite(
     base="one_pad",
     control="no_text",
     margin=0.01,
-    arms=CHANGES,
+    variants=CHANGES,
     scales={
         "cpu": Scale(cpu(), num_images=2048, num_seeds=3, conditions=mask_conditions(24, 64)),
         "gpu": Scale(
@@ -154,10 +154,10 @@ SUITE = Suite(
             num_seeds=8,
             learning_rate_factors=(0.5, 1.0, 2.0),
             num_samples=1024,
-            arms={"off_256": ("model.masking=off", "text.max_length=256")},
+            variants={"off_256": ("model.masking=off", "text.max_length=256")},
             conditions=mask_conditions(24, 64, 256),
         ),
         "pod": Scale(config(), num_seeds=3),
     },
 )
-VARIANTS = SUITE.arms_at("pod")
+VARIANTS = SUITE.variants_at("pod")

@@ -1,14 +1,14 @@
 """Does Chroma's small modulation network cost anything against a layer in every block (FLUX)?
 
-    radiance ablate modulation   the cpu scale: too small to decide most arms
+    radiance ablate modulation   the cpu scale: too small to decide most variants
     radiance ablate modulation --scale gpu   one GPU; the same command resumes
     radiance plan experiments/ablations/modulation.py:none --device h200   a run of the pod scale
 
-And is a time input needed? Arms are compared in two ways. With the same trunk they do the same
-work, because modulation costs nothing per token. The arms `deep_…` have the base's number of
+And is a time input needed? Variants are compared in two ways. With the same trunk they do the same
+work, because modulation costs nothing per token. The variants `deep_…` have the base's number of
 parameters instead, spent on depth, and do more work: see FLOP in the table.
 
-All arms start with gates of zero and share the weights they have in common. The control trains
+All variants start with gates of zero and share the weights they have in common. The control trains
 its modulation so slowly that the trunk, which waits for the gates to open, must be behind.
 Expected before the run: at equal work all within 1 % of per_block; at equal parameters the deeper
 ones 2 to 5 % better. Result of the cpu scale: a time input is needed, the rest is undecided
@@ -44,8 +44,8 @@ def config() -> c.Config:
     return masking.make_base("modulation", "pod", BASE)
 
 
-def make_deep_arms(**single_blocks: int) -> dict[str, tuple[str, ...]]:
-    """Return arms of each modulation with the given number of single blocks."""
+def make_deep_variants(**single_blocks: int) -> dict[str, tuple[str, ...]]:
+    """Return variants of each modulation with the given number of single blocks."""
     return {
         f"deep_{kind}": (f"model.modulation={kind}", f"model.single_blocks={count}")
         for kind, count in single_blocks.items()
@@ -59,14 +59,14 @@ SUITE = Suite(
     base="per_block",
     control="slow",
     margin=0.01,
-    arms=CHANGES,
+    variants=CHANGES,
     scales=masking.make_scales(
         "modulation",
         BASE,
         num_seeds=8,
-        cpu=make_deep_arms(approximator=2, none=3),
-        gpu=make_deep_arms(approximator=6, none=7, shared=6),
-        pod=make_deep_arms(approximator=12, none=13, shared=11),
+        cpu=make_deep_variants(approximator=2, none=3),
+        gpu=make_deep_variants(approximator=6, none=7, shared=6),
+        pod=make_deep_variants(approximator=12, none=13, shared=11),
     ),
 )
-VARIANTS = SUITE.arms_at("pod")
+VARIANTS = SUITE.variants_at("pod")

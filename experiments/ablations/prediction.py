@@ -6,14 +6,15 @@
 
 One suite for each patch size, p4 to p32; heads and predictions are crossed in each. The trunk
 always sees 64 tokens: images have 8 patches a side. The 3 · size² values of a patch cross the 256
-channels of a token between patches of 8 and 16. All arms are validated with one measure, the x0
-error over t + 0.05 with which x0 models are trained. `velocity` arms are trained without that
+channels of a token between patches of 8 and 16. All variants are validated with one measure, the x0
+error over t + 0.05 with which x0 models are trained. `velocity` variants are trained without that
 weight, linear_velocity_weighed with it.
 
 Expected before the run: linear_velocity falls behind where a patch has more values than a token
 has channels (arXiv 2511.13720), nerf_velocity does not, or later, because its head sees the noisy
-pixels; no arm with another minimum divisor differs by 1 %. The control of p32 is linear_velocity,
-which is known to fail there; elsewhere it is no_text. Results of the cpu scale: README.md.
+pixels; no variant with another minimum divisor differs by 1 %. The control of p32 is
+linear_velocity, which is known to fail there; elsewhere it is no_text. Results of the cpu scale:
+README.md.
 """
 
 import masking
@@ -65,7 +66,7 @@ def make_suite(patch: str) -> Suite:
         base="linear_x0",
         control="linear_velocity" if patch == "p32" else "no_text",
         margin=0.01,
-        arms=CHANGES,
+        variants=CHANGES,
         scales={
             "cpu": Scale(
                 make_base(

@@ -37,7 +37,7 @@ SUITE = Suite(
     base="zero",
     control="no_text",
     margin=0.01,
-    arms=CHANGES,
+    variants=CHANGES,
     scales=masking.make_scales("text_ids"),
 )
-VARIANTS = SUITE.arms_at("pod")
+VARIANTS = SUITE.variants_at("pod")

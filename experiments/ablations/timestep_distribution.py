@@ -5,9 +5,9 @@
     radiance plan experiments/ablations/timestep_distribution.py:uniform --device h200
 
 A distribution weights times against each other, and it makes the gradient noisy where it rarely
-samples. The arms `…_as_…` sample from one distribution and weight as the other would, so that the
-expected gradient is the other's and its noise is not. The logistic distribution is FLUX's, with a
-mean by resolution: 0.47 at 64 tokens. Validation uses the same times in all arms, as many in
+samples. The variants `…_as_…` sample from one distribution and weight as the other would, so that
+the expected gradient is the other's and its noise is not. The logistic distribution is FLUX's, with
+a mean by resolution: 0.47 at 64 tokens. Validation uses the same times in all variants, as many in
 every tenth. The control samples late times (logit-normal with mean and scale 0.8): one in ten
 thousand is below 0.1, where the details of an image are decided.
 
@@ -51,7 +51,7 @@ SUITE = Suite(
     base="parabola",
     control="late",
     margin=0.01,
-    arms=CHANGES,
+    variants=CHANGES,
     scales=masking.make_scales("timestep_distribution"),
 )
-VARIANTS = SUITE.arms_at("pod")
+VARIANTS = SUITE.variants_at("pod")

@@ -1,1 +1,1 @@
-"""Suites of ablations: arms that are trained with equal seeds and compared in pairs."""
+"""Suites of ablations: variants that are trained with equal seeds and compared in pairs."""

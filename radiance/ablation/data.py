@@ -1,7 +1,7 @@
 """Data of a suite: images of a source in memory, sampled with replacement, and their captions.
 
-All arms and seeds share the images. The images of a step and its dropped captions follow from
-(seed, step) alone, so they are the same in every arm. Seeds see the images in different orders.
+All variants and seeds share the images. The images of a step and its dropped captions follow from
+(seed, step) alone, so they are the same in every variant. Seeds see the images in different orders.
 """
 
 import hashlib

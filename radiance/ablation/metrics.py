@@ -1,7 +1,7 @@
-"""Metrics of a trained arm, for each seed.
+"""Metrics of a trained variant, for each seed.
 
 validation_loss: mean over held-out images and equal bins of time, with averaged weights and the
-same noise for all arms.
+same noise for all variants.
 exact, f1, background and exact_chance: scores of images that are generated from held-out captions
 and read by `shapes/scoring.py`; chance compares with another image's caption.
 """
@@ -32,10 +32,10 @@ def measure_validation_losses(
 ) -> Float[np.ndarray, "seeds bins"]:
     """Return the mean validation loss of every seed in equal bins of time.
 
-    The noise is the same for all seeds, arms and evaluation conditions.
+    The noise is the same for all seeds, variants and evaluation conditions.
 
     Args:
-        run: Config of the arm, of which only the model is used.
+        run: Config of the variant, of which only the model is used.
         base: Config of the base, whose data and objective measure the loss.
         params: Weights of all seeds, on a leading axis.
         image_set: Held-out images.
@@ -70,7 +70,7 @@ def measure_adherence(
     """Return scores of generated images by SCORE@GUIDANCE and seed.
 
     Args:
-        run: Config of the arm.
+        run: Config of the variant.
         params: Weights of all seeds, on a leading axis.
         seeds: Seed of each run.
         image_set: Held-out captions with their descriptions; caption i starts from noise of seed i.

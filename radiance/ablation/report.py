@@ -1,4 +1,4 @@
-"""The report of a suite, as a page of Markdown and a figure: each arm against the base."""
+"""The report of a suite, as a page of Markdown and a figure: each variant against the base."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,15 +22,15 @@ HIGHER_IS_BETTER = ("exact",)
 
 
 class Comparison(NamedTuple):
-    """An arm compared with the base.
+    """A variant compared with the base.
 
     Attributes:
         difference: Paired difference as a fraction of the base's mean; None if a seed diverged.
-        p: P-value of no difference: two-sided paired t-test, with Holm's correction over all arms
-            except the control.
+        p: P-value of no difference: two-sided paired t-test, with Holm's correction over all
+            variants except the control.
         verdict: better, worse, equal within the margin, undecided, or diverged.
-        relative_steps: Steps until the arm reaches the base's last validation loss, as a fraction
-            of the base's steps; None if a seed never reaches it.
+        relative_steps: Steps until the variant reaches the base's last validation loss, as a
+            fraction of the base's steps; None if a seed never reaches it.
     """
 
     difference: Interval | None
@@ -39,41 +39,41 @@ class Comparison(NamedTuple):
     relative_steps: Interval | None
 
 
-def compare_arms(suite: Suite, results: Mapping[str, Result]) -> dict[str, Comparison]:
-    """Compare every arm with the base.
+def compare_variants(suite: Suite, results: Mapping[str, Result]) -> dict[str, Comparison]:
+    """Compare every variant with the base.
 
     Args:
         suite: The suite.
-        results: Results by arm.
+        results: Results by variant.
 
     Raises:
         ConfigError: The base has no result, or its metric is 0 or not finite.
     """
     base, base_mean = _check_base(suite, results)
-    differences_by_arm = {
-        arm: paired_differences(result.metrics[suite.metric], base.metrics[suite.metric])
-        for arm, result in results.items()
-        if arm != suite.base
+    differences_by_variant = {
+        variant: paired_differences(result.metrics[suite.metric], base.metrics[suite.metric])
+        for variant, result in results.items()
+        if variant != suite.base
     }
     raw_p_values = {
-        arm: p_value(differences)
-        for arm, differences in differences_by_arm.items()
+        variant: p_value(differences)
+        for variant, differences in differences_by_variant.items()
         if np.isfinite(differences).all()
     }
     adjusted_p_values = raw_p_values | correct_holm(
-        {arm: p for arm, p in raw_p_values.items() if arm != suite.control}
+        {variant: p for variant, p in raw_p_values.items() if variant != suite.control}
     )
     comparisons = {}
-    for arm, differences in differences_by_arm.items():
-        if arm not in raw_p_values:
+    for variant, differences in differences_by_variant.items():
+        if variant not in raw_p_values:
             num_diverged = int((~np.isfinite(differences)).sum())
             verdict = f"diverged with {num_diverged} of {len(differences)} seeds"
-            comparisons[arm] = Comparison(None, float("nan"), verdict, None)
+            comparisons[variant] = Comparison(None, float("nan"), verdict, None)
             continue
         interval = student_interval([difference / base_mean for difference in differences])
-        verdict = decide_verdict(suite, interval, adjusted_p_values[arm])
-        comparisons[arm] = Comparison(
-            interval, adjusted_p_values[arm], verdict, steps_to_quality(results[arm], base)
+        verdict = decide_verdict(suite, interval, adjusted_p_values[variant])
+        comparisons[variant] = Comparison(
+            interval, adjusted_p_values[variant], verdict, steps_to_quality(results[variant], base)
         )
     return comparisons
 
@@ -83,7 +83,7 @@ def _check_base(suite: Suite, results: Mapping[str, Result]) -> tuple[Result, fl
     if suite.base not in results:
         raise ConfigError(
             f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others "
-            "are compared: run that arm."
+            "are compared: run that variant."
         )
     base = results[suite.base]
     base_mean = float(np.mean(list(base.metrics[suite.metric].values())))
@@ -102,7 +102,7 @@ def _check_base(suite: Suite, results: Mapping[str, Result]) -> tuple[Result, fl
 
 def p_value(differences: Sequence[float]) -> float:
     """Return the two-sided p-value of a mean of 0."""
-    if np.ptp(differences) == 0:  # for example, arms that differ only in their name
+    if np.ptp(differences) == 0:  # for example, variants that differ only in their name
         return float(differences[0] == 0)
     return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
 
@@ -119,7 +119,7 @@ def correct_holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def decide_verdict(suite: Suite, interval: Interval, p: float) -> str:
-    """Return the verdict on an arm: better, worse, equal within the margin, or undecided.
+    """Return the verdict on a variant: better, worse, equal within the margin, or undecided.
 
     Args:
         suite: The suite, with its metric and margin.
@@ -172,23 +172,23 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
 
     Args:
         suite: The suite.
-        results: Comparable results by arm, among them the base.
+        results: Comparable results by variant, among them the base.
     """
-    comparisons, base = compare_arms(suite, results), results[suite.base]
+    comparisons, base = compare_variants(suite, results), results[suite.base]
     sections = [
         f"# {suite.name}, scale {base.key.scale}",
         suite.question,
         _describe_method(suite, results),
-        _format_arms(suite, results, comparisons),
+        _format_variants(suite, results, comparisons),
         _format_control(suite, comparisons),
-        f"## {suite.name}: each arm by time",
+        f"## {suite.name}: each variant by time",
         "Mean validation loss in equal bins of time, from the image (0) to noise (1), as a "
         "fraction of the base's.",
         _format_bins(results, base),
     ]
     if base.conditions:
         sections += [
-            f"## {suite.name}: each arm under other conditions",
+            f"## {suite.name}: each variant under other conditions",
             "Mean validation loss of the trained weights.",
             _format_conditions(suite, results),
         ]
@@ -200,13 +200,13 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
 
 
 def _describe_method(suite: Suite, results: Mapping[str, Result]) -> str:
-    """Say how arms are compared."""
+    """Say how variants are compared."""
     is_tuned = any(result.tuning["losses"] for result in results.values())
     seeds = ", ".join(map(str, results[suite.base].key.seeds))
     tuning = (
-        "Learning rate and average are tuned for each arm."
+        "Learning rate and average are tuned for each variant."
         if is_tuned
-        else "Nothing is tuned for each arm: all have one learning rate and average."
+        else "Nothing is tuned for each variant: all have one learning rate and average."
     )
     return (
         f"Decided by {suite.metric}, over seeds {seeds}; differences are paired by seed, with "
@@ -216,16 +216,20 @@ def _describe_method(suite: Suite, results: Mapping[str, Result]) -> str:
 
 
 def _format_notes(suite: Suite, results: Mapping[str, Result]) -> list[str]:
-    """Return notes on missing arms, skipped updates and the environment."""
+    """Return notes on missing variants, skipped updates and the environment."""
     notes, key = [], results[suite.base].key
-    missing_arms = [arm for arm in suite.arms_at(key.scale) if arm not in results]
-    if missing_arms:
+    missing_variants = [
+        variant for variant in suite.variants_at(key.scale) if variant not in results
+    ]
+    if missing_variants:
         notes.append(
-            f"Not run yet: {', '.join(missing_arms)}. With them, p of the others may increase."
+            f"Not run yet: {', '.join(missing_variants)}. With them, p of the others may increase."
         )
-    skipped_steps = {arm: result.cost["skipped_steps"] for arm, result in results.items()}
+    skipped_steps = {variant: result.cost["skipped_steps"] for variant, result in results.items()}
     if any(skipped_steps.values()):
-        skipped_text = ", ".join(f"{arm} {count}" for arm, count in skipped_steps.items() if count)
+        skipped_text = ", ".join(
+            f"{variant} {count}" for variant, count in skipped_steps.items() if count
+        )
         notes.append(
             f"Updates of all seeds that were skipped because they were not finite: {skipped_text}."
         )
@@ -236,13 +240,13 @@ def _format_notes(suite: Suite, results: Mapping[str, Result]) -> list[str]:
     return notes
 
 
-def _format_arms(
+def _format_variants(
     suite: Suite, results: Mapping[str, Result], comparisons: Mapping[str, Comparison]
 ) -> str:
-    """Return the table of the arms with their verdicts."""
+    """Return the table of the variants with their verdicts."""
     rows = [
         [
-            "arm",
+            "variant",
             "changes",
             suite.metric,
             "difference",
@@ -254,15 +258,15 @@ def _format_arms(
             "seconds",
         ]
     ]
-    for arm, result in results.items():
+    for variant, result in results.items():
         values = list(result.metrics[suite.metric].values())
-        changes = suite.arms_at(result.key.scale)[arm]
+        changes = suite.variants_at(result.key.scale)[variant]
         rows.append(
             [
-                f"{arm} (control)" if arm == suite.control else arm,
+                f"{variant} (control)" if variant == suite.control else variant,
                 " ".join(f"`{change}`" for change in changes) or "the base",
                 str(student_interval(values) if np.isfinite(values).all() else "not finite"),
-                *_format_comparison(comparisons.get(arm)),
+                *_format_comparison(comparisons.get(variant)),
                 format_number(result.cost["parameters"]),
                 format_number(result.cost["flops"]),
                 f"{result.cost['seconds']:.0f}",
@@ -302,13 +306,15 @@ def _format_control(suite: Suite, comparisons: Mapping[str, Comparison]) -> str:
 def _format_bins(results: Mapping[str, Result], base: Result) -> str:
     """Return the table of validation losses in bins of time."""
     means = {
-        arm: np.array([np.mean(list(values.values())) for values in result.bins])
-        for arm, result in results.items()
+        variant: np.array([np.mean(list(values.values())) for values in result.bins])
+        for variant, result in results.items()
     }
     num_bins = len(base.bins)
-    rows = [["arm", *(f"{i / num_bins:g} … {(i + 1) / num_bins:g}" for i in range(num_bins))]]
-    for arm, arm_means in means.items():
-        rows.append([arm, *(f"{value:.3f}" for value in arm_means / means[base.key.arm])])
+    rows = [["variant", *(f"{i / num_bins:g} … {(i + 1) / num_bins:g}" for i in range(num_bins))]]
+    for variant, variant_means in means.items():
+        rows.append(
+            [variant, *(f"{value:.3f}" for value in variant_means / means[base.key.variant])]
+        )
     return format_table(rows, style="github")
 
 
@@ -316,7 +322,7 @@ def _format_conditions(suite: Suite, results: Mapping[str, Result]) -> str:
     """Return the table of validation losses under other evaluation conditions."""
     conditions = list(results[suite.base].conditions)
     rows = [["trained as", "own", *conditions]]
-    for arm, result in results.items():
+    for variant, result in results.items():
         own_loss = float(np.mean(list(result.metrics["validation_loss"].values())))
         cells = []
         for condition in conditions:
@@ -325,16 +331,16 @@ def _format_conditions(suite: Suite, results: Mapping[str, Result]) -> str:
                 continue
             loss = float(np.mean(list(result.conditions[condition].values())))
             cells.append(f"{loss:.4g} (×{loss / own_loss:.2f})")
-        rows.append([arm, f"{own_loss:.4g}", *cells])
+        rows.append([variant, f"{own_loss:.4g}", *cells])
     return format_table(rows, style="github")
 
 
 def _format_means(results: Mapping[str, Result], names: Sequence[str]) -> str:
     """Return the table of means of some metrics."""
-    rows = [["arm", *names]]
-    for arm, result in results.items():
+    rows = [["variant", *names]]
+    for variant, result in results.items():
         means = [np.mean(list(result.metrics[name].values())) for name in names]
-        rows.append([arm, *(f"{mean:.3f}" for mean in means)])
+        rows.append([variant, *(f"{mean:.3f}" for mean in means)])
     return format_table(rows, style="github")
 
 
@@ -347,13 +353,14 @@ def format_percent(interval: Interval) -> str:
 
 
 def draw_figure(suite: Suite, results: Mapping[str, Result]) -> str:
-    """Return an SVG document with each arm's paired difference from the base and its interval.
+    """Return an SVG document with each variant's paired difference from the base and its interval.
 
-    The band is the margin of equality, and the control is gray. Arms that diverged are left out.
+    The band is the margin of equality, and the control is gray. Variants that diverged are left
+    out.
     """
     percentages = {
-        arm: Interval(*(100 * end for end in comparison.difference))
-        for arm, comparison in compare_arms(suite, results).items()
+        variant: Interval(*(100 * end for end in comparison.difference))
+        for variant, comparison in compare_variants(suite, results).items()
         if comparison.difference
     }
     figure = plot_intervals(

@@ -1,4 +1,4 @@
-"""Results of arms: JSON files with everything that identifies them, so that none are mixed."""
+"""Results of variants: JSON files with everything that identifies them, so that none are mixed."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ class ResultKey:
     """Everything that identifies a result."""
 
     suite: str
-    arm: str
+    variant: str
     scale: str
     seeds: tuple[int, ...]
     commit: str  # of the code, see `get_code_version`
-    config: str  # hash of the configs of arm and base, and of the scale, see `hash_arm`
+    config: str  # hash of the configs of variant and base, and of the scale, see `hash_variant`
     data: str  # hash of images, captions and text encoder
 
     @property
@@ -39,7 +39,7 @@ class ResultKey:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of an arm.
+    """The result of a variant.
 
     Attributes:
         key: What it is a result of.
@@ -109,57 +109,61 @@ class ResultFolder:
     """The results of a suite at a scale.
 
     Args:
-        folder: Folder of the files ARM.json.
+        folder: Folder of the files VARIANT.json.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def path(self, arm: str) -> Path:
-        """Return the file of an arm."""
-        return self.folder / f"{arm}.json"
+    def path(self, variant: str) -> Path:
+        """Return the file of a variant."""
+        return self.folder / f"{variant}.json"
 
     def find(self, key: ResultKey) -> Result | None:
-        """Return the result of an arm, or None.
+        """Return the result of a variant, or None.
 
         Raises:
-            ConfigError: The folder holds results of something else, of this arm or another.
+            ConfigError: The folder holds results of something else, of this variant or another.
         """
         for path in sorted(self.folder.glob("*.json")):
             check_comparable(key, read_result(path).key, path)
-        path = self.path(key.arm)
+        path = self.path(key.variant)
         return read_result(path) if path.is_file() else None
 
     def write(self, result: Result):
         """Write a result. Raise ConfigError if the folder holds results of something else."""
         self.find(result.key)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(self.path(result.key.arm)) as partial_path:
+        with replace_atomically(self.path(result.key.variant)) as partial_path:
             partial_path.write_text(json.dumps(asdict(result), indent=1) + "\n")
 
     def read_all(self, hashes: Mapping[str, str]) -> dict[str, Result]:
-        """Return the results that exist, by arm.
+        """Return the results that exist, by variant.
 
         Args:
-            hashes: Hash of the config of each arm, in the order of the results.
+            hashes: Hash of the config of each variant, in the order of the results.
 
         Raises:
-            ConfigError: The results are not comparable, or an arm has changed since.
+            ConfigError: The results are not comparable, or a variant has changed since.
         """
-        results = {arm: read_result(self.path(arm)) for arm in hashes if self.path(arm).is_file()}
-        for arm, result in results.items():
-            check_comparable(next(iter(results.values())).key, result.key, self.path(arm))
-            if result.key.config != hashes[arm]:
+        results = {
+            variant: read_result(self.path(variant))
+            for variant in hashes
+            if self.path(variant).is_file()
+        }
+        for variant, result in results.items():
+            check_comparable(next(iter(results.values())).key, result.key, self.path(variant))
+            if result.key.config != hashes[variant]:
                 raise ConfigError(
-                    f"{self.path(arm)} is a result of another config than the arm has now: run the "
-                    "arm again with another folder (--results)."
+                    f"{self.path(variant)} is a result of another config than the variant has now: "
+                    "run the variant again with another folder (--results)."
                 )
         return results
 
 
 def read_result(path: Path) -> Result:
     """Return the result in a file. Raise OutputError if it is damaged."""
-    remedy = "move it away, and run the arm again"
+    remedy = "move it away, and run the variant again"
     fields = read_json(path, dict, remedy)
     try:
         _check_fields(fields)
@@ -175,7 +179,7 @@ def read_result(path: Path) -> Result:
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error)[:MAX_REASON_LENGTH]
-        raise OutputError(f"{path} is not the result of an arm ({reason}): {remedy}.") from None
+        raise OutputError(f"{path} is not the result of a variant ({reason}): {remedy}.") from None
 
 
 def _check_fields(fields: dict[str, Any]):
@@ -225,11 +229,11 @@ def check_comparable(key: ResultKey, other_key: ResultKey, path: Path):
 
     Args:
         key: Identity of a result.
-        other_key: Identity of the result in `path`. Its config must be equal for the same arm.
+        other_key: Identity of the result in `path`. Its config must be equal for the same variant.
         path: File of the other result, for the message.
     """
     names = ["suite", "scale", "seeds", "commit", "data"] + (
-        ["config"] if key.arm == other_key.arm else []
+        ["config"] if key.variant == other_key.variant else []
     )
     if mismatches := [name for name in names if getattr(key, name) != getattr(other_key, name)]:
         mismatch_text = ", ".join(

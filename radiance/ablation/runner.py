@@ -1,7 +1,7 @@
-"""Train the seeds of an arm together, by the trainer that trains every run.
+"""Train the seeds of a variant together, by the trainer that trains every run.
 
-A seed has the same images, captions, times and noise in every arm, and the same first weights of
-everything that the arm shares with the base. Each seed has its own run directory.
+A seed has the same images, captions, times and noise in every variant, and the same first weights
+of everything that the variant shares with the base. Each seed has its own run directory.
 """
 
 import time
@@ -26,7 +26,7 @@ from radiance.training.step import TrainState
 
 
 class TrainingOutcome(NamedTuple):
-    """What the training of an arm gave.
+    """What the training of a variant gave.
 
     Attributes:
         state: State of all seeds, on a leading axis.
@@ -51,7 +51,7 @@ def train_seeds(
     """Train several seeds together, or resume them; return None if `should_stop` ended it before.
 
     Args:
-        run: Config of the arm; its name and seed are not used.
+        run: Config of the variant; its name and seed are not used.
         base: Config of the base, whose first weights are shared and whose data and objective
             measure the validation loss.
         seeds: Seed of each run.

@@ -1,6 +1,6 @@
-"""A suite: a question, a base, and arms that each change one thing in it, fixed before any run.
+"""A suite: a question, a base, and variants that each change one thing in it, fixed before any run.
 
-Arms are compared by pairs of equal seeds, see `runner`.
+Variants are compared by pairs of equal seeds, see `runner`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ class Scale:
     Attributes:
         run: Config of the base.
         num_images: Number of training images in memory, which are sampled with replacement. With 0,
-            arms are planned, and trained one by one like other experiments.
+            variants are planned, and trained one by one like other experiments.
         num_seeds: Number of seeds, if the command does not give another.
-        learning_rate_factors: Factors of the learning rate that each arm is tuned over, on
+        learning_rate_factors: Factors of the learning rate that each variant is tuned over, on
             TUNING_SEEDS; none: nothing is tuned.
         num_samples: Number of held-out captions from which images are generated and scored; 0 where
             training is too short for that.
-        arms: Additional arms, whose changes depend on the size of the network.
-        conditions: Changes under which every trained arm is evaluated too, such as another mask.
+        variants: Additional variants, whose changes depend on the size of the network.
+        conditions: Changes under which every trained variant is evaluated too, such as another
+            mask.
     """
 
     run: config.Config
@@ -40,27 +41,27 @@ class Scale:
     num_seeds: int = 8
     learning_rate_factors: tuple[float, ...] = ()
     num_samples: int = 0
-    arms: Mapping[str, Overrides] = field(default_factory=dict)
+    variants: Mapping[str, Overrides] = field(default_factory=dict)
     conditions: Mapping[str, Overrides] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A question with its arms.
+    """A question with its variants.
 
     Attributes:
         name: Name of the suite.
         question: The question that it decides.
         metric: The metric that decides.
-        base: Arm that the others are compared with.
-        control: Arm that is known to be worse. If it does not differ significantly from the base,
-            inconclusive results of other arms carry no information.
-        margin: Fraction of the base's metric within which an arm counts as equal to it.
-        arms: Changes of each arm.
+        base: Variant that the others are compared with.
+        control: Variant that is known to be worse. If it does not differ significantly from the
+            base, inconclusive results of other variants carry no information.
+        margin: Fraction of the base's metric within which a variant counts as equal to it.
+        variants: Changes of each variant.
         scales: Settings of each scale.
 
     Raises:
-        ConfigError: An arm has no valid config, or cannot be compared with the base.
+        ConfigError: A variant has no valid config, or cannot be compared with the base.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Suite:
     base: str
     control: str
     margin: float
-    arms: Mapping[str, Overrides]
+    variants: Mapping[str, Overrides]
     scales: Mapping[str, Scale]
 
     def __post_init__(self):
@@ -86,26 +87,29 @@ class Suite:
             self._check_scale(scale)
 
     def _check_scale(self, scale: str):
-        """Raise ConfigError if the arms at a scale do not fit the suite."""
-        arms = self.arms_at(scale)
+        """Raise ConfigError if the variants at a scale do not fit the suite."""
+        variants = self.variants_at(scale)
         for role in ("base", "control"):
-            arm = getattr(self, role)
+            variant = getattr(self, role)
             require(
-                arm in arms,
-                f"Suite {self.name}: its {role} {arm!r} is not among its arms {', '.join(arms)}.",
+                variant in variants,
+                f"Suite {self.name}: its {role} {variant!r} is not among its variants "
+                f"{', '.join(variants)}.",
             )
         require(
-            not arms[self.base],
-            f"Suite {self.name}: its base {self.base!r} changes {', '.join(arms[self.base])}, and "
-            "must change nothing.",
+            not variants[self.base],
+            f"Suite {self.name}: its base {self.base!r} changes {', '.join(variants[self.base])}, "
+            "and must change nothing.",
         )
-        require(self.control != self.base, f"Suite {self.name}: base and control are the same arm.")
-        runs = {arm: self.arm_config(scale, arm) for arm in arms}
-        for arm, run in runs.items():
-            _check_arm(self, arm, run, runs[self.base])
+        require(
+            self.control != self.base, f"Suite {self.name}: base and control are the same variant."
+        )
+        runs = {variant: self.variant_config(scale, variant) for variant in variants}
+        for variant, run in runs.items():
+            _check_variant(self, variant, run, runs[self.base])
         require(
             len(set(runs.values())) == len(runs),
-            f"Suite {self.name} has two arms at scale {scale} that are the same.",
+            f"Suite {self.name} has two variants at scale {scale} that are the same.",
         )
         settings = self.scales[scale]
         require(
@@ -119,14 +123,14 @@ class Suite:
             f"data.source=shapes, not {settings.run.data.source}.",
         )
 
-    def arms_at(self, scale: str) -> dict[str, Overrides]:
-        """Return the changes of all arms at a scale, the base first."""
-        arms = {**self.arms, **self.scales[scale].arms}
-        return {self.base: arms[self.base], **arms} if self.base in arms else arms
+    def variants_at(self, scale: str) -> dict[str, Overrides]:
+        """Return the changes of all variants at a scale, the base first."""
+        variants = {**self.variants, **self.scales[scale].variants}
+        return {self.base: variants[self.base], **variants} if self.base in variants else variants
 
-    def arm_config(self, scale: str, arm: str) -> config.Config:
-        """Return the config of an arm, with the seed of the base."""
-        return config.override(self.scales[scale].run, self.arms_at(scale)[arm])
+    def variant_config(self, scale: str, variant: str) -> config.Config:
+        """Return the config of a variant, with the seed of the base."""
+        return config.override(self.scales[scale].run, self.variants_at(scale)[variant])
 
     def condition_configs(self, scale: str, run: config.Config) -> dict[str, config.Config]:
         """Return the configs of the evaluation conditions that are valid for a run.
@@ -142,21 +146,23 @@ class Suite:
         return configs
 
 
-def _check_arm(suite: Suite, arm: str, run: config.Config, base: config.Config):
-    """Raise ConfigError if an arm cannot be compared with the base."""
-    prefix = f"Suite {suite.name}, arm {arm}:"
+def _check_variant(suite: Suite, variant: str, run: config.Config, base: config.Config):
+    """Raise ConfigError if a variant cannot be compared with the base."""
+    prefix = f"Suite {suite.name}, variant {variant}:"
     expected_data = replace(
         base.data, batch_size=run.data.batch_size, caption_dropout=run.data.caption_dropout
     )
     require(
         run.data == expected_data and run.train.seed == base.train.seed,
-        f"{prefix} all arms must see the same images with the same seeds: of data, change only "
+        f"{prefix} all variants must see the same images with the same seeds: of data, change only "
         "batch_size and caption_dropout.",
     )
-    require(run.distill.kind == "none", f"{prefix} arms have no teacher: leave distill.kind=none.")
+    require(
+        run.distill.kind == "none", f"{prefix} variants have no teacher: leave distill.kind=none."
+    )
     require(
         not run.init and not run.lora.rank,
-        f"{prefix} arms are trained completely and from scratch: leave init and lora out.",
+        f"{prefix} variants are trained completely and from scratch: leave init and lora out.",
     )
     require(
         run.optimizer.block_rotation == (0, 0),
@@ -165,12 +171,12 @@ def _check_arm(suite: Suite, arm: str, run: config.Config, base: config.Config):
     )
     require(
         run.optimizer.lr_schedule == "constant",
-        f"{prefix} optimizer.lr_schedule={run.optimizer.lr_schedule} hides how many steps an arm "
-        "needs: use constant.",
+        f"{prefix} optimizer.lr_schedule={run.optimizer.lr_schedule} hides how many steps a "
+        "variant needs: use constant.",
     )
     require(
         bool(run.optimizer.ema_names),
-        f"{prefix} arms are evaluated with averaged weights: set optimizer.ema_decays.",
+        f"{prefix} variants are evaluated with averaged weights: set optimizer.ema_decays.",
     )
     require(
         run.model.pooled_dim == 0,

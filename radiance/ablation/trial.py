@@ -1,4 +1,4 @@
-"""One arm, from its config to its result: tuned, trained, measured and written."""
+"""One variant, from its config to its result: tuned, trained, measured and written."""
 
 import json
 import math
@@ -28,11 +28,11 @@ from radiance.training.validation import select_average
 
 
 class Trial(NamedTuple):
-    """An arm of a suite at a scale, on some seeds and with the code of a commit."""
+    """A variant of a suite at a scale, on some seeds and with the code of a commit."""
 
     suite: Suite
     scale: str
-    arm: str
+    variant: str
     seeds: tuple[int, ...]
     commit: str
 
@@ -44,27 +44,27 @@ class Trial(NamedTuple):
     @property
     def base(self) -> config.Config:
         """Config of the base."""
-        return self.suite.arm_config(self.scale, self.suite.base)
+        return self.suite.variant_config(self.scale, self.suite.base)
 
     @property
     def run(self) -> config.Config:
-        """Config of the arm."""
-        return self.suite.arm_config(self.scale, self.arm)
+        """Config of the variant."""
+        return self.suite.variant_config(self.scale, self.variant)
 
     @property
     def config_hash(self) -> str:
         """Hash of everything that the result depends on but code, data and seeds."""
-        return hash_arm(self.suite, self.scale, self.arm)
+        return hash_variant(self.suite, self.scale, self.variant)
 
     @property
     def key(self) -> ResultKey:
         """Identity of the result. The images are loaded for it."""
         image_sets = [self.load_image_set("train"), self.load_image_set("validation")]
-        # The text encoder of the base; that of the arm is in its config.
+        # The text encoder of the base; that of the variant is in its config.
         text_set = encode_captions(image_sets[1].captions, self.base.text, self.base.model.text_dim)
         return ResultKey(
             self.suite.name,
-            self.arm,
+            self.variant,
             self.scale,
             self.seeds,
             self.commit,
@@ -82,20 +82,20 @@ class Trial(NamedTuple):
         return load_image_set(self.base.data, split, num_images)
 
     def encode_texts(self, image_set: ImageSet, run: config.Config | None = None) -> TextSet:
-        """Return the captions of images, encoded as in the arm or in `run`."""
+        """Return the captions of images, encoded as in the variant or in `run`."""
         run = run or self.run
         return encode_captions(image_set.captions, run.text, run.model.text_dim)
 
 
-def hash_arm(suite: Suite, scale: str, arm: str) -> str:
+def hash_variant(suite: Suite, scale: str, variant: str) -> str:
     """Return a hash of everything that a result depends on but code, data and seeds.
 
     The base is part of it, because it gives the first weights and the measure of losses.
     """
     scale_settings = suite.scales[scale]
     return hash_config(
-        suite.arm_config(scale, arm),
-        hash_config(suite.arm_config(scale, suite.base)),
+        suite.variant_config(scale, variant),
+        hash_config(suite.variant_config(scale, suite.base)),
         scale_settings.learning_rate_factors,
         scale_settings.num_samples,
         scale_settings.num_images,
@@ -103,67 +103,68 @@ def hash_arm(suite: Suite, scale: str, arm: str) -> str:
     )
 
 
-def run_arm(
+def run_variant(
     trial: Trial,
     results: ResultFolder,
     work_dir: Path,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
-    """Return the result of an arm, from disk if it exists; None if `should_stop` ended it before.
+    """Return the result of a variant, from disk if it exists; None if `should_stop` ended it.
 
-    The run directories of the seeds stay in WORK/SUITE/SCALE/ARM/KEY.
+    The run directories of the seeds stay in WORK/SUITE/SCALE/VARIANT/KEY.
 
     Args:
-        trial: The arm.
+        trial: The variant.
         results: Folder of the results of the suite and scale.
         work_dir: Folder of the run directories.
         should_stop: Called after every training step; training is saved when it returns true.
 
     Raises:
-        ConfigError: `results` holds results of something else, or no learning rate trains the arm.
-        OutputError: Another process trains the arm.
+        ConfigError: `results` holds results of something else, or no learning rate trains the
+            variant.
+        OutputError: Another process trains the variant.
     """
     key = trial.key
     if existing_result := results.find(key):
         return existing_result
-    folder = Path(work_dir) / trial.suite.name / trial.scale / trial.arm / key.name
-    remedy = "Wait until it ends, train other --arms, or give another --work."
+    folder = Path(work_dir) / trial.suite.name / trial.scale / trial.variant / key.name
+    remedy = "Wait until it ends, train other --variants, or give another --work."
     with hold_lock(folder / LOCK_NAME, str(folder), remedy):
         # The process that held the lock before may have written the result.
-        return results.find(key) or _run_missing_arm(trial, key, results, folder, should_stop)
+        return results.find(key) or _run_missing_variant(trial, key, results, folder, should_stop)
 
 
-def _run_missing_arm(
+def _run_missing_variant(
     trial: Trial,
     key: ResultKey,
     results: ResultFolder,
     folder: Path,
     should_stop: Callable[[], bool],
 ) -> Result | None:
-    """Tune, train and measure an arm, and write its result."""
+    """Tune, train and measure a variant, and write its result."""
     tuning = _tune(trial, folder, should_stop)
     if tuning is None:
         return None
     run = _with_rate_factor(trial.run, tuning["learning_rate_factor"])
     run = _with_average(run, tuning["average"])
-    outcome = _train_arm(trial, run, trial.seeds, folder, should_stop)
+    outcome = _train_variant(trial, run, trial.seeds, folder, should_stop)
     if outcome is None:
         return None
-    result = _measure_arm(trial, key, run, outcome, tuning)
+    result = _measure_variant(trial, key, run, outcome, tuning)
     results.write(result)
     for path in folder.glob("tuning_*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return result
 
 
-def _train_arm(
+def _train_variant(
     trial: Trial,
     run: config.Config,
     seeds: Sequence[int],
     folder: Path,
     should_stop: Callable[[], bool],
 ) -> TrainingOutcome | None:
-    """Train the arm with a config on some seeds."""
+    """Train the variant with a config on some seeds."""
     image_set, validation_set = trial.load_image_set("train"), trial.load_image_set("validation")
     return train_seeds(
         run,
@@ -214,8 +215,8 @@ def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[s
     }
     if not choices:
         raise config.ConfigError(
-            f"No learning rate trains arm {trial.arm} of {trial.suite.name}: lower the suite's "
-            "learning_rate_factors."
+            f"No learning rate trains variant {trial.variant} of {trial.suite.name}: lower the "
+            "suite's learning_rate_factors."
         )
     factor, average = min(choices, key=choices.__getitem__)
     return {"learning_rate_factor": float(factor), "average": average, "losses": losses_by_factor}
@@ -236,7 +237,7 @@ def _measure_factor(
     """Train the tuning seeds with a learning rate; return the mean loss of every average."""
     run = _with_rate_factor(trial.run, factor)
     run = _with_average(run, run.optimizer.ema_names[0])
-    outcome = _train_arm(trial, run, TUNING_SEEDS, folder, should_stop)
+    outcome = _train_variant(trial, run, TUNING_SEEDS, folder, should_stop)
     if outcome is None:
         return None
     validation_set = trial.load_image_set("validation")
@@ -250,14 +251,14 @@ def _measure_factor(
     return losses
 
 
-def _measure_arm(
+def _measure_variant(
     trial: Trial,
     key: ResultKey,
     run: config.Config,
     outcome: TrainingOutcome,
     tuning: dict[str, Any],
 ) -> Result:
-    """Measure the trained arm."""
+    """Measure the trained variant."""
     seeds, validation_set = trial.seeds, trial.load_image_set("validation")
     params = select_average(run, outcome.state, tuning["average"])
 

@@ -1,4 +1,4 @@
-"""`radiance ablate`: train the missing arms of a suite, and write a table of its results."""
+"""`radiance ablate`: train the missing variants of a suite, and write a table of its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_parser(subparsers):
         "run an ablation suite, or continue it",
         main.__doc__,
         "radiance ablate masking",
-        "radiance ablate experiments/ablations/masking.py --arms one_pad off --seeds 5",
+        "radiance ablate experiments/ablations/masking.py --variants one_pad off --seeds 5",
         "radiance ablate masking --table",
     )
     parser.add_argument(
@@ -50,7 +50,10 @@ def add_parser(subparsers):
         help="train seeds 0 to N - 1, at least 2; by default those of the suite",
     )
     parser.add_argument(
-        "--arms", nargs="+", metavar="ARM", help="arms to train; by default all of the suite"
+        "--variants",
+        nargs="+",
+        metavar="VARIANT",
+        help="variants to train; by default all of the suite",
     )
     parser.add_argument(
         "--minutes",
@@ -80,20 +83,20 @@ def add_parser(subparsers):
 
 
 def main(options: argparse.Namespace) -> int:
-    """Train the arms of a suite that have no result, with all seeds of an arm at once.
+    """Train the variants of a suite that have no result, with all seeds of a variant at once.
 
     Then write the table and the figure. The same command continues after `--minutes`.
 
     Returns:
-        The exit code: 143 until all arms are trained.
+        The exit code: 143 until all variants are trained.
     """
     from radiance.ablation.results import ResultFolder, get_code_version
-    from radiance.ablation.trial import Trial, run_arm
+    from radiance.ablation.trial import Trial, run_variant
 
     address, suite = _load_suite(options.suite)
-    arms, scale = _select_arms(options, suite), suite.scales[options.scale]
+    variants, scale = _select_variants(options, suite), suite.scales[options.scale]
     if not scale.num_images:
-        _print_pod_commands(address, suite, arms)
+        _print_pod_commands(address, suite, variants)
         return 0
     seeds = tuple(range(scale.num_seeds if options.seeds is None else options.seeds))
     if len(seeds) < 2:
@@ -103,21 +106,24 @@ def main(options: argparse.Namespace) -> int:
     )
     if not options.table:
         commit, deadline = get_code_version(), time.monotonic() + 60 * options.minutes
-        for arm in arms:
+        for variant in variants:
             print(
-                f"{suite.name} {options.scale} {arm}: {len(seeds)} seeds of "
+                f"{suite.name} {options.scale} {variant}: {len(seeds)} seeds of "
                 f"{scale.run.train.steps} steps.",
                 flush=True,
             )
-            trial = Trial(suite, options.scale, arm, seeds, commit)
-            if run_arm(trial, results, options.work, lambda: time.monotonic() > deadline) is None:
-                print(f"Stopped in arm {arm}: the same command continues.", file=sys.stderr)
+            trial = Trial(suite, options.scale, variant, seeds, commit)
+            if (
+                run_variant(trial, results, options.work, lambda: time.monotonic() > deadline)
+                is None
+            ):
+                print(f"Stopped in variant {variant}: the same command continues.", file=sys.stderr)
                 return 143
     return _write_table(suite, options.scale, results)
 
 
 def _load_suite(suite_address: str) -> tuple[str, Suite]:
-    """Return a suite, and its address, to which `radiance train` accepts ":ARM"."""
+    """Return a suite, and its address, to which `radiance train` accepts ":VARIANT"."""
     from radiance.ablation.suite import Suite
 
     path, _, suite_name = suite_address.partition(":")
@@ -144,42 +150,46 @@ def _load_suite(suite_address: str) -> tuple[str, Suite]:
     return address, suite
 
 
-def _select_arms(options: argparse.Namespace, suite: Suite) -> list[str]:
-    """Return the names of the arms to train."""
-    suite_arms = suite.arms_at(options.scale)
-    if unknown_arms := [arm for arm in options.arms or () if arm not in suite_arms]:
+def _select_variants(options: argparse.Namespace, suite: Suite) -> list[str]:
+    """Return the names of the variants to train."""
+    suite_variants = suite.variants_at(options.scale)
+    if unknown_variants := [
+        variant for variant in options.variants or () if variant not in suite_variants
+    ]:
         raise config.ConfigError(
-            f"Suite {suite.name} has no arm {', '.join(unknown_arms)}: it has "
-            f"{', '.join(suite_arms)}."
+            f"Suite {suite.name} has no variant {', '.join(unknown_variants)}: it has "
+            f"{', '.join(suite_variants)}."
         )
-    return options.arms or list(suite_arms)
+    return options.variants or list(suite_variants)
 
 
 def _write_table(suite: Suite, scale: str, results: ResultFolder) -> int:
     """Write the table and the figure of all results, and print the table."""
     from radiance.ablation.report import draw_figure, format_suite_report
-    from radiance.ablation.trial import hash_arm
+    from radiance.ablation.trial import hash_variant
     from radiance.base.files import replace_atomically
 
-    arm_results = results.read_all(
-        {arm: hash_arm(suite, scale, arm) for arm in suite.arms_at(scale)}
+    variant_results = results.read_all(
+        {variant: hash_variant(suite, scale, variant) for variant in suite.variants_at(scale)}
     )
-    text = format_suite_report(suite, arm_results)
-    for name, content in (("table.md", text), ("figure.svg", draw_figure(suite, arm_results))):
+    text = format_suite_report(suite, variant_results)
+    for name, content in (("table.md", text), ("figure.svg", draw_figure(suite, variant_results))):
         with replace_atomically(results.folder / name) as temp_path:
             temp_path.write_text(content, "utf-8")
     print(text)
     return 0
 
 
-def _print_pod_commands(address: str, suite: Suite, arms: list[str]):
-    """Print the commands of a suite on a pod, where every arm and seed is a separate run."""
+def _print_pod_commands(address: str, suite: Suite, variants: list[str]):
+    """Print the commands of a suite on a pod, where every variant and seed is a separate run."""
     print(
-        "Arms of this scale are trained separately, like experiments; `radiance plan` estimates "
-        "the cost of each:"
+        "Variants of this scale are trained separately, like experiments; `radiance plan` "
+        "estimates the cost of each:"
     )
-    for arm in arms:
-        changes = [f"name={suite.name}-{arm}-SEED", "train.seed=SEED", "data.path=FOLDER"]
-        changes += ["text.file=T5"] if suite.arm_config("pod", arm).text.encoder == "t5" else []
-        print("  " + shlex.join(["radiance", "train", f"{address}:{arm}", *changes]))
+    for variant in variants:
+        changes = [f"name={suite.name}-{variant}-SEED", "train.seed=SEED", "data.path=FOLDER"]
+        changes += (
+            ["text.file=T5"] if suite.variant_config("pod", variant).text.encoder == "t5" else []
+        )
+        print("  " + shlex.join(["radiance", "train", f"{address}:{variant}", *changes]))
     print(f"SEED: 0 to {suite.scales['pod'].num_seeds - 1}.")

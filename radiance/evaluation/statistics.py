@@ -49,20 +49,20 @@ def student_interval(
 
 
 def paired_differences(
-    arm_values: Mapping[int, float], control_values: Mapping[int, float]
+    variant_values: Mapping[int, float], control_values: Mapping[int, float]
 ) -> list[float]:
-    """Return arm − control by seed, so that effects of data and initial weights cancel.
+    """Return variant − control by seed, so that effects of data and initial weights cancel.
 
     Args:
-        arm_values: Values by seed.
+        variant_values: Values by seed.
         control_values: Values of the same seeds.
 
     Raises:
         ConfigError: The seeds differ.
     """
-    if unpaired_seeds := sorted(arm_values.keys() ^ control_values.keys()):
+    if unpaired_seeds := sorted(variant_values.keys() ^ control_values.keys()):
         raise ConfigError(
             f"Seeds {', '.join(map(str, unpaired_seeds))} have no partner: paired differences need "
-            "both arms of every seed."
+            "both variants of every seed."
         )
-    return [arm_values[seed] - control_values[seed] for seed in sorted(arm_values)]
+    return [variant_values[seed] - control_values[seed] for seed in sorted(variant_values)]

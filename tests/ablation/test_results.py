@@ -10,7 +10,7 @@ import pytest
 from radiance import config
 from radiance.ablation import results as results_module
 from radiance.ablation.report import (
-    compare_arms,
+    compare_variants,
     correct_holm,
     draw_figure,
     first_step_below,
@@ -26,7 +26,7 @@ from radiance.ablation.results import (
     read_result,
 )
 from radiance.ablation.suite import Scale, Suite
-from radiance.ablation.trial import hash_arm
+from radiance.ablation.trial import hash_variant
 from radiance.base.errors import OutputError
 
 KEY = ResultKey("toy", "base", "cpu", (0, 1, 2), "c0ffee", "h-base", "data")
@@ -38,8 +38,8 @@ LOSSES = {
 }
 
 
-def make_result(arm: str, **key) -> Result:
-    losses = dict(enumerate(LOSSES[arm]))
+def make_result(variant: str, **key) -> Result:
+    losses = dict(enumerate(LOSSES[variant]))
     curve = [(10, {seed: 3 * loss for seed, loss in losses.items()}), (20, losses)]
     cost = {"parameters": 12345, "flops": 2e9, "seconds": 61.0, "skipped_steps": 0}
     metrics, conditions = (
@@ -49,11 +49,11 @@ def make_result(arm: str, **key) -> Result:
     bins = [
         losses,
         {
-            seed: loss * (1.5 if arm == "worse" else 1)
+            seed: loss * (1.5 if variant == "worse" else 1)
             for seed, loss in dict(enumerate(LOSSES["base"])).items()
         },
     ]
-    key = replace(KEY, arm=arm, config=f"h-{arm}", **key)
+    key = replace(KEY, variant=variant, config=f"h-{variant}", **key)
     return Result(
         key,
         {"learning_rate_factor": 1.0, "average": "0.9", "losses": {}},
@@ -67,7 +67,7 @@ def make_result(arm: str, **key) -> Result:
 
 
 def make_suite(**changes) -> Suite:
-    arms = {
+    variants = {
         "base": (),
         "worse": ("model.masking=off",),
         "near": ("model.masking=strict",),
@@ -84,7 +84,7 @@ def make_suite(**changes) -> Suite:
         base="base",
         control="blind",
         margin=0.01,
-        arms=arms,
+        variants=variants,
         scales=scales,
     )
     return Suite(**arguments | changes)
@@ -114,9 +114,9 @@ def test_a_written_result_is_read_unchanged(tmp_path):
 def test_a_result_of_another_commit_data_scale_seeds_or_suite_is_refused(tmp_path, other):
     results = ResultFolder(tmp_path)
     results.write(make_result("base"))
-    for arm in ("base", "near"):  # another arm, and the same
+    for variant in ("base", "near"):  # another variant, and the same
         with pytest.raises(config.ConfigError, match=next(iter(other))):
-            results.write(make_result(arm, **other))
+            results.write(make_result(variant, **other))
     assert results.find(KEY) == make_result("base")
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -131,8 +131,8 @@ def test_a_result_of_another_config_is_refused(tmp_path):
         results.read_all({"base": "another"})
     assert results.read_all({"base": "h-base", "near": "h-near"}) == {"base": base}
     check_comparable(
-        KEY, replace(KEY, arm="near", config="another"), tmp_path
-    )  # different arms have different configs
+        KEY, replace(KEY, variant="near", config="another"), tmp_path
+    )  # different variants have different configs
     assert changed.name != KEY.name  # their run directories differ too
     (tmp_path / "near.json").write_text("[]")
     with pytest.raises(OutputError, match=r"near.json is damaged .*: move it away"):
@@ -154,10 +154,12 @@ def test_hashes_depend_on_every_setting():
     )
 
 
-def test_the_hash_of_an_arm_depends_on_its_base():
-    """The base gives the first weights and the measure, even in a setting that the arm changes."""
+def test_the_hash_of_a_variant_depends_on_its_base():
+    """The base gives the first weights and the measure, even of what the variant changes."""
     weighted = ("flow.loss_weighting=x0", "model.masking=off")
-    ours = make_suite(arms={"base": (), "blind": ("data.caption_dropout=1",), "weighted": weighted})
+    ours = make_suite(
+        variants={"base": (), "blind": ("data.caption_dropout=1",), "weighted": weighted}
+    )
     theirs = replace(
         ours,
         scales={
@@ -165,8 +167,8 @@ def test_the_hash_of_an_arm_depends_on_its_base():
             for name, scale in ours.scales.items()
         },
     )
-    assert ours.arm_config("cpu", "weighted") == theirs.arm_config("cpu", "weighted")
-    assert hash_arm(ours, "cpu", "weighted") != hash_arm(theirs, "cpu", "weighted")
+    assert ours.variant_config("cpu", "weighted") == theirs.variant_config("cpu", "weighted")
+    assert hash_variant(ours, "cpu", "weighted") != hash_variant(theirs, "cpu", "weighted")
 
 
 def test_any_change_of_the_package_changes_the_code_version(tmp_path, monkeypatch):
@@ -204,7 +206,9 @@ def test_any_change_of_the_package_changes_the_code_version(tmp_path, monkeypatc
 
 
 def test_comparisons_equal_those_worked_out_by_hand():
-    comparisons = compare_arms(make_suite(), {arm: make_result(arm) for arm in LOSSES})
+    comparisons = compare_variants(
+        make_suite(), {variant: make_result(variant) for variant in LOSSES}
+    )
     # Differences 0.2, 0.22, 0.21 from a base of 1: mean 0.21, standard error 0.01/√3, and
     # t(0.975, 2) = 4.302653.
     assert comparisons["worse"].difference == pytest.approx(
@@ -231,20 +235,22 @@ def test_comparisons_equal_those_worked_out_by_hand():
 
 
 def test_the_metric_decides_what_is_better():
-    results = {arm: make_result(arm) for arm in ("base", "worse", "blind")}
+    results = {variant: make_result(variant) for variant in ("base", "worse", "blind")}
     scored_results = {
-        arm: replace(result, metrics=result.metrics | {"exact": result.metrics["validation_loss"]})
-        for arm, result in results.items()
+        variant: replace(
+            result, metrics=result.metrics | {"exact": result.metrics["validation_loss"]}
+        )
+        for variant, result in results.items()
     }
     scales = {name: replace(scale, num_samples=4) for name, scale in make_suite().scales.items()}
     assert (
-        compare_arms(make_suite(metric="exact", scales=scales), scored_results)["worse"].verdict
+        compare_variants(make_suite(metric="exact", scales=scales), scored_results)["worse"].verdict
         == "better"
     )
     with pytest.raises(config.ConfigError, match="base"):
-        compare_arms(make_suite(), {"worse": make_result("worse")})
+        compare_variants(make_suite(), {"worse": make_result("worse")})
     with pytest.raises(config.ConfigError, match="0 with every seed"):
-        compare_arms(
+        compare_variants(
             make_suite(),
             {
                 "base": replace(
@@ -261,8 +267,8 @@ def test_holm_correction_equals_that_worked_out_by_hand():
     assert correct_holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_the_report_and_the_figure_show_every_arm():
-    results = {arm: make_result(arm) for arm in ("base", "worse", "blind")}
+def test_the_report_and_the_figure_show_every_variant():
+    results = {variant: make_result(variant) for variant in ("base", "worse", "blind")}
     text = re.sub(" +", " ", format_suite_report(make_suite(), results))
     assert "| worse | `model.masking=off` |" in text
     assert "+21.0% (+18.5% … +23.5%)" in text
@@ -272,9 +278,9 @@ def test_the_report_and_the_figure_show_every_arm():
     assert "2.287 (×2.00)" not in text
     assert "(×2.00)" in text
     assert "undecided or equal carry no information" in format_suite_report(
-        make_suite(control="near"), {arm: make_result(arm) for arm in ("base", "near")}
+        make_suite(control="near"), {variant: make_result(variant) for variant in ("base", "near")}
     )
-    assert "| arm | 0 … 0.5 | 0.5 … 1 |" in text
+    assert "| variant | 0 … 0.5 | 0.5 … 1 |" in text
     assert "| worse | 1.210 | 1.500 |" in text
     figure = draw_figure(make_suite(), results)
     assert figure.count('id="interval') == 2
@@ -282,7 +288,7 @@ def test_the_report_and_the_figure_show_every_arm():
     assert "nan" not in figure
 
 
-def test_a_diverged_arm_does_not_affect_the_others():
+def test_a_diverged_variant_does_not_affect_the_others():
     """Holm's correction and the figure leave it out."""
     diverged = make_result("near")
     diverged = replace(
@@ -297,8 +303,11 @@ def test_a_diverged_arm_does_not_affect_the_others():
         "blind": make_result("blind"),
     }
     comparisons, without = (
-        compare_arms(make_suite(), results),
-        compare_arms(make_suite(), {arm: other for arm, other in results.items() if arm != "near"}),
+        compare_variants(make_suite(), results),
+        compare_variants(
+            make_suite(),
+            {variant: other for variant, other in results.items() if variant != "near"},
+        ),
     )
     assert comparisons["near"].verdict == "diverged with 1 of 3 seeds"
     assert comparisons["worse"] == without["worse"]
@@ -307,32 +316,36 @@ def test_a_diverged_arm_does_not_affect_the_others():
     assert "not finite: near 7." in text
     assert draw_figure(make_suite(), results).count('id="interval') == 2
     with pytest.raises(config.ConfigError, match="base base has diverged"):
-        compare_arms(make_suite(), results | {"base": diverged})
+        compare_variants(make_suite(), results | {"base": diverged})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(base="none"), "base"),
-        (dict(control="base"), "same arm"),
-        (dict(arms={"base": ("model.masking=off",), "blind": ()}), "must change nothing"),
-        (dict(arms={"base": (), "blind": ("optimizer.block_rotation=1,1",)}), "block_rotation"),
-        (dict(arms={"base": (), "blind": ("optimizer.lr_schedule=cosine",)}), "constant"),
+        (dict(control="base"), "same variant"),
+        (dict(variants={"base": ("model.masking=off",), "blind": ()}), "must change nothing"),
+        (dict(variants={"base": (), "blind": ("optimizer.block_rotation=1,1",)}), "block_rotation"),
+        (dict(variants={"base": (), "blind": ("optimizer.lr_schedule=cosine",)}), "constant"),
         (
             dict(
-                arms={"base": (), "blind": ("model.masking=off",), "twin": ("model.masking=off",)}
+                variants={
+                    "base": (),
+                    "blind": ("model.masking=off",),
+                    "twin": ("model.masking=off",),
+                }
             ),
             "the same",
         ),
-        (dict(arms={"base": (), "blind": ("model.maskin=off",)}), "masking"),
+        (dict(variants={"base": (), "blind": ("model.maskin=off",)}), "masking"),
         (
-            dict(arms={"base": (), "blind": ("data.shapes.caption_lengths=full",)}),
+            dict(variants={"base": (), "blind": ("data.shapes.caption_lengths=full",)}),
             "change only batch_size and caption_dropout",
         ),
-        (dict(arms={"base": (), "blind": ("train.seed=5",)}), "the same seeds"),
+        (dict(variants={"base": (), "blind": ("train.seed=5",)}), "the same seeds"),
         (
             dict(
-                arms={
+                variants={
                     "base": (),
                     "blind": ("distill.kind=guidance", "distill.guidance_target=image"),
                 }
@@ -355,8 +368,8 @@ def test_invalid_evaluation_conditions_are_left_out():
             for name, scale in make_suite().scales.items()
         }
     )
-    run = suite.arm_config("cpu", "base")
+    run = suite.variant_config("cpu", "base")
     learned = config.override(run, ["model.padding=learned"])
     assert suite.condition_configs("cpu", run)["hidden"].model.masking == "strict"
     assert suite.condition_configs("cpu", learned) == {}
-    assert np.all([suite.arms_at(scale) == suite.arms for scale in suite.scales])
+    assert np.all([suite.variants_at(scale) == suite.variants for scale in suite.scales])

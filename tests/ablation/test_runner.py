@@ -199,13 +199,13 @@ def test_the_directory_of_a_seed_is_that_of_an_ordinary_run(run, pool, tmp_path)
     assert metrics(seed_run) == before
 
 
-def test_arms_share_first_weights_data_and_validation(run, pool):
+def test_variants_share_first_weights_data_and_validation(run, pool):
     other = config.override(
         run, ["model.modulation=per_block", "model.registers=2", "model.masking=strict"]
     )
     ours, theirs = (
-        init_states(arm, SEEDS, init_params=make_init_params(arm.model, run.model)).params
-        for arm in (run, other)
+        init_states(variant, SEEDS, init_params=make_init_params(variant.model, run.model)).params
+        for variant in (run, other)
     )
     for part in ("double", "single", "text_embed", "patch_embed", "head"):
         assert same(ours[part], theirs[part]), part

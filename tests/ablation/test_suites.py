@@ -38,24 +38,24 @@ def parameters(run: config.Config) -> int:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_every_arm_of_every_scale_is_valid(path, capsys):
-    path_suites = suites(path)  # which checks all their arms
+def test_every_variant_of_every_scale_is_valid(path, capsys):
+    path_suites = suites(path)  # which checks all their variants
     for part, suite in path_suites.items():
         assert suite.name == "_".join([path.stem, *filter(None, [part])])
         for model in {
-            replace(suite.arm_config(scale, arm).model, prediction="x0")
+            replace(suite.variant_config(scale, variant).model, prediction="x0")
             for scale in suite.scales
-            for arm in suite.arms_at(scale)
+            for variant in suite.variants_at(scale)
         }:
             assert all(
                 x.size for x in jax.tree.leaves(make_abstract_params(model))
             )  # checkpoints cannot hold an empty array
-    where, arm = (
+    where, variant = (
         f"{path}:{part}" if part else str(path),
         suite.control,
     )  # as `radiance train` finds it, which builds the suite once more
-    assert replace(load_experiment(f"{where}:{arm}"), name=path.stem) == suite.arm_config(
-        "pod", arm
+    assert replace(load_experiment(f"{where}:{variant}"), name=path.stem) == suite.variant_config(
+        "pod", variant
     )
     assert main(["ablate", where, "--scale", "pod"]) == 0
     assert f"{where}:{suite.control}" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_the_step_of_the_pod_scale_compiles_for_eight_devices(tmp_path):
 
 
 def test_every_objective_works_with_an_axis_of_seeds():
-    """Times, noise and weights of every arm whose objective differs."""
+    """Times, noise and weights of every variant whose objective differs."""
     toy = toy_run("unused", "unused")
     shapes = {
         "image": (8, 8, 3),
@@ -100,10 +100,10 @@ def test_every_objective_works_with_an_axis_of_seeds():
     }
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0)))
     for flow in {
-        suite.arm_config("cpu", arm).flow
+        suite.variant_config("cpu", variant).flow
         for path in PATHS
         for suite in suites(path).values()
-        for arm in suite.arms_at("cpu")
+        for variant in suite.variants_at("cpu")
     }:
         noisy = jax.eval_shape(
             jax.vmap(partial(add_noise_and_times, replace(toy, flow=flow))), batch, keys
@@ -123,7 +123,7 @@ def test_predictions_are_compared_with_one_loss_weighting_and_size():
             )
         assert not any(
             change.startswith("data.resolution")
-            for changes in suite.arms.values()
+            for changes in suite.variants.values()
             for change in changes
         )
 
@@ -135,25 +135,25 @@ def test_optimal_transport_biases_noise_towards_the_background_named_in_the_capt
     texts = encode_captions(images.captions, run.text, run.model.text_dim)
     independent, transported, within = (
         module.measure_bias(
-            config.override(run, module.CHANGES[arm]), images, texts, seed=0, num_batches=4
+            config.override(run, module.CHANGES[variant]), images, texts, seed=0, num_batches=4
         )
-        for arm in ("independent", "global", "within_caption")
+        for variant in ("independent", "global", "within_caption")
     )
     assert abs(independent.bias) < 0.3 < 0.6 < transported.bias
     assert independent.saved == 0 < within.saved < transported.saved
 
 
-def test_deeper_arms_have_equal_parameters_and_others_equal_flops():
+def test_deeper_variants_have_equal_parameters_and_others_equal_flops():
     suite = load_module(str(FOLDER / "modulation.py")).SUITE
     for scale in suite.scales:
-        base = suite.arm_config(scale, suite.base)
+        base = suite.variant_config(scale, suite.base)
         block = parameters(
             config.override(base, [f"model.single_blocks={base.model.single_blocks + 1}"])
         ) - parameters(base)
-        for arm in suite.arms_at(scale):
-            run, work = suite.arm_config(scale, arm), []
-            if arm.startswith("deep_"):
-                assert abs(parameters(run) - parameters(base)) < block / 2, (scale, arm)
+        for variant in suite.variants_at(scale):
+            run, work = suite.variant_config(scale, variant), []
+            if variant.startswith("deep_"):
+                assert abs(parameters(run) - parameters(base)) < block / 2, (scale, variant)
                 continue
             for one in (run, base):
                 work.append(
@@ -161,7 +161,7 @@ def test_deeper_arms_have_equal_parameters_and_others_equal_flops():
                         one.model, one.data.resolution, one.data.resolution, one.text.max_length
                     )
                 )
-            assert work[0] == pytest.approx(work[1], rel=0.3), (scale, arm)
+            assert work[0] == pytest.approx(work[1], rel=0.3), (scale, variant)
 
 
 SUITE = """
@@ -180,7 +180,7 @@ SUITE = Suite(
     base="base",
     control="blind",
     margin=0.01,
-    arms={{"base": (), "blind": ("data.caption_dropout=1",)}},
+    variants={{"base": (), "blind": ("data.caption_dropout=1",)}},
     scales={{"cpu": CPU, "gpu": CPU, "pod": Scale(RUN)}},
 )
 """
@@ -222,10 +222,10 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
     assert ablate("--minutes", "0") == 143
     assert not (tmp_path / "results").exists()
     assert any((tmp_path / "work").rglob("checkpoints"))
-    assert ablate("--arms", "base") == 0
+    assert ablate("--variants", "base") == 0
     assert ablate() == 0
-    for arm in ("base", "blind"):  # the seeds keep their directories; those of the tuning go
-        pattern = f"toy/cpu/{arm}/**/config.json"
+    for variant in ("base", "blind"):  # the seeds keep their directories; those of the tuning go
+        pattern = f"toy/cpu/{variant}/**/config.json"
         runs = [path.parent for path in (tmp_path / "work").glob(pattern)]
         assert sorted(path.name for path in runs) == ["seed_0", "seed_1"]
         assert all((path / "checkpoints" / "2").is_dir() for path in runs)
@@ -262,7 +262,7 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "bse"], "no arm bse"),
+        (["--variants", "bse"], "no variant bse"),
         (["--scale", "pod"], ""),
     ],
 )

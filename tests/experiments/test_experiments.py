@@ -51,7 +51,9 @@ def drop_duplicates(names: list[str]) -> list[str]:
 
 PATHS = sorted(FOLDER.glob("*.py"))
 NAMES = [
-    str(path) + arm for path in PATHS for arm in ("", *(f":{name}" for name in list_variants(path)))
+    str(path) + variant
+    for path in PATHS
+    for variant in ("", *(f":{name}" for name in list_variants(path)))
 ]
 STEPS = drop_duplicates([name for path in PATHS for name in list_toys(path)])
 COMPILED = [

@@ -38,7 +38,7 @@ SUITE = Suite(
     base="base",
     control="slow",
     margin=0.1,
-    arms={{"base": (), "slow": ("optimizer.learning_rate=1e-5",)}},
+    variants={{"base": (), "slow": ("optimizer.learning_rate=1e-5",)}},
     scales={{"cpu": SCALE, "gpu": SCALE, "pod": Scale(RUN)}},
 )
 """
