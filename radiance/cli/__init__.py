@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from radiance import __version__
 from radiance.cli import (
     ablate,
+    config,
     convert,
     encode,
     evaluate,
@@ -41,7 +42,10 @@ DESCRIPTION = (
     "`radiance VERB --help` describes a verb."
 )
 # The verbs, in the order of the help.
-COMMANDS = (train, ablate, encode, sample, evaluate, plan, convert, inspect, report, verify)
+COMMANDS = (
+    *(train, ablate, encode, sample, evaluate, plan),
+    *(convert, inspect, report, verify, config),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
