@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint types reference notebooks check clean
+.PHONY: quickstart test lint types reference notebooks docs check clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,9 +44,14 @@ notebooks: $(VENV)/installed
 	printf '%s\n' notebooks/*.ipynb | sort -r | XLA_FLAGS="--xla_backend_optimization_level=1" \
 		xargs -P 2 -n 1 $(BIN)/jupyter execute --startup_timeout=600
 
+# The documentation in site/; a broken link is an error.
+docs: $(VENV)/installed
+	$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
 # Everything that continuous integration runs.
 check:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache

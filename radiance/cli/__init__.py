@@ -35,7 +35,7 @@ from radiance.cli.failures import (
 )
 from radiance.distributed.environment import prepare_environment, prepare_plan_environment
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser", "parse_arguments"]
 
 DESCRIPTION = (
     "Train, sample, evaluate, convert and compare pixel-space text-to-image transformers. "
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tolerate_any_text()
     try:
         try:
-            return _execute(_parse_arguments(words))
+            return _execute(parse_arguments(words))
         finally:
             flush_output()
     except KeyboardInterrupt:
@@ -117,9 +117,9 @@ def _handle_signal(signum: int, *_):
     os._exit(128 + signum)
 
 
-def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line, where key=value changes may follow flags too."""
-    parser = _make_parser()
+    parser = make_parser()
     options, extra_words = parser.parse_known_args(arguments)
     if extra_words:
         is_change = [not word.startswith("-") and "=" in word for word in extra_words]
@@ -129,7 +129,8 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = OneLineParser(prog="radiance", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"radiance {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
