@@ -563,7 +563,7 @@ def test_a_damaged_loss_stops_a_run_before_it_begins(run, tmp_path, data_directo
         toy_params(run.model),
         metadata={"radiance.validation_loss": loss},
     )
-    with pytest.raises(CheckpointError, match="which is no loss"):
+    with pytest.raises(CheckpointError, match="which is not a loss"):
         train(toy_run(tmp_path, data_directory, f"init={tmp_path / 'x.safetensors'}"))
     assert not (tmp_path / "toy").exists()
 

@@ -64,7 +64,7 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedKernel)
 
 
-def quantize(
+def quantize_matrix(
     matrix: Float[np.ndarray, "in out"], weight_format: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a matrix.

@@ -1,8 +1,8 @@
 """Read and write autoencoder files: FLUX's `ae.safetensors` and diffusers' `AutoencoderKL`.
 
-One table maps names in both directions. In its patterns `{i}` is a level, 0 at the image's
-resolution, `{j}` is a block of the level, and `{k}` is the level counted from the other end, as
-diffusers numbers the levels of the decoder.
+One table maps names in both directions. Its patterns have three placeholders. `{i}` is a level: 0
+is at the image's resolution. `{j}` is a block of the level. `{k}` is the level counted from the
+other end, as diffusers numbers the levels of the decoder.
 """
 
 import json
@@ -73,11 +73,11 @@ def residual_block_rules(path: str, flux: str, diffusers: str) -> list[Autoencod
     ]
 
 
-def coder_rules(name: Literal["encoder", "decoder"]) -> list[AutoencoderRule]:
+def shared_layer_rules(name: Literal["encoder", "decoder"]) -> list[AutoencoderRule]:
     """Return the rules of the layers that encoder and decoder share.
 
     Args:
-        name: The coder, which has this name in both layouts and in our tree.
+        name: Name of the network in both layouts and in our tree.
     """
     path, middle = f"{name}/middle", f"{name}.mid_block"
     attention, flux, diffusers = (
@@ -100,7 +100,7 @@ def coder_rules(name: Literal["encoder", "decoder"]) -> list[AutoencoderRule]:
 
 
 AUTOENCODER_TABLE: list[AutoencoderRule] = [
-    *coder_rules("encoder"),
+    *shared_layer_rules("encoder"),
     *residual_block_rules(
         "encoder/levels/{i}/blocks/{j}", BLOCK_NAMES["flux"], BLOCK_NAMES["diffusers"]
     ),
@@ -109,7 +109,7 @@ AUTOENCODER_TABLE: list[AutoencoderRule] = [
         "encoder.down.{i}.downsample.conv",
         "encoder.down_blocks.{i}.downsamplers.0.conv",
     ),
-    *coder_rules("decoder"),
+    *shared_layer_rules("decoder"),
     *residual_block_rules(
         "decoder/levels/{i}/blocks/{j}",
         "decoder.up.{i}.block.{j}",

@@ -20,7 +20,7 @@ from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
 from radiance.model.paths import count_inputs, is_always_float32, is_block_matrix
-from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel, quantize
+from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel, quantize_matrix
 from radiance.model.transformer import Params, make_abstract_params
 from radiance.weights import diffusers, native
 from radiance.weights.detect import (
@@ -159,7 +159,7 @@ class Checkpoint:
             formats = {}
         else:
             formats = {path: weight_format for path in leaves if is_block_matrix(path)}
-        # A matrix that is fused in the file may have blocks of Q8_0 where one of its parts has not.
+        # A matrix that is fused in the file may divide into blocks of Q8_0 when its parts do not.
         indivisible_paths = [
             path
             for path, leaf_format in formats.items()
@@ -203,7 +203,9 @@ def _quantize_blocks(
         if isinstance(block, QuantizedTensor):
             values[i], scales[i] = block.values.T, block.scales.T
         else:
-            values[i], scales[i] = quantize(block.reshape(num_inputs, num_outputs), weight_format)
+            values[i], scales[i] = quantize_matrix(
+                block.reshape(num_inputs, num_outputs), weight_format
+            )
     return QuantizedKernel(values, scales, shape[1:])
 
 
@@ -258,7 +260,7 @@ def read_validation_loss(file: Tensors) -> float | None:
         loss = math.nan
     if not 0 < loss < math.inf:
         raise CheckpointError(
-            f"{file.path} has {LOSS_KEY}={value!r} in its metadata, which is no loss: export it "
+            f"{file.path} has {LOSS_KEY}={value!r} in its metadata, which is not a loss: export it "
             f"again."
         )
     return loss
@@ -353,7 +355,7 @@ def _check_model(model: config.Model, shapes: TensorShapes, file: Tensors):
     for marker, setting in MARKERS.items():
         if marker in shapes and marker not in model_markers(model):
             raise CheckpointError(
-                f"{file.path} has the marker {marker}, but the requested model has not: set "
+                f"{file.path} has the marker {marker}, but the requested model does not: set "
                 f"model.{setting}."
             )
 

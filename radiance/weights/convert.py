@@ -101,7 +101,7 @@ def convert_checkpoint(
         The table of what was written.
 
     Raises:
-        CheckpointError: If the model cannot be written so, or values are not finite.
+        CheckpointError: If the format cannot hold the model, or values are not finite.
         OutputError: If the file or folder cannot be written.
     """
     path = Path(path)

@@ -220,7 +220,7 @@ class _HeaderReader:
         return self.read_bytes(self.read_number("<Q")).decode(errors="replace")
 
     def read_value(self, value_type: int) -> Any:
-        """Return a metadata value; of an array only the first items."""
+        """Return a metadata value, or only the first items if it is an array."""
         if value_type in SCALAR_FORMATS:
             return self.read_number(SCALAR_FORMATS[value_type])
         if value_type == STRING_TYPE:

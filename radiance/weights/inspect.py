@@ -42,7 +42,7 @@ def inspect_file(path: str | Path) -> str:
         return _describe_tensors(file, _describe_other_file(file))
     try:
         checkpoint = open_checkpoint(path)
-    except CheckpointError as error:  # the file is whole, but not a model that can be converted
+    except CheckpointError as error:  # the file is intact, but not a model that can be converted
         return _describe_tensors(file, str(error))
     return "\n".join(
         [
@@ -67,7 +67,7 @@ def inspect_model(model: config.Model) -> str:
 
 
 def _describe_other_file(file: Tensors) -> str:
-    """Return the kind of a file that is no checkpoint of ours; of a LoRA also what it holds."""
+    """Return the kind of a file that cannot be opened as a model, and what a LoRA holds."""
     for pattern, description in OTHER_FILE_KINDS:
         if any(pattern in name for name in file.shapes):
             lines = [f"{file.path} is {description.partition(':')[0]}."]

@@ -72,7 +72,7 @@ def write_lora(
 
     Raises:
         CheckpointError: The naming scheme is unknown or does not have the model's modules, the
-            LoRA has changes that are no pairs, or `dtype` cannot hold a value.
+            LoRA has changes other than pairs of matrices, or `dtype` cannot hold a value.
         OutputError: The file cannot be written.
     """
     if naming not in NAMING_SCHEMES:
@@ -82,8 +82,8 @@ def write_lora(
     if lora.changes:
         raise CheckpointError(
             f"{lora.origin} changes {next(iter(lora.changes))} by more than a pair of matrices "
-            "(LoHa, LoKr, DoRA, a bias or complete values), which is only merged: merge it, and "
-            "extract the difference if you need a LoRA."
+            "(LoHa, LoKr, DoRA, a bias or complete values), which can only be merged: merge it, "
+            "and extract the difference if you need a LoRA."
         )
     scheme = NAMING_SCHEMES[naming]
     name_pairs = _name_diffusers_pairs if naming == "diffusers" else _name_native_pairs

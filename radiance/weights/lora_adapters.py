@@ -65,7 +65,7 @@ def apply_loras(
         The new parameter tree.
 
     Raises:
-        CheckpointError: A LoRA does not fit the model, or has changes that are no pairs.
+        CheckpointError: A LoRA does not fit the model, or has changes other than pairs of matrices.
         ValueError: `params` have LoRAs already.
     """
     # Collect the pairs of all LoRAs by native tensor, because a kernel takes one pair.

@@ -21,7 +21,8 @@ from radiance.weights.lora_changes import (
 from radiance.weights.lora_settings import LoraSettings
 from radiance.weights.tensors import Tensors, is_finite
 
-MAGNITUDE_ROLES = {"magnitude", "output_magnitude"}  # of DoRA: by its file, or of each output
+# Roles of DoRA's magnitudes: along the axis that the file's shape gives, or one for each output.
+MAGNITUDE_ROLES = {"magnitude", "output_magnitude"}
 
 
 class MisfitError(CheckpointError):
@@ -34,7 +35,7 @@ class ModuleReader:
     Args:
         file: The LoRA file.
         module: Name of the module in the file.
-        keys: Keys of the file, by what they are of the change (down, up, alpha, …).
+        keys: Keys of the file by their role in the change (down, up, alpha, …).
         settings: Settings of the file that are not among the tensors.
 
     Raises:

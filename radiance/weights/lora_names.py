@@ -1,4 +1,4 @@
-"""The names of tensors in LoRA files: whose weight a tensor changes, and what it is of the change.
+"""The names of tensors in LoRA files: the weight that a tensor changes, and its role in the change.
 
 Trainers write one name in many spellings. `single_blocks.0.linear1` with a down matrix is
 `diffusion_model.single_blocks.0.linear1.lora_A.weight` (ai-toolkit, diffusion-pipe),
@@ -30,7 +30,7 @@ MODULE_PREFIXES = (
     "lora_prior_unet_",
     "lycoris_",
 )
-# The tensors of adapters, and what they are with and without .weight, .bias or .scale behind.
+# Tensors of adapters → their role, with or without .weight at the end.
 _TENSORS = {
     "lora_A": "down",
     "lora_down": "down",
@@ -116,7 +116,7 @@ class TensorName(NamedTuple):
     """The name of a tensor in a LoRA file, in its parts."""
 
     module: str  # without prefixes, in the file's spelling: transformer_blocks.0.attn.to_q
-    role: str  # what it is of the module's change: down, up, alpha, bias_diff, …
+    role: str  # its role in the change of the module: down, up, alpha, bias_diff, …
 
 
 class Target(NamedTuple):
@@ -188,7 +188,7 @@ def strip_prefixes(module: str) -> str:
 
 
 def describe_foreign(key: str) -> str:
-    """Return what a tensor is for that belongs to no module of the model."""
+    """Describe what a tensor that belongs to no module of the model is for."""
     default = UNKNOWN_TENSORS if parse_name(key) is None else OTHER_MODULES
     return find_foreign_part(key) or default
 

@@ -173,7 +173,7 @@ def _parse_number(value: Any, key: str, path: Path) -> float:
     if not math.isfinite(number) or (is_rank and number <= 0):
         kind = "positive" if is_rank else "finite"
         raise CheckpointError(
-            f"{path} comes with {key}={str(value)[:40]!r}, which is no {kind} number: "
+            f"{path} comes with {key}={str(value)[:40]!r}, which is not a {kind} number: "
             "correct the setting, or download the LoRA again."
         )
     return number

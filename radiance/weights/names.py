@@ -43,7 +43,7 @@ def strip_prefix(keys: Iterable[str], signatures: Iterable[str], origin: object)
     for key in keys:
         if not key.startswith(prefix):
             continue
-        name = _unwrap(key.removeprefix(prefix))
+        name = _strip_wrappers(key.removeprefix(prefix))
         if name in keys_by_name:
             raise CheckpointError(
                 f"{origin} has {keys_by_name[name]} and {key}, which are both {name}, so it "
@@ -53,7 +53,7 @@ def strip_prefix(keys: Iterable[str], signatures: Iterable[str], origin: object)
     return keys_by_name
 
 
-def _unwrap(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     """Return a name without the names of wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 

@@ -38,7 +38,7 @@ def open_any_tensors(path: str | Path) -> Tensors:
         path: As for `open_tensors`.
 
     Raises:
-        CheckpointError: As `open_tensors`, but for the quantization.
+        CheckpointError: As for `open_tensors`, except that any quantization is accepted.
     """
     path = _find_file(Path(path).expanduser())
     if path.name.endswith(".index.json"):

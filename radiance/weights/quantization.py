@@ -1,8 +1,8 @@
 """Read how other tools describe quantized weights, and name the formats that are not supported.
 
 ComfyUI describes a layer in a tensor `LAYER.comfy_quant` or in the header, both in JSON. Every
-description is followed, or the file is rejected: weights that are read otherwise than they were
-written look like weights and are noise.
+description is followed, or the file is rejected: weights that are decoded in the wrong way look
+like weights but are noise.
 """
 
 import json

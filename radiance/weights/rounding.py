@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from radiance.base.errors import CheckpointError
-from radiance.model.quantized import Q8_0_BLOCK, quantize
+from radiance.model.quantized import Q8_0_BLOCK, quantize_matrix
 from radiance.weights import native
 from radiance.weights.checkpoint import Checkpoint, FileTensors
 from radiance.weights.gguf import (
@@ -188,7 +188,7 @@ def _round_chunk(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> Wr
     scales = None
     if dtype == "int8":  # one scale per row
         transposed = cast_array(values, DTYPES["float32"], name).T
-        encoded, scales = (x.T for x in quantize(transposed, "int8"))
+        encoded, scales = (x.T for x in quantize_matrix(transposed, "int8"))
         decoded = encoded * scales
     else:
         encoded = _encode(values, dtype, name, is_gguf)

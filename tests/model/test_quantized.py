@@ -12,7 +12,7 @@ from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
 from radiance.model.lora import LoraKernel
 from radiance.model.paths import is_block_matrix
-from radiance.model.quantized import QuantizedKernel, quantize
+from radiance.model.quantized import QuantizedKernel, quantize_matrix
 from radiance.model.transformer import bind_model, expand_weights
 from radiance.training.lora import attach_adapters, init_adapters
 from radiance.weights.checkpoint import checkpoint_from_params
@@ -57,7 +57,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
 def test_quantization_errors_are_as_expected(weight_format):
-    values, scales = quantize(matrix(), weight_format)
+    values, scales = quantize_matrix(matrix(), weight_format)
     result = QuantizedKernel(jnp.asarray(values), jnp.asarray(scales), (64, 2, 48)).dequantize()
     assert result.shape == (64, 2, 48)
     assert relative(result.reshape(64, 96), matrix()) == pytest.approx(
@@ -70,7 +70,7 @@ def test_q8_0_equals_ggml_bit_for_bit():
     x = matrix()
     x[32:, 5] = 0
     x[3] = 0
-    values, scales = quantize(x, "q8_0")
+    values, scales = quantize_matrix(x, "q8_0")
     theirs = gguf.quants.quantize(
         np.ascontiguousarray(x.T), gguf.GGMLQuantizationType.Q8_0
     ).reshape(96, 2, 34)
@@ -80,7 +80,7 @@ def test_q8_0_equals_ggml_bit_for_bit():
 
 def test_fp8_values_do_not_change():
     x = matrix().astype(jnp.float8_e4m3fn)
-    values, scales = quantize(x.astype(np.float32), "float8_e4m3fn")
+    values, scales = quantize_matrix(x.astype(np.float32), "float8_e4m3fn")
     np.testing.assert_array_equal(
         QuantizedKernel(values, jnp.asarray(scales), x.shape).dequantize(), x.astype(np.float32)
     )
@@ -88,7 +88,7 @@ def test_fp8_values_do_not_change():
 
 @pytest.mark.parametrize("weight_format", config.WEIGHT_FORMATS)
 def test_zeros_stay_zeros(weight_format):
-    values, scales = quantize(np.zeros((32, 3)), weight_format)
+    values, scales = quantize_matrix(np.zeros((32, 3)), weight_format)
     np.testing.assert_array_equal(
         QuantizedKernel(values, jnp.asarray(scales), (32, 3)).dequantize(), np.zeros((32, 3))
     )
@@ -189,7 +189,7 @@ def test_dequantized_kernels_are_not_saved_for_the_gradient():
 
 def test_inputs_that_do_not_divide_into_blocks_are_an_error():
     with pytest.raises(ValueError, match="48 inputs do not divide into blocks of 32"):
-        quantize(np.zeros((48, 3)), "q8_0")
+        quantize_matrix(np.zeros((48, 3)), "q8_0")
     model = toy_model()
     with pytest.raises(CheckpointError, match=r"48 inputs.*use int8"):
         checkpoint_from_params(model, toy_params(model), "toy").load_params(weight_format="q8_0")
@@ -199,7 +199,7 @@ def test_inputs_that_do_not_divide_into_blocks_are_an_error():
 def test_lora_layers_add_their_adapters(quantized):
     x, down, up = matrix(), matrix((64, 3)), matrix((3, 96))
     base = (
-        QuantizedKernel(*map(jnp.asarray, quantize(x, "int8")), (64, 96))
+        QuantizedKernel(*map(jnp.asarray, quantize_matrix(x, "int8")), (64, 96))
         if quantized
         else jnp.asarray(x)
     )

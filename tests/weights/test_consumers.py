@@ -1,9 +1,13 @@
 """Other programs derive the right model from our exports: by names, stored shapes and types.
 
-The rules are those of ComfyUI (`comfy/model_detection.py`, `comfy/ops.py`, read at 0b61ce5b),
-ComfyUI-GGUF (`loader.py`, `ops.py`, 795e4515), stable-diffusion.cpp (`model_loader.cpp`,
-`flux.hpp`, 97d29908), diffusers (`single_file_utils.py`, 0.42) and ai-toolkit (`chroma/`,
-27a03a91), written here as predicates over what each of them sees of a file.
+Predicates here express the rules of each program:
+
+- ComfyUI: `comfy/model_detection.py`, `comfy/ops.py`, at 0b61ce5b;
+- ComfyUI-GGUF: `loader.py`, `ops.py`, at 795e4515;
+- stable-diffusion.cpp: `model_loader.cpp`, `flux.hpp`, at 97d29908;
+- diffusers: `single_file_utils.py`, 0.42;
+- ai-toolkit: `chroma/`, at 27a03a91.
+
 `experiments/consumers` runs their own code, and test_diffusers.py runs diffusers.
 """
 
@@ -275,7 +279,7 @@ def expect_by_comfyui(model: config.Model) -> dict:
 def expect_by_stable_diffusion_cpp(model: config.Model) -> dict:
     if model.head != "nerf_conv":  # it takes models with linear heads for latent ones
         return dict(kind="chroma")
-    # It knows two patch sizes, and takes a kernel of 8 for half of one of 16 (docs/checkpoints.md).
+    # It knows two patch sizes, and assumes that patch 8 is patch 16 with a half kernel.
     return dict(kind="radiance", patch=max(model.patch, 16), x0=model.prediction == "x0")
 
 

@@ -109,7 +109,7 @@ def test_lora_is_described(tmp_path):
         "alpha of modules without a tensor of it: 16",
     ]
     save_file({"x.lora_A.weight": a}, path, {"lora_alpha": "?"})
-    assert "lora_alpha='?', which is no finite number" in inspect_file(path)
+    assert "lora_alpha='?', which is not a finite number" in inspect_file(path)
 
 
 def test_a_damaged_file_is_rejected(tmp_path):

@@ -308,7 +308,7 @@ def test_only_pairs_of_low_rank_stay_unmerged(tmp_path):
     assert not can_stay_unmerged(lokr)
     with pytest.raises(CheckpointError, match=f"changes {SQUARE}.weight by more than a pair"):
         apply_loras(toy_params(MODEL), MODEL, [(lokr, 1.0)])
-    with pytest.raises(CheckpointError, match="which is only merged") as error:
+    with pytest.raises(CheckpointError, match="which can only be merged") as error:
         lora.write_lora(tmp_path / "renamed.safetensors", lokr)
     read_message(error)
 

@@ -9,7 +9,7 @@ import pytest
 from radiance.base.errors import CheckpointError
 from radiance.base.trees import flatten_tree
 from radiance.model.paths import count_inputs, is_block_matrix
-from radiance.model.quantized import QuantizedKernel, quantize
+from radiance.model.quantized import QuantizedKernel, quantize_matrix
 from radiance.weights import diffusers, native
 from radiance.weights.checkpoint import open_checkpoint
 from radiance.weights.convert import convert_checkpoint
@@ -111,7 +111,7 @@ def test_q8_0_stays_as_stored(tmp_path):
         blocks = np.asarray(exact[path]).reshape(
             len(exact[path]), count_inputs(path, exact[path].shape), -1
         )
-        values, scales = zip(*(quantize(block, "q8_0") for block in blocks))
+        values, scales = zip(*(quantize_matrix(block, "q8_0") for block in blocks))
         np.testing.assert_array_equal(leaves[path].values, values)
         np.testing.assert_array_equal(leaves[path].scales, scales)
 
@@ -175,7 +175,7 @@ def test_a_format_other_than_the_file_quantizes_again(tmp_path):
     )
     path = "double/image/mlp/linear_in/kernel"
     np.testing.assert_array_equal(
-        leaves[path].values[1], quantize(np.asarray(exact[path][1]), "q8_0")[0]
+        leaves[path].values[1], quantize_matrix(np.asarray(exact[path][1]), "q8_0")[0]
     )
 
 
