@@ -18,7 +18,7 @@ from radiance.base.errors import SamplingError
 from radiance.base.images import to_image
 from radiance.base.text_files import check_text, quote_text, replace_invalid
 from radiance.distributed.sharding import gather_array
-from radiance.flow.finiteness import describe_nonfinite, find_nonfinite_row
+from radiance.flow.finiteness import find_nonfinite_row, make_nonfinite_error
 from radiance.flow.inpainting import InitImage
 from radiance.flow.sampler import compute_modulations, generate_images
 from radiance.flow.schedules import compute_step_lengths, make_time_schedule
@@ -40,7 +40,7 @@ class GeneratedImage(NamedTuple):
 
 
 class GeneratedTrajectory(NamedTuple):
-    """States from noise to images, about in [-1, 1]; of latent models, to latents."""
+    """States from noise to images, about in [-1, 1], or to latents in a latent model."""
 
     times: Float32[np.ndarray, " times"]  # decreasing from 1 to 0
     # x_t at each time, in complete patches: the inputs of the network, then the images.
@@ -333,7 +333,7 @@ class Pipeline:
             if (row := find_nonfinite_row(samples)) is not None:
                 prompt, seed = batch_prompts[row], batch_seeds[row]
                 trajectory = sample([prompt], [seed], return_trajectory=True)
-                raise describe_nonfinite(prompt, seed, trajectory)
+                raise make_nonfinite_error(prompt, seed, trajectory)
             yield samples
 
     def _sample_batch(
@@ -353,9 +353,9 @@ class Pipeline:
             self.encoder, prompts, settings, self.run.model.masking, num_tokens
         )
         size: dict[str, int] = dict(height=height, width=width)
-        start_image = None
+        init_images = None
         if init_image:
-            start_image = init_image.to_start_image(**size, batch_size=len(prompts))
+            init_images = init_image.to_batch(**size, batch_size=len(prompts))
         with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
             samples = generate_images(
                 self._network,
@@ -368,7 +368,7 @@ class Pipeline:
                 settings=replace(settings, negative_prompt=""),
                 noise_scale=self.run.flow.noise_scale,
                 vectors=self.modulation_vectors(times, settings),
-                start_image=start_image,
+                init_images=init_images,
                 strength=init_image.strength if init_image else 1.0,
                 return_trajectory=return_trajectory,
                 **size,

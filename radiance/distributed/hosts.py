@@ -26,7 +26,7 @@ def join_hosts(
         host_index: Index of this host, from 0.
 
     Raises:
-        ConfigError: When the hosts are not found, or the other hosts do not come.
+        ConfigError: When the hosts are not found, or the other hosts do not join.
     """
     try:
         jax.distributed.initialize(coordinator, num_hosts, host_index)
@@ -42,8 +42,8 @@ def join_hosts(
 def wait_for_hosts() -> Iterator[None]:
     """After the block, wait for all hosts, also when it raises an error.
 
-    It is for hosts that work independently. Where one ends early, JAX would end those that are
-    still at work five minutes later.
+    This is for hosts that work independently: five minutes after one has ended, JAX would end the
+    others too.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Attention maps of the image tokens, block by block.
 
-Fused kernels never have the probabilities, so they are computed from queries and keys. Keys are in
-the network's order: image tokens, registers, real text tokens, padding tokens.
+Fused kernels do not return the attention probabilities, so they are computed from queries and keys.
+Keys are in the network's order: image tokens, registers, real text tokens, padding tokens.
 """
 
 import math

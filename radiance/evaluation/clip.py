@@ -1,6 +1,6 @@
 """Compute the CLIP score (arXiv 2104.08718): the similarity of images and captions.
 
-The score uses a CLIP model of the user's, in PyTorch.
+The user gives the CLIP model, which runs in PyTorch.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Feature extractors for comparing sets of images, and a cache of the features of real images.
 
 Every result names its extractor, as in `FD(pixels16)`: a distance without its features has no
-meaning. The two extractors here need no file; `evaluation/inception.py` has the one of the
-literature.
+meaning. The two extractors here need no file; `evaluation/inception.py` has the usual extractor of
+FID, Inception-v3.
 """
 
 import json

@@ -69,7 +69,7 @@ def plot_lines(
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    lines = [line._replace(points=_with_gaps(line.points, log_scale)) for line in lines]
+    lines = [line._replace(points=_insert_gaps(line.points, log_scale)) for line in lines]
     lines = [line for line in lines if any(isfinite(y) for _, y in line.points)]
     values = [y for line in lines for _, y in line.points if isfinite(y)]
     if not values:
@@ -240,7 +240,9 @@ def _label_ticks(axis: Any, positions: Any, labels: Sequence[str], **style: Any)
         label.set_parse_math(False)
 
 
-def _with_gaps(points: Sequence[tuple[float, float]], log_scale: bool) -> list[tuple[float, float]]:
+def _insert_gaps(
+    points: Sequence[tuple[float, float]], log_scale: bool
+) -> list[tuple[float, float]]:
     """Replace values that cannot be plotted by NaN."""
     return [(x, y if isfinite(y) and (y > 0 or not log_scale) else nan) for x, y in points]
 

@@ -118,13 +118,13 @@ def _format_all_vectors(vectors: Sequence[ModulationVector]) -> str:
 
 
 def _format_median_and_minimum(values: Sequence[float]) -> tuple[str, str]:
-    """Median and minimum of the values that are not NaN."""
+    """Format the median and the minimum of the values that are not NaN."""
     valid = [x for x in values if x == x]
     return (f"{median(valid):.3f}", f"{min(valid):.3f}") if valid else ("–", "–")
 
 
 def _format_constant_fraction(blocks: Sequence[VarianceComponents]) -> str:
-    """The median fraction of the mean square that is independent of all inputs."""
+    """Format the median fraction of the mean square that is independent of all inputs."""
     fractions = []
     for components in blocks:
         total = components.constant + components.variance

@@ -5,8 +5,8 @@ guidance; the layers that do so are 3.2 of its 11.9 B parameters. Chroma made th
 function of time (and of a guidance that is always 0). This module measures what Chroma gave up,
 from a checkpoint alone and one layer at a time. On a grid of all times × pooled vectors × guidance
 scales, the variance of a vector is the sum of independent parts (analysis of variance): those of
-time alone, of the pooled vector alone, of guidance alone, and their interaction, which no sum of
-functions of one input has.
+time alone, of the pooled vector alone, of guidance alone, and of their interaction. A sum of
+functions of one input each has no interaction.
 """
 
 from collections.abc import Iterator, Sequence
@@ -164,7 +164,7 @@ def _random_pooled_vectors(width: int) -> tuple[Float32[np.ndarray, "p w"], str]
         return np.zeros((1, 0), np.float32), "no pooled vectors, which this model does not read"
     description = (
         f"{NUM_RANDOM_POOLED} Gaussian vectors of norm about {width**0.5:.1f} in place of pooled "
-        "vectors of prompts (those: --pooled FILE)"
+        "vectors of prompts (give real ones by --pooled FILE)"
     )
     shape = (NUM_RANDOM_POOLED, width)
     return np.random.default_rng(0).standard_normal(shape, np.float32), description

@@ -220,7 +220,7 @@ def _parse_dpg(folder: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
 def _write_dpg(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
     sheet = make_contact_sheet([output.image for output in outputs], columns=2, gap=0)
     metadata = outputs[0].metadata | {"seed": list(suite_prompt.seeds)}
-    _save_image(folder / _named_file(suite_prompt), sheet, metadata)
+    _save_image(folder / _make_file_name(suite_prompt), sheet, metadata)
 
 
 def _parse_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
@@ -238,10 +238,10 @@ def _parse_coco(path: Path, seeds: tuple[int, ...]) -> list[SuitePrompt]:
 
 
 def _write_coco(folder: Path, suite_prompt: SuitePrompt, outputs: list[GeneratedImage]):
-    _save_image(folder / _named_file(suite_prompt), outputs[0].image, outputs[0].metadata)
+    _save_image(folder / _make_file_name(suite_prompt), outputs[0].image, outputs[0].metadata)
 
 
-def _named_file(suite_prompt: SuitePrompt) -> str:
+def _make_file_name(suite_prompt: SuitePrompt) -> str:
     return f"{suite_prompt.name}.png"
 
 
@@ -258,6 +258,6 @@ SUITES = {
         default_seeds=(0, 1, 2, 3),
         next_file=lambda suite_prompt: _geneval_file(suite_prompt, len(suite_prompt.seeds)),
     ),
-    "dpg": PromptSuite(_parse_dpg, _named_file, _write_dpg, default_seeds=(0, 1, 2, 3)),
-    "coco30k": PromptSuite(_parse_coco, _named_file, _write_coco),
+    "dpg": PromptSuite(_parse_dpg, _make_file_name, _write_dpg, default_seeds=(0, 1, 2, 3)),
+    "coco30k": PromptSuite(_parse_coco, _make_file_name, _write_coco),
 }

@@ -98,10 +98,10 @@ def _format_devices(devices: Any) -> str:
 
 
 def _format_validation_bins(runs: Sequence[ReportRun]) -> str:
-    """The last validation loss in bins of time."""
+    """Format the last validation loss in bins of time."""
     last_bins = {}
     for run in runs:
-        if series := run.series("validation_bins"):
+        if series := run.get_series("validation_bins"):
             last_bins[run.label] = series[-1]
     if not last_bins:
         return ""
@@ -114,7 +114,7 @@ def _format_validation_bins(runs: Sequence[ReportRun]) -> str:
 
 
 def _format_skipped(runs: Sequence[ReportRun]) -> str:
-    """Images that were left out of the data, by reason."""
+    """Format the numbers of images that were left out of the data, by reason."""
     rows = [("run", "split", "reason", "images")]
     for run in runs:
         for split, metadata in _read_data(run.directory.path / "data.json").items():
@@ -128,7 +128,7 @@ def _format_skipped(runs: Sequence[ReportRun]) -> str:
 
 
 def _format_samples(runs: Sequence[ReportRun]) -> str:
-    """Contact sheets of the same steps of all runs, with their prompts below."""
+    """Show contact sheets of the same steps of all runs, with their prompts below."""
     sheet_paths = [
         {int(p.stem): p for p in run.directory.sample_dir.glob("*.png") if p.stem.isdecimal()}
         for run in runs
@@ -196,7 +196,7 @@ def _encode_image(path: Path, max_bytes: int) -> tuple[str, str, list[str] | Non
 
 
 def _format_config(runs: Sequence[ReportRun]) -> str:
-    """The settings that differ from the defaults in a table, and all settings folded away."""
+    """Format a table of settings that differ from the defaults, and all settings folded away."""
     changes = [_changed_settings(run.settings) for run in runs]
     rows = [("setting", *(run.label for run in runs))]
     for key in dict.fromkeys(key for run_changes in changes for key in run_changes):
@@ -222,7 +222,7 @@ def _changed_settings(settings: config.Config) -> dict[str, Any]:
 
 
 def _format_provenance(run: ReportRun) -> str:
-    """Command, environment and data of a run."""
+    """Format command, environment and data of a run."""
     sections = [f"<h2>How {html.escape(run.label)} was run</h2>"]
     for name in ("command.txt", "environment.json", "data.json"):
         if not (path := run.directory.path / name).is_file():

@@ -26,14 +26,16 @@ class ReportRun(NamedTuple):
     measurements: list[dict[str, Any]]  # rows of metrics.jsonl
     color: str
 
-    def series(self, key: str) -> list[tuple[int, Any]]:
+    def get_series(self, key: str) -> list[tuple[int, Any]]:
         """Return (step, value) of every row that has a value."""
         return [(row["step"], row[key]) for row in self.measurements if row.get(key) is not None]
 
-    def entries(self, key: str, entry: str | int) -> Points:
+    def get_entries(self, key: str, entry: str | int) -> Points:
         """Return (step, value) of one entry of a metric whose values are lists or objects."""
         return [
-            (step, values[entry]) for step, values in self.series(key) if _has_entry(values, entry)
+            (step, values[entry])
+            for step, values in self.get_series(key)
+            if _has_entry(values, entry)
         ]
 
     @property
@@ -50,44 +52,44 @@ def plot_run_curves(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
     yield from _plot_part_norms(runs)
     yield _plot_series(runs, "Learning rate", "learning rate", "learning_rate")
     yield _plot_series(runs, "Throughput", "images/s", "images_per_second")
-    yield _plot_each(runs, "Waiting for input", "% of the time", input_wait_percentages)
+    yield _plot_each(runs, "Waiting for input", "% of the time", compute_input_wait_percentages)
     yield _plot_series(runs, "Operations", "TFLOP/s per device", "tflops_per_device")
-    yield _plot_each(runs, "Model FLOPs utilization", "% of the peak", _mfu_percentages)
+    yield _plot_each(runs, "Model FLOPs utilization", "% of the peak", _compute_mfu_percentages)
     yield _plot_series(runs, "Images skipped in the interval", "images", "images_skipped")
 
 
 def _plot_losses(runs: Sequence[ReportRun]) -> Figure | None:
-    """Training loss, raw and smoothed, and validation loss."""
+    """Plot the training loss, raw and smoothed, and the validation loss."""
     if len(runs) == 1:
         (run,) = runs
-        losses = run.series("loss")
+        losses = run.get_series("loss")
         lines = [
             Line("", losses, run.color, "faint"),
-            Line("training, smoothed", smooth(losses), run.color),
-            Line("validation", run.series("validation_loss"), COLORS[1], "dashed"),
+            Line("training, smoothed", smooth_points(losses), run.color),
+            Line("validation", run.get_series("validation_loss"), COLORS[1], "dashed"),
         ]
         return plot_lines("Loss", "loss", lines, log_scale=True)
     lines = []
     for run in runs:
-        losses = run.series("loss")
+        losses = run.get_series("loss")
         lines += [
             Line("", losses, run.color, "faint"),
-            Line(run.label, smooth(losses), run.color),
-            Line("", run.series("validation_loss"), run.color, "dashed"),
+            Line(run.label, smooth_points(losses), run.color),
+            Line("", run.get_series("validation_loss"), run.color, "dashed"),
         ]
     return plot_lines("Loss (dashed: validation)", "loss", lines, log_scale=True)
 
 
 def _plot_validation_bins(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
-    """Validation loss in bins of time: one chart for a single run, else one chart per bin."""
+    """Plot validation loss in bins of time: one chart for one run, else one chart per bin."""
     num_bins = max(
-        (len(values) for run in runs for _, values in run.series("validation_bins")), default=0
+        (len(values) for run in runs for _, values in run.get_series("validation_bins")), default=0
     )
     if len(runs) == 1:
         lines = [
             Line(
                 format_bin_range(i, num_bins),
-                runs[0].entries("validation_bins", i),
+                runs[0].get_entries("validation_bins", i),
                 _bin_color(i, num_bins),
             )
             for i in range(num_bins)
@@ -101,13 +103,13 @@ def _plot_validation_bins(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
 
 
 def _plot_part_norms(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
-    """Gradient norms by part of the network: one chart for one run, else one chart per part."""
+    """Plot gradient norms by part of the network: one chart for one run, else one per part."""
     names = sorted(
-        {name for run in runs for _, norms in run.series("gradient_norms") for name in norms}
+        {name for run in runs for _, norms in run.get_series("gradient_norms") for name in norms}
     )
     if len(runs) == 1:
         lines = [
-            Line(name, runs[0].entries("gradient_norms", name), COLORS[i % len(COLORS)])
+            Line(name, runs[0].get_entries("gradient_norms", name), COLORS[i % len(COLORS)])
             for i, name in enumerate(names)
         ]
         yield plot_lines("Gradient norm by part", "norm", lines, log_scale=True)
@@ -119,13 +121,13 @@ def _plot_part_norms(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
 def _plot_series(
     runs: Sequence[ReportRun], title: str, unit: str, key: str, log_scale: bool = False
 ) -> Figure | None:
-    return _plot_each(runs, title, unit, lambda run: run.series(key), log_scale)
+    return _plot_each(runs, title, unit, lambda run: run.get_series(key), log_scale)
 
 
 def _plot_entries(
     runs: Sequence[ReportRun], title: str, unit: str, key: str, entry: str | int
 ) -> Figure | None:
-    return _plot_each(runs, title, unit, lambda run: run.entries(key, entry), log_scale=True)
+    return _plot_each(runs, title, unit, lambda run: run.get_entries(key, entry), log_scale=True)
 
 
 def _plot_each(
@@ -140,7 +142,7 @@ def _plot_each(
     return plot_lines(title, unit, lines, log_scale)
 
 
-def smooth(points: Points) -> Points:
+def smooth_points(points: Points) -> Points:
     """Return an exponential moving average, corrected for the bias of its start.
 
     Values that are not finite stay as they are and do not enter the average.
@@ -154,7 +156,7 @@ def smooth(points: Points) -> Points:
     return averages
 
 
-def input_wait_percentages(run: ReportRun) -> Points:
+def compute_input_wait_percentages(run: ReportRun) -> Points:
     """Return the time spent waiting for input, in percent of the time between two measurements.
 
     The time between measurements follows from the throughput.
@@ -174,8 +176,8 @@ def _has_entry(values: Any, entry: Any) -> bool:
     return entry in values if isinstance(values, Mapping) else entry < len(values)
 
 
-def _mfu_percentages(run: ReportRun) -> Points:
-    return [(step, 100 * mfu) for step, mfu in run.series("mfu")]
+def _compute_mfu_percentages(run: ReportRun) -> Points:
+    return [(step, 100 * mfu) for step, mfu in run.get_series("mfu")]
 
 
 def format_bin_range(i: int, num_bins: int) -> str:

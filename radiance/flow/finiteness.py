@@ -13,15 +13,15 @@ def find_nonfinite_row(images: Float32[np.ndarray, "*steps b rows columns c"]) -
     return None if is_finite.all() else int(np.argmin(is_finite))
 
 
-def describe_nonfinite(
+def make_nonfinite_error(
     prompt: str, seed: int, trajectory: Float32[np.ndarray, "times 1 rows columns c"]
 ) -> SamplingError:
-    """Return the error for an image that is not finite, with the step at which that begins.
+    """Return the error for an image that is not finite, with the first step that is not finite.
 
     Args:
-        prompt: Its prompt.
-        seed: Its seed.
-        trajectory: Its states at all times, computed again.
+        prompt: Prompt of the image.
+        seed: Seed of the image.
+        trajectory: States of the image at all times, computed again.
     """
     is_finite = np.isfinite(trajectory).all(axis=(1, 2, 3, 4))
     num_steps, step = len(trajectory) - 1, int(np.argmin(is_finite))

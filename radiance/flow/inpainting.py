@@ -14,7 +14,7 @@ from radiance.flow.objective import Images, mix
 from radiance.flow.solvers import Velocity
 
 
-class StartImage(NamedTuple):
+class InitImageBatch(NamedTuple):
     """A batch of images to start from, and masks: 1 where pixels are generated, 0 where kept."""
 
     image: Float32[Array | np.ndarray, "b height width c"]
@@ -73,8 +73,8 @@ class InitImage:
         }
         return {"start": {"strength": self.strength, **hashes}}
 
-    def to_start_image(self, height: int, width: int, batch_size: int) -> StartImage:
-        """Return the image for the sampler, repeated for a batch.
+    def to_batch(self, height: int, width: int, batch_size: int) -> InitImageBatch:
+        """Repeat the image and its mask for a batch of samples.
 
         Args:
             height: Height of the samples; the last row is repeated to reach it.
@@ -88,14 +88,14 @@ class InitImage:
         def make_batch(x: np.ndarray) -> np.ndarray:
             return np.repeat(np.pad(x, padding, "edge")[None], batch_size, axis=0)
 
-        return StartImage(make_batch(to_signed(self.image)), make_batch(mask[..., None]))
+        return InitImageBatch(make_batch(to_signed(self.image)), make_batch(mask[..., None]))
 
 
 def start_from_image(
     velocity: Velocity,
     noise: Images,
     times: Float32[np.ndarray, " times"],
-    start_image: StartImage,
+    init_images: InitImageBatch,
 ) -> tuple[Velocity, Images]:
     """Mix the images with the noise at the first time, and keep the pixels whose mask is 0.
 
@@ -106,12 +106,12 @@ def start_from_image(
         velocity: Velocity of the model.
         noise: Scaled noise.
         times: Times of the schedule.
-        start_image: Images and masks.
+        init_images: Images and masks.
 
     Returns:
         The velocity with masks, and the images at the first time.
     """
-    image, mask = map(jnp.asarray, start_image)
+    image, mask = map(jnp.asarray, init_images)
 
     def masked_velocity(*args):
         line_velocity = noise - image

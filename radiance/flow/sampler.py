@@ -15,7 +15,7 @@ from radiance.flow.guidance import (
     make_guidance_mask,
     stack_conditions,
 )
-from radiance.flow.inpainting import StartImage, start_from_image
+from radiance.flow.inpainting import InitImageBatch, start_from_image
 from radiance.flow.objective import Images
 from radiance.flow.schedules import compute_step_lengths, make_time_schedule
 from radiance.flow.solvers import Trajectory, integrate_velocity
@@ -55,7 +55,7 @@ def generate_images(
     height: int,
     width: int,
     vectors: ModulationVectors | None = None,
-    start_image: StartImage | None = None,
+    init_images: InitImageBatch | None = None,
     strength: float = 1.0,
     return_trajectory: bool = False,
 ) -> Images | Trajectory:
@@ -75,8 +75,8 @@ def generate_images(
         height: Height, in pixels, or in tokens of a latent.
         width: Width, in the same unit.
         vectors: Output of `compute_modulations` for the same settings.
-        start_image: Images to start from.
-        strength: Time to start at with `start_image`: the nearer to 0, the more of it is kept.
+        init_images: Images to start from.
+        strength: Time to start at with `init_images`: the nearer to 0, the more of it is kept.
         return_trajectory: Whether to return the states at all times.
 
     Returns:
@@ -92,7 +92,7 @@ def generate_images(
         positive,
         negative,
         vectors,
-        start_image,
+        init_images,
         return_trajectory,
     )
 
@@ -160,7 +160,7 @@ def sample_from_noise(
     positive: TextCondition,
     negative: TextCondition | None = None,
     vectors: ModulationVectors | None = None,
-    start_image: StartImage | None = None,
+    init_images: InitImageBatch | None = None,
     return_trajectory: bool = False,
 ) -> Images | Trajectory:
     """Integrate the flow from noise to images.
@@ -174,7 +174,7 @@ def sample_from_noise(
         negative: Condition that guidance leads away from, with as many text tokens as `positive`;
             needed unless `settings.guidance_scale` is 1.
         vectors: Modulation vectors at each time, if they are known.
-        start_image: Images that are mixed with the noise at the first time.
+        init_images: Images that are mixed with the noise at the first time.
         return_trajectory: Whether to return the states at all times.
 
     Returns:
@@ -197,6 +197,6 @@ def sample_from_noise(
         vectors = _compute_step_vectors(model.modulation, times, step_lengths, condition.pooled)
     velocity = GuidedVelocity(model, settings, positive, condition, vectors, guidance_mask)
     x = noise
-    if start_image is not None:
-        velocity, x = start_from_image(velocity, noise, times, start_image)
+    if init_images is not None:
+        velocity, x = start_from_image(velocity, noise, times, init_images)
     return integrate_velocity(velocity, x, times, settings.solver, guidance_mask, return_trajectory)

@@ -14,7 +14,7 @@ from radiance import config
 from radiance.base.images import save_png
 from radiance.cli import main
 from radiance.evaluation.report import thin_steps, write_report
-from radiance.evaluation.run_curves import ReportRun, input_wait_percentages, smooth
+from radiance.evaluation.run_curves import ReportRun, compute_input_wait_percentages, smooth_points
 from radiance.training.run_directory import RunDirectory
 
 HOSTILE_NAME = "<script>alert('&\"')</script>"
@@ -119,7 +119,7 @@ def test_the_same_run_gives_the_same_report(tmp_path):
 
 def test_waiting_for_input_is_a_percentage_of_the_time():
     run = ReportRun("", RunDirectory(Path("unused")), config.Config(), make_measurements(3), "")
-    assert input_wait_percentages(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
+    assert compute_input_wait_percentages(run) == [(10, 25.0), (20, 25.0), (30, 25.0)]
 
 
 def test_report_of_several_runs_shows_common_steps(tmp_path):
@@ -159,9 +159,9 @@ def test_report_leaves_the_devices_to_the_run(tmp_path):
 
 def test_smoothing_keeps_a_short_run_and_averages_a_long_one():
     short = [(i, float(i % 2)) for i in range(20)]
-    assert smooth(short) == short
+    assert smooth_points(short) == short
     long = [(i, float(i % 2)) for i in range(2000)]
-    assert all(abs(y - 0.5) < 0.01 for _, y in smooth(long)[500:])
+    assert all(abs(y - 0.5) < 0.01 for _, y in smooth_points(long)[500:])
 
 
 def test_images_of_a_report_have_a_total_size(tmp_path, monkeypatch):

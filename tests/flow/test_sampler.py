@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from radiance.config import Compute, Model, Sample
-from radiance.flow.sampler import StartImage, TextCondition, sample_from_noise
+from radiance.flow.sampler import InitImageBatch, TextCondition, sample_from_noise
 from radiance.flow.schedules import make_time_schedule
 from radiance.model.transformer import bind_model, make_abstract_params
 from radiance.text.encoder import round_up_length
@@ -283,7 +283,7 @@ def test_times_start_at_the_strength():
 
 
 @partial(quick_jit, static_argnames=("model", "settings", "strength"))
-def sample_from_image(model, params, noise, start_image, settings, strength, positive, negative):
+def sample_from_image(model, params, noise, init_images, settings, strength, positive, negative):
     times = make_time_schedule(settings, 4, strength)
     return sample_from_noise(
         bind_model(model, COMPUTE, params),
@@ -292,7 +292,7 @@ def sample_from_image(model, params, noise, start_image, settings, strength, pos
         settings,
         positive,
         negative,
-        start_image=start_image,
+        init_images=init_images,
     )
 
 
@@ -308,7 +308,7 @@ def test_masked_pixels_are_kept_and_seen_with_noise(solver):
     mask[:, 2:7, :5] = 1
     settings = Sample(solver=solver, steps=4, guidance_scale=3.5)
     x = sample_from_image(
-        model, params, noise, StartImage(image, mask), settings, 0.8, POSITIVE, NEGATIVE
+        model, params, noise, InitImageBatch(image, mask), settings, 0.8, POSITIVE, NEGATIVE
     )
     times = make_time_schedule(settings, 4, 0.8)
 
@@ -338,12 +338,12 @@ def test_a_mask_of_ones_samples_from_the_mixture():
     settings, ones = Sample(steps=4, guidance_scale=3.5), np.ones((3, 8, 8, 1), np.float32)
     assert_close(
         sample_from_image(
-            model, params, noise, StartImage(image, ones), settings, 1.0, POSITIVE, NEGATIVE
+            model, params, noise, InitImageBatch(image, ones), settings, 1.0, POSITIVE, NEGATIVE
         ),
         sample_jitted(model, params, noise, settings, POSITIVE, NEGATIVE),
     )
     weak = sample_from_image(
-        model, params, noise, StartImage(image, ones), settings, 0.01, POSITIVE, NEGATIVE
+        model, params, noise, InitImageBatch(image, ones), settings, 0.01, POSITIVE, NEGATIVE
     )
     times = make_time_schedule(settings, 4, 0.01)
     x = np.float32(0.99) * image + np.float32(0.01) * noise
