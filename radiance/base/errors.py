@@ -7,7 +7,7 @@ class RadianceError(Exception):
     """Base class of all errors that a user can cause.
 
     The message is one sentence: what is wrong, and what to do. Characters that cannot be printed
-    are escaped and long texts cut, because names of files and tensors come from strangers.
+    are escaped and long texts are cut, because names of files and tensors are untrusted.
     """
 
     def __init__(self, message: str = ""):

@@ -99,12 +99,14 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file that a stranger may have chosen: no device, and no pipe without end.
+    """Read a file whose path is untrusted.
 
-    Pipes that the shell has connected, such as /dev/stdin, are accepted.
+    A device, or a pipe that never ends, is an error. Pipes that the shell has connected, such as
+    /dev/stdin, are accepted.
 
     Raises:
-        OSError: It is none, has more than `MAX_FILE_BYTES`, or cannot be read.
+        OSError: The path is a device or a pipe, or the file has more than `MAX_FILE_BYTES` or
+            cannot be read.
     """
     mode = path.stat().st_mode
     is_connected = stat.S_ISFIFO(mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))

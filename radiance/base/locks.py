@@ -4,8 +4,8 @@ A lock is a file that its holder keeps locked by the operating system (flock), w
 process however it ends. Not all network disks lock across hosts. So the file also names its holder,
 who renews its time: a lock of another host is held as long as its time changes.
 
-The library `filelock` would give the first half, without the name; its leases, the second half, let
-go of a process that was stopped for a while.
+The library `filelock` does not replace this: its locks name no holder, and its leases, which are
+renewed as here, are lost when a process is suspended for a while.
 """
 
 import json
@@ -66,13 +66,13 @@ def hold_lock(path: Path, subject: str, remedy: str) -> Iterator[None]:
         descriptor = _acquire(path, subject, remedy)
     except OSError as error:
         raise write_error(path, error) from error
-    ended = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(path, descriptor, ended), daemon=True)
+    stop_event = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(path, descriptor, stop_event), daemon=True)
     renewal.start()
     try:
         yield
     finally:
-        ended.set()
+        stop_event.set()
         renewal.join()
         _release(path, descriptor, new_folders)
 
@@ -113,7 +113,7 @@ def _is_alive(path: Path, holder: Holder, is_locked: bool | None) -> bool:
     """
     if is_locked and holder.host == socket.gethostname():
         return False
-    renewal_time = _stat(path)
+    renewal_time = _read_mtime(path)
     if renewal_time is None or time.time() - renewal_time / 1e9 > ABANDONED_SECONDS:
         return False
     print(
@@ -125,15 +125,15 @@ def _is_alive(path: Path, holder: Holder, is_locked: bool | None) -> bool:
     end_time = time.monotonic() + OBSERVATION_SECONDS
     while time.monotonic() < end_time:
         time.sleep(OBSERVATION_SECONDS / 30)
-        if _stat(path) not in (None, renewal_time):
+        if _read_mtime(path) not in (None, renewal_time):
             return True
     return False
 
 
-def _stat(path: Path) -> int | None:
-    """Return the time of a file in ns, as the disk and not a cache of it knows; None without it."""
+def _read_mtime(path: Path) -> int | None:
+    """Return the time of the last change of a file in ns, or None if there is no file."""
     try:
-        with path.open("rb") as file:  # network disks look at a file again when it is opened
+        with path.open("rb") as file:  # network disks cache the time until then
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
@@ -173,9 +173,9 @@ def _write_holder(descriptor: int):
             raise
 
 
-def _renew(path: Path, descriptor: int, ended: threading.Event):
-    """Renew the time of a lock until `ended`."""
-    while not ended.wait(RENEWAL_SECONDS):
+def _renew(path: Path, descriptor: int, stop_event: threading.Event):
+    """Renew the time of a lock until `stop_event` is set."""
+    while not stop_event.wait(RENEWAL_SECONDS):
         with suppress(OSError):  # of a disk that is away for a moment
             if _is_same_file(path, descriptor):
                 os.utime(path)

@@ -132,6 +132,7 @@ def to_dict(config: Section) -> dict[str, Any]:
 
 
 def _to_plain(value: Any) -> Any:
+    """Convert the sections in a value to dictionaries."""
     if isinstance(value, Section):
         return to_dict(value)
     return tuple(map(_to_plain, value)) if isinstance(value, tuple) else value
@@ -151,11 +152,11 @@ def from_dict(section_type: type[S], values: Any) -> S:
     )
     fields = {}
     for key, value in values.items():
-        fields[key] = _from_plain(_field_type(section_type, key, key), value)
+        fields[key] = _build_sections(_field_type(section_type, key, key), value)
     return section_type(**fields)
 
 
-def _from_plain(field_type: Any, value: Any) -> Any:
+def _build_sections(field_type: Any, value: Any) -> Any:
     """Convert dictionaries to the sections that a field holds."""
     if _is_section(field_type):
         return from_dict(field_type, value)

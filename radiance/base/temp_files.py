@@ -82,7 +82,7 @@ def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
     _close(descriptor)
     if host == HOST and descriptor is not None:
         return True
-    is_old = time.time() - _last_change(path) > ABANDONED_SECONDS
+    is_old = time.time() - _find_last_change(path) > ABANDONED_SECONDS
     # A process may have the number of an earlier one, so even a running one keeps no file for ever.
     return is_old or (host is None and descriptor is not None and not _is_running(pid))
 
@@ -112,7 +112,7 @@ def _close(descriptor: int | None):
         os.close(descriptor)
 
 
-def _last_change(path: Path) -> float:
+def _find_last_change(path: Path) -> float:
     """Return the time of the last change of a file, or of any file in a folder."""
     times = [0.0]
     with suppress(OSError):

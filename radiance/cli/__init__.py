@@ -29,9 +29,9 @@ from radiance.cli import (
 from radiance.cli.failures import (
     EXIT_INTERRUPTED,
     OneLineParser,
+    escape_unencodable_output,
     flush_output,
     report_error,
-    tolerate_any_text,
 )
 from radiance.distributed.environment import prepare_environment, prepare_plan_environment
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The command line is malformed, with code 2.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    tolerate_any_text()
+    escape_unencodable_output()
     try:
         try:
             return _execute(parse_arguments(words))

@@ -36,14 +36,14 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
 
 
 def is_lora_output(options: argparse.Namespace, target_format: str) -> bool:
-    """Return whether OUT is a LoRA; of diffusers, a model is a folder and a LoRA is a file."""
+    """Return whether OUT is a LoRA. In format diffusers, a model is a folder and a LoRA a file."""
     if target_format in LORA_NAMINGS and target_format in EXPORT_FORMATS:
         return bool(options.extract) or options.out.suffix in FORMATS_BY_SUFFIX
     return target_format in LORA_NAMINGS
 
 
 def read_lora(path: str, model: config.Model) -> LoraWeights:
-    """Read a LoRA file, and print what the user should know about it."""
+    """Read a LoRA file, and print the notes about it."""
     from radiance.weights import lora_reading
 
     result = lora_reading.read_lora(path, model)

@@ -108,7 +108,7 @@ def main(options: argparse.Namespace) -> int:
     run = _resolve_config(options)
     if options.out is None and not is_run_directory(options.model):
         raise config.ConfigError(
-            f"{options.model} is a file, beside which nothing is written: give --out FILE."
+            f"{options.model} is a file, not a run that can hold the results: give --out FILE."
         )
     out = options.out or Path(options.model) / "evaluation.json"
     require_file(out)

@@ -36,10 +36,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_INPUT, f"{self.prog}: {_join_lines(message)} (see `{self.prog} --help`).\n")
 
 
-def tolerate_any_text():
-    """Let all text be printed: escape characters that the encoding of the terminal lacks.
+def escape_unencodable_output():
+    """Escape printed characters that the encoding of the terminal lacks.
 
-    These are × in code page 1252, for example, and bytes of file names that are not UTF-8.
+    Examples are → in code page 1252, and bytes of file names that are not UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -47,8 +47,8 @@ def tolerate_any_text():
 
 
 def flush_output():
-    """Write what has been printed; an error would come only at the end of the process otherwise."""
-    if sys.stdout is not None:  # it is None if the process was started without
+    """Write what has been printed, so that an error comes now and not when the process ends."""
+    if sys.stdout is not None:  # it is None in a process without standard output
         sys.stdout.flush()
 
 
@@ -78,7 +78,7 @@ def report_error(error: Exception, command: Sequence[str]) -> int:
 
 
 def _has_reader() -> bool:
-    """Return whether somebody can read standard output; of other pipes than it, errors differ."""
+    """Return whether standard output has a reader; if so, another pipe caused the error."""
     try:
         poll = select.poll()  # Windows has none
         poll.register(sys.stdout.fileno(), 0)
@@ -96,7 +96,7 @@ def _can_print() -> bool:
 
 
 def _discard_output():
-    """Write what is left of standard output nowhere, so that Python's last flush succeeds."""
+    """Discard what is left of standard output, so that Python's last flush succeeds."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -134,7 +134,7 @@ def _is_device_out_of_memory(error: Exception) -> bool:
 def _write_fault_report(error: Exception, command: Sequence[str]) -> str:
     """Write the traceback to a file, and return a few lines to copy into a bug report."""
     summary = _join_lines(f"{type(error).__name__}: {error}")[:300]
-    facts = [
+    report_lines = [
         ", ".join(
             [f"radiance {__version__}", f"Python {platform.python_version()}"]
             + [f"{name} {_package_version(name)}" for name in REPORTED_PACKAGES]
@@ -152,16 +152,12 @@ def _write_fault_report(error: Exception, command: Sequence[str]) -> str:
             suffix=".txt",
             delete=False,
         ) as file:
-            file.write("\n".join([*facts, "", details]))
+            file.write("\n".join([*report_lines, "", details]))
         location = f"the traceback in {file.name}"
     except OSError:  # nothing can be written there
         location = f"this traceback:\n{details.rstrip()}"
-    return (
-        "\n  ".join(
-            [f"radiance: a fault of this program ({summary}); please report these lines:", *facts]
-        )
-        + f"\n  and {location}"
-    )
+    heading = f"radiance: a fault of this program ({summary}); please report these lines:"
+    return "\n  ".join([heading, *report_lines]) + f"\n  and {location}"
 
 
 def _package_version(name: str) -> str:

@@ -29,7 +29,7 @@ def add_parser(subparsers):
         "or a folder of images, a .jsonl file, shards (.tar, .parquet), or an experiment, whose "
         "data is described",
     )
-    add_changes_argument(parser, "data.resolution=1024 (of data)")
+    add_changes_argument(parser, "data.resolution=1024 (for data)")
     parser.add_argument(
         "--duplicates", action="store_true", help="decode all images and find near-duplicates"
     )
@@ -49,8 +49,8 @@ def add_parser(subparsers):
     parser.add_argument(
         "--modulation",
         action="store_true",
-        help="of a FLUX-style checkpoint: measure how much of each block's modulation depends on "
-        "time alone",
+        help="measure how much of each block's modulation depends on time alone; FLUX-style "
+        "checkpoints only",
     )
     parser.add_argument(
         "--pooled",
@@ -64,8 +64,8 @@ def add_parser(subparsers):
 def main(options: argparse.Namespace) -> int:
     """Describe a model file (architecture, parameters, types, metadata) or a data set.
 
-    Of a data set: the images that are used and skipped, their sizes and buckets, lengths of
-    captions, and near-duplicates.
+    The description of a data set has the images that are used and skipped, their sizes and buckets,
+    the lengths of captions, and near-duplicates.
     """
     import jax
 
@@ -224,7 +224,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
         print("\n" + format_duplicates(all_images, len(sources[0]), hashes, groups, distance))
         indices = [
             int(index)
-            for index in np.flatnonzero(duplicates.keep_mask(len(all_images), groups))
+            for index in np.flatnonzero(duplicates.make_keep_mask(len(all_images), groups))
             if index not in hashes.errors
         ]
     if options.write:

@@ -34,7 +34,7 @@ class Writer(Protocol):
 
     folder: Path
 
-    def pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
+    def find_pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
         """Return the jobs of this host whose images must be sampled."""
         ...
 
@@ -66,7 +66,7 @@ class OutputFolder:
         self._has_sheet = has_sheet and num_images <= MAX_SHEET_IMAGES
         self._images: list[Image.Image] = []
 
-    def pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
+    def find_pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
         """Return all jobs. Raise ConfigError if one of the images exists."""
         if any((self.folder / name).exists() for name in (*(job.name for job in jobs), SHEET_NAME)):
             raise config.ConfigError(f"{self.folder} contains images already: give another --out.")
@@ -127,7 +127,7 @@ class DatasetFolder:
             folder / name for name in prompts if (folder / name).is_file()
         )
 
-    def pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
+    def find_pending(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
         """Return the jobs whose images do not exist."""
         return [job for job in jobs if not (self.folder / job.name).is_file()]
 

@@ -211,7 +211,7 @@ def _sample_prompts(
         writer = DatasetFolder(options.folder, jobs)
     else:
         writer = OutputFolder(options.out, len(jobs), has_sheet=num_hosts == 1)
-    pending = writer.pending(jobs[host_index::num_hosts])
+    pending = writer.find_pending(jobs[host_index::num_hosts])
     if not pending:
         print(f"All images of {writer.folder} exist.")
         return 0

@@ -24,10 +24,10 @@ class Model(Section):
     patch: int = 16
     """Side in pixels of the square that an image token represents; 1 for packed latents."""
     patch_embed: Literal["conv", "conv_half", "bottleneck"] = "conv"
-    """conv_half reads every second pixel, as the first models with patch=32; bottleneck has an
+    """conv_half reads every second pixel, as in early models with patch=32; bottleneck has an
     intermediate layer of few channels (JiT, arXiv 2511.13720)."""
     bottleneck: int = 128
-    """Channels of that layer."""
+    """Channels of the intermediate layer of patch_embed=bottleneck."""
     hidden: int = 3072
     """Width of the residual stream."""
     heads: int = 24

@@ -49,7 +49,7 @@ class Sample(Section):
     """Rescale guided predictions to the spread of the conditional one (arXiv 2305.08891), from 0
     (not) to 1 (fully)."""
     min_divisor: float = 0.0
-    """Smallest number that x_t − x̂ is divided by in x0 models; larger times remain."""
+    """x0 models divide x_t − x̂ by the time, or by this number if it is larger."""
     weights: str = "ema"
     """ema (the largest decay), ema=DECAY, width=WIDTH (optimizer.ema_widths) or params."""
     batch_size: int = 8
@@ -146,7 +146,7 @@ def get_preset(name: str) -> Preset:
 
 
 def find_preset_name(model: Model) -> str:
-    """Return the name of the preset that suits a model best, as far as its sizes show."""
+    """Return the name of the preset that suits a model best, judged by its settings."""
     if model.patch == 1:
         return "chroma-hd"
     if model.prediction == "velocity":

@@ -1,7 +1,7 @@
 """Addresses of files: a local path, or a URL of a protocol that fsspec knows (s3://, https://, …).
 
 The settings are trusted: they may name any path and protocol. Lines of lists and listings of
-folders are not: `resolve_filename` accepts what they name. "::", with which fsspec chains
+folders are not: `resolve_filename` checks the files that they name. "::", with which fsspec chains
 protocols, has no meaning in any address.
 """
 

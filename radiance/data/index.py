@@ -14,8 +14,8 @@ dataset of any size opens at once and many processes share it. Its folder holds 
 Files of a list may change without the list. Whenever an index is opened, it compares the state
 (size and time) of files whose header it has read, and looks again at files that failed. If there is
 a difference, the listing is scanned again into a folder with the next number. The previous folder
-remains for processes that are using it. Requests cost more than reads of a disk: of remote files,
-the index only looks at MAX_REMOTE_CHECKS, which are spread over all that failed.
+remains for processes that are using it. Because requests cost more than reads of a disk, the index
+looks at no more than MAX_REMOTE_CHECKS of the remote files that failed.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ from radiance.data.listing import (
     CHUNK_SIZE,
     IndexRecord,
     Listing,
-    Unusable,
+    UnusableRecord,
     compute_split_hash,
     map_in_threads,
 )
@@ -166,12 +166,12 @@ class DatasetIndex:
         location = self.read_record(index).location
         return None if _is_stored(location) else self.listing.address(location)
 
-    def iter_unusable(self) -> Iterator[tuple[Unusable, int]]:
+    def iter_unusable(self) -> Iterator[tuple[UnusableRecord, int]]:
         """Yield the images that were left out, with their split hashes."""
         with open(self.path / "unusable.jsonl", encoding="utf-8") as lines:
             for line in lines:
                 name, kind, split_hash, address, file_state = json.loads(line)
-                yield Unusable(name, kind, address, file_state), split_hash
+                yield UnusableRecord(name, kind, address, file_state), split_hash
 
     # --- changes of files ---
 
@@ -195,15 +195,15 @@ class DatasetIndex:
         except (OSError, ValueError, LookupError, TypeError):
             return True
 
-    def _has_recovered(self, failure: Unusable) -> bool:
-        """Return whether the file that failed can be read now and is another one than then."""
+    def _has_recovered(self, failure: UnusableRecord) -> bool:
+        """Return whether a file that failed can be read now and has changed since then."""
         file_state = storage.get_file_state(failure.address)
         return bool(file_state) and file_state != failure.file_state
 
     def _has_changed(self, line_and_state: tuple[bytes, int]) -> bool:
-        """Return whether an image's file is another one than when its header was read.
+        """Return whether an image's file has changed since its header was read.
 
-        A file that is lost is reported when it is needed.
+        A lost file counts as unchanged: it is reported when the image is loaded.
         """
         line, old_state = line_and_state
         address = self.listing.address(json.loads(line)[1])
@@ -243,7 +243,7 @@ class DatasetIndex:
             while chunk := list(islice(items, CHUNK_SIZE)):
                 metadata = []
                 for item in chunk:
-                    if isinstance(item, Unusable):
+                    if isinstance(item, UnusableRecord):
                         split_hash = compute_split_hash(item.name)
                         fields = [item.name, item.kind, split_hash, item.address, item.file_state]
                         unusable_file.write(json.dumps(fields) + "\n")
@@ -289,7 +289,7 @@ def _file_sizes(directory: Path) -> dict[str, int]:
     return {name: (directory / name).stat().st_size for name in names}
 
 
-def _select_checks(failures: Sequence[Unusable]) -> list[Unusable]:
+def _select_checks(failures: Sequence[UnusableRecord]) -> list[UnusableRecord]:
     """Return the failures to look at again: all of local files, and some of remote ones."""
     local = [failure for failure in failures if failure.address and not is_remote(failure.address)]
     remote = [failure for failure in failures if is_remote(failure.address)]

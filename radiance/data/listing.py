@@ -52,7 +52,7 @@ class IndexRecord(NamedTuple):
     file_state: str = ""
 
 
-class Unusable(NamedTuple):
+class UnusableRecord(NamedTuple):
     """An image, or a line of a file, that cannot be used.
 
     Attributes:
@@ -80,7 +80,7 @@ class Listing(Protocol):
 
     identity: str
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield all images in a stable order.
 
         Args:

@@ -72,7 +72,7 @@ def _max_length(chunk_type: bytes, max_profile_bytes: int) -> int:
 
 
 def _decompress_profile(content: bytes, max_bytes: int) -> bytes | None:
-    """Return a profile that Pillow finds too long: empty if it is too long for us as well."""
+    """Return a color profile that is too long for Pillow; empty if it exceeds `max_bytes` too."""
     _, _, method_and_data = content.partition(b"\0")
     profile = _decompress(method_and_data[1:], max_bytes)
     if profile is None or len(profile) <= MAX_TEXT_CHUNK:

@@ -47,7 +47,7 @@ class Source(Protocol):
 
     @property
     def skip_examples(self) -> Mapping[str, Sequence[str]]:
-        """Up to MAX_EXAMPLES names of such images, by kind."""
+        """Up to MAX_EXAMPLES names of images that cannot be used, by kind."""
         ...
 
     def __len__(self) -> int: ...

@@ -111,7 +111,7 @@ def get_file_info(address: str) -> FileInfo:
 
     Raises:
         FileNotFoundError: There is no such file.
-        PermissionError: It must not be read.
+        PermissionError: This process may not read it.
         UnreachableError: It cannot be read for another reason.
     """
     if is_remote(address):
@@ -124,7 +124,7 @@ def get_file_info(address: str) -> FileInfo:
 
 
 def get_file_state(address: str) -> str:
-    """Return size and version of a file that can be read, in one attempt; otherwise nothing."""
+    """Return size and version of a file, or nothing if one attempt to read it fails."""
     try:
         if is_remote(address):
             return _remote_file_info(address).state
@@ -149,7 +149,7 @@ def read_bytes(address: str, begin: int = 0, end: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: There is no such file.
-        PermissionError: It must not be read.
+        PermissionError: This process may not read it.
         UnreachableError: It cannot be read for another reason.
     """
     if is_remote(address):
@@ -166,7 +166,7 @@ def read_file(address: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises:
         UnusableError: It has more than `max_bytes` bytes.
         FileNotFoundError: There is no such file.
-        PermissionError: It must not be read.
+        PermissionError: This process may not read it.
         UnreachableError: It cannot be read for another reason.
     """
     content = read_bytes(address, 0, max_bytes + 1)
@@ -228,7 +228,7 @@ def open_stream(address: str, size: int | None = None) -> Iterator[BinaryIO]:
 
 
 def _open_local(path: str) -> BinaryIO:
-    """Open a local file that is neither a pipe nor a device; opening those could wait or act."""
+    """Open a regular local file. To open a pipe could block, and to open a device could act."""
 
     def open_without_waiting(path: str, flags: int) -> int:
         _require_regular_file(os.stat(path), path)
@@ -296,7 +296,7 @@ def _list_local_files(root: str) -> tuple[list[FileInfo], list[str]]:
 
 
 def _local_file_info(root: str, path: str) -> FileInfo:
-    """Return size and version of a file; of a broken link, neither."""
+    """Return size and version of a file; both are empty for a broken link."""
     try:
         stat_result = os.stat(os.path.join(root, path))
     except OSError:
@@ -345,8 +345,8 @@ def _permanent_error(error: Exception, address: str) -> Exception | None:
 def _open_file_system(address: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the file's path in it.
 
-    Not by fsspec's own function, in which "::" opens file systems within others, and these
-    interpret the content of files.
+    fsspec's own function is not used: in it, "::" opens file systems within others, which interpret
+    the content of files.
     """
     protocol = address.partition("://")[0]
     try:

@@ -12,7 +12,7 @@ from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.index import STALE_AFTER, DatasetIndex
 from radiance.data.indexed import IndexedSource
-from radiance.data.listing import TRAIN_HASH, IndexRecord, Unusable, map_in_threads
+from radiance.data.listing import TRAIN_HASH, IndexRecord, UnusableRecord, map_in_threads
 from radiance.data.source import Mixture
 
 
@@ -40,7 +40,7 @@ def make_record(index, **changes):
 
 ITEMS = [
     make_record(0),
-    Unusable("bad.png", "not an image"),
+    UnusableRecord("bad.png", "not an image"),
     make_record(1, captions=("猫", "кот\n🐈")),
     make_record(2, has_tags=True, loss_weight=0.25, attributes={"digit": 7}),
     make_record(3, location=["split", {"a": 1}]),
@@ -136,8 +136,8 @@ def test_several_processes_may_build_an_index_at_once(tmp_path):
 
 @pytest.mark.parametrize("kind", ["not an image", "unsupported format"])
 def test_a_decoder_with_other_codecs_scans_again(kind, tmp_path, monkeypatch):
-    items = [make_record(0), Unusable("bad.avif", kind)]
-    mute = ListListing([make_record(0), Unusable("mute.png", "no caption")], "mute")
+    items = [make_record(0), UnusableRecord("bad.avif", kind)]
+    mute = ListListing([make_record(0), UnusableRecord("mute.png", "no caption")], "mute")
     listing = ListListing(items)
     for _ in range(2):
         DatasetIndex(listing, "these", tmp_path, 2)
@@ -169,7 +169,7 @@ def test_a_damaged_index_is_built_again(name, content, tmp_path):
 
 
 def test_processes_that_use_the_previous_index_keep_it(tmp_path, monkeypatch):
-    listing, indexes = ListListing([make_record(0), Unusable("bad", "not an image")]), []
+    listing, indexes = ListListing([make_record(0), UnusableRecord("bad", "not an image")]), []
     for version in "abcd":
         monkeypatch.setattr("radiance.data.index.decoder_version", lambda version=version: version)
         indexes.append(DatasetIndex(listing, "these", tmp_path, 2))

@@ -225,7 +225,7 @@ def _compare_rows(hashes: Hashes, row_start: int, distance: int) -> Pairs:
     return block_pairs[np.lexsort(block_pairs.T[::-1])]
 
 
-def keep_mask(num_images: int, groups: Sequence[DuplicateGroup]) -> Bool[np.ndarray, " n"]:
+def make_keep_mask(num_images: int, groups: Sequence[DuplicateGroup]) -> Bool[np.ndarray, " n"]:
     """Return which images are kept: all that are not a duplicate in a group."""
     mask = np.ones(num_images, bool)
     mask[[duplicate for group in groups for duplicate in group.duplicates]] = False

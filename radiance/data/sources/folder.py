@@ -31,7 +31,7 @@ from radiance.base.errors import DataError
 from radiance.base.text_files import iter_lines
 from radiance.data import decode, storage
 from radiance.data.addresses import join_address, resolve_address
-from radiance.data.listing import IndexRecord, Unusable, map_in_threads
+from radiance.data.listing import IndexRecord, UnusableRecord, map_in_threads
 from radiance.data.sources.records import (
     MAX_TEXT_BYTES,
     Annotation,
@@ -81,10 +81,10 @@ class FolderListing:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}  # reading images needs nothing else
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield unreadable folders, bad lines and missing files, then a record for each image."""
         metadata, bad_lines = self._read_metadata()
-        # In any case; .txt comes after .TXT in the order of names, and counts.
+        # The suffix may have any case. Of .TXT and .txt, the latter is used: it is later in order.
         caption_files = {
             posixpath.splitext(file.name)[0]: file.path
             for file in self.files
@@ -95,9 +95,11 @@ class FolderListing:
             file for file in self.files if _suffix(file) in image_suffixes or file.name in metadata
         ]
         missing_files = sorted(metadata.keys() - {file.name for file in self.files})
-        yield from (Unusable(name, "unreadable folder") for name in self.unreadable_folders)
-        yield from (Unusable(location, f"bad line of {METADATA_FILE}") for location in bad_lines)
-        yield from (Unusable(name, "missing file") for name in missing_files)
+        yield from (UnusableRecord(name, "unreadable folder") for name in self.unreadable_folders)
+        yield from (
+            UnusableRecord(location, f"bad line of {METADATA_FILE}") for location in bad_lines
+        )
+        yield from (UnusableRecord(name, "missing file") for name in missing_files)
         yield from map_in_threads(
             partial(self._make_record, caption_files=caption_files, metadata=metadata),
             images,
@@ -150,13 +152,13 @@ class FolderListing:
 
     def _make_record(
         self, file: FileInfo, caption_files: Mapping[str, str], metadata: Mapping[str, Annotation]
-    ) -> IndexRecord | Unusable:
+    ) -> IndexRecord | UnusableRecord:
         if _suffix(file) not in IMAGE_SUFFIXES and _suffix(file) in UNSUPPORTED_SUFFIXES:
-            return Unusable(file.name, "unsupported format")
+            return UnusableRecord(file.name, "unsupported format")
         caption_file = caption_files.get(posixpath.splitext(file.name)[0])
         annotation = metadata.get(file.name)
         if caption_file is None and annotation is None:
-            return Unusable(file.name, "no caption")
+            return UnusableRecord(file.name, "no caption")
         return make_record(
             file.name,
             file.path,

@@ -26,7 +26,7 @@ from radiance import config
 from radiance.base.text_files import iter_lines
 from radiance.data import decode, storage
 from radiance.data.addresses import is_remote, parent_address, resolve_address, resolve_filename
-from radiance.data.listing import IndexRecord, Unusable, map_in_threads
+from radiance.data.listing import IndexRecord, UnusableRecord, map_in_threads
 from radiance.data.sources.records import (
     MAX_TEXT_BYTES,
     MetadataEntry,
@@ -67,7 +67,7 @@ class JsonlListing:
         identity_json = json.dumps([self.path, self.root, self.protocols, file.size, file.version])
         self.identity = hashlib.sha256(identity_json.encode()).hexdigest()
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield a record for each line."""
         with storage.open_stream(self.path) as file:
             numbered_lines = (
@@ -95,17 +95,17 @@ class JsonlListing:
         with translate_file_errors(address):
             return storage.read_file(address)
 
-    def _make_record(self, numbered_line: tuple[int, bytes | None]) -> IndexRecord | Unusable:
+    def _make_record(self, numbered_line: tuple[int, bytes | None]) -> IndexRecord | UnusableRecord:
         line_number, line = numbered_line
         try:
             entry = parse_entry(line)
         except UnusableError:
-            return Unusable(f"line {line_number}", "bad line")
+            return UnusableRecord(f"line {line_number}", "bad line")
         name = entry.filename
         if not is_remote(name):
             name = posixpath.normpath(name)
         name = unicodedata.normalize("NFC", name)
-        # The list does not change with a file whose header is read.
+        # A file whose header is read may change without a change of the list.
         file_state = "" if entry.width and entry.height else self._get_file_state(entry.filename)
         record = make_record(
             name, entry.filename, lambda: entry.annotation, lambda: self._read_header(entry)
@@ -113,7 +113,7 @@ class JsonlListing:
         return record._replace(file_state=file_state) if isinstance(record, IndexRecord) else record
 
     def _get_file_state(self, filename: str) -> str:
-        """Return the state of a local file; to compare those of remote files takes too long."""
+        """Return the state of a local file, or nothing for remote ones, whose requests are slow."""
         try:
             address = self.address(filename)
         except UnusableError:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from radiance import config
 from radiance.base.errors import DataError, OutputError
 from radiance.base.files import require_space
-from radiance.data.listing import IndexRecord, Unusable, read_image_header
+from radiance.data.listing import IndexRecord, UnusableRecord, read_image_header
 from radiance.data.sources.records import Annotation, make_record, parse_annotation
 from radiance.data.sources.shards import ShardFile, find_shards, hash_shards, open_shard
 from radiance.data.unusable import UnusableError
@@ -66,7 +66,7 @@ class ParquetListing:
     def __getstate__(self) -> dict[str, Any]:
         return {}  # the dataset index has everything
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield a record for each row.
 
         Args:
@@ -160,12 +160,12 @@ class ParquetListing:
 
     def _make_record(
         self, name: str, row: dict[str, Any] | None, columns: Columns
-    ) -> IndexRecord | Unusable:
+    ) -> IndexRecord | UnusableRecord:
         if row is None:
-            return Unusable(name, "text not in UTF-8")
+            return UnusableRecord(name, "text not in UTF-8")
         contents = list(_iter_images(_value_at_path(row, self.image_key)))
         if len(contents) != 1:
-            return Unusable(name, "several images in a row" if contents else "no image bytes")
+            return UnusableRecord(name, "several images in a row" if contents else "no image bytes")
         (content,) = contents
         return make_record(
             name,
@@ -224,7 +224,10 @@ def _iter_rows(shard: ShardFile, columns: Columns) -> Iterator[dict[str, Any] | 
 
 
 def _choose_batch_rows(shard: ShardFile, row_group: Any) -> int:
-    """Return how many rows of a group are read at once; all may repeat the longest value."""
+    """Return how many rows of a group are read at once.
+
+    Rows may share a value of the column's dictionary, so each row may be as large as the column.
+    """
     column_chunks = [row_group.column(index) for index in range(row_group.num_columns)]
     num_values = max((chunk.num_values for chunk in column_chunks), default=0)
     if num_values > MAX_VALUES_PER_ROW * max(row_group.num_rows, 1):

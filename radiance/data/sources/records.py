@@ -11,7 +11,7 @@ import numpy as np
 from radiance.base.errors import TextError
 from radiance.base.text_files import check_text, decode_text, split_lines
 from radiance.data import storage
-from radiance.data.listing import IndexRecord, Unusable, read_image_header
+from radiance.data.listing import IndexRecord, UnusableRecord, read_image_header
 from radiance.data.unusable import UnusableError
 
 # Fields that may hold the captions. The first one that is not empty counts.
@@ -47,7 +47,7 @@ def make_record(
     read_header: Callable[[], tuple[int, int, str]],
     attributes: Mapping[str, Any] | None = None,
     split_hash: int | None = None,
-) -> IndexRecord | Unusable:
+) -> IndexRecord | UnusableRecord:
     """Build the record of an image from its annotation and its header.
 
     Args:
@@ -70,7 +70,7 @@ def make_record(
     except UnusableError as error:
         is_unreadable = error.kind in UNREADABLE_KINDS or not error.address
         state = "" if is_unreadable else storage.get_file_state(error.address)
-        return Unusable(name, error.kind, error.address, state)
+        return UnusableRecord(name, error.kind, error.address, state)
     return IndexRecord(
         name,
         location,
@@ -129,7 +129,7 @@ def parse_entry(line: bytes | None) -> MetadataEntry:
     `width` and `height`.
 
     Raises:
-        UnusableError: The line is no such object.
+        UnusableError: The line is not such an object.
     """
     if line is None:
         raise UnusableError("bad record")

@@ -4,7 +4,7 @@ A file's key is its path without its suffix: 0001/cat.jpg, 0001/cat.txt and 0001
 to "0001/cat". A sample has one image. Its captions are the lines of .txt, or without that file are
 in .json. In both cases `is_tag_based` and `loss_weight` are read from .json
 (data/sources/records.py). Files with other suffixes and names that begin with a dot are skipped,
-and so are files such as cat.mask.png where cat.jpg is an image: WebDataset counts them to "cat".
+and so are files such as cat.mask.png beside cat.jpg: WebDataset assigns them to the sample "cat".
 
 Each shard is read once, when it is indexed: the headers of tar members, the captions, and the
 headers of images. Later each image is read by itself from its location in the shard. The complete
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from radiance.base.errors import DataError
 from radiance.data.listing import (
     IndexRecord,
-    Unusable,
+    UnusableRecord,
     compute_split_hash,
     map_in_threads,
     read_image_header,
@@ -90,7 +90,7 @@ class TarListing:
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths}  # reading images needs nothing else
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield a record for each sample.
 
         Raises:
@@ -113,7 +113,7 @@ class TarListing:
         return read_range(self.paths[shard_name], offset, size)
 
 
-def _read_shard(shard: ShardFile) -> list[IndexRecord | Unusable]:
+def _read_shard(shard: ShardFile) -> list[IndexRecord | UnusableRecord]:
     samples: dict[str, dict[str, SampleFile]] = {}  # by key and suffix
     with open_shard(shard) as file:
         _check_uncompressed(file, shard)
@@ -123,7 +123,7 @@ def _read_shard(shard: ShardFile) -> list[IndexRecord | Unusable]:
         for key, files in samples.items()
         if not _is_companion(key, samples)
     ]
-    return shard_records if is_complete else [*shard_records, Unusable(shard.name, TRUNCATED)]
+    return shard_records if is_complete else [*shard_records, UnusableRecord(shard.name, TRUNCATED)]
 
 
 def _check_uncompressed(file: BinaryIO, shard: ShardFile):
@@ -221,12 +221,12 @@ def _read_member(
 
 def _make_record(
     shard: ShardFile, key: str, files: dict[str, SampleFile]
-) -> IndexRecord | Unusable:
+) -> IndexRecord | UnusableRecord:
     name = f"{shard.name}/{key}"
     try:
         image = _find_image(files)
     except UnusableError as error:
-        return Unusable(name, error.kind)
+        return UnusableRecord(name, error.kind)
     return make_record(
         name,
         [shard.name, image.offset, image.size],

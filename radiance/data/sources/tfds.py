@@ -26,7 +26,7 @@ from radiance.config import ConfigError
 from radiance.data.listing import (
     TRAIN_HASH,
     IndexRecord,
-    Unusable,
+    UnusableRecord,
     map_in_threads,
     read_image_header,
 )
@@ -82,7 +82,7 @@ class TfdsListing:
         names = ("folder", "image_key", "caption_key", "splits")
         return {name: getattr(self, name) for name in names}
 
-    def scan(self, num_threads: int) -> Iterator[IndexRecord | Unusable]:
+    def scan(self, num_threads: int) -> Iterator[IndexRecord | UnusableRecord]:
         """Yield a record for each example.
 
         Raises:
@@ -157,7 +157,7 @@ class TfdsListing:
         serialized = self._split_examples[split][index]
         return features.deserialize_example_np(serialized, decoders=decoders)
 
-    def _make_record(self, split: str, index: int) -> IndexRecord | Unusable:
+    def _make_record(self, split: str, index: int) -> IndexRecord | UnusableRecord:
         try:
             example = self._read_example(split, index, self._index_features)
         except READ_ERRORS as error:
@@ -172,7 +172,7 @@ class TfdsListing:
         try:
             attributes = {name: _to_python(example[name]) for name in self._attribute_names}
         except UnusableError as error:
-            return Unusable(f"{split}/{index}", error.kind)
+            return UnusableRecord(f"{split}/{index}", error.kind)
         return make_record(
             f"{split}/{index}",
             [split, index],

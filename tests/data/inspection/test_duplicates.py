@@ -18,7 +18,7 @@ from radiance.data.inspection.duplicates import (
     hash_image,
     hash_luma,
     hash_source,
-    keep_mask,
+    make_keep_mask,
 )
 from radiance.data.unusable import UnusableError
 
@@ -124,7 +124,7 @@ def test_a_source_is_hashed_and_grouped():
     groups = find_duplicate_groups(hashes, source.sizes)
     # The representative of images of equal size is the first one.
     assert groups == [DuplicateGroup(2, (7,)), DuplicateGroup(4, (0, 5))]
-    assert keep_mask(8, groups).tolist() == [False, True, True, True, True, False, True, False]
+    assert make_keep_mask(8, groups).tolist() == [False, True, True, True, True, False, True, False]
     assert find_duplicate_groups(hash_source(ImageSource([plain, None]), 1), np.ones((2, 2))) == []
 
 
@@ -194,7 +194,7 @@ def test_dropped_images_are_close_to_kept_images_of_at_least_their_size():
     sizes = rng.integers(1, 40, (len(hashes), 2))
     image_hashes = ImageHashes(hashes, np.ones(len(hashes), bool), {})
     groups = find_duplicate_groups(image_hashes, sizes, 4)
-    is_kept = keep_mask(len(hashes), groups)
+    is_kept = make_keep_mask(len(hashes), groups)
     members = [image for group in groups for image in (group.representative, *group.duplicates)]
     assert len(set(members)) == len(members)
     for representative, duplicates in groups:

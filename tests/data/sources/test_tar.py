@@ -11,7 +11,7 @@ import pytest
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.datasets import open_source
-from radiance.data.listing import IndexRecord, Unusable, compute_split_hash
+from radiance.data.listing import IndexRecord, UnusableRecord, compute_split_hash
 from radiance.data.sources import tar
 from tests.helpers.toy_shards import (
     fill_tar,
@@ -315,9 +315,9 @@ def test_truncated_shards_are_used_as_far_as_they_go(tmp_path):
         path.write_bytes(content[:cut])
         entries = list(tar.TarListing(str(path)).scan(1))
         complete = [f"x/{key}" for key, end in zip(keys, ends) if end <= cut]
-        unusable = [entry for entry in entries if isinstance(entry, Unusable)]
+        unusable = [entry for entry in entries if isinstance(entry, UnusableRecord)]
         assert [entry.name for entry in entries if isinstance(entry, IndexRecord)] == complete, cut
-        assert unusable[-1] == Unusable("x", "truncated shard"), cut
+        assert unusable[-1] == UnusableRecord("x", "truncated shard"), cut
         assert len(unusable) <= 2, cut
         assert all(entry.kind in ("truncated shard", "no caption") for entry in unusable), cut
 
