@@ -24,7 +24,7 @@ from benchmarks.networks import Task
 from radiance import config
 from radiance.flow.sampler import TextCondition, compute_modulations, generate_images
 from radiance.flow.schedules import make_time_schedule
-from radiance.model.rope import position_ids
+from radiance.model.rope import make_position_ids
 from radiance.model.transformer import Params
 
 EMPTY_PROMPT_TOKENS = 1  # the end of the sequence
@@ -207,7 +207,9 @@ def make_diffusers_call(task: Task, module: Callable[[], Any], mode: str) -> Cal
     batch, resolution, _, channels = task.shape
     text, lengths = make_torch_text(task, task.max_length)
     ids = networks.to_torch(
-        position_ids(resolution, resolution, 0, task.max_length, sequential=False).astype("float32")
+        make_position_ids(resolution, resolution, 0, task.max_length, sequential=False).astype(
+            "float32"
+        )
     )
     visible = torch.arange(task.max_length, device=lengths.device) < lengths[:, None] + 1
     mask = torch.cat(

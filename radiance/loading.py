@@ -104,7 +104,7 @@ def load(
         shardings = make_param_shardings(make_abstract_params(run.model))
     encoder = make_encoder(run.text, run.model.text_dim, make_param_shardings)
     if merged_loras:
-        source = source.open_weights(run).merge_loras(merged_loras)
+        source = source.to_file_model(run).merge_loras(merged_loras)
     loaded = source.load_params(run, weight_format, shardings)
     params, adapters = loaded.params, [*loaded.adapters, *adapters]
     if adapters:
@@ -137,7 +137,7 @@ class _ModelSource(Protocol):
         """Load the parameters of `run.model`, quantized and sharded."""
         ...
 
-    def open_weights(self, run: config.Config) -> "_FileModel":
+    def to_file_model(self, run: config.Config) -> "_FileModel":
         """Return the weights as a checkpoint that LoRAs can be merged into."""
         ...
 
@@ -152,7 +152,7 @@ class _RunModel:
     def load_params(
         self, run: config.Config, weight_format: str | None, shardings: Params | None
     ) -> _LoadedParams:
-        """Load the newest checkpoint; of a LoRA run, the base and its adapters."""
+        """Load the newest checkpoint, and the base model if it is a LoRA run."""
         if run.lora.rank:
             check_base_identity(RunDirectory(Path(self.path)), run)
             run_lora = load_trained_lora(self.path, run)
@@ -170,8 +170,8 @@ class _RunModel:
         params = checkpoint.load_params(weight_format=weight_format, shardings=shardings)
         return _LoadedParams(params, origin, [])
 
-    def open_weights(self, run: config.Config) -> "_FileModel":
-        """Return the newest checkpoint; of a LoRA run, the base with the adapters merged."""
+    def to_file_model(self, run: config.Config) -> "_FileModel":
+        """Return the newest checkpoint as a file; a LoRA run has its adapters merged."""
         dtype = run.lora.dtype if run.lora.rank else "float32"
         return _FileModel(_open_run(self.path, run.sample.weights), run, dtype)
 
@@ -192,7 +192,7 @@ class _FileModel:
         params = self.checkpoint.load_params(self.dtype, quantization, shardings)
         return _LoadedParams(params, self.checkpoint.origin, [])
 
-    def open_weights(self, run: config.Config) -> "_FileModel":
+    def to_file_model(self, run: config.Config) -> "_FileModel":
         """Return the file itself."""
         return self
 
@@ -317,7 +317,7 @@ def restore_run_weights(
         param_shardings: Shardings of the parameters; one device when None.
 
     Returns:
-        The parameters (of a LoRA run, the adapters), and a name for them.
+        The parameters, which are the adapters in a LoRA run, and a name for them.
 
     Raises:
         ConfigError: When there is no checkpoint.

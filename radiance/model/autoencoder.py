@@ -382,6 +382,7 @@ NETWORKS = {"encoder": ImageEncoder, "decoder": ImageDecoder}
 
 @lru_cache(maxsize=16)
 def _split_abstract_network(network_class: type, sizes: Autoencoder, dtype: str):
+    """Return the graph of a network without arrays, and the shapes of its parameters."""
     return nnx.split(
         jax.eval_shape(
             lambda key: network_class(sizes, jnp.dtype(dtype), nnx.Rngs(key)), jax.random.key(0)

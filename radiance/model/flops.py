@@ -45,7 +45,7 @@ def forward_flops(model: config.Model, height: int, width: int, num_text_tokens:
     total_block_macs += num_joint_blocks * block_macs(num_image_tokens + text_length)
 
     head_macs = HEADS[model.head].count_macs(model, num_image_tokens)
-    return 2 * (embedding_macs + total_block_macs + _modulation_macs(model) + head_macs)
+    return 2 * (embedding_macs + total_block_macs + _count_modulation_macs(model) + head_macs)
 
 
 def training_flops(
@@ -66,7 +66,7 @@ def training_flops(
     return (2 if frozen_base else 3) * forward_flops(model, height, width, num_text_tokens)
 
 
-def _modulation_macs(model: config.Model) -> int:
+def _count_modulation_macs(model: config.Model) -> int:
     """Count the multiplications of the modulation network."""
     d, hidden = model.hidden, model.approximator_hidden
     if model.modulation == "none":

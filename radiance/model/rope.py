@@ -6,7 +6,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int
 
 
-def position_ids(
+def make_position_ids(
     num_rows: int, num_columns: int, num_registers: int, num_text_tokens: int, sequential: bool
 ) -> Int[np.ndarray, "n 3"]:
     """Make the position ids (text index, row, column) of image tokens, registers and text tokens.
@@ -31,7 +31,7 @@ def position_ids(
     return np.concatenate([image_ids, text_ids])
 
 
-def rope_table(
+def make_rope_table(
     ids: Int[np.ndarray, "n 3"], axis_sizes: tuple[int, ...], theta: float
 ) -> Float32[np.ndarray, "2 n 1 half"]:
     """Tabulate the cosines and sines of every token's angles.

@@ -26,7 +26,7 @@ from radiance.model.modulation import ModulationVectors, make_modulation
 from radiance.model.pixel_head import HEADS, patchify
 from radiance.model.precision import exact_in_float32
 from radiance.model.quantized import dequantize_weights, has_quantized_weights
-from radiance.model.rope import position_ids, rope_table
+from radiance.model.rope import make_position_ids, make_rope_table
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -139,14 +139,14 @@ class Transformer(nnx.Module):
         y, num_visible = self.embed_text(text, lengths)
         y = constrain_sharding(y, BATCH_AXES)
         n = x.shape[1]
-        token_positions = position_ids(
+        token_positions = make_position_ids(
             height // model.patch,
             width // model.patch,
             model.registers,
             text.shape[1],
             model.text_ids == "sequential",
         )
-        rope = jnp.asarray(rope_table(token_positions, model.rope_axes, model.rope_theta))
+        rope = jnp.asarray(make_rope_table(token_positions, model.rope_axes, model.rope_theta))
         num_text_visible = None if model.masking == "off" else model.registers + num_visible
         if model.text_refiner_blocks:
             y = self.refine_text(y, rope[:, n:], num_text_visible)

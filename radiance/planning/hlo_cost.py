@@ -62,7 +62,7 @@ class ProgramCost(NamedTuple):
     unbounded_loops: int  # loops without a known trip count, which are counted as one trip
 
 
-def read_hlo(text: str) -> ProgramCost:
+def count_program_cost(text: str) -> ProgramCost:
     """Return the cost of the program with the text `compiled.as_text()`."""
     return _CostCounter(text).count_program()
 

@@ -18,7 +18,7 @@ from radiance.model.transformer import make_abstract_params
 from radiance.planning import hlo_cost
 from radiance.planning.hlo_text import DeviceGroups
 from radiance.planning.programs import (
-    bytes_on_device,
+    count_bytes_on_device,
     planned_resolution,
     prepare_sampling,
     prepare_training,
@@ -95,7 +95,7 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
         sampling: Plan the sampling of `sample.batch_size` images instead of a training step.
 
     Raises:
-        ConfigError: The program cannot be compiled: the mesh is no slice of such devices, the batch
+        ConfigError: The program cannot be compiled: the devices cannot form the mesh, the batch
             does not divide, or the compiler is missing.
     """
     run, target, mesh = _resolve_target(run, device, sampling)
@@ -114,10 +114,10 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
         exact=target.exact,
         compile_seconds=compile_seconds,
         attention=run.compute.attention,
-        parameters=bytes_on_device(program.parameters),
-        ema=bytes_on_device(program.ema),
-        optimizer=bytes_on_device(program.optimizer),
-        batch=bytes_on_device(program.batch),
+        parameters=count_bytes_on_device(program.parameters),
+        ema=count_bytes_on_device(program.ema),
+        optimizer=count_bytes_on_device(program.optimizer),
+        batch=count_bytes_on_device(program.batch),
         temporaries=costs.temporaries,
         peak=required_memory,
         memory=device_spec.memory_bytes if device_spec else None,
@@ -208,7 +208,7 @@ def _read_costs(
     compiled: jax.stages.Compiled, device: hardware.DeviceSpec | None
 ) -> _CompiledCosts:
     hlo: Any = compiled.as_text()
-    cost = hlo_cost.read_hlo(hlo)
+    cost = hlo_cost.count_program_cost(hlo)
     collectives = {}
     for kind in hlo_cost.COLLECTIVE_KINDS:
         if sent_bytes := sum(c.sent_bytes for c in cost.collectives if c.kind == kind):

@@ -102,7 +102,7 @@ def planned_resolution(run: config.Config, sampling: bool) -> int:
     return run.data.resolution if sampling else max(run.data.resolutions)
 
 
-def bytes_on_device(tree: Any) -> int:
+def count_bytes_on_device(tree: Any) -> int:
     """Return the bytes of a tree of abstract arrays on one device."""
     total = 0
     for x in jax.tree.leaves(tree):

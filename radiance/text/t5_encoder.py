@@ -119,7 +119,7 @@ class T5Encoder(BaseT5Encoder):
         super().__init__()
         self.weights = T5Weights(Path(file).expanduser())
         self.sizes = self.weights.sizes
-        opened_tokenizer = _open_tokenizer_of(self.weights, tokenizer)
+        opened_tokenizer = _open_tokenizer_for(self.weights, tokenizer)
         num_tokens, num_vectors = opened_tokenizer.vocab_size, self.sizes.vocabulary
         if not MIN_USED_FRACTION * num_vectors <= num_tokens <= num_vectors:
             raise ConfigError(
@@ -138,7 +138,7 @@ class T5Encoder(BaseT5Encoder):
         return self.weights.load_params(self.dtype.name, self._shardings)
 
 
-def _open_tokenizer_of(weights: T5Weights, tokenizer: str | Path) -> Tokenizer:
+def _open_tokenizer_for(weights: T5Weights, tokenizer: str | Path) -> Tokenizer:
     """Open the given tokenizer, that in the weights' file, or the one beside it."""
     path = weights.file.path
     content = None if tokenizer else weights.read_sentencepiece()

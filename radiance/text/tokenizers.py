@@ -212,7 +212,7 @@ def _parse_tokenizer_json(content: bytes, origin: object) -> OpenedTokenizer:
 
 
 def _check_parts(content: dict[str, Any]):
-    """Raise ValueError if a tokenizer.json has parts that T5's has not."""
+    """Raise ValueError if a tokenizer.json has parts that T5's tokenizer does not have."""
     parts = [content.get("normalizer"), content.get("pre_tokenizer")]
     while parts:
         part = parts.pop()

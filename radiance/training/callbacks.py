@@ -26,7 +26,7 @@ class Callback:
 
         Args:
             trainer: The training, whose `step` counts the steps done.
-            metrics: Metrics of the step on the devices; of all seeds, on a leading axis if several.
+            metrics: Metrics of the step on the devices. Several seeds are on a leading axis.
         """
         raise NotImplementedError
 
@@ -41,13 +41,18 @@ def make_callbacks(trainer: Trainer) -> list[Callback]:
     step. Samples come after it, because a step is worth more than an image.
     """
     run = trainer.run
-    callbacks: list[Callback] = [CheckFinite(), Log(run), ShowProgress(), Validate(run)]
+    callbacks: list[Callback] = [
+        FiniteCheckCallback(),
+        LogCallback(run),
+        ProgressCallback(),
+        ValidationCallback(run),
+    ]
     if run.optimizer.ema_widths:
-        callbacks.append(Snapshot(trainer))
-    return [*callbacks, Checkpoint(run), Sample(run)]
+        callbacks.append(SnapshotCallback(trainer))
+    return [*callbacks, CheckpointCallback(run), SampleCallback(run)]
 
 
-class CheckFinite(Callback):
+class FiniteCheckCallback(Callback):
     """Stops a run whose loss stays non-finite. Seeds of a group do not stop each other."""
 
     every = 1
@@ -62,7 +67,7 @@ class CheckFinite(Callback):
         self._last_metrics = metrics
 
 
-class Log(Callback):
+class LogCallback(Callback):
     """Writes a row of metrics."""
 
     def __init__(self, run: config.Config):
@@ -100,7 +105,7 @@ class Log(Callback):
         }
 
 
-class ShowProgress(Callback):
+class ProgressCallback(Callback):
     """Shows the steps done and the newest metrics on the terminal."""
 
     every = 1
@@ -113,7 +118,7 @@ class ShowProgress(Callback):
         trainer.progress.update(trainer.step, trainer.shown_metrics)
 
 
-class Validate(Callback):
+class ValidationCallback(Callback):
     """Computes and writes validation losses."""
 
     def __init__(self, run: config.Config):
@@ -126,7 +131,7 @@ class Validate(Callback):
         trainer.progress.print_line(f"step {trainer.step}: validation loss {means}")
 
 
-class Snapshot(Callback):
+class SnapshotCallback(Callback):
     """Writes snapshots of the averages, from which those of other widths are computed later."""
 
     def __init__(self, trainer: Trainer):
@@ -149,7 +154,7 @@ class Snapshot(Callback):
             snapshots.close()
 
 
-class Checkpoint(Callback):
+class CheckpointCallback(Callback):
     """Saves the state."""
 
     def __init__(self, run: config.Config):
@@ -162,7 +167,7 @@ class Checkpoint(Callback):
         trainer.save_checkpoint()
 
 
-class Sample(Callback):
+class SampleCallback(Callback):
     """Samples images of the same prompts and seeds, as the model learns."""
 
     def __init__(self, run: config.Config):

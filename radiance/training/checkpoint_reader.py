@@ -117,7 +117,7 @@ class CheckpointReader:
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Return the state of a step, with the shapes and shardings of `abstract_state`."""
-        items = self._restore_items(step, split_state(_with_shardings(abstract_state)))
+        items = self._restore_items(step, split_state(_fill_shardings(abstract_state)))
         return TrainState(
             params=items["params"],
             ema=items.get("ema", {}),
@@ -128,7 +128,7 @@ class CheckpointReader:
     def restore_params(
         self, step: int, run: config.Config, selector: str, shardings: Params | None = None
     ) -> Params:
-        """Return only the weights; of a LoRA run, its adapters.
+        """Return only the weights, which are the adapters in a LoRA run.
 
         Args:
             step: Step of the checkpoint.
@@ -221,10 +221,10 @@ def _abstract_params(run: config.Config, shardings: Params | None) -> Params:
             params,
             shardings,
         )
-    return _with_shardings(params)
+    return _fill_shardings(params)
 
 
-def _with_shardings(abstract_tree):
+def _fill_shardings(abstract_tree):
     """Return shapes that all have a sharding: this host's first device where none is given.
 
     Without one, Orbax would restore the sharding of the saved array.

@@ -32,7 +32,7 @@ def update_averages(
     """
 
     def update_average(name: str, old_average: Params, key: PRNGKeyArray) -> Params:
-        fraction = update_fraction(name, step)
+        fraction = compute_update_fraction(name, step)
         new_average = jax.tree.map(
             lambda old_leaf, param_leaf: (
                 old_leaf.astype(jnp.float32)
@@ -50,7 +50,7 @@ def update_averages(
     }
 
 
-def update_fraction(name: str, step: Int32[Array, ""]) -> Float32[Array, ""]:
+def compute_update_fraction(name: str, step: Int32[Array, ""]) -> Float32[Array, ""]:
     """Compute the fraction of the newest weights in an average.
 
     A decay is at most (1 + step) / (10 + step), so that the average of a short run does not hold

@@ -11,7 +11,7 @@ import numpy as np
 
 from radiance import config
 from radiance.data.batches import make_validation_batches
-from radiance.training.callbacks import Sample, make_callbacks
+from radiance.training.callbacks import SampleCallback, make_callbacks
 from radiance.training.coordination import (
     exit_if_host_fails,
     handle_signals,
@@ -72,7 +72,7 @@ def fit(
         if trainer.first_step == 0 and run.init:
             trainer.progress.print_line(_check_initial_loss(trainer))
         if is_sample_missing:
-            Sample(run).after_step(trainer)
+            SampleCallback(run).after_step(trainer)
         trainer.feed.skip_done()
         train_step = _compile_step(inputs)
         while trainer.step < run.train.steps:

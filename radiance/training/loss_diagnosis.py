@@ -34,7 +34,10 @@ class ReferenceLoss(NamedTuple):
 def find_reference_loss(run: config.Config) -> ReferenceLoss | None:
     """Return the loss that the run or file of `init` records, or that of a published model."""
     if is_run_directory(run.init):
-        loss, source = RunDirectory(Path(run.init)).last_validation_loss(), "the run it comes from"
+        loss, source = (
+            RunDirectory(Path(run.init)).last_validation_loss(),
+            "the run it comes from",
+        )
     else:
         loss = checkpoint.read_validation_loss(open_tensors(run.init))
         source = "the run it was exported from"
@@ -93,11 +96,11 @@ def diagnose_loss(
     losses_text = ", ".join(f"{change} gives {value:.4f}" for change, value in losses.items())
     if reference.matches(losses[best_change]):
         return (
-            f"{summary}, which is much different: {best_change} is probably the right setting "
+            f"{summary}, which is very different: {best_change} is probably the right setting "
             f"({losses_text})."
         )
     return (
-        f"{summary}, which is much different, and no single setting explains it ({losses_text}). "
+        f"{summary}, which is very different, and no single setting explains it ({losses_text}). "
         "Check that images, captions and text encoder match the checkpoint, and that the file is "
         "intact."
     )

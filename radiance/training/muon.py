@@ -75,7 +75,7 @@ def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransfo
     return optax.partition(
         {
             "muon": optax.chain(
-                _with_momentum_dtype(optimizer.mu_dtype, orthogonalize), scale_updates
+                _store_momentum_as(optimizer.mu_dtype, orthogonalize), scale_updates
             ),
             "adam": scale_by_adam(optimizer),
         },
@@ -83,7 +83,7 @@ def scale_by_muon_and_adam(optimizer: config.Optimizer) -> optax.GradientTransfo
     )
 
 
-def _with_momentum_dtype(
+def _store_momentum_as(
     dtype: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Store the momentum in another type, rounded stochastically."""

@@ -59,8 +59,9 @@ def check_resumable(
     }
     has_other_state = bool(changes) and _has_other_state(old_run, run)
     if refused_changes or has_other_state:
+        description = _describe_changes(refused_changes or changes)
         raise config.ConfigError(
-            f"{directory.path} holds another run ({_describe(refused_changes or changes)}): "
+            f"{directory.path} holds another run ({description}): "
             f"{_suggest_remedies(directory, old_run, run, changes, has_other_state)}."
         )
     _check_steps(directory, run)
@@ -72,11 +73,11 @@ def find_changes(old_run: config.Config, run: config.Config) -> Changes:
     keys = config.resumable_settings(config.Config)
     if run.optimizer.lr_schedule != "constant":
         keys -= {"train.steps"}  # on which other schedules depend
-    differences = config.differences(_without_locations(old_run), _without_locations(run))
+    differences = config.differences(_remove_locations(old_run), _remove_locations(run))
     return {key: values for key, values in differences.items() if key not in keys}
 
 
-def _without_locations(run: config.Config) -> config.Config:
+def _remove_locations(run: config.Config) -> config.Config:
     """Return a config without the paths of a mixture: hashes identify what they contain."""
     mixture = tuple(replace(source, path="", root="") for source in run.data.mixture)
     return replace(run, data=replace(run.data, mixture=mixture))
@@ -137,7 +138,7 @@ def _has_other_state(old_run: config.Config, run: config.Config) -> bool:
     return list_shapes(old_run) != list_shapes(run)
 
 
-def _describe(changes: Changes) -> str:
+def _describe_changes(changes: Changes) -> str:
     """Return what differs, as text."""
     return ", ".join(
         f"{name} was {_shorten(old)}, now {_shorten(new)}" for name, (old, new) in changes.items()
@@ -156,7 +157,7 @@ def _suggest_remedies(
     changes: Changes,
     has_other_state: bool,
 ) -> str:
-    """Return what the user can do; nothing of it removes a training."""
+    """Return what the user can do without losing the trained state."""
     remedies = ["undo the change"]
     if old_run.model == run.model and not old_run.lora.rank and not run.lora.rank:
         remedies.append(f"start a new run from its weights with init={directory.path} name=NEW")

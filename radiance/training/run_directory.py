@@ -103,7 +103,7 @@ class RunDirectory:
         try:
             return read_json(path, list, "earlier starts are not listed in the new one")
         except OutputError as error:
-            print(f"{error} The damaged one is kept as {self.keep_damaged(path)}.", flush=True)
+            print(f"{error} The damaged one is kept as {self.move_to_damaged(path)}.", flush=True)
             return []
 
     def read_base_identity(self) -> str | None:
@@ -127,9 +127,9 @@ class RunDirectory:
         return read_metrics_file(self.metrics_path).rows
 
     def last_validation_loss(self) -> float | None:
-        """Return the last validation loss.
+        """Return the last validation loss, or None if there is no comparable one.
 
-        None if there is none, or if the run was distilled: its loss is not comparable.
+        The loss of a distilled run is not comparable.
         """
         losses = [row["validation_loss"] for row in self.read_metrics() if "validation_loss" in row]
         return losses[-1] if losses and self.read_config().distill.kind == "none" else None
@@ -141,13 +141,13 @@ class RunDirectory:
         """
         rows, damaged_lines = read_metrics_file(self.metrics_path)
         if damaged_lines:
-            kept_path = self.keep_damaged(self.metrics_path)
+            kept_path = self.move_to_damaged(self.metrics_path)
             print(f"{describe_damage(damaged_lines)}; the file is kept as {kept_path}.", flush=True)
         lines = [json.dumps(row) + "\n" for row in rows if step and row["step"] <= step]
         with replace_atomically(self.metrics_path) as partial_path:
             partial_path.write_text("".join(lines))
 
-    def keep_damaged(self, path: Path) -> Path:
+    def move_to_damaged(self, path: Path) -> Path:
         """Move a damaged file or folder of the run to `damaged_dir`, and return its path there."""
         kept_path = find_free_path(self.damaged_dir / path.name)
         try:

@@ -11,7 +11,7 @@ from radiance.base.errors import CheckpointError
 from radiance.training.checkpoint_reader import read_newest
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.run_directory import find_complete_steps
-from radiance.training.seeds import abstract_seed, select_seed, stack_states
+from radiance.training.seeds import select_abstract_seed, select_seed, stack_states
 from radiance.training.step import TrainState
 
 
@@ -58,7 +58,7 @@ class SeedCheckpoints:
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Return the stacked state of a step, with the shapes and shardings of `abstract_state`."""
-        abstract = abstract_seed(abstract_state)
+        abstract = select_abstract_seed(abstract_state)
         states = [checkpoints.restore(step, abstract) for checkpoints in self._seeds]
         return stack_states(states, jax.tree.map(lambda x: x.sharding, abstract_state))
 

@@ -54,7 +54,7 @@ def init_states(
     params: Params | None = None,
     init_params: InitParams | None = None,
 ) -> TrainState:
-    """Return the state before the first step: of the run for one seed, stacked for several.
+    """Initialize the state before the first step; states of several seeds are stacked.
 
     Args:
         run: Config of the runs.
@@ -120,7 +120,7 @@ def stack_states(states: Sequence[TrainState], shardings: TrainState | None = No
     return jax.jit(stack, out_shardings=shardings)(*states)
 
 
-def abstract_seed(state: TrainState) -> TrainState:
+def select_abstract_seed(state: TrainState) -> TrainState:
     """Return shapes and shardings of one seed from those of a stacked state."""
 
     def drop_axis(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

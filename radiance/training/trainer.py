@@ -34,7 +34,7 @@ class Trainer:
         step: Number of steps done.
         first_step: Number of steps done before this start.
         saved_step: Step of the last checkpoint.
-        state: State after `step`; of all seeds on a leading axis, if there are several.
+        state: State after `step`. Several seeds are on a leading axis.
         base: Weights that a LoRA run adds to, else None.
         teacher: Teacher of every step, else None.
         seeds: Seed of each run, if there are several; else None.

@@ -9,7 +9,7 @@ import pytest
 
 from radiance.model import attention as attention_module
 from radiance.model import rope
-from radiance.model.rope import position_ids, rope_table
+from radiance.model.rope import make_position_ids, make_rope_table
 from radiance.model.transformer import visible_lengths
 
 
@@ -150,7 +150,7 @@ def test_the_backend_depends_on_device_type_and_size():
 
 
 def test_position_ids_of_images_registers_and_text():
-    ids = position_ids(2, 3, num_registers=1, num_text_tokens=3, sequential=False)
+    ids = make_position_ids(2, 3, num_registers=1, num_text_tokens=3, sequential=False)
     assert ids.tolist() == [
         [0, 0, 0],
         [0, 0, 1],
@@ -159,7 +159,9 @@ def test_position_ids_of_images_registers_and_text():
         [0, 1, 1],
         [0, 1, 2],
     ] + 4 * [[0, 0, 0]]
-    assert position_ids(1, 1, num_registers=2, num_text_tokens=3, sequential=True)[1:].tolist() == [
+    assert make_position_ids(1, 1, num_registers=2, num_text_tokens=3, sequential=True)[
+        1:
+    ].tolist() == [
         [0, 0, 0],
         [0, 0, 0],
         [0, 0, 0],
@@ -171,7 +173,7 @@ def test_position_ids_of_images_registers_and_text():
 @pytest.mark.parametrize("axes", [(4, 10, 10), (16, 56, 56), (0, 2, 6)])
 def test_rope_rotates_pairs_like_complex_numbers(axes):
     theta = 10_000.0
-    ids = np.concatenate([position_ids(3, 5, 1, 4, True), [[511, 0, 0], [0, 127, 63]]])
+    ids = np.concatenate([make_position_ids(3, 5, 1, 4, True), [[511, 0, 0], [0, 127, 63]]])
     x = normal(2, len(ids), 3, sum(axes))
     expected = np.empty(x.shape)
     for n, position in enumerate(ids):
@@ -183,21 +185,21 @@ def test_rope_rotates_pairs_like_complex_numbers(axes):
                 expected[:, n, :, at], expected[:, n, :, at + 1] = pair.real, pair.imag
                 at += 2
     np.testing.assert_allclose(
-        rotate(jnp.asarray(x), rope_table(ids, axes, theta)), expected, atol=1e-6
+        rotate(jnp.asarray(x), make_rope_table(ids, axes, theta)), expected, atol=1e-6
     )
 
 
 def test_scores_with_rope_depend_on_distance_alone():
     ids = np.array([[0, 1, 2], [3, 4, 0], [0, 1 + 5, 2 + 7], [3, 4 + 5, 0 + 7]])
     q, k = (jnp.broadcast_to(normal(1, 1, 1, 24, seed=s), (1, 4, 1, 24)) for s in range(2))
-    q, k = (rotate(x, rope_table(ids, (4, 10, 10), 100.0)) for x in (q, k))
+    q, k = (rotate(x, make_rope_table(ids, (4, 10, 10), 100.0)) for x in (q, k))
     near, far = jnp.vdot(q[0, 0], k[0, 1]), jnp.vdot(q[0, 2], k[0, 3])
     np.testing.assert_allclose(near, far, atol=1e-5)
     assert abs(near - jnp.vdot(q[0, 0], k[0, 3])) > 1e-2
 
 
 def test_rope_of_bfloat16_computes_in_float32():
-    table = rope_table(position_ids(3, 5, 0, 4, True), (4, 10, 10), 10_000.0)
+    table = make_rope_table(make_position_ids(3, 5, 0, 4, True), (4, 10, 10), 10_000.0)
     x = jnp.asarray(normal(1, 19, 2, 24), jnp.bfloat16)
     rotated = rotate(x, table)
     assert rotated.dtype == jnp.bfloat16

@@ -33,7 +33,7 @@ print(f.lower(jax.ShapeDtypeStruct((128,), jnp.float32)).compile().as_text())
 
 
 def test_collectives_count_as_often_as_their_loops_run():
-    cost = hlo_cost.read_hlo(output_of(PROGRAM, devices=8).decode())
+    cost = hlo_cost.count_program_cost(output_of(PROGRAM, devices=8).decode())
     sent_bytes = {
         kind: sum(c.sent_bytes for c in cost.collectives if c.kind == kind)
         for kind in hlo_cost.COLLECTIVE_KINDS
@@ -66,7 +66,7 @@ def test_matrix_products_in_a_loop_count_once_per_trip():
         jax.ShapeDtypeStruct((64, 128), "float32"),
         jax.ShapeDtypeStruct((6, 128, 128), "float32"),
     )
-    cost = hlo_cost.read_hlo(jax.jit(f).lower(*arguments).compile().as_text() or "")
+    cost = hlo_cost.count_program_cost(jax.jit(f).lower(*arguments).compile().as_text() or "")
     assert cost.flops == 6 * 2 * 64 * 128 * 128
     # At least every weight, input and output of a trip once; at most a few copies of them.
     least = 4 * 6 * (128 * 128 + 2 * 64 * 128)
@@ -106,7 +106,7 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
 
 
 def test_loops_of_the_tpu_compiler_count_up_to_their_limit():
-    cost = hlo_cost.read_hlo(LOOP)
+    cost = hlo_cost.count_program_cost(LOOP)
     assert cost.flops == 5 * 2 * 8 * 16 * 16
     assert cost.unbounded_loops == 0
     (collective,) = cost.collectives
@@ -115,7 +115,10 @@ def test_loops_of_the_tpu_compiler_count_up_to_their_limit():
 
 
 def test_loops_without_a_known_trip_count_are_reported():
-    assert hlo_cost.read_hlo(LOOP.replace("direction=LT", "direction=NE")).unbounded_loops == 1
+    assert (
+        hlo_cost.count_program_cost(LOOP.replace("direction=LT", "direction=NE")).unbounded_loops
+        == 1
+    )
 
 
 # The first line of a slice in a fusion reads only the slice; an update in place writes only the
@@ -142,7 +145,7 @@ ENTRY %main (x: f32[100,8], y: f32[1,8], j: s32[]) -> f32[100,8] {
 
 def test_a_fusion_that_updates_a_row_has_the_traffic_of_rows():
     row, index = 8 * 4, 4
-    assert hlo_cost.read_hlo(FUSION).traffic == row + row + index + row
+    assert hlo_cost.count_program_cost(FUSION).traffic == row + row + index + row
 
 
 @pytest.mark.parametrize(
