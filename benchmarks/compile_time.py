@@ -122,9 +122,9 @@ def make_abstract_batch(
         "time": (b,),
     }
     kinds = {"text": jnp.dtype(task.dtype), "lengths": jnp.int32}
-    place = NamedSharding(mesh, BATCH_SPEC)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
     return {
-        name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32), sharding=place)
+        name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32), sharding=sharding)
         for name, shape in shapes.items()
     }
 

@@ -205,7 +205,7 @@ def synchronize_torch():
         torch.cuda.synchronize()
 
 
-# --- The facts ---
+# --- The environment ---
 
 
 def describe_hardware() -> str:

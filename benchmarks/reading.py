@@ -206,13 +206,13 @@ class TorchFiles:
     """A PyTorch dataset."""
 
     def __init__(self, files: list[str], resolution: int):
-        self.files, self.side = files, resolution
+        self.files, self.resolution = files, resolution
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return load_plain(self.side, self.files[index])
+        return load_plain(self.resolution, self.files[index])
 
 
 @contextmanager
