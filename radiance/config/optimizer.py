@@ -63,9 +63,9 @@ class Optimizer(Section):
     """Type of the stored weights and averages. bfloat16 is rounded stochastically, so that small
     updates are not lost."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored first moment, rounded in the same way."""
+    """Type of the stored first moment; bfloat16 is rounded stochastically."""
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored second moment, rounded in the same way."""
+    """Type of the stored second moment; bfloat16 is rounded stochastically."""
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""
