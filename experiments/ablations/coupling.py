@@ -1,7 +1,7 @@
 """Which noise should be paired with which image: independent, or optimal transport of the batch?
 
     python experiments/ablations/coupling.py   bias of the noise, without training
-    radiance ablate coupling   the cpu scale: shows that it runs, decides nothing
+    radiance ablate coupling   the smoke scale: decides nothing
     radiance ablate coupling --scale gpu   one GPU; the same command resumes
     radiance plan experiments/ablations/coupling.py:global --device h200   a run of the pod scale
 
@@ -53,11 +53,11 @@ def config() -> c.Config:
     return masking.make_base("coupling", "pod")
 
 
-def cpu() -> c.Config:
-    """Return the base of the cpu scale: enough to see that the suite runs."""
+def smoke() -> c.Config:
+    """Return the base of the smoke scale: enough to see that the suite runs."""
     return masking.make_base(
         "coupling",
-        "cpu",
+        "smoke",
         "train.steps=20",
         "train.validate_every=20",
         "sample.steps=4",
@@ -74,14 +74,23 @@ def make_local_variant(group_size: int) -> dict[str, tuple[str, ...]]:
 SUITE = Suite(
     name="coupling",
     question="Which noise should be paired with which image?",
-    metric="exact",
+    metric="f1@1",
     base="independent",
-    control="no_text",
+    controls=("no_text",),
     margin=0.02,
     variants=CHANGES,
     scales={
+        "smoke": Scale(
+            smoke(), num_images=256, num_seeds=2, num_samples=16, variants=make_local_variant(4)
+        ),
         "cpu": Scale(
-            cpu(), num_images=256, num_seeds=2, num_samples=16, variants=make_local_variant(4)
+            masking.make_base("coupling", "cpu"),
+            num_images=16384,
+            num_seeds=8,
+            first_seed=masking.FIRST_SEED,
+            num_samples=512,
+            precondition=masking.READS,
+            variants=make_local_variant(8),
         ),
         "gpu": Scale(
             masking.make_base("coupling", "gpu"),

@@ -1,6 +1,6 @@
 """Should the last layer predict velocity or x0, and does a NeRF head change the answer?
 
-    radiance ablate prediction:p16   the cpu scale: too small to decide anything
+    radiance ablate prediction:p16   the smoke scale: decides nothing
     radiance ablate prediction:p16 --scale gpu   one GPU; the same command resumes
     radiance plan experiments/ablations/prediction.py:p16:nerf_x0 --device h200
 
@@ -13,7 +13,7 @@ weight, linear_velocity_weighed with it.
 Expected before the run: linear_velocity falls behind where a patch has more values than a token
 has channels (arXiv 2511.13720), nerf_velocity does not, or later, because its head sees the noisy
 pixels; no variant with another minimum divisor differs by 1 %. The control of p32 is
-linear_velocity, which is known to fail there; elsewhere it is no_text. Results of the cpu scale:
+linear_velocity, which is known to fail there; elsewhere it is no_text. Results of the smoke scale:
 README.md.
 """
 
@@ -64,13 +64,13 @@ def make_suite(patch: str) -> Suite:
         question=f"Velocity or x0, from a linear or a NeRF head, at {patch}?",
         metric="validation_loss",
         base="linear_x0",
-        control="linear_velocity" if patch == "p32" else "no_text",
+        controls=("linear_velocity" if patch == "p32" else "no_text",),
         margin=0.01,
         variants=CHANGES,
         scales={
-            "cpu": Scale(
+            "smoke": Scale(
                 make_base(
-                    "cpu", "data.batch_size=8", "train.validation_images=32", *small, *changes
+                    "smoke", "data.batch_size=8", "train.validation_images=32", *small, *changes
                 ),
                 num_images=512,
                 num_seeds=3,

@@ -1,6 +1,6 @@
 """Should text tokens have zero rotary ids (FLUX, early Chroma) or 0, 1, 2, … (Chroma since 2026)?
 
-    radiance ablate text_ids   the cpu scale: too small to decide anything
+    radiance ablate text_ids   the smoke scale: decides nothing
     radiance ablate text_ids --scale gpu   one GPU; the same command resumes
     radiance plan experiments/ablations/text_ids.py:sequential --device h200  a run of the pod scale
 
@@ -9,7 +9,7 @@ cannot see the order of the text, and with a bag of words nothing else reveals i
 would win for a reason that does not apply to a trained T5, whose embeddings know their neighbors.
 
 Expected before the run: sequential within 1 % of zero, because the embeddings contain the order
-already. Result of the cpu scale: undecided (README.md). Not implemented: ids changed after
+already. Result of the smoke scale: undecided (README.md). Not implemented: ids changed after
 training, as Chroma's were.
 """
 
@@ -35,7 +35,7 @@ SUITE = Suite(
     question="Should text tokens have sequential rotary ids?",
     metric="validation_loss",
     base="zero",
-    control="no_text",
+    controls=("no_text",),
     margin=0.01,
     variants=CHANGES,
     scales=masking.make_scales("text_ids"),

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int32, UInt8
 
 from radiance import config
 from radiance.base.random import RandomStream, make_rng
-from radiance.data.batches import Batch
+from radiance.data.batches import Batch, share_longest
 from radiance.data.captions import first_caption
 from radiance.data.datasets import open_source
 from radiance.data.images import Augmentation, load_images
@@ -96,6 +96,13 @@ def encode_captions(captions: tuple[str, ...], text: config.Text, dim: int) -> T
     return TextSet(embeddings, lengths, identity)
 
 
+def exchange_captions(text_set: TextSet) -> TextSet:
+    """Return encoded captions that belong to the next image; the last belong to the first."""
+    last = len(text_set.lengths) - 1
+    rows = np.r_[1:last, 0, last]
+    return text_set._replace(embeddings=text_set.embeddings[rows], lengths=text_set.lengths[rows])
+
+
 def sample_indices(
     seed: int, step: int, num_images: int, data: config.Data
 ) -> tuple[Int32[np.ndarray, " b"], Int32[np.ndarray, " b"]]:
@@ -137,7 +144,9 @@ class PoolBatches:
         return {
             "image": images[image_indices],
             "text": self._text_set.embeddings[text_indices],
-            "lengths": self._text_set.lengths[text_indices],
+            "lengths": share_longest(
+                self._text_set.lengths[text_indices], run.data.mask_group_size
+            ),
             "cut": np.int32(0),
             "skipped": np.int32(0),
         }

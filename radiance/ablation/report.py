@@ -1,170 +1,21 @@
 """The report of a suite, as a page of Markdown and a figure: each variant against the base."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
+from radiance.ablation.comparison import (
+    Comparison,
+    check_precondition,
+    compare_variants,
+    is_significantly_worse,
+)
+from radiance.ablation.metrics import METRICS
 from radiance.ablation.results import Result, abbreviate
 from radiance.ablation.suite import Suite
-from radiance.base.errors import ConfigError
 from radiance.base.tables import format_number, format_table
 from radiance.evaluation.figures import plot_intervals, render_svg
-from radiance.evaluation.statistics import (
-    CONFIDENCE,
-    Interval,
-    paired_differences,
-    student_interval,
-)
-
-HIGHER_IS_BETTER = ("exact",)
-
-
-class Comparison(NamedTuple):
-    """A variant compared with the base.
-
-    Attributes:
-        difference: Paired difference as a fraction of the base's mean; None if a seed diverged.
-        p: P-value of no difference: two-sided paired t-test, with Holm's correction over all
-            variants except the control.
-        verdict: better, worse, equal within the margin, undecided, or diverged.
-        relative_steps: Steps until the variant reaches the base's last validation loss, as a
-            fraction of the base's steps; None if a seed never reaches it.
-    """
-
-    difference: Interval | None
-    p: float
-    verdict: str
-    relative_steps: Interval | None
-
-
-def compare_variants(suite: Suite, results: Mapping[str, Result]) -> dict[str, Comparison]:
-    """Compare every variant with the base.
-
-    Args:
-        suite: The suite.
-        results: Results by variant.
-
-    Raises:
-        ConfigError: The base has no result, or its metric is 0 or not finite.
-    """
-    base, base_mean = _check_base(suite, results)
-    differences_by_variant = {
-        variant: paired_differences(result.metrics[suite.metric], base.metrics[suite.metric])
-        for variant, result in results.items()
-        if variant != suite.base
-    }
-    raw_p_values = {
-        variant: p_value(differences)
-        for variant, differences in differences_by_variant.items()
-        if np.isfinite(differences).all()
-    }
-    adjusted_p_values = raw_p_values | correct_holm(
-        {variant: p for variant, p in raw_p_values.items() if variant != suite.control}
-    )
-    comparisons = {}
-    for variant, differences in differences_by_variant.items():
-        if variant not in raw_p_values:
-            num_diverged = int((~np.isfinite(differences)).sum())
-            verdict = f"diverged with {num_diverged} of {len(differences)} seeds"
-            comparisons[variant] = Comparison(None, float("nan"), verdict, None)
-            continue
-        interval = student_interval([difference / base_mean for difference in differences])
-        verdict = decide_verdict(suite, interval, adjusted_p_values[variant])
-        comparisons[variant] = Comparison(
-            interval, adjusted_p_values[variant], verdict, steps_to_quality(results[variant], base)
-        )
-    return comparisons
-
-
-def _check_base(suite: Suite, results: Mapping[str, Result]) -> tuple[Result, float]:
-    """Return the result of the base and the mean of its metric."""
-    if suite.base not in results:
-        raise ConfigError(
-            f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others "
-            "are compared: run that variant."
-        )
-    base = results[suite.base]
-    base_mean = float(np.mean(list(base.metrics[suite.metric].values())))
-    if base_mean == 0:
-        raise ConfigError(
-            f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, so "
-            "that differences are no fractions of it: train it longer."
-        )
-    if not np.isfinite(base_mean):
-        raise ConfigError(
-            f"Suite {suite.name}: its base {suite.base} has diverged, and nothing can be compared "
-            "with it: lower its learning rate."
-        )
-    return base, base_mean
-
-
-def p_value(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of a mean of 0."""
-    if np.ptp(differences) == 0:  # for example, variants that differ only in their name
-        return float(differences[0] == 0)
-    return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
-
-
-def correct_holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values after Holm's correction (Scandinavian Journal of Statistics 6, 1979).
-
-    The probability that any of them is below α by chance is at most α.
-    """
-    adjusted, highest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        adjusted[name] = highest = max(highest, min(1.0, (len(p_values) - rank) * p))
-    return adjusted
-
-
-def decide_verdict(suite: Suite, interval: Interval, p: float) -> str:
-    """Return the verdict on a variant: better, worse, equal within the margin, or undecided.
-
-    Args:
-        suite: The suite, with its metric and margin.
-        interval: Difference from the base as a fraction of its mean.
-        p: Corrected p-value of no difference.
-    """
-    is_equal = -suite.margin <= interval.low and interval.high <= suite.margin
-    if p < 1 - CONFIDENCE:
-        is_better = (interval.mean > 0) == (suite.metric in HIGHER_IS_BETTER)
-        verdict = "better" if is_better else "worse"
-        return f"{verdict}, equal within the margin" if is_equal else verdict
-    return "equal within the margin" if is_equal else "undecided"
-
-
-def steps_to_quality(result: Result, base: Result) -> Interval | None:
-    """Return the steps until the base's last validation loss, as a fraction of the base's steps.
-
-    None if a seed does not reach it, or if losses during training were not recorded.
-    """
-    if not base.curve or len(base.key.seeds) < 2:
-        return None
-    last_step, target_losses = base.curve[-1]
-    fractions = []
-    for seed in base.key.seeds:
-        curve = [(step, values[seed]) for step, values in result.curve]
-        step = first_step_below(curve, target_losses[seed])
-        if step is None:
-            return None
-        fractions.append(step / last_step)
-    return student_interval(fractions)
-
-
-def first_step_below(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Return the step at which a curve first falls to `target`, with linear interpolation."""
-    previous: tuple[int, float] | None = None
-    for step, value in curve:
-        if value <= target:
-            if previous is None:
-                return float(step)
-            return step - (step - previous[0]) * (target - value) / (previous[1] - value)
-        previous = (step, value)
-    return None
-
-
-# --- the page -----------------------------------------------------------------------------------
+from radiance.evaluation.statistics import CONFIDENCE, Interval, student_interval
 
 
 def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
@@ -179,8 +30,11 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
         f"# {suite.name}, scale {base.key.scale}",
         suite.question,
         _describe_method(suite, results),
+        _describe_credibility(suite, base),
         _format_variants(suite, results, comparisons),
-        _format_control(suite, comparisons),
+        *_format_controls(suite, comparisons),
+        "## Cost",
+        _format_costs(suite, results, comparisons),
         f"## {suite.name}: each variant by time",
         "Mean validation loss in equal bins of time, from the image (0) to noise (1), as a "
         "fraction of the base's.",
@@ -189,12 +43,10 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
     if base.conditions:
         sections += [
             f"## {suite.name}: each variant under other conditions",
-            "Mean validation loss of the trained weights.",
+            f"{METRICS[suite.loss_metric].description.capitalize()}, of the trained weights.",
             _format_conditions(suite, results),
         ]
-    if sample_metrics := [
-        name for name in base.metrics if name not in ("validation_loss", "exact")
-    ]:
+    if sample_metrics := [name for name in base.metrics if "@" in name]:
         sections += ["## Scores of generated images", _format_means(results, sample_metrics)]
     return "\n\n".join(sections + _format_notes(suite, results)) + "\n"
 
@@ -209,10 +61,23 @@ def _describe_method(suite: Suite, results: Mapping[str, Result]) -> str:
         else "Nothing is tuned for each variant: all have one learning rate and average."
     )
     return (
-        f"Decided by {suite.metric}, over seeds {seeds}; differences are paired by seed, with "
-        f"{CONFIDENCE:.0%} intervals, as fractions of the base's mean; p is after Holm's "
-        f"correction. Margin of equality {suite.margin:.1%}. {tuning}"
+        f"Decided by {suite.metric}: {METRICS[suite.metric].description}. Seeds {seeds}; "
+        f"differences are paired by seed, as fractions of the base's mean, with {CONFIDENCE:.0%} "
+        "intervals that are not adjusted for several comparisons; p is after Holm's correction, "
+        f"without the controls. Margin of equality {suite.margin:.1%}, by two one-sided tests. "
+        "Detectable: the smallest true difference that these seeds would find with a probability "
+        f"of 80 %. {tuning}"
     )
+
+
+def _describe_credibility(suite: Suite, base: Result) -> str:
+    """Say whether the results can decide the question."""
+    if base.key.scale == "smoke":
+        return (
+            "This scale only shows that the suite runs: its networks hardly read their captions, "
+            "and its seeds were looked at before the metric was chosen. So there are no verdicts."
+        )
+    return check_precondition(suite, base).sentence
 
 
 def _format_notes(suite: Suite, results: Mapping[str, Result]) -> list[str]:
@@ -244,63 +109,72 @@ def _format_variants(
     suite: Suite, results: Mapping[str, Result], comparisons: Mapping[str, Comparison]
 ) -> str:
     """Return the table of the variants with their verdicts."""
-    rows = [
-        [
-            "variant",
-            "changes",
-            suite.metric,
-            "difference",
-            "p",
-            "verdict",
-            "steps to quality",
-            "parameters",
-            "FLOP an image",
-            "seconds",
-        ]
-    ]
+    header = ["difference", "half width", "detectable", "p", "verdict"]
+    needed = f"seeds for ±{suite.margin:.1%}"
+    rows = [["variant", "changes", suite.metric, *header, needed]]
     for variant, result in results.items():
         values = list(result.metrics[suite.metric].values())
         changes = suite.variants_at(result.key.scale)[variant]
         rows.append(
             [
-                f"{variant} (control)" if variant == suite.control else variant,
+                f"{variant} (control)" if variant in suite.controls else variant,
                 " ".join(f"`{change}`" for change in changes) or "the base",
                 str(student_interval(values) if np.isfinite(values).all() else "not finite"),
                 *_format_comparison(comparisons.get(variant)),
-                format_number(result.cost["parameters"]),
-                format_number(result.cost["flops"]),
-                f"{result.cost['seconds']:.0f}",
             ]
         )
     return format_table(rows, 2, style="github")
 
 
 def _format_comparison(comparison: Comparison | None) -> list[str]:
-    """Return difference, p, verdict and steps to quality; empty cells for the base."""
+    """Return the cells from difference to needed seeds; they are empty for the base."""
     if comparison is None:
-        return ["", "", "", ""]
-    steps = f"× {comparison.relative_steps}" if comparison.relative_steps else "not reached"
+        return [""] * 6
     if comparison.difference is None:
-        return ["", "", comparison.verdict, steps]
-    return [format_percent(comparison.difference), f"{comparison.p:.2g}", comparison.verdict, steps]
+        return ["", "", "", "", comparison.verdict, ""]
+    difference = comparison.difference
+    return [
+        format_percent(difference),
+        f"{(difference.high - difference.low) / 2:.1%}",
+        f"{comparison.detectable:.1%}",
+        f"{comparison.p:.2g}",
+        comparison.verdict,
+        str(comparison.needed_seeds or "over 1000"),
+    ]
 
 
-def _format_control(suite: Suite, comparisons: Mapping[str, Comparison]) -> str:
-    """Say whether the suite can detect an effect of the size of the control's."""
-    if suite.control not in comparisons:
-        return (
-            f"The control {suite.control} has not been run: no verdict of “undecided” or “equal” "
-            "can be trusted yet."
+def _format_controls(suite: Suite, comparisons: Mapping[str, Comparison]) -> list[str]:
+    """Say of each control whether it differs from the base, as it is known to do."""
+    sentences = []
+    for control in suite.controls:
+        if control not in comparisons:
+            sentences.append(f"The control {control} has not been run.")
+            continue
+        is_worse = is_significantly_worse(suite, comparisons[control])
+        sentences.append(
+            f"The control {control} {'is' if is_worse else 'is not'} significantly worse than the "
+            "base."
         )
-    if comparisons[suite.control].verdict.startswith("worse"):
-        return (
-            f"The control {suite.control} differs significantly from the base, so the suite can "
-            "detect an effect of that size."
+    return sentences
+
+
+def _format_costs(
+    suite: Suite, results: Mapping[str, Result], comparisons: Mapping[str, Comparison]
+) -> str:
+    """Return the table of parameters, work, time, and steps until the base's last loss."""
+    rows = [["variant", "parameters", "FLOP an image", "seconds", "steps to the base's loss"]]
+    for variant, result in results.items():
+        steps = comparisons[variant].relative_steps if variant in comparisons else None
+        rows.append(
+            [
+                variant,
+                format_number(result.cost["parameters"]),
+                format_number(result.cost["flops"]),
+                f"{result.cost['seconds']:.0f}",
+                "" if variant == suite.base else f"× {steps}" if steps else "not reached",
+            ]
         )
-    return (
-        f"The control {suite.control} does not differ significantly from the base, so results that "
-        "are undecided or equal carry no information."
-    )
+    return format_table(rows, style="github")
 
 
 def _format_bins(results: Mapping[str, Result], base: Result) -> str:
@@ -319,11 +193,11 @@ def _format_bins(results: Mapping[str, Result], base: Result) -> str:
 
 
 def _format_conditions(suite: Suite, results: Mapping[str, Result]) -> str:
-    """Return the table of validation losses under other evaluation conditions."""
+    """Return the table of the suite's loss under other evaluation conditions."""
     conditions = list(results[suite.base].conditions)
     rows = [["trained as", "own", *conditions]]
     for variant, result in results.items():
-        own_loss = float(np.mean(list(result.metrics["validation_loss"].values())))
+        own_loss = float(np.mean(list(result.metrics[suite.loss_metric].values())))
         cells = []
         for condition in conditions:
             if condition not in result.conditions:
@@ -355,7 +229,7 @@ def format_percent(interval: Interval) -> str:
 def draw_figure(suite: Suite, results: Mapping[str, Result]) -> str:
     """Return an SVG document with each variant's paired difference from the base and its interval.
 
-    The band is the margin of equality, and the control is gray. Variants that diverged are left
+    The band is the margin of equality, and the controls are gray. Variants that diverged are left
     out.
     """
     percentages = {
@@ -368,6 +242,6 @@ def draw_figure(suite: Suite, results: Mapping[str, Result]) -> str:
         f"difference in %: mean and {CONFIDENCE:.0%} interval over seeds; band: margin of equality",
         percentages,
         100 * suite.margin,
-        gray_names=[suite.control],
+        gray_names=suite.controls,
     )
     return render_svg(figure)

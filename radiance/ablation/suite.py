@@ -7,15 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from radiance import config
+from radiance.ablation.metrics import METRICS
 from radiance.base.settings import require
 
 Overrides = tuple[str, ...]  # changes of a config, as `section.key=value`
-SCALES = ("cpu", "gpu", "pod")
-METRICS = ("validation_loss", "exact")  # see `metrics`
-TUNING_SEEDS = (100, 101)  # seeds that choose learning rates and averages, and are not reported
+SCALES = ("smoke", "cpu", "gpu", "pod")  # a minute, hours of two cores, one GPU, a pod
+# Seeds that choose learning rates and averages, and seeds of the gate; neither is reported.
+TUNING_SEEDS = (100, 101)
+GATE_SEEDS = (300, 301, 302, 303)
+
+
+@dataclass(frozen=True)
+class Precondition:
+    """What the base must reach with every seed, for a comparison to mean anything.
+
+    Attributes:
+        metric: A metric for which higher is better.
+        minimum: Its lowest value that suffices.
+    """
+
+    metric: str
+    minimum: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A first run on GATE_SEEDS that shows whether the planned seeds can decide the question.
+
+    Attributes:
+        variants: Variants that are trained beside the base.
+        max_half_width: Half of the 95 % interval of a difference that the suite's seeds should
+            reach, as a fraction of the base's metric.
+    """
+
+    variants: tuple[str, ...]
+    max_half_width: float
 
 
 @dataclass(frozen=True)
@@ -27,10 +55,13 @@ class Scale:
         num_images: Number of training images in memory, which are sampled with replacement. With 0,
             variants are planned, and trained one by one like other experiments.
         num_seeds: Number of seeds, if the command does not give another.
+        first_seed: The first seed; the others follow it.
         learning_rate_factors: Factors of the learning rate that each variant is tuned over, on
             TUNING_SEEDS; none: nothing is tuned.
         num_samples: Number of held-out captions from which images are generated and scored; 0 where
             training is too short for that.
+        precondition: What the base must reach.
+        gate: The run that decides on the number of seeds.
         variants: Additional variants, whose changes depend on the size of the network.
         conditions: Changes under which every trained variant is evaluated too, such as another
             mask.
@@ -39,8 +70,11 @@ class Scale:
     run: config.Config
     num_images: int = 0
     num_seeds: int = 8
+    first_seed: int = 0
     learning_rate_factors: tuple[float, ...] = ()
     num_samples: int = 0
+    precondition: Precondition | None = None
+    gate: Gate | None = None
     variants: Mapping[str, Overrides] = field(default_factory=dict)
     conditions: Mapping[str, Overrides] = field(default_factory=dict)
 
@@ -52,13 +86,13 @@ class Suite:
     Attributes:
         name: Name of the suite.
         question: The question that it decides.
-        metric: The metric that decides.
+        metric: The metric that decides, of `metrics.METRICS`.
         base: Variant that the others are compared with.
-        control: Variant that is known to be worse. If it does not differ significantly from the
-            base, inconclusive results of other variants carry no information.
+        controls: Variants that are known to be worse. They are not part of the correction for
+            several comparisons.
         margin: Fraction of the base's metric within which a variant counts as equal to it.
         variants: Changes of each variant.
-        scales: Settings of each scale.
+        scales: Settings of each scale, of SCALES; one is enough.
 
     Raises:
         ConfigError: A variant has no valid config, or cannot be compared with the base.
@@ -66,43 +100,46 @@ class Suite:
 
     name: str
     question: str
-    metric: Literal["validation_loss", "exact"]
+    metric: str
     base: str
-    control: str
     margin: float
     variants: Mapping[str, Overrides]
     scales: Mapping[str, Scale]
+    controls: tuple[str, ...] = ()
 
     def __post_init__(self):
-        require(
-            self.metric in METRICS,
-            f"Suite {self.name}: metric={self.metric!r}; the choices are {', '.join(METRICS)}.",
-        )
         require(self.margin > 0, f"Suite {self.name}: margin={self.margin} must be positive.")
         require(
-            set(self.scales) == set(SCALES),
-            f"Suite {self.name} has scales {', '.join(self.scales)}, not {', '.join(SCALES)}.",
+            bool(self.scales) and set(SCALES).issuperset(self.scales),
+            f"Suite {self.name} has scales {', '.join(self.scales) or 'none'}: name at least one "
+            f"of {', '.join(SCALES)}.",
         )
         for scale in self.scales:
             self._check_scale(scale)
 
     def _check_scale(self, scale: str):
         """Raise ConfigError if the variants at a scale do not fit the suite."""
-        variants = self.variants_at(scale)
-        for role in ("base", "control"):
-            variant = getattr(self, role)
-            require(
-                variant in variants,
-                f"Suite {self.name}: its {role} {variant!r} is not among its variants "
-                f"{', '.join(variants)}.",
-            )
+        variants, settings = self.variants_at(scale), self.scales[scale]
+        gate_variants = settings.gate.variants if settings.gate else ()
+        for role, names in (
+            ("base", (self.base,)),
+            ("control", self.controls),
+            ("gate", gate_variants),
+        ):
+            for variant in names:
+                require(
+                    variant in variants,
+                    f"Suite {self.name}: its {role} {variant!r} is not among its variants "
+                    f"{', '.join(variants)}.",
+                )
         require(
             not variants[self.base],
             f"Suite {self.name}: its base {self.base!r} changes {', '.join(variants[self.base])}, "
             "and must change nothing.",
         )
         require(
-            self.control != self.base, f"Suite {self.name}: base and control are the same variant."
+            self.base not in (*self.controls, *gate_variants),
+            f"Suite {self.name}: its base can be neither a control nor in the gate.",
         )
         runs = {variant: self.variant_config(scale, variant) for variant in variants}
         for variant, run in runs.items():
@@ -111,17 +148,40 @@ class Suite:
             len(set(runs.values())) == len(runs),
             f"Suite {self.name} has two variants at scale {scale} that are the same.",
         )
+        self._check_metrics(scale)
+
+    def _check_metrics(self, scale: str):
+        """Raise ConfigError if a scale does not measure what the suite is decided by."""
         settings = self.scales[scale]
+        if not settings.num_images:
+            return
+        precondition = settings.precondition
+        for metric in (self.metric, *([precondition.metric] if precondition else [])):
+            require(
+                metric in METRICS,
+                f"Suite {self.name}: there is no metric {metric!r}; the choices are "
+                f"{', '.join(METRICS)}.",
+            )
+            require(
+                METRICS[metric].needs == "losses" or settings.num_samples > 0,
+                f"Suite {self.name} needs {metric} of generated images, but has num_samples=0 at "
+                f"scale {scale}.",
+            )
+            require(
+                METRICS[metric].needs != "descriptions" or settings.run.data.source == "shapes",
+                f"Suite {self.name} needs {metric} at scale {scale}, which only data.source=shapes "
+                f"has, not {settings.run.data.source}.",
+            )
         require(
-            self.metric != "exact" or not settings.num_images or settings.num_samples > 0,
-            f"Suite {self.name} is decided by generated images, but has num_samples=0 at scale "
-            f"{scale}.",
+            precondition is None or METRICS[precondition.metric].higher_is_better,
+            f"Suite {self.name}: its precondition has a minimum, so its metric must be one for "
+            "which higher is better.",
         )
-        require(
-            not settings.num_samples or settings.run.data.source == "shapes",
-            f"Suite {self.name} scores generated images at scale {scale}, which needs captions of "
-            f"data.source=shapes, not {settings.run.data.source}.",
-        )
+
+    @property
+    def loss_metric(self) -> str:
+        """The loss that tuning and evaluation conditions use: the metric itself if it is one."""
+        return self.metric if METRICS[self.metric].needs == "losses" else "validation_loss"
 
     def variants_at(self, scale: str) -> dict[str, Overrides]:
         """Return the changes of all variants at a scale, the base first."""
@@ -149,13 +209,12 @@ class Suite:
 def _check_variant(suite: Suite, variant: str, run: config.Config, base: config.Config):
     """Raise ConfigError if a variant cannot be compared with the base."""
     prefix = f"Suite {suite.name}, variant {variant}:"
-    expected_data = replace(
-        base.data, batch_size=run.data.batch_size, caption_dropout=run.data.caption_dropout
-    )
+    changeable = ("batch_size", "caption_dropout", "mask_group_size")
+    expected_data = replace(base.data, **{name: getattr(run.data, name) for name in changeable})
     require(
         run.data == expected_data and run.train.seed == base.train.seed,
         f"{prefix} all variants must see the same images with the same seeds: of data, change only "
-        "batch_size and caption_dropout.",
+        f"{', '.join(changeable)}.",
     )
     require(
         run.distill.kind == "none", f"{prefix} variants have no teacher: leave distill.kind=none."

@@ -11,8 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from radiance import config
-from radiance.ablation.data import ImageSet, TextSet, encode_captions, hash_data, load_image_set
-from radiance.ablation.metrics import measure_adherence, measure_validation_losses
+from radiance.ablation.data import (
+    ImageSet,
+    TextSet,
+    encode_captions,
+    exchange_captions,
+    hash_data,
+    load_image_set,
+)
+from radiance.ablation.metrics import measure_samples, measure_validation_losses, summarize_losses
 from radiance.ablation.results import Result, ResultFolder, ResultKey, hash_config
 from radiance.ablation.runner import TrainingOutcome, train_seeds
 from radiance.ablation.suite import TUNING_SEEDS, Scale, Suite
@@ -25,6 +32,9 @@ from radiance.model.flops import training_flops
 from radiance.model.transformer import make_abstract_params
 from radiance.training.run_directory import describe_environment
 from radiance.training.validation import select_average
+
+# The condition of every suite: a network that reads its captions does not stand it.
+EXCHANGED_CAPTIONS = "captions exchanged"
 
 
 class Trial(NamedTuple):
@@ -190,7 +200,7 @@ def _with_average(run: config.Config, name: str) -> config.Config:
 
 
 def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-    """Choose learning rate and average by the validation loss on the tuning seeds.
+    """Choose learning rate and average by the suite's loss on the tuning seeds.
 
     They are the config's own, and the first average, where the scale tunes nothing.
     """
@@ -245,9 +255,8 @@ def _measure_factor(
     losses = {}
     for name in run.optimizer.ema_names:
         params = select_average(run, outcome.state, name)
-        losses[name] = float(
-            measure_validation_losses(run, trial.base, params, validation_set, text_set).mean()
-        )
+        bin_losses = measure_validation_losses(run, trial.base, params, validation_set, text_set)
+        losses[name] = float(summarize_losses(bin_losses)[trial.suite.loss_metric].mean())
     return losses
 
 
@@ -262,21 +271,27 @@ def _measure_variant(
     seeds, validation_set = trial.seeds, trial.load_image_set("validation")
     params = select_average(run, outcome.state, tuning["average"])
 
-    def measure_losses(run: config.Config) -> np.ndarray:
-        text_set = trial.encode_texts(validation_set, run)
+    def measure_losses(run: config.Config, text_set: TextSet) -> np.ndarray:
         return measure_validation_losses(run, trial.base, params, validation_set, text_set)
 
-    bin_losses = measure_losses(run)
-    metrics = {"validation_loss": map_by_seed(seeds, bin_losses.mean(axis=1))}
+    text_set = trial.encode_texts(validation_set)
+    bin_losses = measure_losses(run, text_set)
+    metrics = {
+        name: map_by_seed(seeds, values) for name, values in summarize_losses(bin_losses).items()
+    }
     if trial.scale_settings.num_samples:
         sample_set = trial.load_image_set("validation", trial.scale_settings.num_samples)
-        sample_metrics = measure_adherence(
-            run, params, seeds, sample_set, trial.encode_texts(sample_set)
-        )
-        metrics |= sample_metrics | {"exact": sample_metrics["exact@1"]}
+        metrics |= measure_samples(run, params, seeds, sample_set, trial.encode_texts(sample_set))
+    losses_by_condition = {
+        EXCHANGED_CAPTIONS: measure_losses(run, exchange_captions(text_set)),
+        **{
+            condition: measure_losses(other_run, trial.encode_texts(validation_set, other_run))
+            for condition, other_run in trial.suite.condition_configs(trial.scale, run).items()
+        },
+    }
     conditions = {
-        condition: map_by_seed(seeds, measure_losses(condition_run).mean(axis=1))
-        for condition, condition_run in trial.suite.condition_configs(trial.scale, run).items()
+        condition: map_by_seed(seeds, summarize_losses(losses)[trial.suite.loss_metric])
+        for condition, losses in losses_by_condition.items()
     }
     resolution = run.data.resolution
     cost = {

@@ -15,7 +15,7 @@ from radiance.config.experiments import load_module
 
 if TYPE_CHECKING:
     from radiance.ablation.results import ResultFolder
-    from radiance.ablation.suite import Suite
+    from radiance.ablation.suite import Scale, Suite
 
 MAX_ABLATION_SEEDS = 1000  # which are trained at once
 
@@ -28,6 +28,7 @@ def add_parser(subparsers):
         "run an ablation suite, or continue it",
         main.__doc__,
         "radiance ablate masking",
+        "radiance ablate masking --scale cpu --gate",
         "radiance ablate experiments/ablations/masking.py --variants one_pad off --seeds 5",
         "radiance ablate masking --table",
     )
@@ -39,15 +40,15 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--scale",
-        choices=("cpu", "gpu", "pod"),
-        default="cpu",
-        help="size of the models and of the training (default: cpu)",
+        choices=("smoke", "cpu", "gpu", "pod"),
+        help="size of the models and of the training: a minute, hours of two cores, a GPU, a pod "
+        "(default: the smallest that the suite has)",
     )
     parser.add_argument(
         "--seeds",
         type=parse_whole_number(2, MAX_ABLATION_SEEDS),
         metavar="N",
-        help="train seeds 0 to N - 1, at least 2; by default those of the suite",
+        help="number of seeds, at least 2; by default that of the suite",
     )
     parser.add_argument(
         "--variants",
@@ -65,7 +66,8 @@ def add_parser(subparsers):
         "--results",
         type=Path,
         metavar="FOLDER",
-        help="folder of the results; by default results/SUITE/SCALE beside the suite's file",
+        help="folder of the results; by default results/SUITE/SCALE beside the suite's file, and "
+        "its folder gate with --gate",
     )
     parser.add_argument(
         "--work",
@@ -73,6 +75,12 @@ def add_parser(subparsers):
         default=Path("runs/ablations"),
         metavar="FOLDER",
         help="folder of checkpoints (default: runs/ablations)",
+    )
+    parser.add_argument(
+        "--gate",
+        action="store_true",
+        help="train the variants of the suite's gate on four other seeds, and report how many "
+        "seeds the question needs",
     )
     parser.add_argument(
         "--table",
@@ -94,16 +102,14 @@ def main(options: argparse.Namespace) -> int:
     from radiance.ablation.trial import Trial, run_variant
 
     address, suite = _load_suite(options.suite)
+    options.scale = _select_scale(options.scale, suite)
     variants, scale = _select_variants(options, suite), suite.scales[options.scale]
     if not scale.num_images:
-        _print_pod_commands(address, suite, variants)
+        _print_pod_commands(address, suite, options.scale, variants)
         return 0
-    seeds = tuple(range(scale.num_seeds if options.seeds is None else options.seeds))
-    if len(seeds) < 2:
-        raise config.ConfigError(f"{address} has {len(seeds)} seeds: intervals need at least two.")
-    results = ResultFolder(
-        options.results or Path(address).parent / "results" / suite.name / options.scale
-    )
+    seeds = _select_seeds(options, scale)
+    folder = Path(address).parent / "results" / suite.name / options.scale
+    results = ResultFolder(options.results or (folder / "gate" if options.gate else folder))
     if not options.table:
         commit, deadline = get_code_version(), time.monotonic() + 60 * options.minutes
         for variant in variants:
@@ -119,6 +125,8 @@ def main(options: argparse.Namespace) -> int:
             ):
                 print(f"Stopped in variant {variant}: the same command continues.", file=sys.stderr)
                 return 143
+    if options.gate:
+        return _write_gate(suite, options.scale, results)
     return _write_table(suite, options.scale, results)
 
 
@@ -150,9 +158,42 @@ def _load_suite(suite_address: str) -> tuple[str, Suite]:
     return address, suite
 
 
+def _select_scale(name: str | None, suite: Suite) -> str:
+    """Return the scale of an option, or the smallest of the suite."""
+    from radiance.ablation.suite import SCALES
+
+    if name is None:
+        return next(scale for scale in SCALES if scale in suite.scales)
+    if name not in suite.scales:
+        raise config.ConfigError(
+            f"Suite {suite.name} has no scale {name}: choose {' or '.join(suite.scales)}."
+        )
+    return name
+
+
+def _select_seeds(options: argparse.Namespace, scale: Scale) -> tuple[int, ...]:
+    """Return the seeds to train. Raise ConfigError if there are fewer than two."""
+    from radiance.ablation.suite import GATE_SEEDS
+
+    if options.gate:
+        if options.seeds is not None:
+            raise config.ConfigError("The gate has its own seeds: leave out --seeds.")
+        return GATE_SEEDS
+    num_seeds = scale.num_seeds if options.seeds is None else options.seeds
+    if num_seeds < 2:
+        raise config.ConfigError(
+            f"{options.suite} has {num_seeds} seeds: intervals need at least two."
+        )
+    return tuple(range(scale.first_seed, scale.first_seed + num_seeds))
+
+
 def _select_variants(options: argparse.Namespace, suite: Suite) -> list[str]:
     """Return the names of the variants to train."""
     suite_variants = suite.variants_at(options.scale)
+    if options.gate:
+        from radiance.ablation.gate import get_gate
+
+        suite_variants = [suite.base, *get_gate(suite, options.scale).variants]
     if unknown_variants := [
         variant for variant in options.variants or () if variant not in suite_variants
     ]:
@@ -180,7 +221,24 @@ def _write_table(suite: Suite, scale: str, results: ResultFolder) -> int:
     return 0
 
 
-def _print_pod_commands(address: str, suite: Suite, variants: list[str]):
+def _write_gate(suite: Suite, scale: str, results: ResultFolder) -> int:
+    """Write the report of the gate, and print it."""
+    from radiance.ablation.gate import format_gate_report, get_gate
+    from radiance.ablation.trial import hash_variant
+    from radiance.base.files import replace_atomically
+
+    variants = (suite.base, *get_gate(suite, scale).variants)
+    variant_results = results.read_all(
+        {variant: hash_variant(suite, scale, variant) for variant in variants}
+    )
+    text = format_gate_report(suite, scale, variant_results)
+    with replace_atomically(results.folder / "gate.md") as temp_path:
+        temp_path.write_text(text, "utf-8")
+    print(text)
+    return 0
+
+
+def _print_pod_commands(address: str, suite: Suite, scale: str, variants: list[str]):
     """Print the commands of a suite on a pod, where every variant and seed is a separate run."""
     print(
         "Variants of this scale are trained separately, like experiments; `radiance plan` "
@@ -189,7 +247,7 @@ def _print_pod_commands(address: str, suite: Suite, variants: list[str]):
     for variant in variants:
         changes = [f"name={suite.name}-{variant}-SEED", "train.seed=SEED", "data.path=FOLDER"]
         changes += (
-            ["text.file=T5"] if suite.variant_config("pod", variant).text.encoder == "t5" else []
+            ["text.file=T5"] if suite.variant_config(scale, variant).text.encoder == "t5" else []
         )
         print("  " + shlex.join(["radiance", "train", f"{address}:{variant}", *changes]))
-    print(f"SEED: 0 to {suite.scales['pod'].num_seeds - 1}.")
+    print(f"SEED: 0 to {suite.scales[scale].num_seeds - 1}.")

@@ -162,6 +162,9 @@ class Data(Section):
     """Fraction of captions that are dropped, for classifier-free guidance."""
     dropped_caption: Literal["empty", "masked"] = "empty"
     """Replacement of a dropped caption: the empty prompt, or no text token at all."""
+    mask_group_size: int = 1
+    """Captions of each group of so many in a batch are masked as the longest of them, as in
+    trainers that pad a batch to its longest caption. 1: each has its own mask."""
     shuffle_tags: bool = False
     """Shuffle captions that are lists of tags, each time anew."""
     tag_dropout: float = 0.0
@@ -189,6 +192,16 @@ class Data(Section):
             "caption_dropout",
             "tag_dropout",
             "lowercase_probability",
+        )
+        require(
+            self.mask_group_size >= 1 and self.batch_size % self.mask_group_size == 0,
+            f"data.mask_group_size={self.mask_group_size} must divide "
+            f"data.batch_size={self.batch_size}.",
+        )
+        require(
+            self.mask_group_size == 1 or self.dropped_caption == "empty",
+            f"data.mask_group_size={self.mask_group_size} would show padding in place of dropped "
+            "captions: leave data.dropped_caption=empty.",
         )
         require(
             all(0 <= c <= 255 for c in self.background),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
+from jaxtyping import Int, Int32
 
 from radiance import config
 from radiance.base.errors import DataError
@@ -122,6 +123,9 @@ class Batches:
         texts = encode_captions(
             self.encoder, local_captions, text_length, self.data.dropped_caption
         )
+        if self.data.mask_group_size > 1:
+            counts = np.minimum(token_counts, self.encoder.max_length)
+            texts["lengths"] = share_longest(counts, self.data.mask_group_size)[list(self.rows)]
         return {
             "image": image_batch["image"],
             "weight": image_batch["weight"],
@@ -182,6 +186,17 @@ def _exit_with_parent(worker_index: int, num_workers: int):
             os._exit(1)
 
     threading.Thread(target=watch_parent, daemon=True).start()
+
+
+def share_longest(lengths: Int[np.ndarray, " b"], group_size: int) -> Int32[np.ndarray, " b"]:
+    """Return the longest length of each group of consecutive captions in place of their own.
+
+    Args:
+        lengths: Tokens of each caption.
+        group_size: Captions in a group; it divides their number.
+    """
+    longest = lengths.reshape(-1, group_size).max(axis=1)
+    return np.repeat(longest, group_size).astype(np.int32)
 
 
 def padded_text_length(num_tokens: int, limit: int, masking: str) -> int:

@@ -48,6 +48,42 @@ def student_interval(
     return Interval(mean, float(low), float(high))
 
 
+def half_width(std: float, num_seeds: int, confidence: float = CONFIDENCE) -> float:
+    """Return half of Student's interval of a mean.
+
+    Args:
+        std: Standard deviation of the values.
+        num_seeds: Number of values, at least 2.
+        confidence: Probability that the interval contains the true mean.
+    """
+    return float(scipy.stats.t.ppf((1 + confidence) / 2, num_seeds - 1) * std / num_seeds**0.5)
+
+
+def detectable_effect(std: float, num_seeds: int, power: float = 0.8) -> float:
+    """Return the smallest true mean that a test of a mean of 0 detects with a probability.
+
+    It is the sum of two quantiles of Student's distribution, which is a few percent too small
+    below five seeds.
+
+    Args:
+        std: Standard deviation of the values.
+        num_seeds: Number of values, at least 2.
+        power: Probability of detection, at the level 1 − CONFIDENCE.
+    """
+    quantile = float(scipy.stats.t.ppf(power, num_seeds - 1))
+    return half_width(std, num_seeds) + quantile * std / num_seeds**0.5
+
+
+def count_needed_seeds(std: float, max_half_width: float) -> int | None:
+    """Return the number of seeds whose interval is narrow enough; None above 1,000.
+
+    Args:
+        std: Standard deviation of the values.
+        max_half_width: Half of the interval that is wanted, in the same unit.
+    """
+    return next((n for n in range(2, 1001) if half_width(std, n) <= max_half_width), None)
+
+
 def paired_differences(
     variant_values: Mapping[int, float], control_values: Mapping[int, float]
 ) -> list[float]:

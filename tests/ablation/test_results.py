@@ -9,13 +9,14 @@ import pytest
 
 from radiance import config
 from radiance.ablation import results as results_module
-from radiance.ablation.report import (
+from radiance.ablation.comparison import (
     compare_variants,
     correct_holm,
-    draw_figure,
+    decide_verdict,
     first_step_below,
-    format_suite_report,
 )
+from radiance.ablation.gate import format_gate_report
+from radiance.ablation.report import draw_figure, format_suite_report
 from radiance.ablation.results import (
     Result,
     ResultFolder,
@@ -25,7 +26,7 @@ from radiance.ablation.results import (
     hash_config,
     read_result,
 )
-from radiance.ablation.suite import Scale, Suite
+from radiance.ablation.suite import Gate, Precondition, Scale, Suite
 from radiance.ablation.trial import hash_variant
 from radiance.base.errors import OutputError
 
@@ -82,7 +83,7 @@ def make_suite(**changes) -> Suite:
         question="?",
         metric="validation_loss",
         base="base",
-        control="blind",
+        controls=("blind",),
         margin=0.01,
         variants=variants,
         scales=scales,
@@ -234,17 +235,73 @@ def test_comparisons_equal_those_worked_out_by_hand():
     assert first_step_below([(10, 3.0)], 2.9) is None
 
 
+def test_power_and_equality_equal_those_worked_out_by_hand():
+    results = {variant: make_result(variant) for variant in LOSSES}
+    comparison = compare_variants(make_suite(), results)["worse"]
+    # A standard deviation of 0.01 over three seeds: t(0.975, 2) = 4.302653, t(0.8, 2) = 1.060660.
+    assert comparison.detectable == pytest.approx((4.302653 + 1.060660) * 0.01 / 3**0.5, rel=1e-6)
+    # ±0.01 takes t(0.975, n − 1) ≤ √n: 2.570582 > √6 at 6 seeds, and 2.446912 < √7 at 7.
+    assert comparison.needed_seeds == 7
+    # Two one-sided tests at 5 % use t(0.95, 2) = 2.919986, and the interval t(0.975, 2): with
+    # a standard deviation of 0.005 the first is inside ±0.01, the second is not.
+    fractions = np.array([-0.005, 0.0, 0.005])
+    assert decide_verdict(make_suite(), fractions, 1.0) == "equal within the margin"
+    assert decide_verdict(make_suite(), 1.2 * fractions, 1.0) == "undecided"
+
+
+def test_a_failed_precondition_and_the_smoke_scale_give_no_verdict():
+    precondition = Precondition("position@1", 0.8)
+    scales = {
+        name: replace(scale, num_samples=4, precondition=precondition)
+        for name, scale in make_suite().scales.items()
+    }
+    results = {variant: make_result(variant) for variant in ("base", "worse", "blind")}
+    for low, sentence in ((0.79, "FAILS, so the verdicts mean nothing"), (0.8, "holds")):
+        positions = {"position@1": {0: 0.9, 1: low, 2: 0.95}}
+        placed = {
+            variant: replace(result, metrics=result.metrics | positions)
+            for variant, result in results.items()
+        }
+        text = format_suite_report(make_suite(scales=scales), placed)
+        assert f"with every seed: {sentence} ({low:.3f} … 0.950)." in text
+    smoke = {
+        variant: replace(result, key=replace(result.key, scale="smoke"))
+        for variant, result in results.items()
+    }
+    suite = make_suite(scales={"smoke": make_suite().scales["cpu"]})
+    assert compare_variants(suite, smoke)["worse"].verdict == "none"
+    assert "So there are no verdicts." in format_suite_report(suite, smoke)
+
+
+def test_the_gate_says_how_many_seeds_are_needed():
+    results = {variant: make_result(variant) for variant in ("base", "worse")}
+    scale = replace(make_suite().scales["cpu"], num_seeds=6, gate=Gate(("worse", "near"), 0.01))
+    suite = make_suite(scales={"cpu": scale})
+    text = re.sub(" +", " ", format_gate_report(suite, "cpu", results))
+    # Scatter 1 %; half widths of 6 and 7 seeds: 2.570582 / √6 and 2.446912 / √7 times that.
+    assert "| worse | +21.0% | 1.0% | 1.0% | 7 | no |" in text
+    assert "Not run yet: near." in text
+    enough = make_suite(scales={"cpu": replace(scale, num_seeds=7)})
+    assert "| 7 | yes |" in re.sub(" +", " ", format_gate_report(enough, "cpu", results))
+    with pytest.raises(config.ConfigError, match="has no gate at scale cpu"):
+        format_gate_report(make_suite(), "cpu", results)
+    with pytest.raises(config.ConfigError, match="its gate 'strickt' is not among"):
+        make_suite(scales={"cpu": replace(scale, gate=Gate(("strickt",), 0.01))})
+
+
 def test_the_metric_decides_what_is_better():
     results = {variant: make_result(variant) for variant in ("base", "worse", "blind")}
     scored_results = {
         variant: replace(
-            result, metrics=result.metrics | {"exact": result.metrics["validation_loss"]}
+            result, metrics=result.metrics | {"exact@1": result.metrics["validation_loss"]}
         )
         for variant, result in results.items()
     }
     scales = {name: replace(scale, num_samples=4) for name, scale in make_suite().scales.items()}
     assert (
-        compare_variants(make_suite(metric="exact", scales=scales), scored_results)["worse"].verdict
+        compare_variants(make_suite(metric="exact@1", scales=scales), scored_results)[
+            "worse"
+        ].verdict
         == "better"
     )
     with pytest.raises(config.ConfigError, match="base"):
@@ -272,14 +329,18 @@ def test_the_report_and_the_figure_show_every_variant():
     text = re.sub(" +", " ", format_suite_report(make_suite(), results))
     assert "| worse | `model.masking=off` |" in text
     assert "+21.0% (+18.5% … +23.5%)" in text
-    assert "| 12.35k | 2G | 61 |" in text
+    assert "| worse | 12.35k | 2G | 61 | not reached |" in text
     assert "Not run yet: near." in text
-    assert "differs significantly from the base" in text
+    assert "The control blind is significantly worse than the base." in text
+    assert "No precondition." in text
     assert "2.287 (×2.00)" not in text
     assert "(×2.00)" in text
-    assert "undecided or equal carry no information" in format_suite_report(
-        make_suite(control="near"), {variant: make_result(variant) for variant in ("base", "near")}
+    text_of_near = format_suite_report(
+        make_suite(controls=("near", "worse")),
+        {variant: make_result(variant) for variant in ("base", "near")},
     )
+    assert "The control near is not significantly worse than the base." in text_of_near
+    assert "The control worse has not been run." in text_of_near
     assert "| variant | 0 … 0.5 | 0.5 … 1 |" in text
     assert "| worse | 1.210 | 1.500 |" in text
     figure = draw_figure(make_suite(), results)
@@ -312,7 +373,7 @@ def test_a_diverged_variant_does_not_affect_the_others():
     assert comparisons["near"].verdict == "diverged with 1 of 3 seeds"
     assert comparisons["worse"] == without["worse"]
     text = re.sub(" +", " ", format_suite_report(make_suite(), results))
-    assert "| not finite | | | diverged with 1 of 3 seeds |" in text
+    assert "| not finite | | | | | diverged with 1 of 3 seeds |" in text
     assert "not finite: near 7." in text
     assert draw_figure(make_suite(), results).count('id="interval') == 2
     with pytest.raises(config.ConfigError, match="base base has diverged"):
@@ -323,7 +384,10 @@ def test_a_diverged_variant_does_not_affect_the_others():
     ("changes", "message"),
     [
         (dict(base="none"), "base"),
-        (dict(control="base"), "same variant"),
+        (dict(controls=("base",)), "neither a control"),
+        (dict(controls=("bas",)), "its control 'bas' is not among"),
+        (dict(scales={}), "has scales none: name at least one of smoke"),
+        (dict(metric="loss"), "there is no metric 'loss'"),
         (dict(variants={"base": ("model.masking=off",), "blind": ()}), "must change nothing"),
         (dict(variants={"base": (), "blind": ("optimizer.block_rotation=1,1",)}), "block_rotation"),
         (dict(variants={"base": (), "blind": ("optimizer.lr_schedule=cosine",)}), "constant"),
@@ -340,7 +404,7 @@ def test_a_diverged_variant_does_not_affect_the_others():
         (dict(variants={"base": (), "blind": ("model.maskin=off",)}), "masking"),
         (
             dict(variants={"base": (), "blind": ("data.shapes.caption_lengths=full",)}),
-            "change only batch_size and caption_dropout",
+            "change only batch_size, caption_dropout",
         ),
         (dict(variants={"base": (), "blind": ("train.seed=5",)}), "the same seeds"),
         (
@@ -352,7 +416,7 @@ def test_a_diverged_variant_does_not_affect_the_others():
             ),
             "no teacher",
         ),
-        (dict(metric="exact"), "num_samples=0"),
+        (dict(metric="exact@1"), "num_samples=0"),
         (dict(margin=0.0), "margin"),
     ],
 )

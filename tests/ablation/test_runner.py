@@ -14,11 +14,17 @@ from radiance.ablation.data import (
     PoolBatches,
     TextSet,
     encode_captions,
+    exchange_captions,
     hash_data,
     load_image_set,
     sample_indices,
 )
-from radiance.ablation.metrics import measure_validation_losses
+from radiance.ablation.metrics import (
+    METRICS,
+    measure_retrieval,
+    measure_validation_losses,
+    summarize_losses,
+)
 from radiance.ablation.runner import make_init_params, make_runs, share_params, train_seeds
 from radiance.evaluation.report import write_report
 from radiance.loading import load
@@ -91,6 +97,42 @@ def test_the_pool_holds_the_images_and_captions_of_the_source():
     few = replace(data, shapes=replace(data.shapes, num_images=4))
     with pytest.raises(config.ConfigError, match="has 4 images, and the suite needs 5"):
         load_image_set(few, "train", 5)
+
+
+def test_exchanged_captions_belong_to_the_next_image(pool):
+    _, texts = pool
+    exchanged = exchange_captions(texts)
+    for own, other in (
+        (texts.embeddings, exchanged.embeddings),
+        (texts.lengths, exchanged.lengths),
+    ):
+        assert np.array_equal(other[:-2], own[1:-1])
+        assert np.array_equal(other[-2], own[0])
+        assert np.array_equal(other[-1], own[-1])  # the empty prompt
+
+
+def test_groups_of_captions_share_the_longest_mask(run, pool):
+    shared = config.override(run, ["data.mask_group_size=4", "data.batch_size=8"])
+    own = config.override(run, ["data.batch_size=8"])
+    batch, own_batch = PoolBatches(shared, *pool)[0], PoolBatches(own, *pool)[0]
+    longest = own_batch["lengths"].reshape(2, 4).max(axis=1)
+    assert batch["lengths"].tolist() == np.repeat(longest, 4).tolist()
+    assert np.array_equal(batch["text"], own_batch["text"])
+
+
+def test_metrics_equal_those_worked_out_by_hand():
+    bins = np.stack([np.arange(10.0), np.full(10, 2.0)])
+    losses = summarize_losses(bins)
+    assert losses["validation_loss"].tolist() == [4.5, 2.0]
+    assert losses["high_noise_loss"].tolist() == [6.0, 2.0]  # the mean of 3 to 9
+    assert losses.keys() == {name for name, metric in METRICS.items() if metric.needs == "losses"}
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)).astype(np.float32)
+    assert measure_retrieval(images, images) == 1
+    assert measure_retrieval(images[[1, 0, 2, 3]], images) == 0.5
+    assert measure_retrieval(images[::-1], images) == 0
+    broken = images.copy()
+    broken[2] = np.nan
+    assert measure_retrieval(broken, images) == 0.75
 
 
 def test_seeds_trained_together_equal_each_alone(run, pool):

@@ -128,6 +128,20 @@ def test_hosts_together_read_the_global_batch(rows_of_hosts):
             assert np.array_equal(batch[name], global_batch[name][list(rows)])
 
 
+def test_captions_of_a_group_have_the_mask_of_the_longest():
+    settings = {"source": WordySource, "num_images": 12, "caption_dropout": 0.3}
+    own, shared = make_batches(**settings)[2], make_batches(**settings, mask_group_size=3)[2]
+    longest = [own["lengths"][:3].max(), own["lengths"][3:].max()]
+    assert shared["lengths"].tolist() == [longest[0]] * 3 + [longest[1]] * 3
+    assert len({*own["lengths"]}) > 2
+    assert np.array_equal(own["text"], shared["text"])
+    host = make_batches(**settings, mask_group_size=3, rows=[0, 2, 4])[2]
+    assert host["lengths"].tolist() == [longest[0], longest[0], longest[1]]
+    for changes in ({"mask_group_size": 4}, {"mask_group_size": 3, "dropped_caption": "masked"}):
+        with pytest.raises(config.ConfigError, match=r"data\.mask_group_size="):
+            make_batches(**changes)
+
+
 def test_reading_ahead_changes_nothing():
     batches = make_batches(num_steps=9)
     read_ahead = list(batches.start(5))

@@ -36,7 +36,7 @@ SUITE = Suite(
     question="?",
     metric="validation_loss",
     base="base",
-    control="slow",
+    controls=("slow",),
     margin=0.1,
     variants={{"base": (), "slow": ("optimizer.learning_rate=1e-5",)}},
     scales={{"cpu": SCALE, "gpu": SCALE, "pod": Scale(RUN)}},

@@ -30,7 +30,7 @@ from tests.helpers.toy_runs import PLAIN, toy_run, train
 MUTATIONS = int(os.environ.get("RADIANCE_FUZZ", 400))
 SEED = int(os.environ.get("RADIANCE_FUZZ_SEED", 0))
 MAX_SECONDS = 20.0  # of one mutation, of which none should take one
-RESULT = Path(__file__).parents[2] / "experiments/ablations/results/masking/cpu/off.json"
+RESULT = Path(__file__).parents[2] / "experiments/ablations/results/masking/smoke/off.json"
 HUGE = (2**70, 10**400, 1e999, float("nan"), "x" * 9999)
 ODD = (None, True, -1, 0, 1.5, "", "\0", "\ud800", "../..", [], {}, [[]], {"a": {}}, ["a"])
 VALUES = (*HUGE, *ODD)
