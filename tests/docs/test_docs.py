@@ -8,8 +8,10 @@ experiment. `<!-- not run: REASON -->` before a block excepts it from being run,
 
 import ast
 import importlib.util
+import itertools
 import re
 import shlex
+import shutil
 import string
 import tomllib
 from functools import cache
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from radiance import config
 from radiance.base.settings import Section
@@ -92,6 +95,9 @@ def named_file(block: Block) -> str:
     return match[1] if match else ""
 
 
+SHOWN_FILES = {named_file(block) for blocks in BLOCKS.values() for block in blocks} - {""}
+
+
 # --- blocks ---------------------------------------------------------------------------------------
 
 
@@ -104,11 +110,21 @@ def test_every_block_has_a_known_language(page):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, data_directory):
-    """A folder with the experiments, and a model of two steps in runs/quickstart."""
+def folder(tmp_path_factory):
+    """A copy of the experiments, and the files whose content pages show."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("experiments", "tests", "notebooks"):
-        (folder / name).symlink_to(ROOT / name)
+    ignored = shutil.ignore_patterns("*.jpg", "*.png", "results", "__pycache__")
+    shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=ignored)
+    shutil.copytree(ROOT / "tests" / "golden", folder / "tests" / "golden")
+    for block in itertools.chain.from_iterable(BLOCKS.values()):
+        if file := named_file(block):
+            (folder / file).write_text(block.text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder, data_directory):
+    """The folder, with a model of two steps in runs/quickstart."""
     changes = ("name=quickstart", "train.steps=2", "data.resolution=16")
     assert train(toy_run(folder / "runs", data_directory, *changes, **PLAIN)) == 2
     return folder
@@ -118,8 +134,8 @@ def folder(tmp_path_factory, data_directory):
 @pytest.mark.parametrize(
     "page", [page for page, blocks in BLOCKS.items() if any(b.language == "python" for b in blocks)]
 )
-def test_python_blocks_run(page, folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_python_blocks_run(page, trained, monkeypatch):
+    monkeypatch.chdir(trained)
     names = {"__name__": "docs"}
     for block in BLOCKS[page]:
         if block.language != "python":
@@ -131,10 +147,9 @@ def test_python_blocks_run(page, folder, monkeypatch):
             ]
             code = compile(ast.Module(imports, []), page, "exec")
         exec(code, names)
-        if file := named_file(block):
-            Path(file).write_text(block.text)
-            if "def config(" in block.text:
-                check_variants(file)
+        if "def config(" in block.text:
+            Path("shown.py").write_text(block.text)
+            check_variants("shown.py")
 
 
 def check_variants(file: str):
@@ -145,14 +160,8 @@ def check_variants(file: str):
 
 
 @pytest.mark.parametrize("block", blocks_of("sh"))
-def test_commands_are_accepted(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    for other in BLOCKS[block.page]:
-        if (file := named_file(other)) and not Path(file).exists():
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            Path(file).write_text(other.text)
+def test_commands_are_accepted(block, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     variables = {}
     commands = list(read_commands(block.text))
     assert commands
@@ -282,7 +291,7 @@ def test_paths_exist(page):
     folders = "radiance|tests|experiments|docs|benchmarks|notebooks"
     for code in re.findall(r"`([^`\n]+)`", read_prose(ROOT / page)):
         match = re.fullmatch(rf"((?:{folders})/[\w/.*-]*)(?:::(\w+))?", code)
-        if match is None or match[1].startswith("experiments/NAME"):
+        if match is None or match[1].startswith("experiments/NAME") or match[1] in SHOWN_FILES:
             continue
         paths = list(ROOT.glob(match[1].rstrip("/")))
         assert paths, code
@@ -314,13 +323,14 @@ def read_program_texts() -> str:
     return "\n".join(texts)
 
 
+MESSAGE_STARTS = ("radiance: ", "step 0: ")
 MESSAGES = [
     pytest.param(line, id=f"{page}:{block.line}")
     for page, blocks in BLOCKS.items()
     for block in blocks
     if block.language == "text"
     for line in block.text.splitlines()
-    if line.startswith("radiance: ")
+    if line.startswith(MESSAGE_STARTS)
 ]
 
 
@@ -332,6 +342,24 @@ def test_messages_are_those_of_the_program(message):
     assert any(len(x) >= 12 for x in fragments)
     for fragment in fragments:
         assert fragment in texts, fragment
+
+
+# --- the manifest of Kubernetes -------------------------------------------------------------------
+
+
+def test_the_job_set_starts_as_many_hosts_as_it_names():
+    job_set = yaml.safe_load((ROOT / "experiments/cluster/gke_jobset.yaml").read_text("utf-8"))
+    (group,) = job_set["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    _, *words = [*container["command"], *container["args"]]
+    words = [word.removeprefix("/data/") if word.endswith(".py") else word for word in words]
+    options = parse_arguments([x.replace("$(JOB_COMPLETION_INDEX)", "3") for x in words])
+    run = config.override(load_experiment(f"{ROOT}/{options.experiment}"), options.changes)
+    assert int(options.hosts) == job["parallelism"] == job["completions"] == run.mesh.data
+    assert run.mesh.fsdp == container["resources"]["limits"]["nvidia.com/gpu"]
+    name = job_set["metadata"]["name"]
+    assert options.coordinator.startswith(f"{name}-{group['name']}-0-0.{name}:")
 
 
 # --- the generated parts --------------------------------------------------------------------------
