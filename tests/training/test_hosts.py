@@ -15,6 +15,7 @@ from PIL import Image
 
 from radiance import config
 from radiance.training.loop import train
+from radiance.training.run_directory import RunDirectory
 from tests.helpers.toy_runs import PLAIN, environment_of, metrics, toy_run, written_experiment
 
 pytestmark = pytest.mark.slow
@@ -149,6 +150,40 @@ def test_the_death_of_a_host_ends_the_run_and_all_hosts_resume(tmp_path, data_di
         f"resumed from step {step}"
         in wait_for_outputs(start_hosts("train", str(written_experiment(run))))[0]
     )
+
+
+def test_sigterm_of_one_host_stops_all_after_the_same_step(tmp_path, data_directory):
+    changes = [
+        "mesh.fsdp=2",
+        "mesh.data=1",
+        "train.checkpoint_every=9999",
+        "train.validate_every=9999",
+        "train.sample_every=9999",
+        "train.log_every=2",
+        "train.steps=99999",
+    ]
+    run = toy_run(tmp_path, data_directory, *changes, **PLAIN)
+    experiment = str(written_experiment(run))
+    processes = start_hosts("train", experiment)
+    deadline = time.monotonic() + 200
+    while max((row["step"] for row in read_rows(run)), default=0) < 4:
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in processes), [p.communicate()[0] for p in processes]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    assert "the same command resumes the run" in outputs[0]
+    assert "Traceback" not in outputs[0] + outputs[1]
+    stopped = int(re.search(r"Stopped at step (\d+)", outputs[0])[1])
+    assert (run.run_dir / "checkpoints" / str(stopped)).is_dir()
+    run = config.override(run, [f"train.steps={stopped + 2}"])
+    output, _ = wait_for_outputs(start_hosts("train", str(written_experiment(run))))
+    assert f"resumed from step {stopped}" in output
+
+
+def read_rows(run: config.Config) -> list[dict]:
+    return RunDirectory(run.run_dir).read_metrics()
 
 
 def test_a_host_that_cannot_join_the_others_is_reported(capsys):
