@@ -362,7 +362,7 @@ def _open_run(model: str | Path, weights: str | None) -> Checkpoint:
     if weights:
         run = replace(run, sample=replace(run.sample, weights=weights))
     metadata = _make_export_metadata(run)
-    loss = run_directory.last_validation_loss()
+    loss = run_directory.read_last_validation_loss()
     if loss is not None and run.sample.weights == trained_run.sample.weights:
         metadata[LOSS_KEY] = f"{loss:.6g}"
     if run.lora.rank:

@@ -179,7 +179,7 @@ class Data(Section):
     num_workers: int = resumable(0)
     """Processes on each host that decode images; 0: threads of the trainer decode them."""
     num_threads: int = resumable(4)
-    """Threads of each of these processes."""
+    """Threads that decode images in each process."""
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""
@@ -259,7 +259,7 @@ class Data(Section):
             self.source != "mixture" or not self.path,
             f"data.path={self.path} is not used by a mixture: its sources have their own.",
         )
-        # This also builds, and so checks, the only source of other formats.
+        # For formats other than mixtures, `sources` builds the only source, which checks it.
         has_shapes = any(source.source == "shapes" for source in self.sources)
         require(
             self.flip_probability == 0 or not has_shapes,

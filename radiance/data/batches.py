@@ -244,7 +244,7 @@ def make_validation_batches(
     """Make batches of the first images of a source, with first captions and center crops.
 
     Args:
-        source: Source of images and captions; of a mixture, each source contributes its fraction.
+        source: Source of images and captions; each source of a mixture contributes its fraction.
         data: Settings of the data.
         encoder: Text encoder.
         num_images: Maximum number of images.

@@ -35,7 +35,7 @@ def find_reference_loss(run: config.Config) -> ReferenceLoss | None:
     """Return the loss that the run or file of `init` records, or that of a published model."""
     if is_run_directory(run.init):
         loss, source = (
-            RunDirectory(Path(run.init)).last_validation_loss(),
+            RunDirectory(Path(run.init)).read_last_validation_loss(),
             "the run it comes from",
         )
     else:

@@ -126,7 +126,7 @@ class RunDirectory:
         """Return the rows of metrics that can be read."""
         return read_metrics_file(self.metrics_path).rows
 
-    def last_validation_loss(self) -> float | None:
+    def read_last_validation_loss(self) -> float | None:
         """Return the last validation loss, or None if there is no comparable one.
 
         The loss of a distilled run is not comparable.

@@ -99,7 +99,7 @@ def read_run(folder: Path, run: config.Config):
         directory.read_config,
         directory.read_data,
         directory.read_metrics,
-        directory.last_validation_loss,
+        directory.read_last_validation_loss,
         directory.read_base_identity,
         lambda: check_resumable(directory, run, json.loads((folder / "expected.json").read_text())),
         lambda: directory.truncate_metrics(4),
