@@ -137,10 +137,10 @@ def _format_verb(parser: argparse.ArgumentParser) -> str:
 def _format_argument(action: argparse.Action) -> str:
     value = action.metavar or ("" if action.nargs == 0 else (action.dest.upper()))
     if action.choices:
-        value = "|".join(map(str, action.choices))
+        value = ",".join(map(str, action.choices))
     repetition = " …" if action.nargs in ("*", "+") else ""
     words = [*action.option_strings, f"{value}{repetition}"]
-    return _escape(f"`{' '.join(word for word in words if word)}`")
+    return f"`{' '.join(word for word in words if word)}`"  # "|" in code does not end a cell
 
 
 def _escape(text: str) -> str:
