@@ -163,7 +163,7 @@ class Data(Section):
     dropped_caption: Literal["empty", "masked"] = "empty"
     """Replacement of a dropped caption: the empty prompt, or no text token at all."""
     mask_group_size: int = 1
-    """Captions of each group of so many in a batch are masked as the longest of them, as in
+    """Number of consecutive captions in a batch that share the mask of the longest one, as in
     trainers that pad a batch to its longest caption. 1: each has its own mask."""
     shuffle_tags: bool = False
     """Shuffle captions that are lists of tags, each time anew."""

@@ -78,7 +78,7 @@ class Transformer(nnx.Module):
             image: An image in [-1, 1] mixed with noise; height and width are multiples of the
                 patch size.
             text: Output of the text encoder.
-            lengths: Number of real text tokens of each row, end-of-sequence included; 0 is no text.
+            lengths: Number of real text tokens of each row, end-of-sequence included; 0: no text.
             time: Times; 1 is noise, 0 is the image.
             guidance: Guidance scales that some models embed; 0 when None, as in all published
                 training of Chroma.

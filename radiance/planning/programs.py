@@ -66,7 +66,7 @@ def prepare_sampling(run: config.Config, mesh: jax.sharding.Mesh) -> PlannedProg
     """Return the sampling program as the pipeline compiles it, for prompts of maximum length.
 
     As in the pipeline, the weights have the type of the computation, and the modulation vectors of
-    all times are inputs: the layers that compute them are no parameters of this program.
+    all times are inputs: the layers that compute them are not parameters of this program.
     """
     params = _abstract_params(run.model, run.compute.dtype, "none", mesh)
     modulation = params.pop("modulation")

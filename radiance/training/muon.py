@@ -25,7 +25,7 @@ def muon_axes(path: str) -> MuonDimensionNumbers | None:
         path: Path in the parameter tree.
 
     Returns:
-        The axes; None if it is no matrix of a block.
+        The axes; None if it is not a matrix of a block.
     """
     if not is_in_blocks(path):
         return None

@@ -46,7 +46,7 @@ class RunDirectory:
         """Return the resolved config of the run.
 
         Raises:
-            ConfigError: This is no run directory, or its config has unknown or wrong settings.
+            ConfigError: This is not a run directory, or its config has unknown or wrong settings.
             OutputError: The config is damaged.
         """
         file = self.path / "config.json"

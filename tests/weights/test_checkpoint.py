@@ -316,7 +316,7 @@ def test_gguf_files_of_other_tools_are_read(tmp_path):
 
 
 def test_scaled_fp8_files_of_comfyui_are_read(tmp_path):
-    """Block matrices are fp8 with a scale each, the rest is bfloat16, and a marker is no weight."""
+    """Block matrices are fp8 with a scale each, the rest is bfloat16; a marker is not a weight."""
     tensors = published(LATENT)
     expected = dict(tensors)
     for name in [name for name in tensors if native.is_quantizable(name)]:

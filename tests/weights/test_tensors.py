@@ -86,7 +86,7 @@ def test_reading_a_tensor_of_unknown_type_fails(tmp_path):
 )
 @pytest.mark.parametrize("suffix", SCALE_SUFFIXES)
 def test_values_are_multiplied_by_their_scales(dtype, scale, suffix, tmp_path):
-    """Scaled fp8 and int8 files have one scale, or one per row; their hints are no weights."""
+    """Scaled fp8 and int8 files have one scale, or one per row; their hints are not weights."""
     values = np.array(
         [[1.0, -2.0, 0.5], [3.0, 0.0, 7.0], [-4.0, 2.0, 1.0], [5.0, 6.0, -1.0]]
     ).astype(dtype)

@@ -94,7 +94,7 @@ class TarListing:
         """Yield a record for each sample.
 
         Raises:
-            DataError: A shard cannot be read, is compressed, or is no tar file.
+            DataError: A shard cannot be read, is compressed, or is not a tar file.
         """
         for shard_records in map_in_threads(_read_shard, self.shards, num_threads, chunk_size=1):
             yield from shard_records

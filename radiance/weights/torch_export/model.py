@@ -529,7 +529,7 @@ class Transformer(nn.Module):
             image: The mix [b, c, height, width] at `time`; packed latents are images of 64 channels
                 with patch 1. Height and width must be divisible by the patch.
             text: Output of the text encoder [b, l, e].
-            lengths: Number of text tokens [b], end-of-sequence included; 0 is no text at all.
+            lengths: Number of text tokens [b], end-of-sequence included; 0: no text at all.
             time: Times [b] in [0, 1]; 1 is noise.
             guidance: Guidance scale [b] that some models embed; None is 0, the value in all
                 published training of Chroma.
