@@ -90,8 +90,8 @@ def decode_image(
 
     The image is rotated and flipped according to EXIF. Colors are converted with the file's ICC
     profile (relative colorimetric, with black point compensation). They are taken as sRGB if there
-    is no profile, or the profile is broken or has another color space than the pixels. Transparent pixels
-    are composited over the background, blended in sRGB as in browsers.
+    is no profile, or the profile is broken or has another color space than the pixels. Transparent
+    pixels are composited over the background, blended in sRGB as in browsers.
 
     Args:
         content: The file.
