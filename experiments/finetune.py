@@ -23,6 +23,7 @@ all devices, and a checkpoint 149 GB.
 from radiance import config as c
 
 VARIANTS = {
+    # A frozen approximator without trained weights would keep the gates of all blocks at 0.
     "rehearsal": [
         "model.hidden=128", "model.heads=4", "model.rope_axes=8,12,12", "model.double_blocks=1",
         "model.single_blocks=2", "model.text_dim=64",
@@ -30,8 +31,8 @@ VARIANTS = {
         "model.nerf_mlp_ratio=2", "model.nerf_depth=2",
         "compute.dtype=float32", "text.encoder=hash", "text.max_length=64", "data.resolution=64",
         "data.batch_size=8", "optimizer.gradient_accumulation_steps=1",
-        "optimizer.learning_rate=1e-3", "train.steps=100", "train.validate_every=100",
-        "train.sample_every=100", "train.checkpoint_every=100",
+        "optimizer.learning_rate=1e-3", "optimizer.frozen=", "train.steps=100",
+        "train.validate_every=100", "train.sample_every=100", "train.checkpoint_every=100",
     ]
 }  # fmt: skip
 

@@ -76,6 +76,12 @@ def test_config_is_valid(name):
     make_mesh(run.mesh)  # fits one device
 
 
+def test_the_model_that_loras_are_rehearsed_on_has_open_gates():
+    """A frozen approximator from scratch keeps them at 0, and no LoRA would have an effect."""
+    assert load_experiment(f"{FOLDER}/finetune.py").optimizer.frozen == ("modulation",)
+    assert load_experiment(f"{FOLDER}/finetune.py:rehearsal").optimizer.frozen == ()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS, ids=file_name)
 def test_train_step(name):
