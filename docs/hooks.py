@@ -37,6 +37,7 @@ def on_files(files, config):
     for path in list_outer_files():
         uri = path.relative_to(ROOT).as_posix()
         files.append(File(uri, str(ROOT), config.site_dir, config.use_directory_urls))
+    files.append(File.generated(config, "llms.txt", content=format_index(config.nav)))
     return files
 
 
@@ -47,6 +48,39 @@ def on_page_markdown(markdown, page, config, files):
     if COMMANDS_MARKER in markdown:
         markdown = markdown.replace(COMMANDS_MARKER, format_commands())
     return rewrite_links(markdown, Path(page.file.abs_src_path))
+
+
+# --- the index for language models ----------------------------------------------------------------
+
+
+def format_index(menu: list) -> str:
+    """Return llms.txt: the title, the address and the first paragraph of every page of the menu.
+
+    Args:
+        menu: Entries of the menu, as in mkdocs.yml: pages, or titles with pages.
+    """
+    lines = ["# radiance", "", "> Pixel-space text-to-image transformers in JAX.", ""]
+    for title, pages in _list_menu(menu):
+        if isinstance(pages, list):
+            lines += ["", f"## {title}", "", *(_describe_page(x) for _, x in _list_menu(pages))]
+        else:
+            lines.append(_describe_page(pages))
+    return "\n".join(lines) + "\n"
+
+
+def _list_menu(menu: list) -> list[tuple[str, str | list]]:
+    """Return the titles and contents of entries; a page without a title has none."""
+    pairs = [entry if isinstance(entry, dict) else {"": entry} for entry in menu]
+    return [item for pair in pairs for item in pair.items()]
+
+
+def _describe_page(uri: str) -> str:
+    folder = ROOT / "docs" if (ROOT / "docs" / uri).exists() else ROOT
+    title, *paragraphs = re.split(r"\n\s*\n", (folder / uri).read_text("utf-8"))
+    texts = (" ".join(x.split()) for x in paragraphs if re.match(r"[\w`\[]", x))
+    text = LINK.sub(r"\2", next(texts, ""))
+    address = f"{re.sub('((^|/)(README|index))?[.]md$', '', uri)}/"
+    return f"- [{title.removeprefix('# ')}]({address}): {text}"
 
 
 # --- links ----------------------------------------------------------------------------------------

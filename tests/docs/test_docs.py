@@ -405,6 +405,15 @@ def test_links_that_leave_the_site_become_paths(hooks):
         hooks.rewrite_links("[a](missing.md)", page)
 
 
+def test_the_index_names_pages_with_their_first_paragraph(hooks):
+    text = hooks.format_index(["index.md", {"Guides": [{"Memory": "howto/memory.md"}]}])
+    lines = text.splitlines()
+    assert lines[0] == "# radiance"
+    assert "## Guides" in lines
+    (line,) = [x for x in lines if x.startswith("- [Plan memory](howto/memory/): ")]
+    assert len(line) > 80
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
     for page in sorted((ROOT / "docs").rglob("*.md")):
