@@ -171,7 +171,7 @@ def main(changes: list[str]) -> int:
     path = run.run_dir / "autoencoder.safetensors"
     if not path.is_file():
         captions = "".join(f"{source.captions(i)[0]}\n" for i in range(NUM_CAPTIONS))
-        (run.run_dir / "captions.txt").write_text(captions)
+        (run.run_dir / "captions.txt").write_text(captions, "utf-8")
         files.write_autoencoder(path, *train_autoencoder(run, source))
     sizes, params = files.read_autoencoder(path)
     fraction = fraction_read(sizes, params, open_source(run.data, "validation"))

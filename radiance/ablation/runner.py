@@ -124,5 +124,5 @@ def _add_seconds(file: Path, seconds: float) -> float:
     remedy = "remove it; the cost in the result will lack the time before"
     total = seconds + (read_json(file, float, remedy) if file.is_file() else 0.0)
     with replace_atomically(file) as partial_path:
-        partial_path.write_text(f"{total}\n")
+        partial_path.write_text(f"{total}\n", "utf-8")
     return total

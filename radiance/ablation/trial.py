@@ -215,7 +215,7 @@ def _tune(trial: Trial, folder: Path, should_stop: Callable[[], bool]) -> dict[s
             if losses is None:
                 return None
             with replace_atomically(losses_file) as partial_path:
-                partial_path.write_text(json.dumps(losses) + "\n")
+                partial_path.write_text(json.dumps(losses) + "\n", "utf-8")
         losses_by_factor[f"{factor:g}"] = _read_losses(losses_file)
     choices = {
         (factor, name): loss

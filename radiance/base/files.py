@@ -177,13 +177,15 @@ def create_folder_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_for_append(path: Path) -> Iterator[TextIO]:
-    """Open a text file to append to.
+    """Open a text file in UTF-8 to append to.
+
+    Bytes of a command or a path that are not UTF-8 are written as escapes.
 
     Raises:
         OutputError: When it cannot be written; a part of the text may have been appended.
     """
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             yield file
     except OSError as error:
         raise write_error(path, error) from error

@@ -263,7 +263,7 @@ def _read_manifest(cache_dir: Path) -> dict[str, Any]:
             "`radiance encode`."
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         types = {key: type(value) for key, value in manifest.items()}
         if types != MANIFEST_TYPES or manifest["dtype"] not in DTYPES:
             raise ValueError

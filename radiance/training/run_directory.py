@@ -91,7 +91,7 @@ class RunDirectory:
         }
         for name, text in texts.items():
             with replace_atomically(self.path / name) as partial_path:
-                partial_path.write_text(text)
+                partial_path.write_text(text, "utf-8")
         with open_for_append(self.path / "command.txt") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
@@ -145,7 +145,7 @@ class RunDirectory:
             print(f"{describe_damage(damaged_lines)}; the file is kept as {kept_path}.", flush=True)
         lines = [json.dumps(row) + "\n" for row in rows if step and row["step"] <= step]
         with replace_atomically(self.metrics_path) as partial_path:
-            partial_path.write_text("".join(lines))
+            partial_path.write_text("".join(lines), "utf-8")
 
     def move_to_damaged(self, path: Path) -> Path:
         """Move a damaged file or folder of the run to `damaged_dir`, and return its path there."""

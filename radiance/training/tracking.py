@@ -195,5 +195,5 @@ def _load_or_create_id(path: Path) -> str:
     """Return the id that a file stores, or write a new one."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+        path.write_text(secrets.token_hex(4) + "\n", "utf-8")
+    return path.read_text("utf-8").strip()

@@ -300,7 +300,7 @@ def _read_config(file: Tensors, layout: AutoencoderLayout) -> dict[str, Any]:
     if text is None and (layout != "diffusers" or not config_path.is_file()):
         return {}
     try:
-        settings = dict(json.loads(config_path.read_text() if text is None else text))
+        settings = dict(json.loads(config_path.read_text("utf-8") if text is None else text))
     except (ValueError, TypeError):
         raise ConfigError(
             f"{config_path if text is None else 'Its metadata'} is not a config of diffusers."

@@ -127,7 +127,7 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, TensorLocation], dic
 def _open_index(path: Path) -> Tensors:
     """Open the files of an index as one."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         files_by_key = {str(key): path.parent / Path(name).name for key, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(

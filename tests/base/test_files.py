@@ -69,6 +69,13 @@ def test_an_output_error_inside_a_block_is_not_wrapped(tmp_path):
     assert str(error.value) == "inner"
 
 
+def test_text_is_appended_in_utf_8_whatever_its_bytes_were(tmp_path):
+    path = tmp_path / "command.txt"
+    with open_for_append(path) as file:
+        file.write("radiance train é → \udcff\n")  # as Python reads a byte that is not UTF-8
+    assert path.read_bytes() == "radiance train é → \\udcff\n".encode()
+
+
 def test_folders_appear_complete_or_not_at_all(tmp_path):
     path = tmp_path / "out"
     with pytest.raises(ValueError, match="stop"):
