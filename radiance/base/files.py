@@ -34,8 +34,13 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: When the file cannot be written.
     """
-    with _replace_atomically(path, Path.touch) as temp_path:
+    with _replace_atomically(path, _create_file) as temp_path:
         yield temp_path
+
+
+def _create_file(path: Path):
+    """Create an empty file. Raise FileExistsError if the path exists."""
+    path.touch(exist_ok=False)
 
 
 @contextmanager

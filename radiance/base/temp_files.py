@@ -33,28 +33,36 @@ def hold_temp_path(path: Path, create: Callable[[Path], object]) -> Iterator[Pat
 
     Args:
         path: The final path, whose folder exists.
-        create: Creates an empty file or folder at a path.
+        create: Creates an empty file or folder at a path, or raises FileExistsError.
 
     Yields:
         The temporary path.
     """
+    temp_path, descriptor = _create_temp_path(path, create)
+    try:
+        yield temp_path
+    finally:
+        _close(descriptor)
+
+
+def _create_temp_path(path: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """Create a temporary file or folder, and return its path with a locked descriptor."""
     name = path.name if len(os.fsencode(path.name)) <= MAX_NAME_BYTES else path.name[:32]
     count = 0
     while True:
         suffix = f"-{count}" if count else ""
         temp_path = path.with_name(f".{name}.{os.getpid()}{suffix}@{HOST}.part")
-        if not temp_path.exists():  # another thread may be writing the same file
-            create(temp_path)
-            descriptor = _lock(temp_path)
-            # A process that removes abandoned files may have been faster than the lock.
-            if temp_path.exists():
-                break
-            _close(descriptor)
         count += 1
-    try:
-        yield temp_path
-    finally:
-        _close(descriptor)
+        try:
+            create(temp_path)
+        except FileExistsError:  # another thread is writing the same file
+            continue
+        # A process that removes abandoned files may be faster than the lock.
+        with suppress(BlockingIOError, FileNotFoundError):
+            descriptor = _lock(temp_path)
+            if temp_path.exists():
+                return temp_path, descriptor
+            _close(descriptor)
 
 
 def remove_abandoned(folder: Path):

@@ -192,20 +192,22 @@ def test_links_and_pipes_are_not_followed(tmp_path):
 
 
 def test_threads_may_write_the_same_file(tmp_path):
-    started, paths = threading.Barrier(2), []
+    num_threads, paths = 8, []
+    starting, writing = threading.Barrier(num_threads), threading.Barrier(num_threads)
 
     def write():
+        starting.wait(30)
         with replace_atomically(tmp_path / "a") as temp_path:
             paths.append(temp_path)
-            started.wait(10)
+            writing.wait(30)
             temp_path.write_text("complete")
 
-    threads = [threading.Thread(target=write) for _ in range(2)]
+    threads = [threading.Thread(target=write) for _ in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(paths)) == 2
+    assert len(set(paths)) == num_threads
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
