@@ -1,7 +1,6 @@
 """Initial weights: the newest checkpoint of a run, else the weights of `init`, else random ones."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,9 +16,10 @@ from radiance.text.encoder import TextEncoder
 from radiance.text.prompts import encode_prompts
 from radiance.training.checkpoint_reader import CheckpointReader
 from radiance.training.checkpoints import Checkpoints
+from radiance.training.programs import share_init
 from radiance.training.run_directory import RunDirectory, is_run_directory
 from radiance.training.seed_checkpoints import SeedCheckpoints
-from radiance.training.seeds import InitParams, init_states
+from radiance.training.seeds import InitParams
 from radiance.training.step import TrainState
 from radiance.weights import checkpoint
 from radiance.weights.opening import open_tensors
@@ -48,7 +48,7 @@ def initialize_state(
         step, state = newest
         return step, state, f"resumed from step {step}"
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    init = partial(init_states, run, seeds, init_params=init_params)
+    init = share_init(run, tuple(seeds), init_params)
     init_fresh_state = jax.jit(init, out_shardings=shardings)
     if not run.init:
         return 0, init_fresh_state(), "from scratch"

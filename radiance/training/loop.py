@@ -20,7 +20,7 @@ from radiance.training.coordination import (
 )
 from radiance.training.inputs import RunInputs, prepare
 from radiance.training.loss_diagnosis import diagnose_loss
-from radiance.training.seeds import make_seeds_step
+from radiance.training.programs import share_step
 from radiance.training.step import TrainState
 from radiance.training.trainer import Trainer
 from radiance.training.validation import Validator
@@ -98,7 +98,7 @@ def _compile_step(inputs: RunInputs) -> Callable:
     """Return the compiled step: (state, batch, base, seeds, teacher) → (state, metrics)."""
     shardings = jax.tree.map(lambda x: x.sharding, inputs.abstract_state)
     return jax.jit(
-        make_seeds_step(inputs.run, len(inputs.seeds)),
+        share_step(inputs.run, len(inputs.seeds)),
         in_shardings=(shardings, None, None, None, None),
         out_shardings=(shardings, None),
         donate_argnums=0,

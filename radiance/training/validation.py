@@ -23,7 +23,8 @@ from radiance.text.encoder import TextEncoder
 from radiance.training.checkpoint_reader import resolve_average
 from radiance.training.metric_writer import MetricWriter, NullMetricWriter
 from radiance.training.parameter_groups import merge_params, split_frozen
-from radiance.training.step import TrainState, assemble_params, compute_validation_losses
+from radiance.training.programs import share_validation
+from radiance.training.step import TrainState, assemble_params
 
 NUM_DEFAULT_PROMPTS = 16  # samples during training, if the config names no prompts
 
@@ -46,7 +47,7 @@ class Validator:
         teacher: Teacher | None = None,
     ):
         self._batches, self._mesh = batches, mesh
-        compute_losses = jax.jit(partial(compute_validation_losses, run))
+        compute_losses = jax.jit(share_validation(run))
         self._compute_losses = partial(compute_losses, teacher=teacher)
 
     def __call__(self, params: Params) -> np.ndarray:
