@@ -43,8 +43,8 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
     if base.conditions:
         sections += [
             f"## {suite.name}: each variant under other conditions",
-            f"{METRICS[suite.loss_metric].description.capitalize()}, of the trained weights.",
-            _format_conditions(suite, results),
+            "Mean loss of the trained weights, and its ratio to that under their own condition.",
+            _format_conditions(results, base),
         ]
     if sample_metrics := [name for name in base.metrics if "@" in name]:
         sections += ["## Scores of generated images", _format_means(results, sample_metrics)]
@@ -192,14 +192,14 @@ def _format_bins(results: Mapping[str, Result], base: Result) -> str:
     return format_table(rows, style="github")
 
 
-def _format_conditions(suite: Suite, results: Mapping[str, Result]) -> str:
-    """Return the table of the suite's loss under other evaluation conditions."""
-    conditions = list(results[suite.base].conditions)
-    rows = [["trained as", "own", *conditions]]
+def _format_conditions(results: Mapping[str, Result], base: Result) -> str:
+    """Return the table of losses under evaluation conditions, the variant's own first."""
+    own, *others = base.conditions
+    rows = [["trained as", own, *others]]
     for variant, result in results.items():
-        own_loss = float(np.mean(list(result.metrics[suite.loss_metric].values())))
+        own_loss = float(np.mean(list(result.conditions[own].values())))
         cells = []
-        for condition in conditions:
+        for condition in others:
             if condition not in result.conditions:
                 cells.append("–")
                 continue

@@ -45,7 +45,8 @@ class Result:
         key: What it is a result of.
         tuning: Learning-rate factor and average, and the losses by which they were chosen.
         metrics: Values by metric and seed.
-        conditions: The suite's loss by evaluation condition and seed.
+        conditions: Losses by evaluation condition and seed. The first is the variant's own, with
+            the name of the loss.
         bins: Validation losses by seed in equal bins of time.
         curve: Validation losses by seed during training, with their step.
         cost: Parameters, FLOPs of training on an image, seconds of all seeds together, and skipped

@@ -283,6 +283,7 @@ def _measure_variant(
         sample_set = trial.load_image_set("validation", trial.scale_settings.num_samples)
         metrics |= measure_samples(run, params, seeds, sample_set, trial.encode_texts(sample_set))
     losses_by_condition = {
+        name_own_condition(trial.suite): bin_losses,
         EXCHANGED_CAPTIONS: measure_losses(run, exchange_captions(text_set)),
         **{
             condition: measure_losses(other_run, trial.encode_texts(validation_set, other_run))
@@ -303,6 +304,11 @@ def _measure_variant(
     bins = [map_by_seed(seeds, values) for values in bin_losses.T]
     curve = [(step, map_by_seed(seeds, values)) for step, values in outcome.curve]
     return Result(key, tuning, metrics, conditions, bins, curve, cost, describe_environment())
+
+
+def name_own_condition(suite: Suite) -> str:
+    """Return the name of the condition that variants are trained under, with the loss measured."""
+    return f"own, {suite.loss_metric}"
 
 
 def map_by_seed(seeds: Sequence[int], values: Iterable[float]) -> dict[int, float]:

@@ -248,7 +248,7 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
         for name, loss in losses.items()
     )
     assert (f"{result.tuning['learning_rate_factor']:g}", result.tuning["average"]) == chosen[1:]
-    assert result.conditions.keys() == {"captions exchanged", "unmasked"}
+    assert list(result.conditions) == ["own, validation_loss", "captions exchanged", "unmasked"]
     assert result.cost["seconds"] > 0
     assert "| blind (control) |" in (tmp_path / "results" / "table.md").read_text()
     assert (tmp_path / "results" / "figure.svg").read_text().count('id="ytick_') == 1
