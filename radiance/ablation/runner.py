@@ -7,6 +7,7 @@ of everything that the variant shares with the base. Each seed has its own run d
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ def make_runs(run: config.Config, seeds: Sequence[int], folder: Path) -> list[co
     ]
 
 
+@lru_cache(maxsize=8)  # so that seeds that are resumed in one process share compiled programs
 def make_init_params(model: config.Model, base_model: config.Model) -> InitParams:
     """Return a function from a random key to first weights that are shared with the base."""
 
