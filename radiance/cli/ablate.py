@@ -30,7 +30,6 @@ def add_parser(subparsers):
         "radiance ablate masking",
         "radiance ablate masking --scale cpu --gate",
         "radiance ablate experiments/ablations/masking.py --variants one_pad off --seeds 5",
-        "radiance ablate masking --table",
     )
     parser.add_argument(
         "suite",

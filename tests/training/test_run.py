@@ -63,7 +63,7 @@ def test_a_run_directory_holds_the_record_of_the_run(uninterrupted):
 
 def wait_for_step(run, step, process):
     file = run.run_dir / "metrics.jsonl"
-    for _ in range(3000):
+    for _ in range(10_000):
         if file.exists() and any(f'"step": {s},' in file.read_text() for s in range(step, 9)):
             return
         if process.poll() is not None:
