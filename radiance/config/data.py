@@ -59,6 +59,11 @@ class Shapes(Section):
             self.num_images >= 1, f"data.shapes.num_images={self.num_images} must be at least 1."
         )
         require(
+            self.max_tokens >= 2,
+            f"data.shapes.max_tokens={self.max_tokens} must be at least 2: one token of text and "
+            "the end of the sequence.",
+        )
+        require(
             0 <= self.seed < 2**32,
             f"data.shapes.seed={self.seed} must be a whole number from 0 to 2**32 - 1.",
         )

@@ -67,6 +67,7 @@ class Sample(Section):
     def check(self):
         """Raise ConfigError if a setting cannot work."""
         require_at_least(self, 1, "steps", "batch_size")
+        require_at_least(self, 0, "unguided_steps")
         require(
             self.steps <= MAX_STEPS,
             f"sample.steps={self.steps} must be at most {MAX_STEPS}: more change nothing.",

@@ -55,6 +55,7 @@ class Train(Section):
             "max_to_keep",
             "max_nonfinite_steps",
         )
+        require_at_least(self, 0, "profile_steps")
         require(self.steps < 2**31, f"train.steps={self.steps} must be less than 2**31.")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
         require(

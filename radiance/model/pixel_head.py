@@ -110,7 +110,7 @@ class NerfHead(Head):
         self.patch_size, self.num_freqs = model.patch, model.nerf_freqs
         self.chunk_size, dtype = compute.head_chunk_size, jnp.dtype(compute.dtype)
         self.dtype = dtype
-        # The embedder and the last layer use float32: bfloat16 pixels are coarser than 8 bits.
+        # The embedder and the last layer use float32: above 1, bfloat16 is coarser than 8 bits.
         self.embedder = nnx.Linear(
             model.channels + model.nerf_freqs**2,
             model.nerf_hidden,
