@@ -30,6 +30,7 @@ LOCK_NAME = ".lock"
 HOLDER_TYPES = {"host": str, "pid": int, "start": str, "command": str}
 RENEWAL_SECONDS = 10.0
 OBSERVATION_SECONDS = 30.0  # of a lock of another host; more than two renewals
+NAMING_SECONDS = 2.0  # within which a process that has the lock writes its name, even a slow one
 SETTLING_SECONDS = 2.0  # after which processes that start at once have written their names
 ABANDONED_SECONDS = 600.0  # since the last renewal; more than clocks of hosts differ
 
@@ -83,7 +84,7 @@ def _acquire(path: Path, subject: str, remedy: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             is_locked = try_lock(descriptor)
-            holder = _read_holder(descriptor)
+            holder = _await_holder(descriptor) if is_locked is False else _read_holder(descriptor)
             if is_locked is False or (holder and _is_alive(path, holder, is_locked)):
                 raise OutputError(f"{subject} is in use by {holder or 'another process'}. {remedy}")
             # Between opening and locking, the holder before may have removed the file.
@@ -144,6 +145,14 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _await_holder(descriptor: int) -> Holder | None:
+    """Return the holder of a locked file, which writes its name soon after it has the lock."""
+    end_time = time.monotonic() + NAMING_SECONDS
+    while (holder := _read_holder(descriptor)) is None and time.monotonic() < end_time:
+        time.sleep(NAMING_SECONDS / 100)
+    return holder
 
 
 def _read_holder(descriptor: int) -> Holder | None:

@@ -67,6 +67,18 @@ def test_the_holder_is_named(tmp_path):
             raise AssertionError
 
 
+def test_a_holder_is_named_that_has_just_locked(tmp_path):
+    path = tmp_path / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    assert file_locks.try_lock(descriptor)
+    writer = threading.Timer(0.3, locks._write_holder, [descriptor])
+    writer.start()
+    with pytest.raises(OutputError, match=f"by process {os.getpid()} on "), hold_lock(path, "", ""):
+        raise AssertionError
+    writer.join()
+    os.close(descriptor)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_holder_that_ends_in_any_way_lets_go(tmp_path, signum):
     path = tmp_path / ".lock"
