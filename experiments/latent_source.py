@@ -37,6 +37,7 @@ from radiance.model.transformer import Params
 from radiance.shapes import scoring
 from radiance.text.factory import make_encoder
 from radiance.training.checkpoints import Checkpoints
+from radiance.training.coordination import lock_run_directory
 from radiance.training.metric_writer import MetricWriter
 from radiance.training.progress import Progress
 from radiance.training.resumption import check_resumable
@@ -161,6 +162,13 @@ def train_latent_model(run: c.Config, sizes: Autoencoder, params: Params, batche
 def main(changes: list[str]) -> int:
     """Train the autoencoder and the latent model; return the exit code."""
     run = c.override(config(), changes)
+    with lock_run_directory(run.run_dir):
+        train(run)
+    return 0
+
+
+def train(run: c.Config) -> None:
+    """Train the autoencoder and the latent model in the run directory, or resume their training."""
     run_dir, source = RunDirectory(run.run_dir), open_source(run.data, "train")
     data = {"train": describe_source(source, run.data, "train")}
     check_resumable(run_dir, run, data)
@@ -179,7 +187,6 @@ def main(changes: list[str]) -> int:
 
     train_latent_model(run, sizes, params, batches)
     print(f"{run.run_dir} generates latents, and {path} decodes them.")
-    return 0
 
 
 if __name__ == "__main__":

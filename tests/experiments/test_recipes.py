@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from radiance import config
+from radiance.base.errors import OutputError
 from radiance.cli import main
 from radiance.config.experiments import load_experiment, load_module
 from radiance.model.autoencoder import Autoencoder
 from radiance.training import callbacks
+from radiance.training.coordination import lock_run_directory
 from radiance.training.initialization import load_pretrained_params
 from radiance.training.run_directory import RunDirectory
 from radiance.weights import autoencoder
@@ -237,6 +239,8 @@ def test_latent_source_resumes_and_exports(tmp_path, monkeypatch, data_directory
     assert source.main([*changes, "train.steps=2"]) == 0
     assert file.stat().st_mtime_ns == written
     assert [row["step"] for row in RunDirectory(run).read_metrics()] == [1, 2]
+    with lock_run_directory(run), pytest.raises(OutputError, match="is in use by process"):
+        source.main([*changes, "train.steps=3"])
     sample = [
         "sample",
         run,
