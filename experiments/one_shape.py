@@ -6,7 +6,8 @@
 A patch is one cell of the grid, so that a token holds one object or none, and rotary frequencies
 are high enough to separate four positions. It is the teacher of few_steps.py:shapes. The variant
 `three` has up to three objects, all counted and some described by the caption; it is the teacher
-of few_steps.py:three.
+of few_steps.py:three. The variant `six` has all backgrounds, named in every caption: the noise of
+an unnamed one drowns what the place of the object explains. It has not been run yet.
 
 15 minutes of one CPU core (seed 0): F1 of the objects 0.957; on all six backgrounds 0.005:
 experiments/results/one_shape.md.
@@ -14,7 +15,14 @@ experiments/results/one_shape.md.
 
 from radiance import config as c
 
-VARIANTS = {"three": ["data.shapes.max_objects=3", "train.steps=3000"]}
+VARIANTS = {
+    "three": ["data.shapes.max_objects=3", "train.steps=3000"],
+    "six": [
+        "data.shapes.backgrounds=white,grey,black,beige,brown,navy",
+        "data.shapes.named_backgrounds=1",
+        "train.steps=3000",
+    ],
+}
 
 
 def config() -> c.Config:

@@ -38,6 +38,8 @@ class Shapes(Section):
     backgrounds: tuple[Background, ...] = get_args(Background)
     """Background colors. With black alone, a small model soon learns where objects are
     (experiments/one_shape.py)."""
+    named_backgrounds: float = 0.5
+    """Fraction of the captions that name the background."""
     num_images: int = 2**20
     """Images in an epoch, and in the validation split."""
     seed: int = 0
@@ -58,11 +60,7 @@ class Shapes(Section):
         require(
             self.num_images >= 1, f"data.shapes.num_images={self.num_images} must be at least 1."
         )
-        require(
-            self.max_tokens >= 2,
-            f"data.shapes.max_tokens={self.max_tokens} must be at least 2: one token of text and "
-            "the end of the sequence.",
-        )
+        require_fraction(self, "named_backgrounds")
         require(
             0 <= self.seed < 2**32,
             f"data.shapes.seed={self.seed} must be a whole number from 0 to 2**32 - 1.",

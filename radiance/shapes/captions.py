@@ -1,9 +1,9 @@
 """Captions of `shapes`, whose length in tokens is drawn from a distribution that ignores the image.
 
 A caption gives the number of objects, then describes as many of them as fit, each with all its
-attributes. Half of the captions name the background. The remaining length is used by longer
-phrases for the same content, and by filler. A token is a word or a punctuation mark, as in
-`text/`, and the end of the sequence is one token.
+attributes. Half of the captions name the background, or another fraction. The remaining length is
+used by longer phrases for the same content, and by filler. A token is a word or a punctuation mark,
+as in `text/`, and the end of the sequence is one token.
 """
 
 import re
@@ -27,7 +27,6 @@ from radiance.shapes.scenes import SHAPES, Scene, SceneDescription, SceneObject
 
 MIN_TOKENS = 10  # room for one object and the background
 SHORT_MAX_TOKENS = 20  # longest caption of the distribution "short"
-BACKGROUND_PROBABILITY = 0.5
 NUMBER_WORDS = ("one", "two", "three", "four", "five")
 CELL_NAMES = tuple(  # as in a spreadsheet
     f"{'abcd'[column]}{row + 1}" for row in range(GRID_SIZE) for column in range(GRID_SIZE)
@@ -94,7 +93,12 @@ class Phrase(NamedTuple):
     values: dict[str, str]  # of the templates' placeholders
 
 
-def make_caption(scene: Scene, caption_lengths: CaptionLengths, max_tokens: int) -> Caption:
+def make_caption(
+    scene: Scene,
+    caption_lengths: CaptionLengths,
+    max_tokens: int,
+    named_backgrounds: float = 0.5,
+) -> Caption:
     """Write the caption of a scene. It is a function of the arguments.
 
     Args:
@@ -103,6 +107,7 @@ def make_caption(scene: Scene, caption_lengths: CaptionLengths, max_tokens: int)
             few; "short": the same up to 20, with median 12; "full": always `max_tokens`, so that
             there is no padding.
         max_tokens: Longest caption in tokens, end of sequence included; at least 20.
+        named_backgrounds: Probability that the caption names the background.
 
     Raises:
         ConfigError: `max_tokens` is too small.
@@ -115,7 +120,7 @@ def make_caption(scene: Scene, caption_lengths: CaptionLengths, max_tokens: int)
     rng = make_rng(scene.seed, RandomStream.SCENE_CAPTION, scene.index, SPLITS.index(scene.split))
     u_length, u_background = rng.random(2)
     num_tokens = _choose_length(caption_lengths, max_tokens, u_length)
-    background = scene.background if u_background < BACKGROUND_PROBABILITY else None
+    background = scene.background if u_background < named_backgrounds else None
     description = _choose_description(scene, background, num_tokens, rng)
 
     phrases = _list_phrases(description)

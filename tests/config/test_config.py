@@ -265,7 +265,7 @@ def test_impossible_models_are_rejected(changes, match):
         ("train.max_to_keep=0", "train.max_to_keep=0"),
         ("train.profile_steps=-1", "train.profile_steps=-1 must be at least 0"),
         ("sample.unguided_steps=-1", "sample.unguided_steps=-1 must be at least 0"),
-        ("data.shapes.max_tokens=1", "data.shapes.max_tokens=1 must be at least 2"),
+        ("data.shapes.named_backgrounds=1.5", "named_backgrounds=1.5"),
         ("sample.guidance_interval=0.8,0.2", "two increasing times"),
         ("sample.min_divisor=1", "sample.min_divisor=1.0 must be at least 0 and less"),
         ("sample.unconditional=masked", "model.padding=encoder has no embedding for that"),

@@ -94,6 +94,21 @@ def test_half_of_the_captions_name_the_background():
         assert abs(fraction - 0.5) < 0.09
 
 
+def test_a_setting_decides_how_many_captions_name_the_background():
+    def make_captions(**settings):
+        return [make_caption(scene, "short", 20, **settings) for scene in TRAINING_SCENES]
+
+    some, all_named = make_captions(), make_captions(named_backgrounds=1.0)
+    assert all(caption.description.background for caption in all_named)
+    assert not any(c.description.background for c in make_captions(named_backgrounds=0.0))
+    # The others stay as they are.
+    assert all(
+        one == other
+        for one, other in zip(some, all_named)
+        if one.description.background is not None
+    )
+
+
 def test_fillers_do_not_mention_attributes():
     attributes = {*SIZES, *COLORS, *SHAPES, *BACKGROUNDS, *NUMBERS}
     attributes |= {"row", "column", "rows", "columns"}

@@ -100,5 +100,8 @@ class ShapesSource:
     def _make_caption(self, index: int) -> Caption:
         settings = self.settings
         return make_caption(
-            self._sample_scene(index), settings.caption_lengths, settings.max_tokens
+            self._sample_scene(index),
+            settings.caption_lengths,
+            settings.max_tokens,
+            settings.named_backgrounds,
         )
