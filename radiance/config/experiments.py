@@ -78,6 +78,7 @@ def load_module(location: str) -> ModuleType:
         raise ConfigError(_describe_missing(location))
     sys.path.insert(0, str(Path.cwd()))  # an installed command does not search there
     sys.path.append(str(Path.cwd().joinpath(*location.split(".")[:-1])))
+    importlib.invalidate_caches()  # the file may have been written just now
     try:
         with _report_failure(location):
             return importlib.import_module(location)
