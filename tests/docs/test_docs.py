@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import string
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,12 @@ OTHER_PROGRAMS = {
     *("cd", "cp", "export", "git", "ls", "mkdir", "mv", "rsync", "unzip"),
     *("gcloud", "gsutil", "kubectl", "llama-quantize", "nvidia-smi", "squeue", "tensorboard"),
 }
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    """Forget the folders of the pages' experiments, whose names others have too."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 class Block(NamedTuple):
