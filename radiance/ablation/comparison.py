@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
         p: P-value of no difference: two-sided paired t-test, with Holm's correction over all
             variants except the controls.
         verdict: better, worse, equal within the margin, undecided, or diverged; "none" at the
-            smoke scale.
+            smoke scale, and where the base fails the precondition.
         detectable: The smallest true difference that these seeds detect with a probability of
             80 %, before the correction; a fraction like `difference`.
         needed_seeds: Seeds whose interval would be as narrow as the margin on each side; None if
@@ -59,12 +59,7 @@ def compare_variants(suite: Suite, results: Mapping[str, Result]) -> dict[str, C
     Raises:
         ConfigError: The base has no result, or its metric is 0 or not finite.
     """
-    base, base_mean = _check_base(suite, results)
-    differences_by_variant = {
-        variant: paired_differences(result.metrics[suite.metric], base.metrics[suite.metric])
-        for variant, result in results.items()
-        if variant != suite.base
-    }
+    differences_by_variant, base = measure_differences(suite, results), results[suite.base]
     raw_p_values = {
         variant: p_value(differences)
         for variant, differences in differences_by_variant.items()
@@ -73,6 +68,7 @@ def compare_variants(suite: Suite, results: Mapping[str, Result]) -> dict[str, C
     adjusted_p_values = raw_p_values | correct_holm(
         {variant: p for variant, p in raw_p_values.items() if variant not in suite.controls}
     )
+    has_verdicts = base.key.scale != "smoke" and check_precondition(suite, base).holds
     comparisons = {}
     for variant, differences in differences_by_variant.items():
         if variant not in raw_p_values:
@@ -80,42 +76,55 @@ def compare_variants(suite: Suite, results: Mapping[str, Result]) -> dict[str, C
             verdict = f"diverged with {num_diverged} of {len(differences)} seeds"
             comparisons[variant] = Comparison(None, np.nan, verdict, np.nan, None, None)
             continue
-        fractions = np.array(differences) / base_mean
-        std, p = float(fractions.std(ddof=1)), adjusted_p_values[variant]
+        std, p = float(differences.std(ddof=1)), adjusted_p_values[variant]
         comparisons[variant] = Comparison(
-            student_interval(fractions),
+            student_interval(differences),
             p,
-            "none" if base.key.scale == "smoke" else decide_verdict(suite, fractions, p),
-            detectable_effect(std, len(fractions)),
+            decide_verdict(suite, differences, p) if has_verdicts else "none",
+            detectable_effect(std, len(differences)),
             count_needed_seeds(std, suite.margin),
             steps_to_quality(results[variant], base),
         )
     return comparisons
 
 
-def _check_base(suite: Suite, results: Mapping[str, Result]) -> tuple[Result, float]:
-    """Return the result of the base and the mean of its metric."""
+def measure_differences(
+    suite: Suite, results: Mapping[str, Result]
+) -> dict[str, Float[np.ndarray, " seeds"]]:
+    """Return each variant's paired differences from the base, as fractions of the base's mean.
+
+    Args:
+        suite: The suite.
+        results: Results by variant.
+
+    Raises:
+        ConfigError: The base has no result, or its metric is 0 or not finite.
+    """
     if suite.base not in results:
         raise ConfigError(
             f"Suite {suite.name} has no result of its base {suite.base} yet, with which the others "
             "are compared: run that variant."
         )
-    base = results[suite.base]
-    base_mean = float(np.mean(list(base.metrics[suite.metric].values())))
+    base_values = results[suite.base].metrics[suite.metric]
+    base_mean = float(np.mean(list(base_values.values())))
     if base_mean == 0:
         raise ConfigError(
             f"Suite {suite.name}: {suite.metric} of its base {suite.base} is 0 with every seed, so "
-            "that differences are no fractions of it: train it longer."
+            "differences cannot be given as fractions of it: train it longer."
         )
     if not np.isfinite(base_mean):
         raise ConfigError(
             f"Suite {suite.name}: its base {suite.base} has diverged, and nothing can be compared "
             "with it: lower its learning rate."
         )
-    return base, base_mean
+    return {
+        variant: np.array(paired_differences(result.metrics[suite.metric], base_values)) / base_mean
+        for variant, result in results.items()
+        if variant != suite.base
+    }
 
 
-def p_value(differences: Sequence[float]) -> float:
+def p_value(differences: Float[np.ndarray, " seeds"]) -> float:
     """Return the two-sided p-value of a mean of 0."""
     if np.ptp(differences) == 0:  # for example, variants that differ only in their name
         return float(differences[0] == 0)
@@ -133,17 +142,17 @@ def correct_holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def decide_verdict(suite: Suite, fractions: Float[np.ndarray, " seeds"], p: float) -> str:
+def decide_verdict(suite: Suite, differences: Float[np.ndarray, " seeds"], p: float) -> str:
     """Return the verdict on a variant: better, worse, equal within the margin, or undecided.
 
     Equality is shown by two one-sided tests (Schuirmann 1987), without a correction.
 
     Args:
         suite: The suite, with its metric and margin.
-        fractions: Differences from the base by seed, as fractions of its mean.
+        differences: Differences from the base by seed, as fractions of its mean.
         p: Corrected p-value of no difference.
     """
-    inner = student_interval(fractions, EQUALITY_CONFIDENCE)
+    inner = student_interval(differences, EQUALITY_CONFIDENCE)
     is_equal = -suite.margin <= inner.low and inner.high <= suite.margin
     if p < 1 - CONFIDENCE:
         verdict = "worse" if _is_worse(suite, inner.mean) else "better"
@@ -185,7 +194,7 @@ def check_precondition(suite: Suite, base: Result) -> PreconditionCheck:
     return PreconditionCheck(
         holds,
         f"Precondition {precondition.metric} ≥ {precondition.minimum:g} of {suite.base} with every "
-        f"seed: {'holds' if holds else 'FAILS, so the verdicts mean nothing'} "
+        f"seed: {'holds' if holds else 'FAILS, so there are no verdicts'} "
         f"({min(values):.3f} … {max(values):.3f}).",
     )
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from radiance.ablation.comparison import check_precondition
+from radiance.ablation.comparison import check_precondition, measure_differences
 from radiance.ablation.results import Result, abbreviate
 from radiance.ablation.suite import Gate, Suite
 from radiance.base.errors import ConfigError
 from radiance.base.tables import format_table
-from radiance.evaluation.statistics import count_needed_seeds, half_width, paired_differences
+from radiance.evaluation.statistics import count_needed_seeds, half_width
 
 
 def get_gate(suite: Suite, scale: str) -> Gate:
@@ -26,35 +26,27 @@ def format_gate_report(suite: Suite, scale: str, results: Mapping[str, Result]) 
     Args:
         suite: The suite.
         scale: A scale with a gate.
-        results: Results on the gate's seeds by variant.
+        results: Results of the base and the gate's variants, on the gate's seeds.
 
     Raises:
-        ConfigError: The base has no result, or a seed of a variant diverged.
+        ConfigError: The base has no result or its metric is 0, or a seed diverged.
     """
     gate, num_seeds = get_gate(suite, scale), suite.scales[scale].num_seeds
-    if suite.base not in results:
-        raise ConfigError(f"The gate of {suite.name} has no result of its base {suite.base} yet.")
-    base = results[suite.base]
-    base_values = base.metrics[suite.metric]
-    base_mean = float(np.mean(list(base_values.values())))
+    differences_by_variant, base = measure_differences(suite, results), results[suite.base]
     wanted = f"{gate.max_half_width:.1%}"
     header = ["variant", "difference", "scatter", f"half width, {num_seeds} seeds"]
     rows = [[*header, f"seeds for ±{wanted}", "passes"]]
-    for variant in gate.variants:
-        if variant not in results:
-            continue
-        differences = paired_differences(results[variant].metrics[suite.metric], base_values)
+    for variant, differences in differences_by_variant.items():
         if not np.isfinite(differences).all():
             raise ConfigError(
                 f"{variant} diverged in the gate of {suite.name}: change the variant."
             )
-        fractions = np.array(differences) / base_mean
-        scatter = float(fractions.std(ddof=1))
+        scatter = float(differences.std(ddof=1))
         width = half_width(scatter, num_seeds)
         rows.append(
             [
                 variant,
-                f"{fractions.mean():+.1%}",
+                f"{differences.mean():+.1%}",
                 f"{scatter:.1%}",
                 f"{width:.1%}",
                 str(count_needed_seeds(scatter, gate.max_half_width) or "over 1000"),

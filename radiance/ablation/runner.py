@@ -27,7 +27,7 @@ from radiance.training.step import TrainState
 
 
 class TrainingOutcome(NamedTuple):
-    """What the training of a variant gave.
+    """The result of training a variant with all seeds.
 
     Attributes:
         state: State of all seeds, on a leading axis.

@@ -108,6 +108,7 @@ class Suite:
     controls: tuple[str, ...] = ()
 
     def __post_init__(self):
+        _require_metric(self.name, self.metric)
         require(self.margin > 0, f"Suite {self.name}: margin={self.margin} must be positive.")
         require(
             bool(self.scales) and set(SCALES).issuperset(self.scales),
@@ -157,11 +158,7 @@ class Suite:
             return
         precondition = settings.precondition
         for metric in (self.metric, *([precondition.metric] if precondition else [])):
-            require(
-                metric in METRICS,
-                f"Suite {self.name}: there is no metric {metric!r}; the choices are "
-                f"{', '.join(METRICS)}.",
-            )
+            _require_metric(self.name, metric)
             require(
                 METRICS[metric].needs == "losses" or settings.num_samples > 0,
                 f"Suite {self.name} needs {metric} of generated images, but has num_samples=0 at "
@@ -204,6 +201,13 @@ class Suite:
             except config.ConfigError:
                 continue
         return configs
+
+
+def _require_metric(suite_name: str, metric: str):
+    require(
+        metric in METRICS,
+        f"Suite {suite_name}: there is no metric {metric!r}; the choices are {', '.join(METRICS)}.",
+    )
 
 
 def _check_variant(suite: Suite, variant: str, run: config.Config, base: config.Config):

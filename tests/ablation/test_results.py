@@ -259,7 +259,7 @@ def test_a_failed_precondition_and_the_smoke_scale_give_no_verdict():
         for name, scale in make_suite().scales.items()
     }
     results = {variant: make_result(variant) for variant in ("base", "worse", "blind")}
-    for low, sentence in ((0.79, "FAILS, so the verdicts mean nothing"), (0.8, "holds")):
+    for low, sentence in ((0.79, "FAILS, so there are no verdicts"), (0.8, "holds")):
         positions = {"position@1": {0: 0.9, 1: low, 2: 0.95}}
         placed = {
             variant: replace(result, metrics=result.metrics | positions)
@@ -267,6 +267,8 @@ def test_a_failed_precondition_and_the_smoke_scale_give_no_verdict():
         }
         text = format_suite_report(make_suite(scales=scales), placed)
         assert f"with every seed: {sentence} ({low:.3f} … 0.950)." in text
+        verdict = compare_variants(make_suite(scales=scales), placed)["worse"].verdict
+        assert verdict == ("worse" if low == 0.8 else "none")
     smoke = {
         variant: replace(result, key=replace(result.key, scale="smoke"))
         for variant, result in results.items()
@@ -286,6 +288,11 @@ def test_the_gate_says_how_many_seeds_are_needed():
     assert "Not run yet: near." in text
     enough = make_suite(scales={"cpu": replace(scale, num_seeds=7)})
     assert "| 7 | yes |" in re.sub(" +", " ", format_gate_report(enough, "cpu", results))
+    diverged = replace(results["worse"], metrics={"validation_loss": {0: np.nan, 1: 1.0, 2: 1.0}})
+    with pytest.raises(config.ConfigError, match="worse diverged in the gate of toy"):
+        format_gate_report(suite, "cpu", results | {"worse": diverged})
+    with pytest.raises(config.ConfigError, match="no result of its base"):
+        format_gate_report(suite, "cpu", {"worse": results["worse"]})
     with pytest.raises(config.ConfigError, match="has no gate at scale cpu"):
         format_gate_report(make_suite(), "cpu", results)
     with pytest.raises(config.ConfigError, match="its gate 'strickt' is not among"):
