@@ -16,10 +16,10 @@ from radiance.text.encoder import TextEncoder
 from radiance.text.prompts import encode_prompts
 from radiance.training.checkpoint_reader import CheckpointReader
 from radiance.training.checkpoints import Checkpoints
-from radiance.training.programs import share_init
 from radiance.training.run_directory import RunDirectory, is_run_directory
 from radiance.training.seed_checkpoints import SeedCheckpoints
 from radiance.training.seeds import InitParams
+from radiance.training.shared_programs import share_init
 from radiance.training.step import TrainState
 from radiance.weights import checkpoint
 from radiance.weights.opening import open_tensors

@@ -20,7 +20,7 @@ from radiance.training.coordination import (
 )
 from radiance.training.inputs import RunInputs, prepare
 from radiance.training.loss_diagnosis import diagnose_loss
-from radiance.training.programs import share_step
+from radiance.training.shared_programs import share_step
 from radiance.training.step import TrainState
 from radiance.training.trainer import Trainer
 from radiance.training.validation import Validator

@@ -23,7 +23,7 @@ from radiance.text.encoder import TextEncoder
 from radiance.training.checkpoint_reader import resolve_average
 from radiance.training.metric_writer import MetricWriter, NullMetricWriter
 from radiance.training.parameter_groups import merge_params, split_frozen
-from radiance.training.programs import share_validation
+from radiance.training.shared_programs import share_validation
 from radiance.training.step import TrainState, assemble_params
 
 NUM_DEFAULT_PROMPTS = 16  # samples during training, if the config names no prompts

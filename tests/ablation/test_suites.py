@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from radiance import config
+from radiance.ablation import trial as trial_module
 from radiance.ablation.data import encode_captions, load_image_set
-from radiance.ablation.results import read_result
-from radiance.ablation.suite import Suite
+from radiance.ablation.results import Result, read_result
+from radiance.ablation.suite import GATE_SEEDS, TUNING_SEEDS, Suite
 from radiance.cli import main
 from radiance.config.experiments import load_experiment, load_module
 from radiance.model.flops import forward_flops
@@ -264,10 +265,45 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
     assert json.loads((tmp_path / "results" / "base.json").read_text())["key"]["suite"] == "toy"
 
 
+def test_the_gate_trains_its_variants_on_its_own_seeds(suite, tmp_path, monkeypatch, capsys):
+    trials = []
+
+    def write_losses(trial, results, *_):
+        trials.append((trial.variant, trial.seeds))
+        offset = 0.0 if trial.variant == "base" else 0.1
+        losses = {seed: 1 + offset + 1e-3 * (seed % 2) * offset for seed in trial.seeds}
+        cost = dict.fromkeys(("parameters", "flops", "seconds", "skipped_steps"), 0)
+        tuning = {"learning_rate_factor": 1.0, "average": "0.9", "losses": {}}
+        result = Result(
+            trial.key, tuning, {"validation_loss": losses}, {}, [losses], [], cost, {"devices": []}
+        )
+        results.write(result)
+        return result
+
+    monkeypatch.setattr(trial_module, "run_variant", write_losses)
+    text = suite.read_text().replace(
+        "from radiance.ablation.suite import", "from radiance.ablation.suite import Gate,"
+    )
+    suite.write_text(text.replace("num_seeds=2,", 'num_seeds=2, gate=Gate(("blind",), 0.5),'))
+    assert main(["ablate", str(suite), "--gate"]) == 0
+    assert trials == [("base", GATE_SEEDS), ("blind", GATE_SEEDS)]
+    assert not {*GATE_SEEDS} & {*range(100), *TUNING_SEEDS}
+    folder = tmp_path / "results" / "toy" / "cpu"
+    assert not [*folder.glob("*.json")]  # they are in no table
+    assert sorted(path.name for path in (folder / "gate").iterdir()) == [
+        "base.json", "blind.json", "gate.md",
+    ]  # fmt: skip
+    assert "| blind" in (folder / "gate" / "gate.md").read_text("utf-8")
+    assert main(["ablate", str(suite), "--gate", "--seeds", "3"]) == 2
+    assert "leave out --seeds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--variants", "bse"], "no variant bse"),
+        (["--scale", "smoke"], "has no scale smoke: choose cpu or gpu or pod"),
+        (["--gate"], "has no gate at scale cpu"),
         (["--scale", "pod"], ""),
     ],
 )

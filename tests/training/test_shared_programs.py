@@ -3,7 +3,7 @@
 import pytest
 
 from radiance import config
-from radiance.training.programs import share_init, share_step, share_validation
+from radiance.training.shared_programs import share_init, share_step, share_validation
 from tests.helpers.toy_runs import PLAIN, toy_run
 
 

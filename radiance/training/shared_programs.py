@@ -14,24 +14,30 @@ from radiance import config
 from radiance.training.seeds import InitParams, init_states, make_seeds_step
 from radiance.training.step import compute_validation_losses
 
-NUM_SHARED = 16  # functions of each kind that are kept with their programs
+NUM_SHARED = 16  # functions that are kept with their programs
 
 
 def share_init(
     run: config.Config, seeds: tuple[int, ...], init_params: InitParams | None
 ) -> Callable[..., Any]:
     """Return `init_states` for a run; see there."""
-    return _make_init(_keep_computation(run), seeds, init_params)
+    return _share(partial, init_states, _keep_computation(run), seeds, init_params=init_params)
 
 
 def share_step(run: config.Config, num_seeds: int) -> Callable[..., Any]:
     """Return the step of `make_seeds_step` for a run; see there."""
-    return _make_step(_keep_computation(run), num_seeds)
+    return _share(make_seeds_step, _keep_computation(run), num_seeds)
 
 
 def share_validation(run: config.Config) -> Callable[..., Any]:
     """Return `compute_validation_losses` for a run; see there."""
-    return _make_validation(_keep_computation(run))
+    return _share(partial, compute_validation_losses, _keep_computation(run))
+
+
+@lru_cache(maxsize=NUM_SHARED)
+def _share(make_function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Return the function that was made from the same arguments before, or make it."""
+    return make_function(*arguments, **keywords)
 
 
 def _keep_computation(run: config.Config) -> config.Config:
@@ -46,20 +52,3 @@ def _keep_computation(run: config.Config) -> config.Config:
             seed=run.train.seed, steps=run.train.steps if has_end else defaults.train.steps
         ),
     )
-
-
-@lru_cache(maxsize=NUM_SHARED)
-def _make_init(
-    run: config.Config, seeds: tuple[int, ...], init_params: InitParams | None
-) -> Callable[..., Any]:
-    return partial(init_states, run, seeds, init_params=init_params)
-
-
-@lru_cache(maxsize=NUM_SHARED)
-def _make_step(run: config.Config, num_seeds: int) -> Callable[..., Any]:
-    return make_seeds_step(run, num_seeds)
-
-
-@lru_cache(maxsize=NUM_SHARED)
-def _make_validation(run: config.Config) -> Callable[..., Any]:
-    return partial(compute_validation_losses, run)
