@@ -63,7 +63,21 @@ def format_gate_report(suite: Suite, scale: str, results: Mapping[str, Result]) 
         f"a variant if half of its 95% interval is at most {wanted}.",
         format_table(rows, style="github"),
         check_precondition(suite, base).sentence,
+        f"What {suite.base} reaches, over the seeds:",
+        _format_ranges(base),
         *([f"Not run yet: {', '.join(missing)}."] if missing else []),
         f"Code {abbreviate(base.key.commit)}, data {base.key.data}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _format_ranges(result: Result) -> str:
+    """Return the table of the lowest and the highest value of metrics and of losses by condition."""
+    values_by_name = result.metrics | {
+        f"loss, {condition}": values for condition, values in result.conditions.items()
+    }
+    rows = [["", "lowest", "highest"]]
+    for name, values in values_by_name.items():
+        if "_chance" not in name:
+            rows.append([name, f"{min(values.values()):.4g}", f"{max(values.values()):.4g}"])
+    return format_table(rows, style="github")

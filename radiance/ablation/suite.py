@@ -13,7 +13,7 @@ from radiance.ablation.metrics import METRICS
 from radiance.base.settings import require
 
 Overrides = tuple[str, ...]  # changes of a config, as `section.key=value`
-SCALES = ("smoke", "cpu", "gpu", "pod")  # a minute, hours of two cores, one GPU, a pod
+SCALES = ("smoke", "cpu", "gpu", "pod")  # minutes and hours of two cores, one GPU, a pod
 # Seeds that choose learning rates and averages, and seeds of the gate; neither is reported.
 TUNING_SEEDS = (100, 101)
 GATE_SEEDS = (300, 301, 302, 303)

@@ -40,7 +40,7 @@ def add_parser(subparsers):
     parser.add_argument(
         "--scale",
         choices=("smoke", "cpu", "gpu", "pod"),
-        help="size of the models and of the training: a minute, hours of two cores, a GPU, a pod "
+        help="size of the models and of the training: minutes or hours of two cores, a GPU, a pod "
         "(default: the smallest that the suite has)",
     )
     parser.add_argument(

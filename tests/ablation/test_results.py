@@ -286,6 +286,8 @@ def test_the_gate_says_how_many_seeds_are_needed():
     # Scatter 1 %; half widths of 6 and 7 seeds: 2.570582 / √6 and 2.446912 / √7 times that.
     assert "| worse | +21.0% | 1.0% | 1.0% | 7 | no |" in text
     assert "Not run yet: near." in text
+    assert "| validation_loss | 0.9 | 1.1 |" in text
+    assert "| loss, other | 1.8 | 2.2 |" in text
     enough = make_suite(scales={"cpu": replace(scale, num_seeds=7)})
     assert "| 7 | yes |" in re.sub(" +", " ", format_gate_report(enough, "cpu", results))
     diverged = replace(results["worse"], metrics={"validation_loss": {0: np.nan, 1: 1.0, 2: 1.0}})
