@@ -72,7 +72,7 @@ def format_gate_report(suite: Suite, scale: str, results: Mapping[str, Result]) 
 
 
 def _format_ranges(result: Result) -> str:
-    """Return the table of the lowest and the highest value of metrics and of losses by condition."""
+    """Return the table of the lowest and highest metrics, and losses by condition."""
     values_by_name = result.metrics | {
         f"loss, {condition}": values for condition, values in result.conditions.items()
     }

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from radiance.base.errors import ConfigError
 
 CONFIDENCE = 0.95
+POWER = 0.8  # probability of detecting an effect
 
 
 class Interval(NamedTuple):
@@ -48,19 +49,18 @@ def student_interval(
     return Interval(mean, float(low), float(high))
 
 
-def half_width(std: float, num_seeds: int, confidence: float = CONFIDENCE) -> float:
+def half_width(std: float, num_seeds: int) -> float:
     """Return half of Student's interval of a mean.
 
     Args:
         std: Standard deviation of the values.
         num_seeds: Number of values, at least 2.
-        confidence: Probability that the interval contains the true mean.
     """
-    return float(scipy.stats.t.ppf((1 + confidence) / 2, num_seeds - 1) * std / num_seeds**0.5)
+    return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, num_seeds - 1) * std / num_seeds**0.5)
 
 
-def detectable_effect(std: float, num_seeds: int, power: float = 0.8) -> float:
-    """Return the smallest true mean that a test of a mean of 0 detects with a probability.
+def detectable_effect(std: float, num_seeds: int) -> float:
+    """Return the smallest true mean that a test of a mean of 0 detects with probability POWER.
 
     It is the sum of two quantiles of Student's distribution, which is a few percent too small
     below five seeds.
@@ -68,9 +68,8 @@ def detectable_effect(std: float, num_seeds: int, power: float = 0.8) -> float:
     Args:
         std: Standard deviation of the values.
         num_seeds: Number of values, at least 2.
-        power: Probability of detection, at the level 1 − CONFIDENCE.
     """
-    quantile = float(scipy.stats.t.ppf(power, num_seeds - 1))
+    quantile = float(scipy.stats.t.ppf(POWER, num_seeds - 1))
     return half_width(std, num_seeds) + quantile * std / num_seeds**0.5
 
 

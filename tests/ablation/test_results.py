@@ -226,7 +226,9 @@ def test_comparisons_equal_those_worked_out_by_hand():
     assert comparisons["near"].verdict == "equal within the margin"
     assert comparisons["blind"].verdict == "worse"
     assert comparisons["near"].p == pytest.approx(1)
-    assert comparisons["blind"].p < 0.01
+    # Differences 1, 1 and 1.05: mean 3.05/3 and standard deviation 0.05/√3. Not multiplied.
+    t = 3.05 / 3 / (0.05 / 3)
+    assert comparisons["blind"].p == pytest.approx(1 - t / (t**2 + 2) ** 0.5, rel=1e-6)
     assert comparisons["worse"].relative_steps is None  # it ends above the base
     # 3.003 falls to 1.001 in ten steps, and never to 1; 3.297 falls to 1.099: below 1.1 after
     # 20 − 10 · 0.001 / 2.198.

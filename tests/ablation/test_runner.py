@@ -133,6 +133,9 @@ def test_metrics_equal_those_worked_out_by_hand():
     broken = images.copy()
     broken[2] = np.nan
     assert measure_retrieval(broken, images) == 0.75
+    broken[2] = images[2]
+    broken[2, 0, 0, 0] = np.inf * np.sign(images[2, 0, 0, 0])
+    assert measure_retrieval(broken, images) == 0.75
 
 
 def test_seeds_trained_together_equal_each_alone(run, pool):
