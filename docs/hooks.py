@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 OUTER_PATTERNS = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/*.md", "experiments/*.md"),
     *("experiments/*/*.md", "experiments/ablations/results/*/*/table.md"),
+    "experiments/ablations/results/*/*/gate/gate.md",
     *("experiments/*.png", "experiments/*.jpg", "experiments/ablations/results/*/*/*.svg"),
 )
 
