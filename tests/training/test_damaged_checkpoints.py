@@ -1,5 +1,7 @@
 """A damaged checkpoint is passed over in one line; others may vanish while they are read."""
 
+import asyncio
+import gc
 import shutil
 import subprocess
 import sys
@@ -95,6 +97,24 @@ def test_damage_prints_one_line_and_no_trace_of_orbax(trained, tmp_path):
     text = process.stdout + process.stderr
     for noise in ("Event loop", "never awaited", "Traceback", "tensorstore_spec"):
         assert noise not in text
+
+
+def test_forgotten_reads_of_orbax_are_not_reported(caplog):
+    async def forget(path):
+        # The name of the file that defines a coroutine is part of asyncio's report.
+        scope = {}
+        exec(compile("async def read():\n    raise ValueError('damaged')", path, "exec"), scope)
+        task = asyncio.ensure_future(scope["read"]())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del task
+
+    asyncio.run(forget("/packages/orbax/checkpoint/serialization.py"))
+    gc.collect()
+    assert not caplog.records
+    asyncio.run(forget("/packages/others.py"))
+    gc.collect()
+    assert "never retrieved" in caplog.text
 
 
 def test_nothing_is_moved_if_no_checkpoint_is_complete(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs: the files they write, and that a resumed run equals an uninterrupted one."""
 
+import itertools
 import json
 import signal
 import time
@@ -12,7 +13,7 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import CheckpointError, OutputError, TrainingError
 from radiance.evaluation.report import write_report
-from radiance.training import inputs, seeds
+from radiance.training import feed, inputs
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.initialization import load_pretrained_params
 from radiance.training.step import init_state
@@ -219,17 +220,14 @@ def test_a_loss_that_stays_non_finite_ends_the_run(tmp_path, data_directory, mon
         "train.checkpoint_every=2",
         **PLAIN,
     )
-    make_train_step = seeds.make_train_step
+    put_batches, num_batches = feed.put_batches, itertools.count()
 
-    def make_failing_step(settings):
-        step = make_train_step(settings)
-        return lambda state, batch, *rest: step(
-            state,
-            batch | {"image": jax.numpy.where(state.step >= 4, jax.numpy.nan, batch["image"])},
-            *rest,
-        )
+    def put_failing_batches(batches, *rest):
+        if next(num_batches) >= 4:
+            batches = [batch | {"text": np.full_like(batch["text"], np.nan)} for batch in batches]
+        return put_batches(batches, *rest)
 
-    monkeypatch.setattr(seeds, "make_train_step", make_failing_step)
+    monkeypatch.setattr(feed, "put_batches", put_failing_batches)
     with pytest.raises(
         TrainingError,
         match=r"not finite in the 3 steps up to 7: lower optimizer.learning_rate .* step 6 is good",
