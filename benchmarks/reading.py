@@ -158,7 +158,7 @@ def read_with_radiance(
     folder: str, options: argparse.Namespace, processes: int
 ) -> Iterator[Iterator[Any]]:
     data = config.Data(
-        source="folder", path=folder, cache_dir=f"{folder}/.cache", validation_fraction=1e-9,
+        source="folder", path=folder, cache_dir=f"{folder}/.cache", validation_fraction=0.0,
         resolution=options.resolution, batch_size=options.batch,
         num_workers=processes, num_threads=1 if processes else os.cpu_count() or 1,
     )  # fmt: skip

@@ -60,9 +60,8 @@ def main(options: argparse.Namespace) -> int:
 def _iterate_texts(run: config.Config) -> Iterator[str]:
     """Yield all texts that the run encodes: prompts and the captions of both splits."""
     from radiance.data.captions import wrap_caption
-    from radiance.data.datasets import open_source
+    from radiance.data.datasets import open_splits
 
-    sources = [open_source(run.data, split) for split in ("train", "validation")]
     prompts = (
         *run.train.sample_prompts,
         run.sample.negative_prompt,
@@ -70,7 +69,7 @@ def _iterate_texts(run: config.Config) -> Iterator[str]:
     )
     captions = (
         wrap_caption(caption, run.data)
-        for source in sources
+        for source in open_splits(run.data).values()
         for i in range(len(source))
         for caption in source.captions(i)
     )

@@ -182,9 +182,9 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from radiance.base.errors import DataError
     from radiance.cli.survey import format_data_report, format_duplicates
     from radiance.data.datasets import open_source
+    from radiance.data.indexed import EmptySplitError
     from radiance.data.inspection import duplicates
     from radiance.data.inspection.lists import check_list_path, write_list
     from radiance.data.inspection.survey import survey_dataset
@@ -202,7 +202,7 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     splits: dict[str, Source | str] = {"train": open_source(run.data, "train", verbose=False)}
     try:
         splits["validation"] = open_source(run.data, "validation", verbose=False)
-    except DataError as error:
+    except EmptySplitError as error:
         splits["validation"] = str(error)
     sources = [split for split in splits.values() if not isinstance(split, str)]
     all_images = Mixture(sources, [1.0] * len(sources))

@@ -130,8 +130,9 @@ class Data(Section):
     mixture: tuple[MixtureSource, ...] = ()
     """Data sets of source=mixture."""
     validation_fraction: float = 0.05
-    """Fraction of the images in the validation split, chosen by hashes of their names. digits,
-    shapes and most of tfds have their own split."""
+    """Fraction of the images in the validation split, chosen by hashes of their names, and at least
+    one image. 0: all images are for training, and there is no validation loss. digits, shapes and
+    most of tfds have their own split."""
     cache_dir: str = resumable(CACHE_DIR)
     """Folder of prepared data sets and dataset indexes."""
     resolution: int = 512
@@ -211,8 +212,9 @@ class Data(Section):
             f"data.background={self.background}: three numbers from 0 to 255 are needed.",
         )
         require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction={self.validation_fraction} must be between 0 and 1.",
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must be at least 0 and less than "
+            "1.",
         )
         for protocol in self.protocols:
             require(

@@ -5,7 +5,7 @@ from typing import Any
 
 from radiance import config
 from radiance.data.index import DatasetIndex
-from radiance.data.indexed import IndexedSource
+from radiance.data.indexed import EmptySplitError, IndexedSource
 from radiance.data.listing import Listing
 from radiance.data.source import Mixture, Source
 
@@ -22,16 +22,55 @@ def open_source(data: config.Data, split: str, verbose: bool = True) -> Source:
         The source, which has at least one image.
 
     Raises:
-        DataError: The split is empty, or a dataset cannot be read.
+        EmptySplitError: The split is empty.
+        DataError: A dataset cannot be read.
         ConfigError: There is no such dataset.
     """
-    sources = [
-        _open_mixture_source(mixture_source, data, split, verbose)
-        for mixture_source in data.sources
-    ]
-    if len(sources) == 1:
-        return sources[0]
-    return Mixture(sources, [mixture_source.weight for mixture_source in data.sources])
+    if len(data.sources) == 1:
+        return _open_mixture_source(data.sources[0], data, split, verbose)
+    sources, weights = [], []
+    for mixture_source in data.sources:
+        try:
+            sources.append(_open_mixture_source(mixture_source, data, split, verbose))
+            weights.append(mixture_source.weight)
+        except EmptySplitError:
+            if _must_have_images(data, split):
+                raise
+    if not sources:
+        raise EmptySplitError(
+            "The validation split of the mixture is empty: set data.validation_fraction=0.05."
+        )
+    return Mixture(sources, weights)
+
+
+def open_splits(data: config.Data, verbose: bool = True) -> dict[str, Source]:
+    """Open the splits of the data by name, with their indexes built on first use.
+
+    Args:
+        data: Settings of the data.
+        verbose: True to print how many images were left out.
+
+    Returns:
+        "train" and "validation". The second is absent if data.validation_fraction=0 holds out no
+        image and no dataset has a validation split of its own.
+
+    Raises:
+        EmptySplitError: A split is empty that has to have images.
+        DataError: A dataset cannot be read.
+        ConfigError: There is no such dataset.
+    """
+    splits = {"train": open_source(data, "train", verbose)}
+    try:
+        splits["validation"] = open_source(data, "validation", verbose)
+    except EmptySplitError:
+        if _must_have_images(data, "validation"):
+            raise
+    return splits
+
+
+def _must_have_images(data: config.Data, split: str) -> bool:
+    """Return whether an empty split is an error."""
+    return split == "train" or data.validation_fraction > 0
 
 
 def describe_source(source: Source, data: config.Data, split: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt32, UInt64
 from PIL import Image
 
 from radiance import config
@@ -18,7 +18,13 @@ from radiance.data.buckets import assign_buckets, is_within_aspect_ratio
 from radiance.data.index import DatasetIndex
 from radiance.data.source import MAX_EXAMPLES, Span
 
+DEFAULT_FRACTION = config.Data().validation_fraction
+MAX_BOUND = 2.0**64 - 2**12  # of split hashes: uint64 cannot hold 2⁶⁴
 TOO_LONG, TOO_SMALL = "aspect ratio too large", "too small"
+
+
+class EmptySplitError(DataError):
+    """A split of a data set without an image that can be used."""
 
 
 class IndexedSource:
@@ -31,7 +37,7 @@ class IndexedSource:
         verbose: True to print how many images were left out.
 
     Raises:
-        DataError: No image of the split can be used.
+        EmptySplitError: No image of the split can be used.
     """
 
     def __init__(
@@ -39,11 +45,12 @@ class IndexedSource:
     ):
         self.dataset_index, self.background = dataset_index, data.background
         metadata = dataset_index.metadata
-        in_split = _is_validation(metadata["split_hash"], data) == (split == "validation")
         has_bucket = _has_bucket(metadata, data)
+        bound = _find_validation_bound(metadata["split_hash"][has_bucket], data)
+        in_split = (metadata["split_hash"] < bound) == (split == "validation")
         self.record_indices: Int64[np.ndarray, " n"] = np.flatnonzero(in_split & has_bucket)
 
-        skipped_names = _find_unusable(dataset_index, data, split)
+        skipped_names = _find_unusable(dataset_index, bound, split)
         skip_counts = {kind: len(names) for kind, names in skipped_names.items()}
         for kind, skipped in _find_without_bucket(metadata, data, has_bucket).items():
             skipped_indices = np.flatnonzero(in_split & skipped)
@@ -60,7 +67,7 @@ class IndexedSource:
 
         if len(self) == 0:
             num_in_other_split = int((~in_split & has_bucket).sum())
-            raise DataError(self._format_empty_error(data, split, num_in_other_split))
+            raise EmptySplitError(self._format_empty_error(data, split, num_in_other_split))
         if self.skip_counts and verbose:
             print(
                 f"{dataset_index.title}, {split}: {len(self)} images; "
@@ -84,9 +91,11 @@ class IndexedSource:
             TOO_LONG: f"raise data.max_aspect_ratio={data.max_aspect_ratio}",
         }
         main_kind = max(self.skip_counts, key=self.skip_counts.__getitem__, default="")
-        remedy = remedies.get(main_kind, "put images with captions there")
-        if num_in_other_split:
-            remedy += f", or change data.validation_fraction={data.validation_fraction}"
+        remedy = remedies.get(main_kind, "put more images with captions there")
+        if num_in_other_split and split == "validation" and data.validation_fraction:
+            remedy += ", or train without validation (data.validation_fraction=0)"
+        elif num_in_other_split:
+            remedy += f", or set data.validation_fraction={DEFAULT_FRACTION}"
         return (
             f"The {split} split of {self.dataset_index.title} is empty "
             f"(left out: {self._format_skipped() or 'none'}; "
@@ -146,13 +155,20 @@ class IndexedSource:
         return hashlib.sha256(record_hashes.tobytes()).hexdigest()
 
 
-def _is_validation(split_hashes: np.ndarray, data: config.Data) -> Bool[np.ndarray, " records"]:
-    """Return which split hashes belong to the validation split.
+def _find_validation_bound(
+    split_hashes: UInt64[np.ndarray, " usable"], data: config.Data
+) -> np.uint64:
+    """Return the bound that the split hashes of validation images stay below.
 
-    The bound stays below 2⁶⁴, which uint64 cannot hold, and below TRAIN_HASH.
+    It is at least 1, because 0 marks the validation split that a dataset has of its own, and below
+    TRAIN_HASH. If the fraction holds out no image, the one with the smallest hash is held out.
     """
-    bound = min(data.validation_fraction * 2.0**64, 2.0**64 - 2**12)
-    return split_hashes < np.uint64(bound)
+    bound = min(max(data.validation_fraction * 2.0**64, 1.0), MAX_BOUND)
+    if data.validation_fraction and len(split_hashes):
+        smallest, largest = split_hashes.min(), split_hashes.max()
+        if bound <= smallest < min(largest, MAX_BOUND):
+            return smallest + np.uint64(1)
+    return np.uint64(bound)
 
 
 def _has_bucket(metadata: np.ndarray, data: config.Data) -> Bool[np.ndarray, " records"]:
@@ -172,11 +188,11 @@ def _find_without_bucket(
 
 
 def _find_unusable(
-    dataset_index: DatasetIndex, data: config.Data, split: str
+    dataset_index: DatasetIndex, bound: np.uint64, split: str
 ) -> dict[str, list[str]]:
     """Return the names of a split's images that cannot be used, by kind."""
     names = defaultdict(list)
     for unusable, split_hash in dataset_index.iter_unusable():
-        if (split_hash < data.validation_fraction * 2**64) == (split == "validation"):
+        if (split_hash < bound) == (split == "validation"):
             names[unusable.kind].append(unusable.name)
     return names

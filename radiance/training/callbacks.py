@@ -45,8 +45,9 @@ def make_callbacks(trainer: Trainer) -> list[Callback]:
         FiniteCheckCallback(),
         LogCallback(run),
         ProgressCallback(),
-        ValidationCallback(run),
     ]
+    if trainer.inputs.has_validation:
+        callbacks.append(ValidationCallback(run))
     if run.optimizer.ema_widths:
         callbacks.append(SnapshotCallback(trainer))
     return [*callbacks, CheckpointCallback(run), SampleCallback(run)]

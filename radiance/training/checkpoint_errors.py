@@ -92,8 +92,8 @@ def _is_damage(error: BaseException) -> bool:
 def _silence_orbax():
     """Suppress the lines that Orbax prints for every save, and thousands of them for a failure."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    # After an error, reads in progress fail where nobody waits for them, or end in an event loop that
-    # is closed already.
+    # After an error, reads in progress fail where nobody waits for them, or end in an event loop
+    # that is closed already.
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     warnings.filterwarnings("ignore", r"coroutine '[\w.]+' was never awaited", RuntimeWarning)
     report_unraisable = sys.unraisablehook

@@ -11,7 +11,7 @@ import numpy as np
 from radiance import config
 from radiance.base.files import require_space
 from radiance.data.batches import Batch, Batches, make_validation_batches
-from radiance.data.datasets import describe_source, open_source
+from radiance.data.datasets import describe_source, open_splits
 from radiance.data.source import Source
 from radiance.distributed.sharding import host_rows, make_mesh, make_shardings
 from radiance.model.transformer import Params
@@ -65,14 +65,14 @@ class RunInputs:
     changes: tuple[Changes, ...]  # that the user has allowed, of each run
     mesh: jax.sharding.Mesh
     encoder: TextEncoder
-    sources: Mapping[str, Source]  # train and validation
+    sources: Mapping[str, Source]  # train and, unless none is held out, validation
     data: Mapping[str, Any]  # identities of data, text encoder, base and teacher, for data.json
     num_images: int
     prompts: tuple[str, ...]  # of the samples during training
     abstract_state: TrainState  # shapes and shardings, stacked for several seeds
     reference_loss: ReferenceLoss | None  # that the weights of `init` had before
     batches: tuple[BatchSource, ...]  # of each seed
-    validation_batches: Sequence[Batch]
+    validation_batches: Sequence[Batch]  # none without a validation split
     feed: DataFeed | None
 
     @property
@@ -84,6 +84,11 @@ class RunInputs:
     def seeds(self) -> tuple[int, ...]:
         """Seed of each run."""
         return tuple(run.train.seed for run in self.runs)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are images for a validation loss."""
+        return bool(self.feed or self.validation_batches)
 
 
 def prepare(
@@ -112,7 +117,12 @@ def prepare(
     # Each host encodes the text of its own rows on its own devices.
     host_mesh = make_mesh(config.Mesh(data=1, fsdp=-1), jax.local_devices())
     encoder = make_encoder(run.text, run.model.text_dim, partial(make_shardings, mesh=host_mesh))
-    sources = {split: open_source(run.data, split) for split in ("train", "validation")}
+    sources = open_splits(run.data)
+    if run.distill.kind == "trajectories" and "validation" not in sources:
+        raise config.ConfigError(
+            "distill.kind=trajectories needs captions for validation: set "
+            "data.validation_fraction=0.05."
+        )
 
     data = _describe_data(run, sources, encoder) | (dict(feed.metadata) if feed else {})
     check_hosts_agree(data)
@@ -122,7 +132,8 @@ def prepare(
         for directory, seed_run in zip(directories, runs)
     )
 
-    prompts = run.train.sample_prompts or choose_prompts(run, sources["validation"], encoder)
+    caption_source = sources.get("validation", sources["train"])
+    prompts = run.train.sample_prompts or choose_prompts(run, caption_source, encoder)
     # Raises TextError for a prompt over the limit.
     encoder([*prompts, run.sample.negative_prompt, run.distill.sample.negative_prompt])
 
@@ -224,6 +235,8 @@ def _make_validation_batches(
             masking,
             run.data.batch_size,
         )
+    if "validation" not in sources:
+        return []
     return make_validation_batches(
         sources["validation"], run.data, encoder, run.train.validation_images, masking
     )

@@ -108,6 +108,8 @@ def _compile_step(inputs: RunInputs) -> Callable:
 def _check_initial_loss(trainer: Trainer) -> str:
     """Write the loss of the weights of `init`, and return a diagnosis of it."""
     inputs, run = trainer.inputs, trainer.run
+    if not inputs.has_validation:
+        return "step 0: no image is held out, so the loss of the weights cannot be checked."
     losses = trainer.write_validation_losses()
 
     def measure(other: config.Config) -> np.ndarray:

@@ -25,6 +25,7 @@ from radiance.training.metrics_file import describe_damage, read_metrics_file
 
 ORBAX_TEMP_PATTERN = "*.orbax-checkpoint-tmp*"
 NUM_SCANS = 3
+PACKAGE_DIR = Path(__file__).parents[1]
 
 
 class RunDirectory:
@@ -225,7 +226,9 @@ def describe_environment() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    status = _run_git("status", "--porcelain")
+    # Untracked files are part of the code only inside the package.
+    changed = _run_git("status", "--porcelain", "--untracked-files=no")
+    added = _run_git("status", "--porcelain", "--", ".")
     return {
         "python": platform.python_version(),
         "packages": packages,
@@ -233,7 +236,7 @@ def describe_environment() -> dict[str, Any]:
         "hosts": jax.process_count(),
         "platform": platform.platform(),
         "commit": _run_git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
+        "dirty": None if changed is None else bool(changed or added),
     }
 
 
@@ -242,7 +245,7 @@ def _run_git(*command: str) -> str | None:
     try:
         result = subprocess.run(
             ["git", *command],
-            cwd=Path(__file__).parent,
+            cwd=PACKAGE_DIR,
             capture_output=True,
             text=True,
             timeout=10,

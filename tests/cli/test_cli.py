@@ -23,6 +23,7 @@ from radiance.config.experiments import load_experiment
 from radiance.data.datasets import open_source
 from radiance.distributed import hosts
 from tests.helpers.toy_files import PIXELS, published, save
+from tests.helpers.toy_folders import fill
 from tests.helpers.toy_runs import PLAIN, toy_run, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -310,7 +311,7 @@ def test_an_interrupted_data_set_is_continued(capsys, trained, tmp_path, data_di
             path=str(folder),
             cache_dir=data_directory,
             resolution=8,
-            validation_fraction=1e-9,
+            validation_fraction=0.0,
         ),
         "train",
     )
@@ -406,7 +407,7 @@ def test_inspect_data(capsys, tmp_path):
     changes = [
         "data.resolution=128",
         "data.batch_size=2",
-        "data.validation_fraction=1e-9",
+        "data.validation_fraction=0.0",
         f"data.cache_dir={tmp_path}/.kept",
         "text.max_length=16",
     ]
@@ -562,6 +563,21 @@ def test_values_of_another_form_are_reported_by_argparse(option, value, message,
     with pytest.raises(SystemExit):
         main(["sample", "MODEL", option, value])
     assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+def test_captions_of_a_few_images_are_encoded(capsys, tmp_path):
+    fill(tmp_path / "images", 3)
+    changes = [
+        "data.source=folder",
+        f"data.path={tmp_path / 'images'}",
+        f"data.cache_dir={tmp_path / 'kept'}",
+        "data.resolution=8",
+        f"text.cache={tmp_path / 'cache'}",
+    ]
+    main(["encode", "experiments/quickstart.py", *changes, "data.validation_fraction=0"])
+    assert "cache: 14 captions encoded" in capsys.readouterr().out  # 3 of images, and prompts
+    main(["encode", "experiments/quickstart.py", *changes])  # one image is held out
+    assert ": 0 captions encoded" in capsys.readouterr().out
 
 
 def test_missing_and_wrong_inputs_are_reported(capsys, trained, tmp_path):

@@ -23,7 +23,7 @@ LIMITS = {
     "optimizer.learning_rate": "number > 0",
     "optimizer.beta1": "number ≥ 0 and < 1",
     "optimizer.weight_decay": "number ≥ 0",
-    "data.validation_fraction": "number > 0 and < 1",
+    "data.validation_fraction": "number ≥ 0 and < 1",
     "data.caption_dropout": "number from 0 to 1",
     "data.max_aspect_ratio": "number > 1",
     "data.bucket_step": "whole number ≥ 0",

@@ -116,7 +116,7 @@ def test_a_line_opens_no_file_system_within_another(tmp_path):
         path=str(path),
         cache_dir=str(tmp_path),
         resolution=8,
-        validation_fraction=1e-9,
+        validation_fraction=0.0,
     )
     source = open_source(data, "train")
     assert [source.name(i) for i in range(len(source))] == ["good.png"]

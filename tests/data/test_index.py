@@ -230,7 +230,7 @@ def test_a_dataset_may_have_splits_of_its_own(tmp_path):
 def test_images_without_a_bucket_are_left_out(tmp_path, capsys):
     sizes = [(300, 100), (99, 100), (100, 100), (150, 110)]
     records = [make_record(i, width=size[0], height=size[1]) for i, size in enumerate(sizes)]
-    buckets = {"validation_fraction": 1e-9, "bucket_step": 32}
+    buckets = {"validation_fraction": 0.0, "bucket_step": 32}
     small = buckets | {"resolution": 64, "extra_resolutions": (96,)}
     source = open_split(tmp_path, records=records, **small)
     assert source.skip_counts == {"aspect ratio too large": 1}
@@ -245,12 +245,12 @@ def test_images_without_a_bucket_are_left_out(tmp_path, capsys):
 
 def test_images_of_a_mixture_follow_those_of_the_previous_source(tmp_path):
     first = open_split(
-        tmp_path, records=[make_record(i) for i in range(5)], validation_fraction=1e-9
+        tmp_path, records=[make_record(i) for i in range(5)], validation_fraction=0.0
     )
     second = open_split(
         tmp_path,
         records=[make_record(9, loss_weight=2.0), make_record(8, has_tags=True)],
-        validation_fraction=1e-9,
+        validation_fraction=0.0,
     )
     mixture = Mixture([first, second], [1, 3])
     assert len(mixture) == 7

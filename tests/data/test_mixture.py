@@ -266,7 +266,7 @@ def settings(folder, **changes):
         resolution=8,
         max_upscale=2.0,
         num_threads=2,
-        validation_fraction=1e-9,
+        validation_fraction=0.0,
         caption_dropout=0.0,
         cache_dir=f"{folder}/prepared",
     )

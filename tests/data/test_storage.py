@@ -140,7 +140,7 @@ def open_images(source, path, cache_dir):
     data = config.Data(
         source=source,
         path=str(path),
-        validation_fraction=1e-9,
+        validation_fraction=0.0,
         resolution=8,
         cache_dir=str(cache_dir),
         num_threads=2,

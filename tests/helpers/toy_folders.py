@@ -23,7 +23,7 @@ def fill(folder, num_images=40):
     return folder
 
 
-def settings(folder, validation_fraction=1e-9, **changes):
+def settings(folder, validation_fraction=0.0, **changes):
     """Return settings of a folder; nearly every image is for training.
 
     The dataset index is written to a subfolder in which no image is searched.
@@ -44,7 +44,7 @@ def settings(folder, validation_fraction=1e-9, **changes):
     )
 
 
-def open_folder(folder, split="train", validation_fraction=1e-9, **changes):
+def open_folder(folder, split="train", validation_fraction=0.0, **changes):
     """Open one split of a folder."""
     return open_source(settings(folder, validation_fraction, **changes), split)
 

@@ -28,7 +28,7 @@ def shard_settings(source: str, path, cache_dir, **changes) -> config.Data:
         "resolution": 8,
         "max_upscale": 2.0,
         "num_threads": 2,
-        "validation_fraction": 1e-9,
+        "validation_fraction": 0.0,
         "caption_dropout": 0.0,
     }
     return config.Data(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import subprocess
 import time
 
 import jax
@@ -13,11 +14,12 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import CheckpointError, OutputError, TrainingError
 from radiance.evaluation.report import write_report
-from radiance.training import feed, inputs
+from radiance.training import feed, inputs, run_directory
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.initialization import load_pretrained_params
 from radiance.training.step import init_state
 from radiance.weights import checkpoint
+from tests.helpers.toy_folders import fill
 from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
 
 pytestmark = pytest.mark.slow
@@ -125,6 +127,43 @@ def test_batches_of_many_shapes_resume_in_the_middle_of_an_epoch(tmp_path):
     assert train(config.override(interrupted, ["train.steps=9", "data.num_workers=2"])) == 9
     assert same(final_state(interrupted), final_state(uninterrupted))
     assert [row for row in metrics(interrupted) if "loss" in row] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "is_dirty"),
+    [("runs/mine/config.json", False), ("package/new.py", True), ("experiment.py", True)],
+)
+def test_outputs_do_not_mark_the_code_as_changed(name, is_dirty, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    for path in (package / "code.py", tmp_path / "experiment.py"):
+        path.write_text("1\n")
+    author = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "Start"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(run_directory, "PACKAGE_DIR", package)
+    assert run_directory.describe_environment()["dirty"] is False
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("2\n")
+    assert run_directory.describe_environment()["dirty"] is is_dirty
+
+
+def test_a_run_may_do_without_validation(tmp_path, capfd):
+    fill(tmp_path / "images", 3)
+    changes = (
+        f"data.source=folder data.path={tmp_path / 'images'} data.validation_fraction=0 "
+        "data.resolution=8 data.batch_size=2 train.steps=2 train.log_every=1 "
+        "train.sample_prompts=[]"
+    )
+    run = toy_run(tmp_path, str(tmp_path / "prepared"), *changes.split(), **PLAIN)
+    assert train(run) == 2
+    assert [row.keys() & {"loss", "validation_loss"} for row in metrics(run)] == [{"loss"}] * 2
+    tuned = [f"init={run.run_dir}", "name=tuned", "train.steps=1"]
+    assert train(config.override(run, tuned)) == 1
+    assert "step 0: no image is held out, so the loss" in capfd.readouterr().err
+    distilled = [f"init={run.run_dir}", "name=distilled", "distill.kind=trajectories"]
+    with pytest.raises(config.ConfigError, match=r"needs captions .*validation_fraction=0.05"):
+        train(config.override(run, distilled))
 
 
 def test_a_checkpoint_of_one_mesh_resumes_on_another(uninterrupted, tmp_path, data_directory):

@@ -218,7 +218,7 @@ def test_a_list_of_a_folder_names_its_files(tmp_path):
         source="folder",
         path=f"{tmp_path}/data",
         resolution=16,
-        validation_fraction=1e-9,
+        validation_fraction=0.0,
         cache_dir=f"{tmp_path}/cache",
     )
     source = open_source(data, "train", verbose=False)

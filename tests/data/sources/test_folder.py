@@ -14,7 +14,7 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.batches import Batches
-from radiance.data.datasets import describe_source, open_source
+from radiance.data.datasets import describe_source, open_source, open_splits
 from radiance.data.listing import EDGE_BYTES, compute_split_hash
 from radiance.text.hash_encoder import HashEncoder
 from tests.helpers.toy_folders import (
@@ -347,7 +347,7 @@ def test_an_empty_split_is_an_error(tmp_path):
         open_folder("nowhere")
     with pytest.raises(
         DataError,
-        match=r"train split .* is empty \(left out: none; in the other split: 0\): put images",
+        match=r"train split .* is empty \(left out: none; in the other split: 0\): put more",
     ):
         open_folder(tmp_path)
     save(tmp_path / "a.png")
@@ -360,9 +360,35 @@ def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(
         DataError,
         match=r"validation split .* is empty \(left out: none; in the other split: 3\)"
-        r".* data.validation_fraction=1e-09",
+        r".* or set data.validation_fraction=0.05",
     ):
         open_folder(tmp_path, "validation")
+    with pytest.raises(DataError, match=r"train split .* or set data.validation_fraction=0.05"):
+        open_folder(tmp_path, "train", 0.999999)
+    assert open_splits(settings(tmp_path, 0.05)).keys() == {"train", "validation"}
+    assert open_splits(settings(tmp_path, 0.0)).keys() == {"train"}
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    fill(tmp_path, 1)
+    message = r"put more images with captions there, or .* \(data.validation_fraction=0\)"
+    with pytest.raises(DataError, match=message):
+        open_splits(settings(tmp_path, 0.05))
+    assert names(open_splits(settings(tmp_path, 0.0))["train"]) == ["00.png"]
+
+
+def test_a_fraction_holds_out_at_least_one_image(tmp_path):
+    fill(tmp_path, 12)
+    first = min((f"{i:02d}.png" for i in range(12)), key=compute_split_hash)
+    for fraction in (1e-9, 0.01, 0.05):
+        splits = open_splits(settings(tmp_path, fraction))
+        assert names(splits["validation"]) == [first]
+        assert len(splits["train"]) == 11
+    save(tmp_path / first, "too small", size=(2, 2))  # and so never used
+    held_out = names(open_folder(tmp_path, "validation", 0.01))
+    assert held_out == [
+        min((f"{i:02d}.png" for i in range(12) if f"{i:02d}.png" != first), key=compute_split_hash)
+    ]
 
 
 def test_contradictory_settings_are_errors():
@@ -373,7 +399,7 @@ def test_contradictory_settings_are_errors():
         config.Data(path="x")
     with pytest.raises(config.ConfigError, match=r"data.source=folder needs data.path: give"):
         open_source(config.Data(source="folder"), "train")
-    for fraction in (0.0, 1.0, float("nan")):
+    for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(config.ConfigError, match=r"data.validation_fraction"):
             config.Data(source="folder", path="x", validation_fraction=fraction)
 

@@ -40,7 +40,7 @@ def settings(path, root="", **changes):
         "num_threads": 2,
         "caption_dropout": 0.0,
         "max_broken_fraction": 1.0,
-        "validation_fraction": 1e-9,
+        "validation_fraction": 0.0,
         "resolution": 8,
         "protocols": (*config.data.PROTOCOLS, "memory"),
     }
