@@ -156,10 +156,10 @@ def _add_output_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("images"),
+        default=Path("samples"),
         metavar="FOLDER",
-        help=f"folder of the PNG files and, for up to {MAX_SHEET_IMAGES} images, sheet.png "
-        "(default: images)",
+        help="folder of the numbered PNG files and, for up to "
+        f"{MAX_SHEET_IMAGES} images, a contact sheet; files that exist remain (default: samples)",
     )
     parser.add_argument(
         "--folder",
@@ -202,21 +202,19 @@ def _sample_prompts(
 ) -> int:
     """Sample this host's part of the images."""
     pairs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    jobs = [
-        SampleJob(f"{i:05d}_seed{seed}.png", prompt, seed) for i, (prompt, seed) in enumerate(pairs)
-    ]
+    jobs = [SampleJob(index, prompt, seed) for index, (prompt, seed) in enumerate(pairs)]
+    init_image = _load_init_image(options)
     require_folder(options.folder or options.out)
     writer: Writer
     if options.folder:
         writer = DatasetFolder(options.folder, jobs)
     else:
-        writer = OutputFolder(options.out, len(jobs), has_sheet=num_hosts == 1)
+        writer = OutputFolder(options.out, len(jobs), num_hosts)
     pending = writer.find_pending(jobs[host_index::num_hosts])
     if not pending:
         print(f"All images of {writer.folder} exist.")
         return 0
 
-    init_image = _load_init_image(options)
     pipeline = _load_pipeline(options)
     size = _image_size(options, pipeline) if init_image is None else init_image.size
     writer.check_metadata(pipeline.make_metadata(*size))

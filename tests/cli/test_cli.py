@@ -175,8 +175,9 @@ def test_sample(trained, tmp_path, capsys):
     )
     files = sorted(p.name for p in out.iterdir())
     assert files == [
-        *(f"{i:05d}_seed{s}.png" for i, s in enumerate([0, 1, 7, 0, 1, 7])),
-        "sheet.png",
+        "00000_seed0.png",
+        "00000_sheet.png",
+        *(f"{i:05d}_seed{s}.png" for i, s in enumerate([1, 7, 0, 1, 7], 1)),
     ]
     image = Image.open(out / "00005_seed7.png")
     assert image.size == (12, 8)
@@ -277,11 +278,34 @@ def test_changes_may_follow_flags(trained, tmp_path):
     assert np.abs(pixels["params"] - pixels["ema=0.9"]).max() > 0
 
 
-def test_images_are_not_overwritten(capsys, trained, tmp_path):
-    Image.new("RGB", (1, 1)).save(tmp_path / "00000_seed0.png")
-    assert "contains images already" in read_error(
-        capsys, "sample", trained, "--prompt", "one", "--out", tmp_path
+def test_samples_are_added_to_a_folder(capsys, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", str(trained), "guidance_scale=1", "--prompt", "one", "--seeds", "4-5"]
+    assert main(command) == 0
+    assert "2 images and 00000_sheet.png are in samples." in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in Path("samples").iterdir()}
+    assert main([*command, "weights=params"]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in Path("samples").iterdir()) == [
+        *("00000_seed4.png", "00000_sheet.png", "00001_seed5.png"),
+        *("00002_seed4.png", "00002_sheet.png", "00003_seed5.png"),
+    ]
+    jobs = [output.SampleJob(index, "one", 4) for index in range(6)]
+    assert output.OutputFolder(Path("samples"), 6, num_hosts=2).find_pending(jobs[1::2])
+    with pytest.raises(config.ConfigError, match="several hosts cannot add to them"):
+        output.OutputFolder(Path("samples"), 6, num_hosts=2).find_pending(jobs[::2])
+
+
+@pytest.mark.parametrize("caption_file", ["photo.txt", "metadata.jsonl"])
+def test_samples_are_not_mixed_with_training_data(caption_file, capsys, trained, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "photo.jpg")
+    (tmp_path / caption_file).write_text("one")
+    command = ["sample", trained, "--prompt", "one"]
+    assert f"is a data set (it contains {caption_file})" in read_error(
+        capsys, *command, "--out", tmp_path
     )
+    assert "contains photo.jpg" in read_error(capsys, *command, "--folder", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_interrupted_data_set_is_continued(capsys, trained, tmp_path, data_directory):
