@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,9 @@ def add_parser(subparsers):
     )
     parser.add_argument(
         "--dtype",
-        help="fp32, bf16 or fp16; fp8 and int8; in GGUF q8_0 and q4_0; by default the type of each "
-        "tensor, or bf16 if OUT does not support it",
+        help="fp32, bf16 or fp16; fp8 and int8; in GGUF q8_0 and q4_0 (K-quants: see "
+        "docs/checkpoints.md); by default the type of each tensor, or bf16 if OUT does not support "
+        "it",
     )
     parser.add_argument(
         "--weights",
@@ -173,6 +175,11 @@ def main(options: argparse.Namespace) -> int:
 
 def _check_options(options: argparse.Namespace, target_format: str, dtype: str | None):
     """Raise ConfigError if options contradict each other."""
+    if re.fullmatch(r"i?q\d_(k|xs|xxs|s|m|nl)(_[sml])?", (dtype or "").lower()):
+        raise config.ConfigError(
+            f"--dtype {options.dtype} is written by ggml's own tool: follow docs/checkpoints.md, "
+            "section K-quants, or choose q8_0 or q4_0."
+        )
     is_lora = is_lora_output(options, target_format)
     if options.extract and not is_lora:
         raise config.ConfigError(

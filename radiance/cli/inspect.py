@@ -1,11 +1,17 @@
 """`radiance inspect`: describe a model file or a data set."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radiance import config
 from radiance.cli.arguments import add_changes_argument, add_verb
 from radiance.config.experiments import load_experiment
+
+if TYPE_CHECKING:
+    from radiance.data.source import Source
 
 SHARD_SOURCES = {".tar": "tar", ".parquet": "parquet"}
 FILE_SOURCES = {".jsonl": "jsonl", **SHARD_SOURCES}
@@ -77,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
             raise config.ConfigError(
                 f"{options.target} is a data set, and --modulation is for a checkpoint."
             )
-        return _inspect_data(config.override(run, options.changes), options)
+        return _inspect_data(run, options)
     if data_options := [
         *options.changes,
         *(
@@ -183,14 +189,14 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from radiance.cli.survey import format_data_report, format_duplicates
-    from radiance.data.datasets import open_source
-    from radiance.data.indexed import EmptySplitError
     from radiance.data.inspection import duplicates
     from radiance.data.inspection.lists import check_list_path, write_list
     from radiance.data.inspection.survey import survey_dataset
-    from radiance.data.source import Mixture, Source
+    from radiance.data.source import Mixture
     from radiance.text.factory import make_token_counter
 
+    is_experiment = run.data.path != options.target
+    run = config.override(run, options.changes)
     distance = duplicates.DEFAULT_DISTANCE if options.distance is None else options.distance
     if not 0 <= distance <= duplicates.MAX_DISTANCE:
         raise config.ConfigError(
@@ -199,11 +205,8 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
     if options.distance is not None and not options.duplicates:
         raise config.ConfigError("--distance is for --duplicates: give that too.")
     count_tokens = make_token_counter(run.text)
-    splits: dict[str, Source | str] = {"train": open_source(run.data, "train", verbose=False)}
-    try:
-        splits["validation"] = open_source(run.data, "validation", verbose=False)
-    except EmptySplitError as error:
-        splits["validation"] = str(error)
+    run, resolutions = _survey_resolutions(run, options.changes, is_experiment)
+    splits = _open_splits(run.data)
     sources = [split for split in splits.values() if not isinstance(split, str)]
     all_images = Mixture(sources, [1.0] * len(sources))
     if options.write:
@@ -211,7 +214,12 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
             check_list_path(options.write, source, run.data.sources)
     with tqdm(total=len(sources[0]), unit="caption", disable=None) as bar:
         summary = survey_dataset(sources[0], run, count_tokens, bar.update)
-    print(format_data_report(run, splits, summary))
+    print(format_data_report(run, splits, summary) + resolutions)
+    if not is_experiment:
+        print(
+            f"\nTokens are those of the encoder {run.text.encoder}. For the one of an experiment:\n"
+            f"radiance inspect EXPERIMENT data.source={run.data.source} data.path={run.data.path}"
+        )
     indices = range(len(all_images))
     if options.duplicates:
         with tqdm(total=len(all_images), unit="image", disable=None) as bar:
@@ -240,3 +248,35 @@ def _inspect_data(run: config.Config, options: argparse.Namespace) -> int:
                 "into the folder of the images to keep it."
             )
     return 0
+
+
+def _open_splits(data: config.Data) -> dict[str, Source | str]:
+    """Return the splits of the data, or the reason why the validation split is empty."""
+    from radiance.data.datasets import open_source
+    from radiance.data.indexed import EmptySplitError
+
+    splits: dict[str, Source | str] = {"train": open_source(data, "train", verbose=False)}
+    try:
+        splits["validation"] = open_source(data, "validation", verbose=False)
+    except EmptySplitError as error:
+        if data.validation_fraction:
+            splits["validation"] = str(error)
+    return splits
+
+
+def _survey_resolutions(
+    run: config.Config, changes: list[str], is_experiment: bool
+) -> tuple[config.Config, str]:
+    """Return the run and a table of the images that resolutions keep, empty for shapes.
+
+    Without an experiment or a resolution of the user, the run gets one that keeps the images.
+    """
+    from radiance.cli.survey import format_resolutions
+    from radiance.data.inspection.survey import choose_resolution, count_kept_images
+
+    if any(source.source == "shapes" for source in run.data.sources):
+        return run, ""
+    num_images, kept = count_kept_images(run.data)
+    if not is_experiment and not any("resolution" in x.partition("=")[0] for x in changes):
+        run = config.override(run, [f"data.resolution={choose_resolution(kept)}"])
+    return run, "\n\n" + format_resolutions(run.data, num_images, kept)

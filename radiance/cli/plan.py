@@ -55,6 +55,7 @@ def main(options: argparse.Namespace) -> int:
 
     No weights are needed. The plan reports memory, work and time of one device.
     """
+    from radiance.base.compilation import report_compilation
     from radiance.base.files import replace_atomically, require_file
     from radiance.planning.plan import format_plan, make_plan
 
@@ -72,7 +73,9 @@ def main(options: argparse.Namespace) -> int:
     run = config.override(run, options.changes)
     error_on_uneven = "error" in (options.mesh.uneven, run.mesh.uneven)
     mesh = replace(options.mesh, uneven="error" if error_on_uneven else "replicate")
-    estimate = make_plan(replace(run, mesh=mesh), options.device, options.sample)
+    program = "the sampler" if options.sample else "the training step"
+    with report_compilation(program, f"for {options.device}; minutes for models of billions"):
+        estimate = make_plan(replace(run, mesh=mesh), options.device, options.sample)
     if options.json:
         with replace_atomically(options.json) as temp_path:
             temp_path.write_text(json.dumps(estimate.to_dict(), indent=2) + "\n", "utf-8")

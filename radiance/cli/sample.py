@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +270,8 @@ def _generate_images(
     """Yield the images of (prompt, seed) pairs one by one, with a progress bar."""
     from tqdm import tqdm
 
+    from radiance.base.compilation import report_compilation
+
     width, height = options.size or (None, None)
     images = pipeline.generate(
         [prompt for prompt, _ in jobs],
@@ -278,7 +280,10 @@ def _generate_images(
         height,
         init_image=init_image,
     )
-    yield from tqdm(images, total=len(jobs), unit="image", disable=None)  # None: no bar in a log
+    with report_compilation("the sampler and sampling the first images"):
+        first = next(images)
+    # None: no bar in a log.
+    yield from tqdm(chain([first], images), total=len(jobs), unit="image", disable=None)
 
 
 def _load_init_image(options: argparse.Namespace) -> InitImage | None:

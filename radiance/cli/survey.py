@@ -190,6 +190,26 @@ def _format_programs(survey: DatasetSurvey) -> str:
     )
 
 
+def format_resolutions(data: config.Data, num_images: int, kept: Mapping[int, int]) -> str:
+    """Format how many images each resolution keeps.
+
+    Args:
+        data: Settings of the data; a mark shows its resolutions.
+        num_images: Number of all images.
+        kept: Number of images kept, by resolution, largest first.
+    """
+    rows = [("Images by data.resolution", "kept", "left out", "")]
+    keeps_none = [resolution for resolution, count in kept.items() if count == 0]
+    keeps_all = [resolution for resolution, count in kept.items() if count == num_images]
+    largest, smallest = min(keeps_none, default=max(kept)), max(keeps_all, default=min(kept))
+    for resolution, count in kept.items():
+        is_used = resolution in data.resolutions
+        if smallest <= resolution <= largest or is_used:
+            mark = "used here" if is_used else ""
+            rows.append((f"{resolution}", f"{count:,}", f"{num_images - count:,}", mark))
+    return format_table(rows)
+
+
 def format_duplicates(
     source: Source,
     validation_start: int,

@@ -35,6 +35,9 @@ LIBTPU_OFFLINE_ENV = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# XLA logs an error when a compilation takes minutes, which large models need. Its other errors are
+# exceptions too.
+SILENT_LOG_LEVEL = "3"
 COMPILATION_CACHE_DIR = f"{CACHE_DIR}/xla"
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD, with values that keep freed memory.
@@ -52,6 +55,8 @@ def prepare_environment(multi_process: bool = False):
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path(COMPILATION_CACHE_DIR).expanduser())
     )
+    if not multi_process:  # where errors of the network are the only trace of a lost host
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", SILENT_LOG_LEVEL)
     _add_flags("LIBTPU_INIT_ARGS", TPU_FLAGS)  # only libtpu reads them
     if Path("/proc/driver/nvidia").exists():
         _add_flags("XLA_FLAGS", GPU_FLAGS)

@@ -19,6 +19,7 @@ from radiance.planning import hlo_cost
 from radiance.planning.hlo_text import DeviceGroups
 from radiance.planning.programs import (
     count_bytes_on_device,
+    count_disk_bytes,
     planned_resolution,
     prepare_sampling,
     prepare_training,
@@ -54,6 +55,8 @@ class Plan:
     collectives: dict[str, float]  # bytes sent, by kind
     unbounded_loops: int  # loops without a known trip count, which are counted as one trip
     seconds: dict[str, float]  # lower bounds from the roofline model: compute, memory, network
+    steps: int  # of the run; 0 for sampling
+    disk: int  # bytes of all checkpoints and snapshots at the end of the run
 
     @property
     def fits(self) -> bool | None:
@@ -81,9 +84,15 @@ class Plan:
         peak_flops = hardware.DEVICE_SPECS[self.device].flops_per_second
         return self.model_flops / (self.seconds[self.bottleneck] * peak_flops)
 
+    @property
+    def run_hours(self) -> float | None:
+        """The least time of all steps of the run in hours, or None if it is unknown."""
+        return self.steps * self.seconds[self.bottleneck] / 3600 if self.seconds else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and properties by name."""
-        return asdict(self) | {"fits": self.fits, "bottleneck": self.bottleneck, "mfu": self.mfu}
+        names = ("fits", "bottleneck", "mfu", "run_hours")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
@@ -127,6 +136,8 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
         collectives=costs.collectives,
         unbounded_loops=costs.unbounded_loops,
         seconds=costs.seconds,
+        steps=0 if sampling else run.train.steps,
+        disk=0 if sampling else count_disk_bytes(run),
     )
 
 
@@ -277,6 +288,7 @@ def format_plan(plan: Plan) -> str:
             *_format_memory(plan),
             "",
             *_format_work(plan),
+            *_format_run(plan),
         ]
     )
 
@@ -321,6 +333,17 @@ def _format_work(plan: Plan) -> list[str]:
             f"Roofline: {times}. Bottleneck: {plan.bottleneck}; MFU at most {plan.mfu:.0%}.",
         ]
     return lines
+
+
+def _format_run(plan: Plan) -> list[str]:
+    """Return lines about the whole run; none for sampling."""
+    if not plan.steps:
+        return []
+    hours = f"at least {plan.run_hours:.3g} hours, and " if plan.run_hours is not None else ""
+    return [
+        "",
+        f"The run: {plan.steps:,} steps; {hours}{plan.disk / 1e9:.3g} GB of disk for checkpoints.",
+    ]
 
 
 def _format_row(name: str, value: float, unit: str) -> str:

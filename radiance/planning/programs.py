@@ -62,6 +62,24 @@ def prepare_training(run: config.Config, mesh: jax.sharding.Mesh) -> PlannedProg
     )
 
 
+def count_disk_bytes(run: config.Config) -> int:
+    """Return the bytes of the checkpoints and snapshots that a run keeps, over all devices.
+
+    One checkpoint more than `train.max_to_keep` exists while it is written.
+    """
+    state = jax.eval_shape(partial(init_state, run))
+    num_bytes = (run.train.max_to_keep + 1) * _count_bytes(state)
+    if run.optimizer.ema_widths:
+        averages = [state.ema[name] for name in state.ema if name.startswith("width=")]
+        num_bytes += run.train.steps // run.train.snapshot_every * _count_bytes(averages)
+    return num_bytes
+
+
+def _count_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def prepare_sampling(run: config.Config, mesh: jax.sharding.Mesh) -> PlannedProgram:
     """Return the sampling program as the pipeline compiles it, for prompts of maximum length.
 

@@ -82,6 +82,9 @@ class LogCallback(Callback):
             "images_per_second": images_per_second,
             "input_wait_seconds": feed.wait_seconds,
         } | compute_throughput(trainer.run, images_per_second / trainer.mesh.size, feed.shapes)
+        if trainer.seconds_to_first_step is not None:
+            throughput["seconds_to_first_step"] = trainer.seconds_to_first_step
+            trainer.seconds_to_first_step = None
         rows = []
         for index, writer in enumerate(trainer.writers):
             seed_metrics = trainer.seed_metrics(metrics, index)

@@ -1,5 +1,7 @@
 """Checks of a run before and during training."""
 
+from pathlib import Path
+
 import jax
 
 from radiance import config
@@ -12,6 +14,31 @@ from radiance.training.checkpoints import Checkpoints
 from radiance.training.seed_checkpoints import SeedCheckpoints
 from radiance.training.step import Metrics
 from radiance.training.tracking import require_loggers
+
+PATH_SOURCES = ("folder", "jsonl", "tfds", "tar", "parquet")
+
+
+def check_inputs_given(run: config.Config) -> None:
+    """Raise ConfigError if several inputs of a run are missing, with all of them in one message.
+
+    A single one has a message of its own where it is opened.
+
+    Args:
+        run: Config to check.
+    """
+    missing = []
+    if any(not source.path and source.source in PATH_SOURCES for source in run.data.sources):
+        missing.append("images and captions (data.path=LOCATION)")
+    if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
+        missing.append("T5 (text.file=FILE, or text.cache=FOLDER filled by `radiance encode`)")
+    for name, meaning, path in (
+        ("init", "weights to start from", run.init),
+        ("distill.teacher", "the teacher", run.distill.teacher),
+    ):
+        if path and not Path(path).expanduser().exists():
+            missing.append(f"{meaning} ({name}={path} does not exist)")
+    if len(missing) > 1:
+        raise config.ConfigError(f"{run.name} lacks {', '.join(missing)}: give them all.")
 
 
 def check_run(run: config.Config, mesh: jax.sharding.Mesh):

@@ -18,7 +18,7 @@ from radiance.model.transformer import Params
 from radiance.text.encoder import TextEncoder
 from radiance.text.factory import make_encoder
 from radiance.training import trajectories
-from radiance.training.checks import check_run
+from radiance.training.checks import check_inputs_given, check_run
 from radiance.training.coordination import check_hosts_agree
 from radiance.training.initialization import (
     check_pretrained_params,
@@ -111,6 +111,8 @@ def prepare(
         OutputError: A directory cannot be written.
     """
     run = runs[0]
+    if not feed:
+        check_inputs_given(run)
     mesh = make_mesh(run.mesh)
     check_seeds(runs)
     check_run(run, mesh)

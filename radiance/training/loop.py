@@ -3,13 +3,15 @@
 A run directory holds a run. The same command resumes it, bit for bit as without an interruption.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import jax
 import numpy as np
 
 from radiance import config
+from radiance.base.compilation import report_compilation
 from radiance.data.batches import make_validation_batches
 from radiance.training.callbacks import SampleCallback, make_callbacks
 from radiance.training.coordination import (
@@ -82,9 +84,10 @@ def fit(
                 break
             trainer.profiler.before_step(trainer.step)
             batch = next(trainer.feed)
-            trainer.state, metrics = train_step(
-                trainer.state, batch, trainer.base, trainer.seeds, trainer.teacher
-            )
+            with _report_first_step(trainer):
+                trainer.state, metrics = train_step(
+                    trainer.state, batch, trainer.base, trainer.seeds, trainer.teacher
+                )
             trainer.step += 1
             for callback in callbacks:
                 if trainer.is_due(callback.every):
@@ -105,12 +108,25 @@ def _compile_step(inputs: RunInputs) -> Callable:
     )
 
 
+@contextmanager
+def _report_first_step(trainer: Trainer) -> Iterator[None]:
+    """Report that the first step is compiled inside the block, and measure the time until then."""
+    if trainer.step > trainer.first_step:
+        yield
+        return
+    with report_compilation("the training step", report=trainer.progress.print_line):
+        yield
+        jax.block_until_ready(trainer.state.params)
+    trainer.seconds_to_first_step = time.monotonic() - trainer.start_time
+
+
 def _check_initial_loss(trainer: Trainer) -> str:
     """Write the loss of the weights of `init`, and return a diagnosis of it."""
     inputs, run = trainer.inputs, trainer.run
     if not inputs.has_validation:
         return "step 0: no image is held out, so the loss of the weights cannot be checked."
-    losses = trainer.write_validation_losses()
+    with report_compilation("the validation loss", report=trainer.progress.print_line):
+        losses = trainer.write_validation_losses()
 
     def measure(other: config.Config) -> np.ndarray:
         # Batches with all of their text also show what the masking of the run hides.

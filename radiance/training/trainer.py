@@ -1,5 +1,6 @@
 """The state of a training in progress, on which the training loop and its callbacks act."""
 
+import time
 from contextlib import ExitStack, closing
 
 import jax
@@ -39,6 +40,9 @@ class Trainer:
         teacher: Teacher of every step, else None.
         seeds: Seed of each run, if there are several; else None.
         shown_metrics: Metrics on the progress bar.
+        start_time: Time of the monotonic clock when the training began.
+        seconds_to_first_step: From then to the first step, with its compilation; None before, and
+            after it is written.
         feed: Batches, after `open`.
         progress: Progress bar, after `open`.
         profiler: Profiler of some steps, after `open`.
@@ -51,6 +55,8 @@ class Trainer:
     writers: list[MetricWriter | NullMetricWriter]
 
     def __init__(self, inputs: RunInputs):
+        self.start_time = time.monotonic()
+        self.seconds_to_first_step: float | None = None
         self.inputs, self.run, self.mesh = inputs, inputs.run, inputs.mesh
         self.is_group = len(inputs.runs) > 1
         if _is_first_host():

@@ -455,7 +455,6 @@ def test_inspect_data(capsys, tmp_path):
         r"images +5",
         r"skipped: no caption +1\n  'none.png'",
         r"skipped: too small +1\n  'd.png'",
-        r"The validation split of folder .* is empty",
         r"  256 – 383  3  60.0%  █{50}\n  384 – 511  0   0.0%\n  512 – 767  2  40.0%  █{33}▍\n",
         r"  3:2  3  60.0%  █{50}",
         r"128 × 128 +5 +2 +1\n",
@@ -466,6 +465,7 @@ def test_inspect_data(capsys, tmp_path):
         r"Too uniform to compare: 1 image",
         r"Cannot be decoded: 1 image\n  'broken.jpg'",
         r"kept.jsonl lists 3 of the 5 images",
+        r"256 +4 +2 *\n192 +5 +1 *\n128 +5 +1 +used here",
     ):
         assert re.search(line, output_text), (line, output_text)
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
@@ -474,6 +474,23 @@ def test_inspect_data(capsys, tmp_path):
         ("c.jpg", 300),
         ("plain.png", 256),
     ]
+
+
+def test_inspect_chooses_the_resolution_that_keeps_images(capsys, tmp_path):
+    fill(tmp_path, 24, size=(100, 100))
+    Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
+    (tmp_path / "small.txt").write_text("small")
+    command = ["inspect", str(tmp_path), f"data.cache_dir={tmp_path}/.kept"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"\nresolution 96, ", text)
+    table = (
+        r"kept  left out *\n128 +0 +25 *\n96 +24 +1 +used here\n64 +24 +1 *\n48 +24 +1 *\n32 +25 +0"
+    )
+    assert re.search(table, text), text
+    assert f"radiance inspect EXPERIMENT data.source=folder data.path={tmp_path}" in text
+    assert main([*command, "data.resolution=32"]) == 0
+    assert re.search(r"\nresolution 32, [^$]*\n32 +25 +0 +used here", capsys.readouterr().out)
 
 
 def test_inspect_detects_models_and_data_sets(capsys, tmp_path, trained):

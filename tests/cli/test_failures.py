@@ -383,3 +383,19 @@ def test_a_folder_for_a_file_and_a_file_for_a_folder_are_one_line(capsys, tmp_pa
         ["plan", tmp_path, "--device", "cpu"],
     ):
         assert len(read_error(capsys, *command)) > 25, command
+
+
+def test_all_missing_inputs_are_named_at_once(capsys):
+    changes = ["init=nowhere.safetensors", "data.source=folder"]
+    assert main(["train", "experiments/lora.py", *changes]) == 2
+    error = capsys.readouterr().err
+    for part in ("data.path=LOCATION", "text.file=FILE", "init=nowhere.safetensors does not exist"):
+        assert part in error
+
+
+def test_k_quants_point_to_their_recipe(capsys, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    for dtype in ("q4_k", "Q4_K_M", "iq4_xs"):
+        command = ["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out.gguf")]
+        assert main([*command, "--dtype", dtype]) == 2
+        assert "follow docs/checkpoints.md, section K-quants" in capsys.readouterr().err

@@ -16,10 +16,10 @@ def save(path, *captions, size=(12, 10), color=(200, 30, 60), **options):
         path.with_suffix(".txt").write_text("\n".join(captions))
 
 
-def fill(folder, num_images=40):
+def fill(folder, num_images=40, **options):
     """Write images whose color and caption give their index."""
     for index in range(num_images):
-        save(folder / f"{index:02d}.png", f"image {index}", color=(index, index, index))
+        save(folder / f"{index:02d}.png", f"image {index}", color=(index, index, index), **options)
     return folder
 
 

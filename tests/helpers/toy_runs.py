@@ -146,7 +146,10 @@ def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subpr
 def metrics(run: config.Config) -> list[dict]:
     """Return the rows of metrics of a run, without those that depend on the clock."""
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_second", "input_wait_seconds", "tflops_per_device")
+    clock = (
+        *("images_per_second", "input_wait_seconds", "tflops_per_device"),
+        "seconds_to_first_step",
+    )
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 

@@ -87,6 +87,9 @@ def test_plan_of_training_counts_the_state_of_one_of_four_devices(tmp_path):
     assert plan["flops"] == pytest.approx(plan["model_flops"], rel=0.05)
     assert plan["unbounded_loops"] == 0
     assert plan["collectives"]["all-gather"] > 0
+    state_bytes = 5 * total_bytes  # weights, two averages and two moments
+    assert plan["disk"] == pytest.approx((run.train.max_to_keep + 1) * state_bytes, rel=0.01)
+    assert "The run: 8 steps; " in output
     assert "peak" in output
     assert "counted in the compiled program" in output
 
@@ -100,6 +103,7 @@ def test_plan_of_sampling_does_the_work_of_the_model():
     assert plan.collectives == {}
     assert plan.seconds == {}
     assert plan.fits is None
+    assert "The run" not in format_plan(plan)
 
 
 @pytest.mark.slow

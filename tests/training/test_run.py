@@ -60,6 +60,8 @@ def test_a_run_directory_holds_the_record_of_the_run(uninterrupted):
     rows = metrics(run)
     assert [r["step"] for r in rows if "loss" in r] == [2, 4, 6, 8]
     assert [r["step"] for r in rows if "validation_bins" in r] == [4, 8]
+    all_rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in all_rows if r.get("seconds_to_first_step", 0) > 0] == [2]
     assert "from scratch" in output
     assert "trained for 8 steps" in output
 

@@ -12,7 +12,8 @@ from jaxtyping import Float32, Int64, Real
 
 from radiance import config
 from radiance.data.batches import padded_text_length
-from radiance.data.buckets import upscale_factor
+from radiance.data.buckets import assign_buckets, upscale_factor
+from radiance.data.datasets import open_splits
 from radiance.data.sampler import BatchSampler
 from radiance.data.source import Source
 
@@ -21,6 +22,11 @@ _TALL_RATIOS = [Fraction(w, h) for w, h in ((1, 3), (1, 2), (9, 16), (2, 3), (3,
 ASPECT_RATIOS = (*_TALL_RATIOS, Fraction(1), *(1 / ratio for ratio in _TALL_RATIOS[::-1]))
 NUM_LENGTH_BINS = 16  # of the histogram of caption lengths up to text.max_length
 PERCENTS = (50, 90, 99, 100)  # percentiles of caption lengths
+
+
+# From which a folder's resolution is chosen.
+COMMON_RESOLUTIONS = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)
+MIN_KEPT_FRACTION = 0.95
 
 
 class Histogram(NamedTuple):
@@ -122,6 +128,38 @@ def survey_dataset(
             }
         ),
     )
+
+
+def count_kept_images(data: config.Data) -> tuple[int, dict[int, int]]:
+    """Count the images that common resolutions, and those of the settings, keep.
+
+    Args:
+        data: Settings of the data. Steps of buckets, upscaling and aspect ratios apply.
+
+    Returns:
+        The number of all images, and the number of images kept by resolution, largest first.
+    """
+    everything = ["resolution=1", "extra_resolutions=[]", "bucket_step=0", "validation_fraction=0"]
+    splits = open_splits(config.override(data, everything), verbose=False)
+    widths, heights = np.concatenate([split.sizes for split in splits.values()]).T
+    kept = {}
+    for resolution in sorted({*COMMON_RESOLUTIONS, *data.resolutions}, reverse=True):
+        if data.bucket_step and resolution % data.bucket_step:
+            continue
+        changes = [f"resolution={resolution}", "extra_resolutions=[]"]
+        assignment = assign_buckets(widths, heights, config.override(data, changes))
+        kept[resolution] = int((assignment.bucket_indices >= 0).sum())
+    return len(widths), kept
+
+
+def choose_resolution(kept: Mapping[int, int]) -> int:
+    """Return the largest resolution that keeps nearly as many images as any other.
+
+    Args:
+        kept: Number of images kept, by resolution.
+    """
+    needed = MIN_KEPT_FRACTION * max(kept.values())
+    return max(resolution for resolution, count in kept.items() if count >= needed)
 
 
 def _source_usage(source: Source, image_indices: Int64[np.ndarray, " seen"]) -> list[SourceUsage]:
