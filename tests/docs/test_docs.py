@@ -379,12 +379,26 @@ def test_the_job_set_starts_as_many_hosts_as_it_names():
 # --- the generated parts --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+def load_script(name: str):
+    """Import a script of docs/."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return load_script("hooks")
+
+
+def test_the_diagram_is_that_of_its_script():
+    script = load_script("diagram")
+    assert script.OUTPUT.read_text("utf-8") == script.draw_network()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
 
 
 def test_the_page_of_settings_has_all_of_them(hooks):
