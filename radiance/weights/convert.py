@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from radiance.weights.detect import MARKERS, MODEL_KEY
 from radiance.weights.formats import EXPORT_FORMATS, FOLDER_FORMATS, FORMATS_BY_SUFFIX
 from radiance.weights.gguf import QUANTIZED_DTYPES, write_gguf
 from radiance.weights.rounding import (
+    MapChunks,
     WrittenTensor,
     choose_dtype,
     copy_tensor,
@@ -57,19 +62,43 @@ class Export:
         )
         return export_scale_shape(self.checkpoint, name, is_copy) if has_scales else None
 
-    def tensors(self) -> Iterator[WrittenTensor]:
-        """Yield all tensors as they are written, in the order of `shapes`."""
+    def make_tensors(self) -> Iterator[WrittenTensor]:
+        """Yield all tensors as they are written, in the order of `shapes`.
+
+        While one is written, the next is rounded in threads, and the one after it is read.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as chunk_pool, ThreadPoolExecutor(2) as tensor_pool:
+            make_tensor = partial(self._make_tensor, map_chunks=chunk_pool.map)
+            yield from _map_ahead(make_tensor, self.shapes, tensor_pool, num_ahead=2)
+
+    def _make_tensor(self, name: str, map_chunks: MapChunks) -> WrittenTensor:
+        """Read a tensor and round it."""
+        if name in MARKERS:
+            return WrittenTensor(name, np.zeros(self.shapes[name], np.float32))
+        if name in self.copied_names and self.checkpoint.file_tensors:
+            return copy_tensor(
+                self.checkpoint.file_tensors, name, self.export_format, self.scale_shape(name)
+            )
+        values = self.checkpoint.get_tensor(name)
         is_gguf = self.export_format == "gguf"
-        for name, shape in self.shapes.items():
-            if name in MARKERS:
-                yield WrittenTensor(name, np.zeros(shape, np.float32))
-            elif name in self.copied_names and self.checkpoint.file_tensors:
-                yield copy_tensor(
-                    self.checkpoint.file_tensors, name, self.export_format, self.scale_shape(name)
-                )
-            else:
-                values = self.checkpoint.get_tensor(name)
-                yield round_tensor(values, self.dtypes[name], name, is_gguf)
+        return round_tensor(values, self.dtypes[name], name, is_gguf, map_chunks)
+
+
+def _map_ahead(
+    function: Callable[[str], WrittenTensor], names: Iterable[str], pool: Executor, num_ahead: int
+) -> Iterator[WrittenTensor]:
+    """Yield results in order, and compute a few of them before they are asked for."""
+    pending: deque[Future[WrittenTensor]] = deque()
+    try:
+        for name in names:
+            pending.append(pool.submit(function, name))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # after an error, or when the reader stops early
+        for future in pending:
+            future.cancel()
 
 
 def convert_checkpoint(
@@ -160,7 +189,7 @@ def _count_tensors(
     export: Export, report: ConversionReport, on_progress: Callable[[int], object]
 ) -> Iterator[WrittenTensor]:
     """Yield the tensors of an export and count them; markers are not counted."""
-    for tensor in export.tensors():
+    for tensor in export.make_tensors():
         if tensor.name not in MARKERS:
             num_params = math.prod(export.shapes[tensor.name])
             source_dtype = export.checkpoint.dtypes[tensor.name]

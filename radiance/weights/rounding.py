@@ -1,7 +1,8 @@
 """Choose the type in which a tensor is written, and copy or round its values to it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from radiance.weights.gguf import (
 )
 from radiance.weights.tensors import DTYPES, cast_array, is_finite
 
-CHUNK_SIZE = 1 << 22  # values that are rounded at once; the largest matrix has 151 million
+CHUNK_SIZE = 1 << 18  # values that are rounded at once: their float32 values fit in a core's cache
+MapChunks = Callable[..., Iterator]  # `map`, or that of a pool of threads
 
 
 class WrittenTensor(NamedTuple):
@@ -158,7 +160,9 @@ def copy_tensor(
     return result
 
 
-def round_tensor(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> WrittenTensor:
+def round_tensor(
+    values: np.ndarray, dtype: str, name: str, is_gguf: bool, map_chunks: MapChunks = map
+) -> WrittenTensor:
     """Return values in another type, rounded a few rows at a time.
 
     Args:
@@ -166,13 +170,15 @@ def round_tensor(values: np.ndarray, dtype: str, name: str, is_gguf: bool) -> Wr
         dtype: The type to round to.
         name: Native name.
         is_gguf: Values are encoded for a GGUF file.
+        map_chunks: Applies a function to chunks of rows, perhaps in threads.
 
     Raises:
         CheckpointError: If values are not finite, or too large for the type.
     """
     if is_exact_cast(values.dtype, dtype):
         return WrittenTensor(name, _encode(values, dtype, name, is_gguf))
-    chunks = [_round_chunk(chunk, dtype, name, is_gguf) for chunk in _split_chunks(values)]
+    round_chunk = partial(_round_chunk, dtype=dtype, name=name, is_gguf=is_gguf)
+    chunks = list(map_chunks(round_chunk, _split_chunks(values)))
     scales = [chunk.scales for chunk in chunks if chunk.scales is not None]
     return WrittenTensor(
         name,

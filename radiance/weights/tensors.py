@@ -32,6 +32,14 @@ DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
+# The bits that are all set in values that are not finite, and in no others.
+NONFINITE_BITS = {
+    DTYPES["bfloat16"]: np.uint16(0x7F80),
+    DTYPES["float16"]: np.uint16(0x7C00),
+    DTYPES["float8_e4m3fn"]: np.uint8(0x7F),
+    DTYPES["float8_e5m2"]: np.uint8(0x7C),
+}
+FINITE_CHUNK_SIZE = 1 << 18  # values that are tested at once: they fit in a core's cache
 # Dtypes by the codes of safetensors headers.
 DTYPES_BY_CODE = {
     "F64": np.dtype(np.float64),
@@ -349,9 +357,25 @@ def cast_array(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
 
 def is_finite(array: np.ndarray) -> bool:
     """Return True if all values are finite."""
-    if array.dtype == DTYPES["bfloat16"]:  # testing the exponent's bits is ten times as fast
-        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
+    if array.dtype.kind in "iub":
+        return True
+    is_contiguous = array.flags.c_contiguous or array.flags.f_contiguous
+    chunks = [array]
+    if is_contiguous and array.size > FINITE_CHUNK_SIZE:
+        values = array.ravel(order="K")
+        chunks = (
+            values[begin : begin + FINITE_CHUNK_SIZE]
+            for begin in range(0, values.size, FINITE_CHUNK_SIZE)
+        )
+    return all(map(_is_chunk_finite, chunks))
+
+
+def _is_chunk_finite(array: np.ndarray) -> bool:
+    """Return True if all values are finite. Testing bits is ten times as fast as `np.isfinite`."""
+    if array.dtype not in NONFINITE_BITS:
+        return bool(np.isfinite(array).all())
+    bits = NONFINITE_BITS[array.dtype]
+    return not ((array.view(bits.dtype) & bits) == bits).any()
 
 
 def concatenated_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import gguf
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 from radiance import config
 from radiance.base.errors import CheckpointError, OutputError
-from radiance.weights import native
+from radiance.weights import native, rounding
 from radiance.weights.checkpoint import Checkpoint, open_checkpoint
 from radiance.weights.conversion_report import find_network_part
 from radiance.weights.convert import WRITERS, convert_checkpoint
@@ -332,6 +333,22 @@ THEORY = {
     "q8_0": lambda blocks: uniform_error(np.abs(blocks).max(axis=-1) / 127, blocks),
     "q4_0": lambda blocks: uniform_error(np.abs(blocks).max(axis=-1) / 8, blocks),
 }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "q8_0"])
+def test_rounding_in_threads_gives_the_same(dtype, monkeypatch):
+    values = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    name, is_gguf = "double_blocks.0.img_mlp.0.weight", dtype == "q8_0"
+    expected = rounding.round_tensor(values, dtype, name, is_gguf)
+    monkeypatch.setattr(rounding, "CHUNK_SIZE", 256)
+    with ThreadPoolExecutor(4) as pool:
+        result = rounding.round_tensor(values, dtype, name, is_gguf, pool.map)
+    assert result.values.tobytes() == expected.values.tobytes()
+    assert (result.scales is None) == (expected.scales is None)
+    if expected.scales is not None:
+        np.testing.assert_array_equal(result.scales, expected.scales)
+    assert result.sum_squares == pytest.approx(expected.sum_squares)
+    assert result.sum_squared_errors == pytest.approx(expected.sum_squared_errors)
 
 
 @pytest.mark.parametrize("dtype", THEORY)

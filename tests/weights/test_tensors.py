@@ -15,6 +15,7 @@ from radiance.weights.safetensors import write_safetensors, write_safetensors_st
 from radiance.weights.tensors import (
     DTYPES,
     DTYPES_BY_CODE,
+    FINITE_CHUNK_SIZE,
     SCALE_SUFFIXES,
     cast_array,
     is_finite,
@@ -366,6 +367,16 @@ def test_is_finite_detects_every_nonfinite_value(name, value):
         finite_values = all_values[np.isfinite(all_values)]
     assert is_finite(finite_values)
     assert not is_finite(np.append(finite_values, np.array(value, dtype)))
+
+
+@pytest.mark.parametrize("index", [0, FINITE_CHUNK_SIZE, -1])
+def test_is_finite_tests_every_chunk(index):
+    values = np.zeros((2, FINITE_CHUNK_SIZE), np.float16)
+    assert is_finite(values)
+    assert is_finite(values.T)
+    values.reshape(-1)[index] = np.nan
+    assert not is_finite(values)
+    assert not is_finite(values.T)
 
 
 # --- failed writes --------------------------------------------------------------------------------
