@@ -47,10 +47,10 @@ def write_report(*directories: Path, out: Path | None = None) -> Path:
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _format_overview(runs),
+        _format_samples(runs),
         "<h2>Curves</h2>",
         render_charts(plot_run_curves(runs)),
         _format_validation_bins(runs),
-        _format_samples(runs),
         _format_skipped(runs),
         _format_config(runs),
         *map(_format_provenance, runs),

@@ -45,7 +45,10 @@ class ReportRun(NamedTuple):
 
 
 def plot_run_curves(runs: Sequence[ReportRun]) -> Iterator[Figure | None]:
-    """Yield the charts of a report: losses, gradients, speed and data."""
+    """Yield the charts of a report: losses, gradients, speed and data.
+
+    Measurements that never change have no chart.
+    """
     yield _plot_losses(runs)
     yield from _plot_validation_bins(runs)
     yield _plot_series(runs, "Gradient norm", "norm", "gradient_norm", log_scale=True)
@@ -137,8 +140,10 @@ def _plot_each(
     get_points: Callable[[ReportRun], Points],
     log_scale: bool = False,
 ) -> Figure | None:
-    """Plot one line per run; a single run needs no legend."""
+    """Plot one line per run, unless all are constant; a single run needs no legend."""
     lines = [Line("" if len(runs) == 1 else run.label, get_points(run), run.color) for run in runs]
+    if all(len({y for _, y in line.points if isfinite(y)}) < 2 for line in lines):
+        return None
     return plot_lines(title, unit, lines, log_scale)
 
 

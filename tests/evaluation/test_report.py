@@ -74,17 +74,21 @@ def make_run_directory(folder, name: str, rows=(), sheet_steps=()):
 
 def make_measurements(count: int):
     """Rows of metrics.jsonl: 10 steps of 256 images take 10 s."""
-    row = {
-        "gradient_norm": 2.0,
-        "gradient_norms": {HOSTILE_NAME: 1.0, "head": 2.0},
-        "learning_rate": 1e-4,
-        "images_skipped": 1,
-        "images_per_second": 256.0,
-        "input_wait_seconds": 2.5,
-        "tflops_per_device": 1.0,
-        "mfu": 0.4,
-    }
-    rows = [{"step": 10 * i, "loss": 1 / i, **row} for i in range(1, count + 1)]
+    rows = [
+        {
+            "step": 10 * i,
+            "loss": 1 / i,
+            "gradient_norm": 2.0 + i,
+            "gradient_norms": {HOSTILE_NAME: 1.0 + i, "head": 2.0 + i},
+            "learning_rate": 1e-4 * i,
+            "images_skipped": i,
+            "images_per_second": 256.0,
+            "input_wait_seconds": 2.5,
+            "tflops_per_device": 1.0 + i,
+            "mfu": 0.4 + i / 100,
+        }
+        for i in range(1, count + 1)
+    ]
     return [*rows, {"step": 10 * count, "validation_loss": 0.5, "validation_bins": [0.5, 0.25]}]
 
 
@@ -102,9 +106,11 @@ def test_report_of_one_run_shows_everything_and_escapes_names(tmp_path):
     assert "http:" not in text
     assert "https:" not in text
     assert "script" not in {tag for tag, _ in page.tags}
-    # Loss (raw, smoothed, validation), two bins, gradient norm, two parts, and six of speed and
-    # data.
-    assert page.line_lengths == [7, 7, 1, 1, 1, *[7] * 9]
+    # Loss (raw, smoothed, validation), two bins, gradient norm, two parts, and four of speed and
+    # data; throughput and the time of waiting never change.
+    assert page.line_lengths == [7, 7, 1, 1, 1, *[7] * 7]
+    assert "Throughput" not in page.text
+    assert text.index("<h2>Samples") < text.index("<h2>Curves")
     assert page.num_images == 2
     assert page.text.count(f"{HOSTILE_NAME} · two") == 1
     assert "70 of 100000" in page.text
