@@ -13,6 +13,7 @@ from radiance.cli.arguments import (
     parse_mesh,
 )
 from radiance.config.experiments import load_experiment
+from radiance.distributed.hardware import DEVICE_ALIASES
 
 
 def add_parser(subparsers):
@@ -25,6 +26,7 @@ def add_parser(subparsers):
         "radiance plan experiments/quickstart.py --device cpu",
         "radiance plan experiments.radiance_512 --device h100 --mesh fsdp=8",
         "radiance plan chroma1-radiance --sample --device v5e --mesh fsdp=4",
+        "radiance plan chroma1-radiance --sample --device h200 --kernels",
     )
     parser.add_argument(
         "experiment",
@@ -46,6 +48,11 @@ def add_parser(subparsers):
         action="store_true",
         help="plan the sampling of sample.batch_size images, not a training step",
     )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also list the kernels that cost most beyond their matrix products",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
     parser.set_defaults(run=main)
 
@@ -63,6 +70,11 @@ def main(options: argparse.Namespace) -> int:
         raise config.ConfigError(
             f"{mesh_changes[0]}: the mesh of a plan is given as --mesh, such as --mesh fsdp=8."
         )
+    if options.kernels and options.device == "cpu":
+        raise config.ConfigError(
+            "--kernels needs a device with known rates: give one of "
+            f"{', '.join(DEVICE_ALIASES)} as --device."
+        )
     if options.json:
         require_file(options.json)
     name = options.experiment
@@ -79,5 +91,5 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         with replace_atomically(options.json) as temp_path:
             temp_path.write_text(json.dumps(estimate.to_dict(), indent=2) + "\n", "utf-8")
-    print(format_plan(estimate))
+    print(format_plan(estimate, options.kernels))
     return 0

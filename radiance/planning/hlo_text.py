@@ -135,6 +135,40 @@ def parse_integer(instruction: Instruction) -> int:
     return int(instruction.arguments.strip("()"))
 
 
+# --- source lines --------------------------------------------------------------------------------
+
+
+def parse_source_lines(text: str) -> dict[str, list[str]]:
+    """Return the stack of source lines of each `stack_frame_id`, innermost first, as FILE:LINE.
+
+    A program has tables before its computations, whose rows refer to each other by number.
+    Samples: `1 "model/blocks.py"` of FileNames, `1 {file_name_id=1 function_name_id=1 line=28}` of
+    FileLocations, `2 {file_location_id=1 parent_frame_id=2}` of StackFrames. The parent of this
+    frame is frame 1: 1 is added to the number of a parent, so that 1 means none.
+    """
+    tables: dict[str, dict[str, str]] = {}
+    table: dict[str, str] = {}
+    for line in text.splitlines():
+        if re.match(r"(ENTRY )?%", line):
+            break
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables.setdefault(line, {})
+        elif row := re.match(r"(\d+) (.*)", line):
+            table[row[1]] = row[2]
+
+    def read_field(row: str, name: str) -> str:
+        match = re.search(rf"\b{name}=(\d+)", row)
+        return match[1] if match else "0"
+
+    stacks: dict[str, list[str]] = {"0": []}
+    for frame, row in tables.get("StackFrames", {}).items():
+        location = tables["FileLocations"][read_field(row, "file_location_id")]
+        file_name = tables["FileNames"][read_field(location, "file_name_id")].strip('"')
+        parent = str(int(read_field(row, "parent_frame_id")) - 1)
+        stacks[frame] = [f"{file_name}:{read_field(location, 'line')}", *stacks.get(parent, [])]
+    return stacks
+
+
 # --- loops ---------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,13 @@ from radiance.model.flops import forward_flops, training_flops
 from radiance.model.transformer import make_abstract_params
 from radiance.planning import hlo_cost
 from radiance.planning.hlo_text import DeviceGroups
+from radiance.planning.kernel_times import (
+    NUM_LISTED,
+    KernelTimes,
+    format_kernel_times,
+    get_device_rates,
+    time_kernels,
+)
 from radiance.planning.programs import (
     count_bytes_on_device,
     count_disk_bytes,
@@ -57,6 +64,7 @@ class Plan:
     seconds: dict[str, float]  # lower bounds from the roofline model: compute, memory, network
     steps: int  # of the run; 0 for sampling
     disk: int  # bytes of all checkpoints and snapshots at the end of the run
+    kernels: KernelTimes | None  # None if the device is not in the table of devices
 
     @property
     def fits(self) -> bool | None:
@@ -90,9 +98,18 @@ class Plan:
         return self.steps * self.seconds[self.bottleneck] / 3600 if self.seconds else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and properties by name."""
+        """Return all fields and properties by name; of the kernels, those that cost most."""
+        kernels = None
+        if self.kernels:
+            kernels = {
+                "seconds": self.kernels.seconds,
+                "seconds_beyond_products": self.kernels.seconds_beyond_products,
+                "async_seconds": self.kernels.async_seconds,
+                "listed": [kernel._asdict() for kernel in self.kernels.kernels[:NUM_LISTED]],
+            }
         names = ("fits", "bottleneck", "mfu", "run_hours")
-        return asdict(self) | {name: getattr(self, name) for name in names}
+        properties = {name: getattr(self, name) for name in names}
+        return asdict(replace(self, kernels=None)) | properties | {"kernels": kernels}
 
 
 def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
@@ -114,7 +131,7 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
     compile_seconds = time.monotonic() - start_time
     device_kind = hardware.DEVICE_ALIASES.get(device, "")
     device_spec = hardware.DEVICE_SPECS.get(device_kind)
-    costs = _read_costs(compiled, device_spec) if compiled else UNKNOWN_COSTS
+    costs = _read_costs(compiled, device_kind) if compiled else UNKNOWN_COSTS
     return Plan(
         description=_describe_run(run, sampling),
         device=device_kind or device,
@@ -138,6 +155,7 @@ def make_plan(run: config.Config, device: str, sampling: bool = False) -> Plan:
         seconds=costs.seconds,
         steps=0 if sampling else run.train.steps,
         disk=0 if sampling else count_disk_bytes(run),
+        kernels=costs.kernels,
     )
 
 
@@ -210,22 +228,21 @@ class _CompiledCosts(NamedTuple):
     collectives: dict[str, float]
     unbounded_loops: int
     seconds: dict[str, float]
+    kernels: KernelTimes | None
 
 
-UNKNOWN_COSTS = _CompiledCosts(None, None, None, {}, 0, {})
+UNKNOWN_COSTS = _CompiledCosts(None, None, None, {}, 0, {}, None)
 
 
-def _read_costs(
-    compiled: jax.stages.Compiled, device: hardware.DeviceSpec | None
-) -> _CompiledCosts:
+def _read_costs(compiled: jax.stages.Compiled, device_kind: str) -> _CompiledCosts:
     hlo: Any = compiled.as_text()
     cost = hlo_cost.count_program_cost(hlo)
     collectives = {}
     for kind in hlo_cost.COLLECTIVE_KINDS:
         if sent_bytes := sum(c.sent_bytes for c in cost.collectives if c.kind == kind):
             collectives[kind] = sent_bytes
-    seconds = {}
-    if device:
+    seconds, kernels = {}, None
+    if device := hardware.DEVICE_SPECS.get(device_kind):
         network_seconds = sum(
             c.sent_bytes / send_bandwidth(device, c.groups) for c in cost.collectives
         )
@@ -234,6 +251,7 @@ def _read_costs(
             "memory": cost.traffic / device.memory_bandwidth,
             "network": network_seconds,
         }
+        kernels = time_kernels(hlo, cost, get_device_rates(device_kind))
     return _CompiledCosts(
         temporaries=_temporary_bytes(compiled),
         flops=cost.flops,
@@ -241,6 +259,7 @@ def _read_costs(
         collectives=collectives,
         unbounded_loops=cost.unbounded_loops,
         seconds=seconds,
+        kernels=kernels,
     )
 
 
@@ -275,8 +294,13 @@ def _count_model_flops(run: config.Config, sampling: bool) -> float:
 NAME_WIDTH = 34  # characters
 
 
-def format_plan(plan: Plan) -> str:
-    """Return the plan as a text of several lines. Numbers are per device."""
+def format_plan(plan: Plan, with_kernels: bool = False) -> str:
+    """Return the plan as a text of several lines. Numbers are per device.
+
+    Args:
+        plan: The plan.
+        with_kernels: Add the times of kernels, which `plan` must have.
+    """
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items())
     num_devices = math.prod(plan.mesh.values())
     return "\n".join(
@@ -289,6 +313,7 @@ def format_plan(plan: Plan) -> str:
             "",
             *_format_work(plan),
             *_format_run(plan),
+            *(_format_kernels(plan) if with_kernels else []),
         ]
     )
 
@@ -344,6 +369,14 @@ def _format_run(plan: Plan) -> list[str]:
         "",
         f"The run: {plan.steps:,} steps; {hours}{plan.disk / 1e9:.3g} GB of disk for checkpoints.",
     ]
+
+
+def _format_kernels(plan: Plan) -> list[str]:
+    if not plan.kernels:
+        return ["", "The compiler refused the program: there are no times of kernels."]
+    rates = get_device_rates(plan.device)
+    note = ["Collectives take further time where they do not overlap."] if plan.collectives else []
+    return ["", format_kernel_times(plan.kernels, rates, plan.model_flops), *note]
 
 
 def _format_row(name: str, value: float, unit: str) -> str:

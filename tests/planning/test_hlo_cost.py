@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from radiance.planning import hlo_cost
+from radiance.planning import hlo_cost, hlo_work
 from tests.helpers.toy_runs import output_of
 
 # Collectives of known sizes in loops, over a 2×4 mesh of 8 devices with 16 float32 values each.
@@ -169,5 +169,5 @@ def test_a_fusion_that_updates_a_row_has_the_traffic_of_rows():
     ],
 )
 def test_convolutions_of_padding_count_as_matrix_products(output, image, kernel, attributes):
-    flops = hlo_cost._count_convolution_flops(output, image, kernel, attributes)
+    flops = hlo_work._count_convolution_flops(output, image, kernel, attributes)
     assert flops == 2 * 6 * 10 * 8

@@ -23,6 +23,7 @@ from radiance.flow.schedules import make_time_schedule
 from radiance.model.flops import forward_flops
 from radiance.model.modulation import ModulationVectors
 from radiance.model.transformer import Transformer, make_abstract_params
+from radiance.planning.kernel_times import NUM_LISTED
 from radiance.planning.plan import format_plan, make_plan, send_bandwidth
 from tests.helpers.toy_runs import PLAIN, environment_of, toy_run, written_experiment
 
@@ -31,6 +32,7 @@ def run_plan_command(run: config.Config, out: Path, device: str, **environment) 
     """Run `radiance plan` for four devices in its own process; return JSON and output."""
     command = [sys.executable, "-m", "radiance", "plan", str(written_experiment(run))]
     command += ["--device", device, "--mesh", "fsdp=4", "--json", str(out)]
+    command += [] if device == "cpu" else ["--kernels"]
     process = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(out.read_text()), process.stdout
@@ -104,6 +106,7 @@ def test_plan_of_sampling_does_the_work_of_the_model():
     assert plan.seconds == {}
     assert plan.fits is None
     assert "The run" not in format_plan(plan)
+    assert plan.kernels is None
 
 
 @pytest.mark.slow
@@ -135,13 +138,16 @@ def test_plan_with_the_compiler_of_the_device(device, package, attention, tmp_pa
     sizes = PLAIN | dict(hidden=64, heads=1, rope_axes=(8, 28, 28), double_blocks=1)
     run = toy_run(tmp_path, str(tmp_path), "compute.dtype=bfloat16", **sizes)
     # The flags of these tests are for CPUs.
-    plan, _ = run_plan_command(run, tmp_path / "plan.json", device, XLA_FLAGS="")
+    plan, output = run_plan_command(run, tmp_path / "plan.json", device, XLA_FLAGS="")
     assert plan["attention"] == attention
     assert plan["exact"]
     assert plan["fits"]
     assert plan["bottleneck"]
     assert plan["unbounded_loops"] == 0
     assert set(plan["collectives"]) & {"all-gather", "reduce-scatter"}
+    assert plan["kernels"]["seconds"] > plan["seconds"]["compute"]
+    assert len(plan["kernels"]["listed"]) == NUM_LISTED
+    assert "beyond products" in output
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch):
@@ -159,6 +165,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch)
     plan = replace(plan, memory=16e9)
     assert plan.fits is False
     assert "DOES NOT FIT" in format_plan(plan)
+    assert "there are no times of kernels" in format_plan(plan, with_kernels=True)
 
 
 def test_an_uneven_mesh_is_an_error_if_the_run_or_the_mesh_says_so(tmp_path, monkeypatch):
@@ -167,7 +174,7 @@ def test_an_uneven_mesh_is_an_error_if_the_run_or_the_mesh_says_so(tmp_path, mon
     monkeypatch.setattr(
         "radiance.planning.plan.make_plan", lambda run, *_: settings.append(run.mesh.uneven)
     )
-    monkeypatch.setattr("radiance.planning.plan.format_plan", str)
+    monkeypatch.setattr("radiance.planning.plan.format_plan", Mock())
     for uneven, mesh in (
         ("replicate", "fsdp=2"),
         ("replicate", "fsdp=2,uneven=error"),
@@ -192,6 +199,7 @@ def test_error_messages(capsys, tmp_path, monkeypatch):
     assert "did you mean 'h200'?" in error_of("--device", "h2000")
     assert "does not say how many devices" in error_of("--device", "cpu", "--mesh", "fsdp=-1")
     assert "given as --mesh" in error_of("--device", "cpu", "mesh.fsdp=2")
+    assert "--kernels needs a device with known rates" in error_of("--device", "cpu", "--kernels")
     if importlib.util.find_spec("libtpu"):
         assert "data.batch_size=8 does not divide into 64 parts" in error_of(
             "--device", "v5e", "--mesh", "fsdp=64"
