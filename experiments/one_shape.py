@@ -7,9 +7,7 @@ A patch is one cell of the grid, so that a token holds one object or none, and r
 are high enough to separate four positions. It is the teacher of few_steps.py:shapes. The variant
 `three` has up to three objects, all counted and some described by the caption; it is the teacher
 of few_steps.py:three. The variant `six` has all backgrounds, named in every caption: the noise of
-an unnamed one drowns what the place of the object explains. It has not been run yet. `padding` and
-`padding:off` read captions by a T5 with random weights, whose padding differs between captions;
-they are for notebooks/02_attention_and_masking.ipynb.
+an unnamed one drowns what the place of the object explains. It has not been run yet.
 
 15 minutes of one CPU core (seed 0): F1 of the objects 0.957; on all six backgrounds 0.005:
 experiments/results/one_shape.md.
@@ -24,8 +22,6 @@ VARIANTS = {
         "data.shapes.named_backgrounds=1",
         "train.steps=3000",
     ],
-    "padding": ["text.encoder=random_t5", "text.max_length=24", "train.steps=800"],
-    "off": ["model.masking=off"],
 }
 
 

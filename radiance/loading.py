@@ -283,15 +283,16 @@ def _check_loadable(run: config.Config, model: str | Path, autoencoder: str):
             f"{model} needs a pooled CLIP vector (FLUX), which no encoder here computes: it can be "
             "converted, not sampled."
         )
+    missing = []
     if run.text.encoder == "t5" and not run.text.file and not run.text.cache:
-        raise config.ConfigError(
-            f"{model} needs its text encoder: give --text-encoder FILE, or text.file=FILE where "
-            "settings are changed (T5 v1.1; safetensors or GGUF)."
+        missing.append(
+            "its text encoder, T5 v1.1 as safetensors or GGUF (give --text-encoder FILE, or "
+            "text.file=FILE where settings are changed)"
         )
     if run.model.patch == 1 and not autoencoder:
-        raise config.ConfigError(
-            f"{model} generates latents: give --autoencoder FILE, FLUX's autoencoder."
-        )
+        missing.append("FLUX's autoencoder for its latents (give --autoencoder FILE)")
+    if missing:
+        raise config.ConfigError(f"{model} needs {' and '.join(missing)}.")
     if run.model.patch > 1 and autoencoder:
         raise config.ConfigError(
             f"{model} generates pixels and needs no autoencoder: do not give --autoencoder."

@@ -69,7 +69,7 @@ def sample(files, name, out, *more):
         ]
     )
     assert code == 0
-    return Image.open(next(out.glob("00000*.png")))
+    return Image.open(next(out.glob("*_seed*.png")))
 
 
 def pixels(image):
@@ -331,6 +331,7 @@ def test_a_preset_of_a_run_that_was_trained_at_several_resolutions(tmp_path):
     [
         ("pixels", {}, "needs its text encoder"),
         ("latents", dict(text_encoder="t5"), "give --autoencoder"),
+        ("latents", {}, "give --text-encoder .* and .* .give --autoencoder"),
         ("pixels", dict(text_encoder="t5", autoencoder="ae.safetensors"), "needs no autoencoder"),
         ("pixels", dict(text_encoder="t5", preset="radiance-x1"), "did you mean 'radiance-x0'"),
         ("pixels", dict(text_encoder="t5", loras=[("t5/model.safetensors", 1.0)]), "LoRA|module"),

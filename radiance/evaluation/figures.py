@@ -126,6 +126,23 @@ def plot_intervals(
     return figure
 
 
+def show_figure(figure: Figure, description: str) -> None:
+    """Display a figure in a notebook, with a text for readers who do not see it.
+
+    Args:
+        figure: The figure, which is closed.
+        description: What the figure shows.
+    """
+    from IPython.display import Image as NotebookImage
+    from IPython.display import display
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+    display(NotebookImage(buffer.getvalue(), alt=description))
+
+
 def plot_image_grid(
     images: Sequence[Image.Image | Float[np.ndarray, "height width 3"]],
     rows: Sequence[str],

@@ -13,6 +13,7 @@ from radiance.evaluation.figures import (
     plot_lines,
     render_svg,
     render_svg_element,
+    show_figure,
 )
 from radiance.evaluation.statistics import Interval
 
@@ -82,3 +83,13 @@ def test_an_image_grid_labels_rows_and_columns():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["x", "y"]
     with pytest.raises(ValueError, match="2 rows of 1 columns need 2 images, not 4"):
         plot_image_grid(images, ["a", "b"], ["x"], "title")
+
+
+def test_a_figure_in_a_notebook_has_a_description(monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setattr(display, "display", shown.append)
+    show_figure(plot_lines("", "", [Line("", [(0, 1.0), (1, 2.0)])]), "A line that rises.")
+    data, metadata = shown[0]._repr_png_()
+    assert metadata["alt"] == "A line that rises."
+    assert data
