@@ -68,6 +68,19 @@ def config() -> c.Config:
     )
 
 
+def choose_trained(run: str, toy: str) -> str:
+    """Return a run directory that is trained, else that of a toy, which is trained if missing.
+
+    Args:
+        run: Run directory.
+        toy: Run directory of a toy.
+    """
+    if (Path(run) / "report.html").is_file():
+        return run
+    train_missing(toy)
+    return toy
+
+
 def train_missing(*models: str) -> None:
     """Train those toys that are not trained yet.
 

@@ -12,6 +12,7 @@ def test_settings_of_the_user_have_precedence(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=98304 --other")
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
     # A path for which the driver of an NVIDIA GPU exists.
     monkeypatch.setattr(
         environment,
@@ -20,6 +21,7 @@ def test_settings_of_the_user_have_precedence(monkeypatch):
     )
     environment.prepare_environment()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "1"
     tpu_flags = os.environ["LIBTPU_INIT_ARGS"].split()
     assert tpu_flags[:2] == ["--xla_tpu_scoped_vmem_limit_kib=98304", "--other"]
     assert len(tpu_flags) == len(environment.TPU_FLAGS) + 1
