@@ -10,7 +10,7 @@ from radiance import config
 from radiance.training.adam import scale_by_adam
 from radiance.training.optimizer import make_lr_schedule, make_optimizer
 from radiance.training.parameter_groups import merge_params, split_frozen
-from radiance.training.stochastic_rounding import cast_params, stochastic_round
+from radiance.training.stochastic_rounding import cast_params, hash_indexes, stochastic_round
 
 TREE = {
     "a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
@@ -133,6 +133,26 @@ def test_values_are_rounded_to_a_neighbor_and_are_right_on_average():
     )["x"]
     assert np.array_equal(np.asarray(bad, np.float32), [np.inf, -np.inf, np.nan], equal_nan=True)
     assert stochastic_round(jax.random.key(0), {"x": x}, {"x": x})["x"] is x
+
+
+def test_bits_for_rounding_are_uniform_and_uncorrelated():
+    shape = (2, 256, 256)
+    keys = [jax.random.fold_in(jax.random.key(0), step) for step in range(4)]
+    draws = np.stack([np.asarray(hash_indexes(key, shape)).ravel() >> 16 for key in keys])
+    count = draws.shape[1]
+    # Standard normal: the counts of the upper byte of neighbors, and of their lower bytes.
+    for bytes_of_draws in (draws >> 8, draws & 255):
+        pairs = bytes_of_draws[:, 1:] // 16 * 16 + bytes_of_draws[:, :-1] // 16
+        for row in pairs:
+            excess = (np.bincount(row, minlength=256) - len(row) / 256) ** 2 / (len(row) / 256)
+            assert abs(excess.sum() - 255) < 6 * np.sqrt(2 * 255)
+    # Correlations between elements, along both axes, and between steps.
+    centered = (draws / 2**16 - 0.5) * np.sqrt(12)
+    for lag in (1, 2, 256, 65536):
+        correlation = (centered[:, lag:] * centered[:, :-lag]).mean(axis=1)
+        assert (np.abs(correlation) < 5 / np.sqrt(count - lag)).all()
+    correlation = centered @ centered.T / count - np.eye(4)
+    assert (np.abs(correlation[~np.eye(4, dtype=bool)]) < 5 / np.sqrt(count)).all()
 
 
 def test_small_changes_add_up_in_bfloat16():
