@@ -101,6 +101,10 @@ def compare(report: Report, task: Task, part: str, limits: Limits, options: argp
     del params  # they become the state of the steps
     report.write(f"### {part}")
     report.compare(measure.time_in_turn(contenders + peers, options.repeats), limits, columns)
+    if memory := jax.devices()[0].memory_stats():  # GPUs and TPUs count
+        report.write(
+            f"Peak of JAX on the device until here: {memory['peak_bytes_in_use'] / 1e9:.3g} GB."
+        )
 
 
 def padded_length(task: Task) -> int:

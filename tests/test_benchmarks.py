@@ -274,7 +274,7 @@ def test_attention():
 def test_error_ignores_hidden_rows():
     exact = [np.ones((1, 4, 1, 1), np.float32)]
     result = [jnp.array([1.0, 1.5, 9.0, 9.0]).reshape(1, 4, 1, 1)]
-    assert attention.compute_error(result, exact, 2) == 0.5
+    assert attention.compute_error(result, exact, np.array([2])) == 0.5
 
 
 @pytest.mark.slow
