@@ -2,7 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float32
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from radiance.base.errors import ConfigError
 from radiance.config import Sample
@@ -33,7 +33,7 @@ def make_time_schedule(
         mu = resolution_shift(num_tokens) if settings.shift is None else settings.shift
         times = np.append(shift_times(times[:-1], mu), 0.0)
     elif settings.schedule == "beta":
-        times = beta.ppf(times, *settings.beta)
+        times = betaincinv(*settings.beta, times)
     times = times.astype(np.float32)
     if not (np.diff(times) < 0).all():  # also where a time is NaN
         raise ConfigError(
