@@ -18,6 +18,9 @@ GPU_FLAGS = (
     "--xla_gpu_all_reduce_combine_threshold_bytes=536870912",
     "--xla_gpu_enable_while_loop_double_buffering=true",
 )
+# The autotuner, which needs a GPU, chooses between cuBLAS and Triton. Without it, all products
+# would be Triton's, and some of them fail to compile. A machine with a GPU optimizes as usual.
+GPU_PLAN_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_backend_optimization_level=3")
 TPU_FLAGS = (
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
@@ -25,6 +28,9 @@ TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_tpu_scoped_vmem_limit_kib=65536",  # room for the blocks of splash attention
 )
+# Kernels of a CPU's program contain no large products, which libraries compute. They are as fast
+# with little of LLVM's optimization, and take a third less time to compile: benchmarks/RESULTS.md.
+CPU_FLAGS = ("--xla_backend_optimization_level=1",)
 # Concurrent collectives may start in another order in each process or fake device, which is a
 # deadlock.
 MULTI_CPU_FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
@@ -60,6 +66,8 @@ def prepare_environment(multi_process: bool = False):
     _add_flags("LIBTPU_INIT_ARGS", TPU_FLAGS)  # only libtpu reads them
     if Path("/proc/driver/nvidia").exists():
         _add_flags("XLA_FLAGS", GPU_FLAGS)
+    else:
+        _add_flags("XLA_FLAGS", CPU_FLAGS)
     if multi_process or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         _add_flags("XLA_FLAGS", MULTI_CPU_FLAGS)
 
@@ -81,9 +89,7 @@ def prepare_plan_environment(device: str, num_devices: int):
     if num_devices > 1:
         _add_flags("XLA_FLAGS", [f"--xla_force_host_platform_device_count={num_devices}"])
     if DEVICE_ALIASES.get(device, "").startswith("NVIDIA"):
-        # The autotuner, which needs a GPU, chooses between cuBLAS and Triton. Without it, all
-        # products would be Triton's, and some of them fail to compile.
-        _add_flags("XLA_FLAGS", (*GPU_FLAGS, "--xla_gpu_enable_triton_gemm=false"))
+        _add_flags("XLA_FLAGS", (*GPU_FLAGS, *GPU_PLAN_FLAGS))
 
 
 def retain_freed_memory():

@@ -33,10 +33,26 @@ def test_settings_of_the_user_have_precedence(monkeypatch):
     assert dict(os.environ) == before
 
 
+def test_kernels_are_optimized_little_only_where_no_gpu_runs_them(monkeypatch):
+    path = type("Path", (), {"exists": lambda _: False, "expanduser": lambda _: ""})
+    monkeypatch.setattr(environment, "Path", lambda _: path())
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    environment.prepare_environment()
+    assert os.environ["XLA_FLAGS"].split() == list(environment.CPU_FLAGS)
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    for name in environment.LIBTPU_OFFLINE_ENV:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    environment.prepare_plan_environment("h200", 1)
+    environment.prepare_environment()
+    assert os.environ["XLA_FLAGS"].split() == [*environment.GPU_FLAGS, *environment.GPU_PLAN_FLAGS]
+
+
 @pytest.mark.parametrize(
     ("flags", "is_valid"),
     [
-        ((*environment.GPU_FLAGS, *environment.MULTI_CPU_FLAGS), True),
+        ((*environment.GPU_FLAGS, *environment.MULTI_CPU_FLAGS, *environment.CPU_FLAGS), True),
         ((*environment.GPU_FLAGS, "--xla_gpu_no_such_flag=on"), False),
     ],
 )
