@@ -1,18 +1,29 @@
 """Benchmarks at toy size run, print their tables, and list failing peers. No time is asserted."""
 
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, compile_time, host_memory, measure, networks, sampling, training
+from benchmarks import (
+    attention,
+    compile_time,
+    host_memory,
+    measure,
+    networks,
+    optimization_levels,
+    sampling,
+    training,
+)
 from benchmarks.measure import Contender, Limits, Report, Result
 from radiance import config
 from radiance.model.flops import forward_flops
 from radiance.weights import checkpoint
 from tests.helpers.toy_models import toy_model, toy_params
+from tests.helpers.toy_runs import PLAIN, toy_run
 
 TOY = [
     *(
@@ -287,6 +298,16 @@ def test_compile_time(monkeypatch):
     lines = report.sections[-1].splitlines()[2:]
     assert [line.split("|")[2].strip() for line in lines] == ["forward", "forward", "step", "step"]
     assert all("not measured: there are" in line for line in lines[1::2]) or len(jax.devices()) >= 8
+
+
+@pytest.mark.slow
+def test_optimization_levels(monkeypatch):
+    run = toy_run("unused", "unused", **PLAIN)
+    experiment = SimpleNamespace(config=lambda: run)
+    monkeypatch.setattr(optimization_levels, "load_module", lambda path: experiment)
+    report = optimization_levels.main(["--levels", "0", "1", "--steps", "1"])
+    lines = report.sections[-1].splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["0", "1"]
 
 
 @pytest.mark.slow
