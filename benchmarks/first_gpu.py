@@ -86,7 +86,7 @@ def make_parts() -> list[Part]:
     suite = ("ablate", "masking", "--scale", "gpu", "--minutes", MINUTES)
     folders = ("--results", f"{FOLDER}/masking", "--work", f"{FOLDER}/masking_runs")
     return [
-        _command("verify", 60, "radiance", "verify", *list_golden_files()),
+        _command("verify", 90, "radiance", "verify", *list_golden_files()),
         _command("bfloat16", 40, "benchmarks.first_gpu", "--golden-errors"),
         _command(
             "attention", 80, "benchmarks.attention", "--tokens", "1536", "4608", "--repeats", "3"
