@@ -28,8 +28,9 @@ TPU_FLAGS = (
     "--xla_enable_async_all_gather=true",
     "--xla_tpu_scoped_vmem_limit_kib=65536",  # room for the blocks of splash attention
 )
-# Kernels of a CPU's program contain no large products, which libraries compute. They are as fast
-# with little of LLVM's optimization, and take a third less time to compile: benchmarks/RESULTS.md.
+# Kernels of a CPU's program contain no large products, which libraries compute. They are about as
+# fast with little of LLVM's optimization, and compile in three quarters of the time:
+# benchmarks/RESULTS.md.
 CPU_FLAGS = ("--xla_backend_optimization_level=1",)
 # Concurrent collectives may start in another order in each process or fake device, which is a
 # deadlock.
