@@ -24,14 +24,14 @@ NUMBERED_NAME = re.compile(r"(\d{5,})_(?:seed\d+|sheet)\.png")
 class SampleJob(NamedTuple):
     """One image to sample."""
 
-    index: int  # among the images of a command
+    image_index: int  # among the images of a command
     prompt: str
     seed: int
 
     @property
     def name(self) -> str:
         """Name of the PNG file in a folder without other images."""
-        return f"{self.index:05d}_seed{self.seed}.png"
+        return f"{self.image_index:05d}_seed{self.seed}.png"
 
 
 @runtime_checkable
@@ -102,7 +102,7 @@ class OutputFolder:
         """Write an image, and remember it for the contact sheet."""
         if self._has_sheet:
             self._images.append(result.image)
-        name = f"{self._first_number + job.index:05d}_seed{job.seed}.png"
+        name = f"{self._first_number + job.image_index:05d}_seed{job.seed}.png"
         _write_png(self.folder / name, result.image, result.metadata)
 
     def finish(self, sheet_columns: int, metadata: Mapping[str, Any]) -> str:

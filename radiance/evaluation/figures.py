@@ -133,8 +133,8 @@ def show_figure(figure: Figure, description: str) -> None:
         figure: The figure, which is closed.
         description: What the figure shows.
     """
-    from IPython.display import Image as NotebookImage
-    from IPython.display import display
+    from IPython.display import Image as NotebookImage  # pyright: ignore[reportMissingImports]
+    from IPython.display import display  # pyright: ignore[reportMissingImports]
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
