@@ -25,7 +25,6 @@ def add_parser(subparsers):
         main.__doc__,
         "radiance plan experiments/quickstart.py --device cpu",
         "radiance plan experiments.radiance_512 --device h100 --mesh fsdp=8",
-        "radiance plan chroma1-radiance --sample --device v5e --mesh fsdp=4",
         "radiance plan chroma1-radiance --sample --device h200 --kernels",
     )
     parser.add_argument(
