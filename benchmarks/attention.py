@@ -3,10 +3,9 @@
     python -m benchmarks.attention --tokens 1024 4608 --heads 24 --head-dim 128 --dtype bfloat16
     python -m benchmarks.attention --tokens 304 4144 --hidden-tokens 7    (256² and 1024², cut text)
 
-All compute on the same values and hide the last tokens of each row, of each further row as many
-more. The error is the largest
-difference from float32 with exact products, relative to the largest value there; with the
-backward pass, the worst of the output and the three gradients.
+All compute on the same values. The first row of a batch hides its last N tokens, the second its
+last 2 N, and so on. The error is the largest difference from float32 with exact products, relative
+to the largest value there; with the backward pass, the worst of the output and the three gradients.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         "--hidden-tokens",
         type=int,
         default=471,
-        help="at the end of the first row, twice as many in the second; default: %(default)s",
+        help="N, at the end of the first row; default: %(default)s",
     )
     parser.add_argument("--batch", type=int, default=1 if small else 2, help="default: %(default)s")
     parser.add_argument(

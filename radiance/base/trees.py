@@ -19,6 +19,11 @@ def flatten_tree(tree: Any) -> dict[str, Any]:
     return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def count_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays in a tree, or of arrays of these shapes and types."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def count_params(params: Any) -> int:
     """Return the number of scalars in a tree of arrays or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

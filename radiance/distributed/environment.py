@@ -19,8 +19,8 @@ GPU_FLAGS = (
     "--xla_gpu_enable_while_loop_double_buffering=true",
 )
 # The autotuner, which needs a GPU, chooses between cuBLAS and Triton. Without it, all products
-# would be Triton's, and some of them fail to compile. A machine with a GPU optimizes as usual.
-GPU_PLAN_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_backend_optimization_level=3")
+# would be Triton's, and some of them fail to compile.
+GPU_PLAN_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
 TPU_FLAGS = (
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
@@ -30,8 +30,12 @@ TPU_FLAGS = (
 )
 # Kernels of a CPU's program contain no large products, which libraries compute. They are about as
 # fast with little of LLVM's optimization, and compile in three quarters of the time:
-# benchmarks/RESULTS.md.
+# benchmarks/RESULTS.md. Programs for accelerators are optimized as usual, also by `plan`.
 CPU_FLAGS = ("--xla_backend_optimization_level=1",)
+ACCELERATOR_PLAN_FLAGS = ("--xla_backend_optimization_level=3",)
+# NVIDIA's driver, and the devices of AMD's GPUs, of TPUs up to v4, and of later TPUs.
+NVIDIA_DRIVER = "/proc/driver/nvidia"
+ACCELERATOR_PATHS = (NVIDIA_DRIVER, "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 # Concurrent collectives may start in another order in each process or fake device, which is a
 # deadlock.
 MULTI_CPU_FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
@@ -65,9 +69,9 @@ def prepare_environment(multi_process: bool = False):
     if not multi_process:  # where errors of the network are the only trace of a lost host
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", SILENT_LOG_LEVEL)
     _add_flags("LIBTPU_INIT_ARGS", TPU_FLAGS)  # only libtpu reads them
-    if Path("/proc/driver/nvidia").exists():
+    if Path(NVIDIA_DRIVER).exists():
         _add_flags("XLA_FLAGS", GPU_FLAGS)
-    else:
+    if not any(Path(path).exists() for path in ACCELERATOR_PATHS):
         _add_flags("XLA_FLAGS", CPU_FLAGS)
     if multi_process or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         _add_flags("XLA_FLAGS", MULTI_CPU_FLAGS)
@@ -89,6 +93,8 @@ def prepare_plan_environment(device: str, num_devices: int):
         os.environ.setdefault(name, value)
     if num_devices > 1:
         _add_flags("XLA_FLAGS", [f"--xla_force_host_platform_device_count={num_devices}"])
+    if device in DEVICE_ALIASES:
+        _add_flags("XLA_FLAGS", ACCELERATOR_PLAN_FLAGS)
     if DEVICE_ALIASES.get(device, "").startswith("NVIDIA"):
         _add_flags("XLA_FLAGS", (*GPU_FLAGS, *GPU_PLAN_FLAGS))
 

@@ -53,7 +53,8 @@ DEVICE_SPECS = {
     "TPU v6 lite": DeviceSpec(918e12, 32e9, 1.64e12, 200e9, 256),  # v6e
     "TPU7x": DeviceSpec(1153.5e12, 96e9, 3.69e12, 300e9, 9216),
 }
-# Measured on one H200 in November 2026 with PyTorch 2.11 and CUDA 13: a product of two 8192×8192
+# Measured by others on one H200 in November 2026 with PyTorch 2.11 and CUDA 13 (no program of this
+# project has run on it): a product of two 8192×8192
 # matrices of random bfloat16 numbers (769 to 798 TFLOP/s in several runs of ten; zeros are faster),
 # and a copy of 4.3 GB within its memory.
 SUSTAINED_RATES = {"NVIDIA H200": SustainedRates(790e12, 4.3e12)}

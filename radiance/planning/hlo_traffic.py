@@ -80,8 +80,8 @@ def _count_fusion_traffic(
     for index, name in enumerate(instruction.operands):
         operand = computation[name]
         size = _count_elements(operand)
-        share = min(needed_elements[parameters[index].name] / size, 1) if size else 1
-        total += share * byte_size(operand.type, main_memory_only=True)
+        fraction = min(needed_elements[parameters[index].name] / size, 1) if size else 1
+        total += fraction * byte_size(operand.type, main_memory_only=True)
     return total
 
 
@@ -101,7 +101,7 @@ def _count_needed_elements(fused: Computation) -> dict[str, float]:
             if user.op in ("dynamic-slice", "gather") and index == 0:
                 needed[name] += user_needed
             elif user.op == "slice":
-                needed[name] += user_needed * _count_sector_share(user, fused[name])
+                needed[name] += user_needed * _compute_read_ratio(user, fused[name])
             elif user.op == "dynamic-update-slice" and index == 0:
                 continue
             elif user.op in POINTWISE_OPS and elements == user_elements:
@@ -111,17 +111,17 @@ def _count_needed_elements(fused: Computation) -> dict[str, float]:
     return needed
 
 
-def _count_sector_share(piece: Instruction, value: Instruction) -> float:
-    """Return how many times the bytes of a slice are read, as memory is read in sectors."""
-    (dtype, piece_sizes, _), (_, sizes, _) = parse_shapes(piece.type + value.type)
+def _compute_read_ratio(result: Instruction, value: Instruction) -> float:
+    """Return the bytes that a slice of a value reads, in complete sectors, over those it needs."""
+    (dtype, result_sizes, _), (_, sizes, _) = parse_shapes(result.type + value.type)
     contiguous_elements = 1
     for axis in reversed(range(len(sizes))):
-        contiguous_elements *= piece_sizes[axis]
-        if piece_sizes[axis] != sizes[axis]:
+        contiguous_elements *= result_sizes[axis]
+        if result_sizes[axis] != sizes[axis]:
             break
     contiguous_bytes = contiguous_elements * byte_size(f"{dtype}[]")
-    whole_share = math.prod(sizes) / max(math.prod(piece_sizes), 1)
-    return min(max(SECTOR_BYTES / max(contiguous_bytes, 1), 1), whole_share)
+    full_ratio = math.prod(sizes) / max(math.prod(result_sizes), 1)
+    return min(max(SECTOR_BYTES / max(contiguous_bytes, 1), 1), full_ratio)
 
 
 def _count_elements(instruction: Instruction) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from radiance import config
-from radiance.base.trees import leaf_path
+from radiance.base.trees import count_bytes, leaf_path
 from radiance.distributed.sharding import BATCH_SPEC, make_shardings
 from radiance.flow.distillation import Teacher
 from radiance.flow.sampler import TextCondition, compute_modulations, generate_images
@@ -68,16 +68,11 @@ def count_disk_bytes(run: config.Config) -> int:
     One checkpoint more than `train.max_to_keep` exists while it is written.
     """
     state = jax.eval_shape(partial(init_state, run))
-    num_bytes = (run.train.max_to_keep + 1) * _count_bytes(state)
+    num_bytes = (run.train.max_to_keep + 1) * count_bytes(state)
     if run.optimizer.ema_widths:
         averages = [state.ema[name] for name in state.ema if name.startswith("width=")]
-        num_bytes += run.train.steps // run.train.snapshot_every * _count_bytes(averages)
+        num_bytes += run.train.steps // run.train.snapshot_every * count_bytes(averages)
     return num_bytes
-
-
-def _count_bytes(tree: Any) -> int:
-    """Return the bytes of all arrays of a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def prepare_sampling(run: config.Config, mesh: jax.sharding.Mesh) -> PlannedProgram:

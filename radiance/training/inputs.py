@@ -10,6 +10,7 @@ import numpy as np
 
 from radiance import config
 from radiance.base.files import require_space
+from radiance.base.trees import count_bytes
 from radiance.data.batches import Batch, Batches, make_validation_batches
 from radiance.data.datasets import describe_source, open_splits
 from radiance.data.source import Source
@@ -144,8 +145,7 @@ def prepare(
     has_reference = is_fresh and run.init and run.distill.kind == "none"
     reference_loss = find_reference_loss(run) if has_reference else None
     abstract_state = _make_abstract_state(run, len(runs), mesh)
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
-    require_space(directories[0].checkpoint_dir, num_bytes)
+    require_space(directories[0].checkpoint_dir, count_bytes(abstract_state))
 
     if run.distill.kind == "trajectories":
         _generate_trajectories(run, sources, encoder, host_mesh, data)

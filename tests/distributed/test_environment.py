@@ -33,20 +33,30 @@ def test_settings_of_the_user_have_precedence(monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_kernels_are_optimized_little_only_where_no_gpu_runs_them(monkeypatch):
-    path = type("Path", (), {"exists": lambda _: False, "expanduser": lambda _: ""})
-    monkeypatch.setattr(environment, "Path", lambda _: path())
+@pytest.mark.parametrize("accelerator", [None, *environment.ACCELERATOR_PATHS])
+def test_kernels_are_optimized_little_only_without_an_accelerator(accelerator, monkeypatch):
+    def make_path(name):
+        methods = {"exists": lambda _: name == accelerator, "expanduser": lambda _: name}
+        return type("Path", (), methods)()
+
+    monkeypatch.setattr(environment, "Path", make_path)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    environment.prepare_environment()
+    flags = os.environ["XLA_FLAGS"].split()
+    assert (flags == list(environment.CPU_FLAGS)) == (accelerator is None)
+
+
+@pytest.mark.parametrize("device", ["h200", "v5p"])
+def test_programs_for_absent_accelerators_are_optimized_as_usual(device, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    environment.prepare_environment()
-    assert os.environ["XLA_FLAGS"].split() == list(environment.CPU_FLAGS)
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     for name in environment.LIBTPU_OFFLINE_ENV:
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("XLA_FLAGS", "")
-    environment.prepare_plan_environment("h200", 1)
+    environment.prepare_plan_environment(device, 1)
     environment.prepare_environment()
-    assert os.environ["XLA_FLAGS"].split() == [*environment.GPU_FLAGS, *environment.GPU_PLAN_FLAGS]
+    levels = [flag for flag in os.environ["XLA_FLAGS"].split() if "optimization_level" in flag]
+    assert levels == list(environment.ACCELERATOR_PLAN_FLAGS)
 
 
 @pytest.mark.parametrize(
