@@ -27,13 +27,17 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
     monkeypatch.setattr(first_gpu, "GRACE_SECONDS", 0.5)
     parts = [
         make_part("fails", 20, "raise SystemExit('no memory')"),
-        make_part("hangs", 0.6, f"{TABLE}\nimport time\ntime.sleep(60)"),
+        make_part("hangs", 3, f"{TABLE}\nimport time\ntime.sleep(60)"),
         Part("absent", 20, ("/no/such/program",)),
         make_part("works", 20, TABLE),
+    ]
+    last_parts = [
         make_part("until the end", math.inf, "import time\ntime.sleep(60)"),
         make_part("late", 20, TABLE),
     ]
-    returned = first_gpu.run_parts(parts, 4, tmp_path)
+    returned = first_gpu.run_parts(parts, 300, tmp_path)
+    page = (tmp_path / "first_gpu.md").read_text()
+    returned += first_gpu.run_parts(last_parts, 1, tmp_path)
     written = [json.loads(x) for x in (tmp_path / "first_gpu.jsonl").read_text().splitlines()]
     assert written == returned
     assert {record["part"]: record["status"] for record in written} == {
@@ -47,7 +51,6 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
     rows = [{"row": "ours", "seconds": "0.5"}]
     assert [record["tables"] for record in written] == [[], [rows], [], [rows], [], []]
     assert "no memory" in written[0]["output"]
-    page = (tmp_path / "first_gpu.md").read_text()
     assert "| hangs | stopped at its limit |" in page
     assert "| ours | 0.5 |" in page
 

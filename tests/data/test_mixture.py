@@ -12,10 +12,12 @@ from PIL import Image
 from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.batches import Batches, first_image_indices
-from radiance.data.datasets import describe_source, open_source
+from radiance.data.datasets import describe_source, open_source, open_splits
+from radiance.data.indexed import EmptySplitError
 from radiance.data.sampler import NO_IMAGE, BatchSampler
 from radiance.data.source import Mixture
 from radiance.text.hash_encoder import HashEncoder
+from tests.helpers import toy_folders
 from tests.helpers.toy_shards import fill_parquet, fill_tar
 
 
@@ -306,3 +308,29 @@ def test_processes_read_the_same_batches_as_threads(tmp_path):
         for a, b in zip(by_threads, by_processes, strict=True)
         for name in a
     )
+
+
+@pytest.mark.parametrize("has_shapes", [True, False])
+def test_a_mixture_may_hold_out_no_image_of_a_source(has_shapes, tmp_path):
+    toy_folders.fill(tmp_path / "images", 3)
+    other = (
+        config.MixtureSource(source="shapes", weight=3)
+        if has_shapes
+        else config.MixtureSource(source="folder", path=str(tmp_path / "images"))
+    )
+    folder = config.MixtureSource(source="folder", path=str(tmp_path / "images"))
+    data = config.Data(
+        source="mixture",
+        mixture=(folder, other),
+        validation_fraction=0.0,
+        cache_dir=str(tmp_path / "cache"),
+        resolution=8,
+    )
+    splits = open_splits(data)
+    assert len(splits["train"].spans) == 2
+    if has_shapes:  # they have a validation split of their own
+        assert len(splits["validation"].spans) == 1
+    else:
+        assert "validation" not in splits
+        with pytest.raises(EmptySplitError, match=r"set data\.validation_fraction=0\.05"):
+            open_source(data, "validation")
