@@ -54,17 +54,18 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
 def _describe_method(suite: Suite, results: Mapping[str, Result]) -> str:
     """Say how variants are compared."""
     is_tuned = any(result.tuning["losses"] for result in results.values())
-    seeds = ", ".join(map(str, results[suite.base].key.seeds))
+    seeds = abbreviate(results[suite.base].key.seeds)
     tuning = (
         "Learning rate and average are tuned for each variant."
         if is_tuned
         else "Nothing is tuned for each variant: all have one learning rate and average."
     )
     return (
-        f"Decided by {suite.metric}: {METRICS[suite.metric].description}. Seeds {seeds}; "
-        f"differences are paired by seed, as fractions of the base's mean, with {CONFIDENCE:.0%} "
-        "intervals that are not adjusted for several comparisons; p is after Holm's correction, "
-        f"without the controls. Margin of equality {suite.margin:.1%}, by two one-sided tests. "
+        f"Decided by {suite.metric}: {METRICS[suite.metric].description}. Seeds {seeds}. "
+        "Differences are paired by seed, and are fractions of the base's mean. Their "
+        f"{CONFIDENCE:.0%} intervals are not adjusted for several comparisons. p is after Holm's "
+        "correction, without the controls. "
+        f"Margin of equality {suite.margin:.1%}, by two one-sided tests. "
         "Detectable: the smallest true difference that these seeds would find with a probability "
         f"of 80 %. {tuning}"
     )

@@ -251,6 +251,7 @@ def check_comparable(key: ResultKey, other_key: ResultKey, path: Path):
 def abbreviate(value: str | Sequence[int]) -> str:
     """Return a short form of a commit, with its part after a plus, or of seeds."""
     if not isinstance(value, str):
-        return ",".join(map(str, value))
+        is_range = len(value) > 2 and list(value) == list(range(value[0], value[-1] + 1))
+        return f"{value[0]} to {value[-1]}" if is_range else ", ".join(map(str, value))
     commit, separator, suffix = value.partition("+")
     return commit[:20] + separator + suffix

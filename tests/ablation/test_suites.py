@@ -258,7 +258,7 @@ def test_an_interrupted_suite_resumes_and_a_finished_one_is_kept(suite, tmp_path
     assert ablate() == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert ablate("--seeds", "3") == 2
-    assert "seeds 0,1 instead of 0,1,2" in capsys.readouterr().err
+    assert "seeds 0, 1 instead of 0 to 2" in capsys.readouterr().err
     suite.write_text(suite.read_text().replace("caption_dropout=1", "caption_dropout=0.9"))
     assert ablate("--table") == 2
     assert "another config" in capsys.readouterr().err
