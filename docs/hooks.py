@@ -116,7 +116,8 @@ def rewrite_links(markdown: str, page: Path) -> str:
             uri = posixpath.relpath(_site_uri(path), posixpath.dirname(page_uri))
             return f"{image}[{text}]({uri}{anchor})"
         label, name = text.strip("`"), path.relative_to(ROOT).as_posix()
-        return f"`{name}`" if name.endswith(label) else f"{text} (`{name}`)"
+        code = f"`{name}`{{ .path }}"  # pages.css lets paths wrap in tables
+        return code if name.endswith(label) else f"{text} ({code})"
 
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else LINK.sub(rewrite, part) for part in parts)

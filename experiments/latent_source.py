@@ -2,10 +2,11 @@
 
     python experiments/latent_source.py [train.seed=SEED name=latent-SEED …]
 
-This trains both in minutes on a CPU into runs/latent_source: a run directory that `radiance
-sample` and `convert` open, with autoencoder.safetensors and captions.txt in it. It prints how
-many real images an exact reader still reads correctly after the autoencoder. The same command
-resumes, but an unfinished autoencoder starts anew.
+This trains both into runs/latent_source, the model in seven minutes of a CPU core and the
+autoencoder in six. `radiance sample` and `convert` open this run directory, which has
+autoencoder.safetensors and captions.txt in it. It prints how many real images an exact reader
+still reads correctly after the autoencoder. The same command resumes, but an unfinished
+autoencoder starts anew.
 
 `radiance train` trains pixel models only, so the loop is here. The autoencoder is a small version
 of FLUX's. It is trained with noise of fixed variance on its latents and a penalty on their

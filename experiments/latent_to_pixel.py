@@ -10,8 +10,9 @@ After arXiv 2605.12013 (abstract and two reimplementations): generated images on
 all blocks frozen but the first and last three, AdamW at 5e-5, 100,000 steps of 64 images on 8
 GPUs. Ours: Chroma1-HD as the source, Radiance's NeRF head, x0 prediction, timesteps, dropout and
 EMA of radiance_512.py and finetune.py, no optimal transport, frozen text projection and
-approximator. The variants `shapes`, `real` and `scratch` are the toy (3 seeds: by loss no, by F1
-of generated objects yes); experiments/results/latent_to_pixel.md has its commands and results.
+approximator. The variants `shapes`, `real` and `scratch` are the toy, eight minutes of a CPU core
+each (3 seeds: by loss no, by F1 of generated objects yes): experiments/results/latent_to_pixel.md
+has its commands and results. Not run at full size.
 """
 
 import one_shape

@@ -8,7 +8,8 @@ scikit-image, scikit-learn and matplotlib into runs/photographs/images and train
 samples every caption at the size of its training image. runs/photographs/pairs.png shows the pairs
 side by side with their PSNR.
 
-1,620 steps on 2 CPU cores: median PSNR 20.9 dB: experiments/results/photographs.md.
+1,620 steps on 2 CPU cores, interrupted and not timed: median PSNR 20.9 dB:
+experiments/results/photographs.md.
 """
 
 import io

@@ -8,7 +8,7 @@ FOLDER: images and captions; "is_tag_based": true in a metadata.jsonl marks capt
 tags. T5: the encoder of T5 v1.1 XXL. For eight GPUs of 80 GB; for others change data.batch_size
 or optimizer.gradient_accumulation_steps. `radiance_512.py:head:toy` is the variant `head` at toy
 size. experiments/results/radiance_512.md has the variants, the sources of all constants and the
-deliberate differences. Only the toys have been run.
+deliberate differences. Only the toys have been run, and not timed.
 """
 
 from radiance import config as c

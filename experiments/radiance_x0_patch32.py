@@ -11,7 +11,7 @@ many tokens as patches of 16 have at 512 (ours); `toy`.
 From the authors' trainer (lodestone-rock/flow, experimental branch): the dilation, which gives
 the same tokens for an image without detail, and that all but the approximator is trained. The
 head's weights do not depend on the patch size; at the start it predicts four times the pixels per
-token that it was trained for. Only the toy has been run.
+token that it was trained for. Only the toy has been run, and not timed.
 """
 
 import radiance_512 as published

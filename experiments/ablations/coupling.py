@@ -1,8 +1,8 @@
 """Which noise should be paired with which image: independent, or optimal transport of the batch?
 
     python experiments/ablations/coupling.py   bias of the noise, without training
-    radiance ablate coupling   the smoke scale: decides nothing
-    radiance ablate coupling --scale gpu   one GPU; the same command resumes
+    radiance ablate coupling   the smoke scale, 4 minutes: decides nothing
+    radiance ablate coupling --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/coupling.py:global --device h200   a run of the pod scale
 
 Optimal transport makes paths straighter, and the noise then contains information about the image:

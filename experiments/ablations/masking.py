@@ -1,9 +1,9 @@
 """Which padding tokens should the network see: one (Chroma), none, all (FLUX), or registers?
 
-    radiance ablate masking   the smoke scale: shows that it runs, decides nothing
+    radiance ablate masking   the smoke scale, an hour: shows that it runs, decides nothing
     radiance ablate masking --scale cpu --gate   an hour of two cores: can it be decided?
-    radiance ablate masking --scale cpu --minutes 600   hours of two cores; the same command resumes
-    radiance ablate masking --scale gpu   one GPU
+    radiance ablate masking --scale cpu --minutes 600   two hours a variant; it resumes
+    radiance ablate masking --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/masking.py:strict --device h200   a run of the pod scale
 
 Captions have 10 to 20 tokens whatever the image shows, so that the number of padding tokens

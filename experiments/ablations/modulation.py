@@ -1,9 +1,9 @@
 """Does Chroma's small modulation network cost anything against a layer in every block (FLUX)?
 
-    radiance ablate modulation   the smoke scale: shows that it runs
+    radiance ablate modulation   the smoke scale, half an hour: shows that it runs
     radiance ablate modulation --scale cpu --gate   chooses the approximator's learning rate too
     radiance ablate modulation --scale cpu --minutes 600   hours of two cores; resumes
-    radiance ablate modulation --scale gpu   one GPU
+    radiance ablate modulation --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/modulation.py:none --device h200   a run of the pod scale
 
 And is a time input needed? Variants are compared in two ways. With the same trunk they do the same

@@ -1,7 +1,7 @@
 """Should the last layer predict velocity or x0, and does a NeRF head change the answer?
 
-    radiance ablate prediction:p16   the smoke scale: decides nothing
-    radiance ablate prediction:p16 --scale gpu   one GPU; the same command resumes
+    radiance ablate prediction:p16   the smoke scale, an hour: decides nothing
+    radiance ablate prediction:p16 --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/prediction.py:p16:nerf_x0 --device h200
 
 One suite for each patch size, p4 to p32; heads and predictions are crossed in each. The trunk

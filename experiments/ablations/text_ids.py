@@ -1,7 +1,7 @@
 """Should text tokens have zero rotary ids (FLUX, early Chroma) or 0, 1, 2, … (Chroma since 2026)?
 
-    radiance ablate text_ids   the smoke scale: decides nothing
-    radiance ablate text_ids --scale gpu   one GPU; the same command resumes
+    radiance ablate text_ids   the smoke scale, 41 minutes: decides nothing
+    radiance ablate text_ids --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/text_ids.py:sequential --device h200  a run of the pod scale
 
 The encoder is a T5 with random weights, never the hash encoder. With ids of zero the network

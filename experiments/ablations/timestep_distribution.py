@@ -1,7 +1,7 @@
 """Which timesteps should be sampled in training: Chroma's parabola, or what it replaced?
 
-    radiance ablate timestep_distribution   the smoke scale: decides nothing
-    radiance ablate timestep_distribution --scale gpu   one GPU; the same command resumes
+    radiance ablate timestep_distribution   the smoke scale, 9 minutes: decides nothing
+    radiance ablate timestep_distribution --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/timestep_distribution.py:uniform --device h200
 
 A distribution weights times against each other, and it makes the gradient noisy where it rarely

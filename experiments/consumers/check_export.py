@@ -5,7 +5,7 @@
     python experiments/consumers/check_export.py radiance.safetensors --ai-toolkit ~/ai-toolkit
 
 Needs PyTorch. Only the code that reads weights is run, and no network. It prints what each program
-derives from the file, and ends with code 1 if that differs from the model.
+derives from the file, and ends with code 1 if that differs from the model. Not timed.
 """
 
 import argparse

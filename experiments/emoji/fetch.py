@@ -4,7 +4,8 @@
 
 Every concept, such as "red apple", has one drawing in each style. Half of its captions name the
 style, and half have keywords. Three packages are downloaded by `npm pack`, or read from a folder
-that has them (--packages FOLDER); their SHA-256 must match. A finished folder is kept as it is.
+that has them (--packages FOLDER); their SHA-256 must match. A finished folder is kept as it is. Not
+timed.
 
 Noto Emoji is licensed under Apache-2.0, Twemoji under CC BY 4.0 (© Twitter, Inc. and other
 contributors). Names and keywords are those of Unicode CLDR (Unicode License v3). The folder's

@@ -8,7 +8,7 @@ distance from the sample. "top 1" counts the samples that are closest to the tru
 are the same numbers for samples of exchanged captions, which are at chance, for the drawing in the
 other style, which a model that copies would give, and for the true drawing itself.
 
-RUN/rank.png has samples, true drawings and the drawings in the other style, in rows.
+RUN/rank.png has samples, true drawings and the drawings in the other style, in rows. Not timed.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 huggingface/diffusers, src/diffusers/models/transformers/transformer_chroma.py, `forward` (the
 installed version is run): with gradient checkpointing the mask is passed to the double blocks and
 not to the single ones. A model is then trained without the mask that it is sampled with.
+The script takes seconds.
 """
 
 import torch

@@ -3,6 +3,7 @@
 lodestone-rock/flow, src/models/chroma/module/t5.py (read at 4325b18): the mask's product over the
 batch is the number of samples that keep both tokens; 0 becomes the lowest number, 1 becomes 0, and
 every other count stays and is added to the logits. It is correct for a batch of 1.
+The script takes seconds.
 """
 
 import numpy as np

@@ -60,9 +60,10 @@ def load_image_set(data: config.Data, split: str, num_images: int) -> ImageSet:
     """
     source = open_source(data, split)
     if len(source) < num_images:
+        setting = "num_images of its scale" if split == "train" else "train.validation_images"
         raise config.ConfigError(
-            f"The {split} split of {data.source} has {len(source)} images, and the suite needs "
-            f"{num_images}: choose another source or fewer images."
+            f"The {split} split of {data.path or data.source} has {len(source)} images, and the "
+            f"suite needs {num_images}: lower {setting}, or change data.validation_fraction."
         )
     size, indices = (data.resolution, data.resolution), range(num_images)
     batch = load_images(source, indices, size, [Augmentation()] * num_images)

@@ -95,7 +95,7 @@ def test_the_pool_holds_the_images_and_captions_of_the_source():
         assert caption.num_objects == 1
         assert caption.background in ("black", None)
     few = replace(data, shapes=replace(data.shapes, num_images=4))
-    with pytest.raises(config.ConfigError, match="has 4 images, and the suite needs 5"):
+    with pytest.raises(config.ConfigError, match="needs 5: lower num_images"):
         load_image_set(few, "train", 5)
 
 

@@ -158,6 +158,8 @@ def test_python_blocks_run(page, trained, monkeypatch):
                 missing |= absent
                 continue
             code = compile(ast.Module(imports, []), page, "exec")
+        if file := named_file(block):
+            sys.path.insert(0, str(Path(file).parent.resolve()))  # where it may import others
         exec(code, names)
         if "def config(" in block.text:
             Path("shown.py").write_text(block.text)
@@ -423,7 +425,8 @@ def test_links_that_leave_the_site_become_paths(hooks):
     page = ROOT / "docs" / "data.md"
     text = "[a](glossary.md#terms) [b](../radiance/pipeline.py) ![c](../experiments/quickstart.png)"
     assert hooks.rewrite_links(text, page) == (
-        "[a](glossary.md#terms) b (`radiance/pipeline.py`) ![c](experiments/quickstart.png)"
+        "[a](glossary.md#terms) b (`radiance/pipeline.py`{ .path }) "
+        "![c](experiments/quickstart.png)"
     )
     below = ROOT / "docs" / "tutorials" / "page.md"
     assert hooks.rewrite_links("[plans](../../experiments/plans.md)", below) == (
