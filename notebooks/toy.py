@@ -3,10 +3,13 @@
     radiance train notebooks/toy.py                     digits of 16×16 pixels, with the NeRF head
     radiance train notebooks/toy.py:linear              the same with a linear head
     radiance train notebooks/toy.py:linear:per_block    with FLUX's modulation instead of Chroma's
-    radiance train notebooks/toy.py:shapes              colored shapes of 32×32, one padding token
+    radiance train notebooks/toy.py:shapes              a shape on black, one padding token
     radiance train notebooks/toy.py:shapes:off          the same, attending to all padding
 
-They show how to look, and decide nothing.
+They show how to look, and decide nothing. Longer runs of the last two follow their captions:
+
+    radiance train notebooks/toy.py:shapes:long name=shapes
+    radiance train notebooks/toy.py:shapes:off:long name=shapes-off
 """
 
 import fcntl
@@ -23,9 +26,15 @@ VARIANTS = {
     "shapes": [
         "model.patch=8", "model.head=linear", "text.encoder=random_t5", "text.max_length=24",
         "data.source=shapes", "data.shapes.caption_lengths=short", "data.shapes.max_tokens=24",
-        "data.resolution=32", "train.sample_prompts=", "sample.guidance_scale=1",
+        "data.shapes.max_objects=1", "data.shapes.backgrounds=black", "data.resolution=32",
+        # The recipe of the suite `masking`, by which small networks learn to read captions.
+        "model.rope_theta=10", "flow.timestep_distribution=logit_normal", "flow.logit_mean=1",
+        "flow.logit_std=1.5", "optimizer.kind=muon", "optimizer.learning_rate=3e-3",
+        "optimizer.warmup_steps=50", "optimizer.ema_decays=0.99", "train.sample_prompts=",
+        "sample.guidance_scale=1",
     ],
     "off": ["model.masking=off"],
+    "long": ["train.steps=1500"],
 }  # fmt: skip
 
 
