@@ -19,7 +19,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Style, spelling and the words of docs/glossary.md.
 lint: $(VENV)/linters
@@ -35,7 +35,7 @@ types: $(VENV)/linters
 reference: $(VENV)/installed
 	$(PIP) 'torch==2.13.0'
 	$(PIP) -e '.[reference]'
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m reference
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m reference
 
 # Two at a time, the last one first: it takes longest by itself. The first start of a kernel on a cold disk may take a minute.
 # Toy models compile twice as fast with little of LLVM's optimization.

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from radiance.base.settings import Section, require
+from radiance.model.keys import make_rngs
 from radiance.model.precision import EXACT_PRECISION, exact_in_float32
 from radiance.model.tiling import apply_in_tiles
 from radiance.model.transformer import Params
@@ -385,7 +386,7 @@ def _split_abstract_network(network_class: type, sizes: Autoencoder, dtype: str)
     """Return the graph of a network without arrays, and the shapes of its parameters."""
     return nnx.split(
         jax.eval_shape(
-            lambda key: network_class(sizes, jnp.dtype(dtype), nnx.Rngs(key)), jax.random.key(0)
+            lambda key: network_class(sizes, jnp.dtype(dtype), make_rngs(key)), jax.random.key(0)
         )
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from radiance import config
 from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
+from radiance.model.keys import make_rngs
 from radiance.model.paths import (
     OUTPUT_VECTORS,
     SHARED_VECTORS,
@@ -91,7 +92,7 @@ class Approximator(nnx.Module):
         self.block_counts = model.double_blocks, model.single_blocks
         self.dtype = dtype
         self.proj_in = nnx.Linear(model.approximator_dim, hidden, dtype=dtype, rngs=rngs)
-        self.layers = jax.vmap(lambda key: ApproximatorLayer(hidden, dtype, nnx.Rngs(key)))(keys)
+        self.layers = jax.vmap(lambda key: ApproximatorLayer(hidden, dtype, make_rngs(key)))(keys)
         zeros = nnx.initializers.zeros
         self.proj_out = nnx.Linear(hidden, model.hidden, dtype=dtype, kernel_init=zeros, rngs=rngs)
 
@@ -258,7 +259,7 @@ class PerBlockModulation(nnx.Module):
         def stack_layers(num_blocks: int, vectors_per_block: int) -> nnx.Linear | None:
             if num_blocks == 0:
                 return None
-            return jax.vmap(lambda key: make_layer(vectors_per_block, nnx.Rngs(key)))(
+            return jax.vmap(lambda key: make_layer(vectors_per_block, make_rngs(key)))(
                 jax.random.split(rngs.params(), num_blocks)
             )
 

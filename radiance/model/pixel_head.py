@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32
 
 from radiance import config
 from radiance.model.blocks import modulate
+from radiance.model.keys import make_rngs
 from radiance.model.precision import EXACT_PRECISION
 
 NUM_GENERATED_MATRICES = 3  # gate, value and output matrix of a NeRF block's MLP
@@ -118,7 +119,7 @@ class NerfHead(Head):
             rngs=rngs,
         )
         keys = jax.random.split(rngs.params(), model.nerf_depth)
-        self.blocks = jax.vmap(lambda key: NerfBlock(model, dtype, nnx.Rngs(key)))(keys)
+        self.blocks = jax.vmap(lambda key: NerfBlock(model, dtype, make_rngs(key)))(keys)
         self.norm = nnx.RMSNorm(model.nerf_hidden, epsilon=1e-6, rngs=rngs)
 
     @classmethod

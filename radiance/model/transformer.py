@@ -21,6 +21,7 @@ from radiance import config
 from radiance.distributed.sharding import BATCH_AXES, constrain_sharding
 from radiance.model.attention import attention
 from radiance.model.blocks import Attend, DoubleBlock, SingleBlock, TextBlock
+from radiance.model.keys import make_rngs
 from radiance.model.lora import replace_lora_layers
 from radiance.model.modulation import ModulationVectors, make_modulation
 from radiance.model.pixel_head import HEADS, patchify
@@ -339,7 +340,7 @@ def _stack_blocks(
     """Make blocks as one module whose arrays have a leading axis; None for no blocks."""
     if num_blocks == 0:
         return None
-    return jax.vmap(lambda key: block_class(model, dtype, nnx.Rngs(key)))(
+    return jax.vmap(lambda key: block_class(model, dtype, make_rngs(key)))(
         jax.random.split(rngs.params(), num_blocks)
     )
 
@@ -353,7 +354,7 @@ def _split_abstract_model(
 ):
     """Split a network without arrays into its graph and its parameters' shapes."""
     module = jax.eval_shape(
-        lambda key: Transformer(model, compute, nnx.Rngs(key)), jax.random.key(0)
+        lambda key: Transformer(model, compute, make_rngs(key)), jax.random.key(0)
     )
     if not with_modulation:
         module.modulation = None
@@ -368,7 +369,7 @@ def make_abstract_params(model: config.Model) -> Params:
 @partial(jax.jit, static_argnames="model")
 def init_params(model: config.Model, key: PRNGKeyArray) -> Params:
     """Initialize the parameters, in float32."""
-    return nnx.to_pure_dict(nnx.state(Transformer(model, config.Compute(), nnx.Rngs(key))))
+    return nnx.to_pure_dict(nnx.state(Transformer(model, config.Compute(), make_rngs(key))))
 
 
 def bind_model(model: config.Model, compute: config.Compute, params: Params) -> Transformer:
@@ -397,7 +398,7 @@ def bind_modulation(model: config.Model, compute: config.Compute, params: Params
         The module, a function of (time, guidance, pooled) that returns `ModulationVectors`.
     """
     module = jax.eval_shape(
-        lambda key: make_modulation(model, jnp.dtype(compute.dtype), nnx.Rngs(key)),
+        lambda key: make_modulation(model, jnp.dtype(compute.dtype), make_rngs(key)),
         jax.random.key(0),
     )
     return nnx.merge(nnx.split(module)[0], params)

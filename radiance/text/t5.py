@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from radiance.base.settings import Section, require
+from radiance.model.keys import make_rngs
 from radiance.model.precision import exact_in_float32
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -115,7 +116,7 @@ class T5Network(nnx.Module):
         self.dtype = dtype
         self.embedding = nnx.Param(jnp.zeros((t5.vocabulary, t5.hidden)))
         self.position_bias = nnx.Param(jnp.zeros((t5.buckets, t5.heads)))
-        self.blocks = jax.vmap(lambda key: T5Block(t5, dtype, nnx.Rngs(key)))(
+        self.blocks = jax.vmap(lambda key: T5Block(t5, dtype, make_rngs(key)))(
             jax.random.split(rngs.params(), t5.layers)
         )
         self.norm = nnx.RMSNorm(t5.hidden, epsilon=1e-6, dtype=FLOAT32, rngs=rngs)
@@ -176,7 +177,7 @@ def _split_abstract_network(t5: T5, dtype: str):
     """Split a network without arrays into its graph and its parameters' shapes."""
     return nnx.split(
         jax.eval_shape(
-            lambda key: T5Network(t5, jnp.dtype(dtype), nnx.Rngs(key)), jax.random.key(0)
+            lambda key: T5Network(t5, jnp.dtype(dtype), make_rngs(key)), jax.random.key(0)
         )
     )
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float32, Float64, Int32, PRNGKeyArray
 from radiance import config
 from radiance.base.errors import CheckpointError
 from radiance.base.tables import format_table
+from radiance.model.keys import make_rngs
 from radiance.model.modulation import join_vectors, make_modulation, vector_names
 from radiance.model.pixel_head import HEADS
 from radiance.model.transformer import Params, bind_modulation
@@ -149,7 +150,7 @@ def fit_modulation(
         )
     weights = jnp.asarray(_vector_weights(mean_square, variance), jnp.float32)
     key, data_key = jax.random.split(jax.random.key(seed))
-    network = make_modulation(model, jnp.dtype("float32"), nnx.Rngs(key))
+    network = make_modulation(model, jnp.dtype("float32"), make_rngs(key))
     modulation = nnx.to_pure_dict(nnx.state(network))
     state = modulation, _make_optimizer(model, steps).init(modulation)
     run_steps = partial(_run_steps, source=source, model=model, steps=steps)
