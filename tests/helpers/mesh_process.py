@@ -14,7 +14,7 @@ import numpy as np
 from radiance import config
 from radiance.distributed.sharding import make_mesh, make_shardings, put_batch
 from radiance.pipeline import Pipeline
-from radiance.training.step import init_state, make_train_step
+from radiance.training.step import TrainState, init_state, make_train_step
 from radiance.weights.checkpoint import checkpoint_from_params
 from tests.helpers.toy_runs import toy_run
 
@@ -41,18 +41,23 @@ def make_batches() -> Iterator[dict[str, np.ndarray]]:
         }
 
 
-def train(run: config.Config, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, dict]:
+def train(
+    run: config.Config, mesh: jax.sharding.Mesh | None, initial: TrainState
+) -> tuple[np.ndarray, dict]:
     """Return the losses of a few steps, and the weights after them."""
     init, step = partial(init_state, run), make_train_step(run)
     losses = []
     if mesh is None:
-        state, compiled_step = jax.jit(init)(), jax.jit(step)
+        state, compiled_step = initial, jax.jit(step)
         for batch in make_batches():
             state, metrics = compiled_step(state, batch)
             losses.append(float(metrics["loss"]))
         return np.array(losses), jax.device_get(state.params)
     shardings = make_shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(init, out_shardings=shardings)()
+    if mesh.shape["tensor"] > 1:  # initial values do not depend on the mesh either
+        state = jax.jit(init, out_shardings=shardings)()
+    else:
+        state = jax.device_put(initial, shardings)
     compiled_step = jax.jit(step, in_shardings=(shardings, None), out_shardings=(shardings, None))
     is_sharded = any(
         x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state.params)
@@ -90,18 +95,20 @@ def main(out: str):
         ".",
         ".",
         "optimizer.learning_rate=1e-2",
+        "optimizer.ema_decays=0.9",
         "text.max_length=8",
         "sample.batch_size=3",
         **SIZES,
     )
     results, weights = {}, None
+    initial = jax.device_get(jax.jit(partial(init_state, run))())
     for name, settings in {"one": None, **MESHES}.items():
         mesh = None if settings is None else make_mesh(settings)
         with contextlib.ExitStack() as stack:
             stack.enter_context(
                 jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0])
             )
-            losses, params = train(run, mesh)
+            losses, params = train(run, mesh, initial)
         results[f"{name}/losses"] = losses
         results |= {f"{name}/params/{i}": x for i, x in enumerate(jax.tree.leaves(params))}
         weights = weights or params  # the same on every mesh

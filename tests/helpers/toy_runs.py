@@ -143,6 +143,17 @@ def command(run: config.Config, *, devices: int = 1, wait: bool = True) -> subpr
     return process
 
 
+def train_on_devices(run: config.Config, devices: int):
+    """Train without samples in a process with that many devices; fail if it fails."""
+    path = written_experiment(run)
+    script = (
+        "from radiance.config.experiments import load_experiment\n"
+        "from tests.helpers.toy_runs import train\n"
+        f"train(load_experiment({str(path)!r}))\n"
+    )
+    output_of(script, devices)
+
+
 def metrics(run: config.Config) -> list[dict]:
     """Return the rows of metrics of a run, without those that depend on the clock."""
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]

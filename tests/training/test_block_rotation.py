@@ -12,7 +12,16 @@ from radiance.training.block_rotation import active_blocks
 from radiance.training.checkpoints import Checkpoints
 from radiance.training.step import init_state
 from tests.helpers.toy_models import toy_params
-from tests.helpers.toy_runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run, train
+from tests.helpers.toy_runs import (
+    PLAIN,
+    batch_of,
+    metrics,
+    same,
+    step_of,
+    toy_run,
+    train,
+    train_on_devices,
+)
 
 
 def rotating_run(*changes, output="unused", data_directory="unused", **model):
@@ -173,8 +182,7 @@ def test_a_run_resumes_bit_for_bit_and_runs_on_two_devices(tmp_path, data_direct
         row for row in metrics(complete) if row["step"] > 4
     ]
     two = config.override(complete, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
-    process = command(two, devices=2)
-    assert process.returncode == 0, process.output
+    train_on_devices(two, 2)
     losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (complete, two)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
 

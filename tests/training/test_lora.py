@@ -17,7 +17,7 @@ from radiance.training.lora import attach_adapters, init_adapters, to_lora_weigh
 from radiance.training.optimizer import make_optimizer
 from radiance.weights import checkpoint, lora, lora_reading
 from tests.helpers.toy_models import apply, gradients, toy_inputs, toy_model, toy_params
-from tests.helpers.toy_runs import PLAIN, command, metrics, same, toy_run, train
+from tests.helpers.toy_runs import PLAIN, metrics, same, toy_run, train, train_on_devices
 
 # The inputs of all matrices divide into blocks of 32.
 SIZES = PLAIN | dict(hidden=64, rope_axes=(4, 14, 14), text_refiner_blocks=1, double_blocks=1)
@@ -229,8 +229,7 @@ def test_a_run_on_two_devices(base, tmp_path, data_directory):
     one = lora_run(tmp_path, data_directory, base, "train.steps=4")
     assert train(one) == 4
     two = config.override(one, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
-    process = command(two, devices=2)
-    assert process.returncode == 0, process.output
+    train_on_devices(two, 2)
     losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (one, two)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 

@@ -17,7 +17,16 @@ from radiance.training.lora import init_adapters
 from radiance.training.muon import scale_by_muon_and_adam
 from radiance.training.step import init_state
 from tests.helpers.toy_models import toy_model, toy_params
-from tests.helpers.toy_runs import PLAIN, batch_of, command, metrics, same, step_of, toy_run, train
+from tests.helpers.toy_runs import (
+    PLAIN,
+    batch_of,
+    metrics,
+    same,
+    step_of,
+    toy_run,
+    train,
+    train_on_devices,
+)
 
 MUON = config.Optimizer(kind="muon")
 
@@ -187,7 +196,6 @@ def test_a_run_resumes_bit_for_bit_and_runs_on_two_devices(tmp_path, data_direct
 
     assert same(states(complete), states(interrupted))
     two = config.override(complete, ["name=two", "mesh.fsdp=2", "mesh.data=1"])
-    process = command(two, devices=2)
-    assert process.returncode == 0, process.output
+    train_on_devices(two, 2)
     losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (complete, two)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
