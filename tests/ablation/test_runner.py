@@ -97,6 +97,8 @@ def test_the_pool_holds_the_images_and_captions_of_the_source():
     few = replace(data, shapes=replace(data.shapes, num_images=4))
     with pytest.raises(config.ConfigError, match="needs 5: lower num_images"):
         load_image_set(few, "train", 5)
+    with pytest.raises(config.ConfigError, match=r"needs 1000000: lower train\.validation_images"):
+        load_image_set(few, "validation", 1_000_000)
 
 
 def test_exchanged_captions_belong_to_the_next_image(pool):
