@@ -2,7 +2,7 @@
 
     radiance ablate masking   the smoke scale, an hour: shows that it runs, decides nothing
     radiance ablate masking --scale cpu --gate   an hour of two cores: can it be decided?
-    radiance ablate masking --scale cpu --minutes 600   two hours a variant; it resumes
+    radiance ablate masking --scale cpu --minutes 600   one to two hours a variant; resumes
     radiance ablate masking --scale gpu   one GPU: planned, not run
     radiance plan experiments/ablations/masking.py:strict --device h200   a run of the pod scale
 

@@ -2,7 +2,7 @@
 
 lodestone-rock/flow, src/trainer/train_chroma_lora.py (read at 4325b18), casts training times to
 bfloat16, while the noisy image is made with float32 times. This measures the error of the 16 values
-from which Chroma's approximator reads the time, in seconds.
+from which Chroma's approximator reads the time. The script takes seconds.
 """
 
 import ml_dtypes

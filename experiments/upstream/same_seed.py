@@ -2,7 +2,7 @@
 
 lodestone-rock/flow, src/trainer/train_chroma_dct.py (read at 1845f16), seeds with master_seed,
 without the rank. This measures the gradient of the smallest denoiser, velocity ≈ a·x_t, on 8
-devices with 32 images each, in seconds.
+devices with 32 images each. The script takes seconds.
 """
 
 import numpy as np
