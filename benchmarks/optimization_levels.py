@@ -1,11 +1,13 @@
-"""Processor time to compile a training step on a CPU, and to run it, by LLVM's optimization level.
+"""Processor time to compile a training step on a CPU, and to run it, by the compiler's settings.
 
     python -m benchmarks.optimization_levels
 
-The step is that of the quickstart. Processor time is that of all cores; it changes little beside
-other work. No cache is read. `radiance` sets level 1 where there is no GPU.
+Settings are LLVM's optimization level and XLA's code generator, of which jaxlib 0.10 has two. The
+step is that of the quickstart. Processor time is that of all cores; it changes little beside other
+work. No cache is read. Where there is no GPU, `radiance` sets level 1 and the older generator.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +21,10 @@ from benchmarks import measure
 from benchmarks.measure import Report
 from radiance import config
 from radiance.config.experiments import load_module
+from radiance.distributed.environment import HAS_OLDER_GENERATOR
 from radiance.training.step import init_state, make_train_step
 
-HEADER = ("level", "compiling, CPU s", "step, CPU ms, lowest", "median")
+HEADER = ("level", "generator", "compiling, CPU s", "step, CPU ms, lowest", "median")
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
@@ -33,15 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     batch, state = make_random_batch(run), jax.jit(partial(init_state, run))()
     lowered = jax.jit(make_train_step(run)).lower(state, batch)
     report, rows = Report("optimization_levels", arguments), []
-    for level in options.levels:
+    generators = ("newer", "older") if HAS_OLDER_GENERATOR else ("newer",)
+    for level, generator in itertools.product(options.levels, generators):
         compiler_options = {"xla_backend_optimization_level": level}
+        if HAS_OLDER_GENERATOR:
+            compiler_options["xla_cpu_use_fusion_emitters"] = generator == "newer"
         start = time.process_time()
         step = lowered.compile(compiler_options=compiler_options)
         seconds = time.process_time() - start
         times = [1e3 * time_processors(partial(step, state, batch)) for _ in range(options.steps)]
-        rows.append(
-            [f"{level}", f"{seconds:.1f}", f"{min(times):.0f}", f"{statistics.median(times):.0f}"]
-        )
+        step_times = (f"{min(times):.0f}", f"{statistics.median(times):.0f}")
+        rows.append([f"{level}", generator, f"{seconds:.1f}", *step_times])
         print(*rows[-1], flush=True)
     report.write(measure.format_table(HEADER, rows))
     if options.record:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from radiance.config.data import CACHE_DIR
@@ -29,9 +30,14 @@ TPU_FLAGS = (
     "--xla_tpu_scoped_vmem_limit_kib=65536",  # room for the blocks of splash attention
 )
 # Kernels of a CPU's program contain no large products, which libraries compute. They are about as
-# fast with little of LLVM's optimization, and compile in three quarters of the time:
-# benchmarks/RESULTS.md. Programs for accelerators are optimized as usual, also by `plan`.
-CPU_FLAGS = ("--xla_backend_optimization_level=1",)
+# fast with little of LLVM's optimization and the older code generator, and compile in half of the
+# time: benchmarks/RESULTS.md. Only jaxlib 0.10 has that generator, and an unknown flag would end
+# the process. Programs for accelerators are optimized as usual, also by `plan`.
+HAS_OLDER_GENERATOR = version("jaxlib").startswith("0.10.")
+CPU_FLAGS = (
+    "--xla_backend_optimization_level=1",
+    *(("--xla_cpu_use_fusion_emitters=false",) if HAS_OLDER_GENERATOR else ()),
+)
 ACCELERATOR_PLAN_FLAGS = ("--xla_backend_optimization_level=3",)
 # NVIDIA's driver, and the devices of AMD's GPUs, of TPUs up to v4, and of later TPUs.
 NVIDIA_DRIVER = "/proc/driver/nvidia"
