@@ -113,6 +113,15 @@ class Batches:
                 "check that the disk that stores them is still there."
             )
 
+        return {
+            "image": image_batch["image"],
+            "weight": image_batch["weight"],
+            **self._encode_step(step, spec),
+            "skipped": np.int32(len(image_batch["broken"])),
+        }
+
+    def _encode_step(self, step: int, spec: BatchSpec) -> Batch:
+        """Return the captions of a step: text, lengths, dropped and cut."""
         # Captions of all hosts decide the text length, since the hosts' arrays must have one shape.
         captions = self._sample_captions(step, spec)
         token_counts = [self.encoder.count_tokens(caption or "") for caption in captions]
@@ -127,12 +136,9 @@ class Batches:
             counts = np.minimum(token_counts, self.encoder.max_length)
             texts["lengths"] = share_longest(counts, self.data.mask_group_size)[list(self.rows)]
         return {
-            "image": image_batch["image"],
-            "weight": image_batch["weight"],
             **texts,
             "dropped": np.array([caption is None for caption in local_captions]),
             "cut": np.int32(num_truncated),
-            "skipped": np.int32(len(image_batch["broken"])),
         }
 
     def _sample_captions(self, step: int, spec: BatchSpec) -> list[str | None]:

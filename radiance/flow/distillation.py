@@ -288,6 +288,45 @@ def compute_segment_times(run: config.Config, tokens: int) -> Float32[np.ndarray
     return make_time_schedule(sample, tokens)[:: sample.steps // segments]
 
 
+class Segments(NamedTuple):
+    """A segment of a trajectory for each row: states and times of its ends."""
+
+    begin: Images
+    end: Images
+    begin_time: Float32[Array, " b"]
+    end_time: Float32[Array, " b"]
+
+    def extend(self) -> tuple[Images, Images]:
+        """Return the line through both ends at time 0, an image, and at time 1, noise."""
+        slope = (self.begin - self.end) / add_pixel_axes(self.begin_time - self.end_time)
+        image = self.end - add_pixel_axes(self.end_time) * slope
+        return image, self.end + add_pixel_axes(1 - self.end_time) * slope
+
+
+def select_segments(
+    points: Float32[Array, "b boundaries height width c"],
+    boundary_times: Float32[Array, " boundaries"],
+    segment_index: Int32[Array, " b"],
+) -> Segments:
+    """Select a segment of each row's trajectory.
+
+    Args:
+        points: States at the boundaries of the segments, from the noise to the image.
+        boundary_times: Their times.
+        segment_index: Segment of each row; 0 begins at the noise.
+
+    Returns:
+        The segments.
+    """
+    rows = jnp.arange(len(points))
+    return Segments(
+        points[rows, segment_index],
+        points[rows, segment_index + 1],
+        boundary_times[segment_index],
+        boundary_times[segment_index + 1],
+    )
+
+
 def make_segment_batch(
     run: config.Config,
     batch: dict[str, Array],
@@ -310,22 +349,17 @@ def make_segment_batch(
         The batch with "image", "noise" and "time".
     """
     points = batch["image"].astype(jnp.float32)
-    batch_size, _, height, width, channels = points.shape
+    _, _, height, width, channels = points.shape
     noise = run.flow.noise_scale * sample_noise(batch["seed"], (height, width, channels))
     points = jnp.concatenate([noise[:, None], points], axis=1)
     num_tokens = (height // run.model.patch) * (width // run.model.patch)
-    boundary_times = jnp.asarray(compute_segment_times(run, num_tokens))
-
-    # Ends of the segments
-    rows = jnp.arange(batch_size)
-    begin, end = points[rows, segment_index], points[rows, segment_index + 1]
-    begin_time, end_time = boundary_times[segment_index], boundary_times[segment_index + 1]
-
-    # The line through both ends, at the times 0, 1 and `time`
-    slope = (begin - end) / add_pixel_axes(begin_time - end_time)
+    segment = select_segments(
+        points, jnp.asarray(compute_segment_times(run, num_tokens)), segment_index
+    )
+    image, noise = segment.extend()
     segment_arrays = {
-        "image": end - add_pixel_axes(end_time) * slope,
-        "noise": end + add_pixel_axes(1 - end_time) * slope,
-        "time": end_time + (begin_time - end_time) * position,
+        "image": image,
+        "noise": noise,
+        "time": segment.end_time + (segment.begin_time - segment.end_time) * position,
     }
     return {name: batch[name] for name in ("text", "lengths", "weight")} | segment_arrays

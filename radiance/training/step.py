@@ -141,7 +141,7 @@ def make_train_step(run: config.Config) -> Callable[..., tuple[TrainState, Metri
             (active, state.ema, optimizer_state),
         )
         params = merge_params(scatter_blocks(trainable, active, blocks), frozen)
-        return _advance_state(
+        return advance_state(
             state,
             params,
             ema,
@@ -162,12 +162,39 @@ def _compute_gradients(
 ) -> tuple[jax.Array, Params]:
     """Return the mean loss of the images that are present, and the gradients in float32."""
 
-    def compute_loss(
+    def compute_losses(
         active: Params, context: StepContext, microbatch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Float32[Array, " b"]:
         trainable = scatter_blocks(context.trainable, active, context.blocks)
         params = assemble_params(run, merge_params(trainable, context.frozen), context.base)
-        losses = compute_image_losses(run, params, microbatch, context.teacher)
+        return compute_image_losses(run, params, microbatch, context.teacher)
+
+    return differentiate_losses(
+        run, compute_losses, active, context, add_noise_and_times(run, batch, key)
+    )
+
+
+def differentiate_losses(
+    run: config.Config,
+    compute_losses: Callable[..., Float32[Array, " b"]],
+    active: Params,
+    context: Any,
+    batch: DeviceBatch,
+) -> tuple[Float32[Array, ""], Params]:
+    """Return the mean loss of the images that are present, and the gradients in float32.
+
+    Args:
+        run: Config of the run.
+        compute_losses: (active, context, microbatch) → the loss of every image.
+        active: Parameters to differentiate.
+        context: Second argument of `compute_losses`.
+        batch: Batch with the arrays that `compute_losses` needs, and "weight".
+    """
+
+    def compute_loss(
+        active: Params, context: Any, microbatch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        losses = compute_losses(active, context, microbatch)
         normalized_losses = (
             distillation.normalize_losses(losses) if run.distill.kind == "mean_flow" else losses
         )
@@ -177,7 +204,6 @@ def _compute_gradients(
             jnp.where(is_present, losses, 0).mean(),
         )
 
-    batch = add_noise_and_times(run, batch, key)
     gradients, loss = accumulate_gradients(
         jax.value_and_grad(compute_loss, has_aux=True),
         active,
@@ -189,7 +215,7 @@ def _compute_gradients(
     return loss, cast_to_float32(gradients)
 
 
-def _advance_state(
+def advance_state(
     state: TrainState,
     params: Params,
     ema: dict[str, Params],
@@ -285,7 +311,7 @@ def compute_image_losses(
 def accumulate_gradients(
     value_and_grad: Callable,
     active: Params,
-    context: StepContext,
+    context: Any,
     batch: DeviceBatch,
     num_microbatches: int,
 ) -> tuple[Params, jax.Array]:
@@ -301,10 +327,7 @@ def accumulate_gradients(
     if num_microbatches == 1:
         (_, loss), gradients = value_and_grad(active, context, batch)
         return gradients, loss
-    # Microbatch j takes rows j, j + n, …, so that every device has rows of every microbatch.
-    batch = jax.tree.map(
-        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    batch = split_microbatches(batch, num_microbatches)
 
     def accumulate(total, microbatch):
         (_, loss), gradients = value_and_grad(active, context, microbatch)
@@ -315,6 +338,16 @@ def accumulate_gradients(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), active)
     (gradients, loss), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), batch)
     return gradients, loss
+
+
+def split_microbatches(batch: DeviceBatch, num_microbatches: int) -> DeviceBatch:
+    """Return the batch with a leading axis of equal microbatches.
+
+    Microbatch j has rows j, j + n, …, so that every device has rows of every microbatch.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
 def compute_validation_losses(
