@@ -60,6 +60,15 @@ def scale_down(run: c.Config, learning_rate: float) -> list[str]:
 
 
 NO_TRAJECTORIES = ["distill.segments=1", "distill.trajectory_dir="]
+# As in the authors' trainer: rates, betas, guidance scale 4 and shifted times.
+TDM = [
+    *NO_TRAJECTORIES, "distill.kind=distribution_matching", "distill.segments=4",
+    "distill.sample.steps=4", "distill.sample.guidance_scale=4",
+    "distill.sample.schedule=shifted", "sample.schedule=shifted", "lora.rank=64",
+    "lora.weight_format=int8", "optimizer.frozen=", "optimizer.learning_rate=2e-5",
+    "optimizer.beta1=0", "optimizer.beta2=0.95", "optimizer.weight_decay=1e-4",
+    "data.batch_size=32", "optimizer.gradient_accumulation_steps=8", "train.steps=2000",
+]  # fmt: skip
 VARIANTS = {
     "reflow": ["distill.segments=1", "flow.timestep_distribution=uniform"],
     "one_step": ["distill.segments=1", "flow.timestep_distribution=pure_noise", "sample.steps=1"],
@@ -74,6 +83,14 @@ VARIANTS = {
     "mean_flow": [
         *NO_TRAJECTORIES, "distill.kind=mean_flow", "optimizer.frozen=text_embed",
         "sample.solver=mean_flow",
+    ],
+    "tdm": TDM,
+    # After a toy, whose schedule, rate, batches and steps it keeps.
+    "tdm_toy": [
+        *TDM, "distill.sample.guidance_scale=2", "distill.sample.schedule=uniform",
+        "sample.schedule=uniform", "lora.weight_format=none", "lora.dtype=float32",
+        "optimizer.learning_rate=5e-4", "data.batch_size=64",
+        "optimizer.gradient_accumulation_steps=1", "train.steps=300",
     ],
     "toy": scale_down(quickstart.config(), 5e-4),
     "shapes": scale_down(one_shape.config(), 5e-4),

@@ -13,23 +13,27 @@ from radiance.config.sample import Sample
 class Distill(Section):
     """Distillation of a teacher of the same architecture, for fewer steps or built-in guidance."""
 
-    kind: Literal["none", "guidance", "trajectories", "mean_flow"] = "none"
+    kind: Literal["none", "guidance", "trajectories", "mean_flow", "distribution_matching"] = "none"
     """What the student learns. guidance: the guided velocity in one evaluation. trajectories:
     straight lines between points of the teacher's trajectories (reflow, arXiv 2209.03003; in
     segments PeRFlow, arXiv 2405.07510), without images. mean_flow: the mean velocity over any step,
-    whose length replaces the guidance input (arXiv 2505.13447)."""
+    whose length replaces the guidance input (arXiv 2505.13447). distribution_matching: images of
+    the teacher's guided distribution in `segments` steps, by a LoRA, without images (TDM, arXiv
+    2503.06674)."""
     teacher: str = resumable("")
     """Run directory or checkpoint file of the teacher; empty: the one of `init`."""
     sample: Sample = field(default_factory=lambda: Sample(solver="heun", steps=10))
     """How the teacher samples. kind=guidance and mean_flow use only its guidance, which must be
-    equal at all times."""
+    equal at all times; kind=distribution_matching uses its schedule too, for the student's
+    steps."""
     guidance_target: Literal["prediction", "image"] = "prediction"
     """With kind=guidance, the conditional part of the guided target: the teacher's prediction, or
     the velocity of the training image. The latter is Chroma's rule. It needs no
     teacher, because the student predicts the unconditional part, and the variance of its targets
     is guidance_scale² times as large."""
     segments: int = 1
-    """With kind=trajectories, number of segments that are straightened separately; 1 is reflow."""
+    """With kind=trajectories, number of segments that are straightened separately; 1 is reflow.
+    With kind=distribution_matching, number of the student's steps."""
     num_trajectories: int = 16_384
     """Trajectories that are sampled and stored for training. train.validation_images more are
     sampled for validation."""
@@ -38,6 +42,9 @@ class Distill(Section):
     finite_difference: float = 0.05
     """With kind=mean_flow, fraction of a step that the teacher computes; 0: the derivative, by
     forward-mode differentiation."""
+    fake_lr_multiplier: float = 5.0
+    """With kind=distribution_matching, learning rate of the fake score as a multiple of
+    optimizer.learning_rate."""
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""
@@ -62,18 +69,37 @@ class Distill(Section):
             f"{self.segments}: change one of them.",
         )
         require(
-            self.kind == "trajectories" or (self.segments == 1 and not self.trajectory_dir),
-            "distill.segments and distill.trajectory_dir are for distill.kind=trajectories, not "
-            f"for {self.kind}: do not set them.",
+            self.kind == "trajectories" or not self.trajectory_dir,
+            "distill.trajectory_dir is for distill.kind=trajectories, not for "
+            f"{self.kind}: do not set it.",
+        )
+        require(
+            self.kind in ("trajectories", "distribution_matching") or self.segments == 1,
+            "distill.segments is for distill.kind=trajectories and distribution_matching, not for "
+            f"{self.kind}: do not set it.",
+        )
+        require(
+            self.fake_lr_multiplier > 0,
+            f"distill.fake_lr_multiplier={self.fake_lr_multiplier} must be positive.",
         )
 
     @property
     def has_guided_targets(self) -> bool:
         """Whether every training step computes targets with guidance."""
-        return self.kind in ("guidance", "mean_flow")
+        return self.kind in ("guidance", "mean_flow", "distribution_matching")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher predicts in every training step."""
+        """Whether every training step needs a teacher besides the weights of the run."""
         uses_images = (self.kind, self.guidance_target) == ("guidance", "image")
-        return self.has_guided_targets and not uses_images
+        return self.has_guided_targets and not uses_images and not self.has_fake_score
+
+    @property
+    def has_fake_score(self) -> bool:
+        """Whether a second LoRA learns the student's images; the teacher is the base of both."""
+        return self.kind == "distribution_matching"
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether training reads images, and not only captions."""
+        return self.kind not in ("trajectories", "distribution_matching")

@@ -211,12 +211,13 @@ class Config(Section):
                 f"distill.kind={kind} has its own pairs and times: leave flow.coupling=independent "
                 "and flow.timestep_weighting=none.",
             )
-        if kind == "trajectories":
+        if not self.distill.reads_images:
             require(
                 not self.data.extra_resolutions and not self.data.bucket_step,
-                "distill.kind=trajectories supports only squares of data.resolution: do not set "
+                f"distill.kind={kind} supports only squares of data.resolution: do not set "
                 "data.extra_resolutions and data.bucket_step.",
             )
+        if kind == "trajectories":
             return
         teacher_sample = self.distill.sample
         require(
@@ -226,6 +227,20 @@ class Config(Section):
         )
         if kind == "mean_flow":
             self._check_mean_flow()
+        if kind == "distribution_matching":
+            self._check_distribution_matching()
+
+    def _check_distribution_matching(self):
+        require(
+            self.lora.rank > 0,
+            "distill.kind=distribution_matching trains a LoRA beside the weights of init, its "
+            "teacher: set lora.rank, such as 64.",
+        )
+        require(
+            not self.distill.teacher,
+            f"distill.teacher={self.distill.teacher} is not used: with "
+            "distill.kind=distribution_matching the teacher is init.",
+        )
 
     def _check_mean_flow(self):
         require(

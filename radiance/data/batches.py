@@ -169,6 +169,26 @@ class Batches:
             )
 
 
+class CaptionBatches(Batches):
+    """Batches of captions alone: those of `Batches`, whose images are not decoded."""
+
+    def __getitem__(self, step: int) -> Batch:
+        spec = self.sampler[step]
+        indices = spec.image_indices[list(self.rows)]
+        return {
+            "weight": np.where(indices == NO_IMAGE, 0, self.source.loss_weights[indices]),
+            **self._encode_step(step, spec),
+            "skipped": np.int32(0),
+        }
+
+    def start(self, step: int) -> grain.DatasetIterator[Batch]:
+        """Return an iterator of the batches from `step` on, which reads ahead; close it."""
+        steps = grain.MapDataset.range(step, self.num_steps)
+        return grain.experimental.ThreadPrefetchIterDataset(
+            steps.map(self.__getitem__).to_iter_dataset(), prefetch_buffer_size=PREFETCH_BATCHES
+        ).__iter__()
+
+
 class _StepSource:
     """The images of a range of steps, in the form that grain reads."""
 

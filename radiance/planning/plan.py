@@ -283,9 +283,12 @@ def _count_model_flops(run: config.Config, sampling: bool) -> float:
         num_tokens = (resolution // run.model.patch) ** 2
         num_evaluations = run.sample.batch_size * count_evaluations(run.sample, num_tokens)
         return num_evaluations * forward_flops(run.model, resolution, resolution, text_tokens)
-    image_flops = training_flops(
-        run.model, resolution, resolution, text_tokens, frozen_base=run.lora.rank > 0
-    )
+    shape = (resolution, resolution, text_tokens)
+    image_flops = training_flops(run.model, *shape, frozen_base=run.lora.rank > 0)
+    if run.distill.has_fake_score:
+        # Both LoRAs are trained; besides, the student samples and both scores are evaluated.
+        num_evaluations = run.distill.segments + 2 + (run.distill.sample.guidance_scale != 1)
+        image_flops = 2 * image_flops + num_evaluations * forward_flops(run.model, *shape)
     return run.data.batch_size * image_flops
 
 

@@ -22,7 +22,8 @@ from radiance.flow.sampler import TextCondition, compute_modulations, generate_i
 from radiance.model.paths import count_inputs, is_always_float32, is_block_matrix
 from radiance.model.quantized import Q8_0_BLOCK, QuantizedKernel
 from radiance.model.transformer import Params, make_abstract_params
-from radiance.training.step import init_state, make_train_step
+from radiance.training.seeds import make_seeds_step
+from radiance.training.step import init_state
 from radiance.training.trajectories import POINTS_DTYPE
 from radiance.weights.checkpoint import output_sharding
 
@@ -48,16 +49,17 @@ def prepare_training(run: config.Config, mesh: jax.sharding.Mesh) -> PlannedProg
     teacher, teacher_params = _abstract_teacher(run, base_params, mesh)
     batch = _abstract_batch(run, mesh)
     step = jax.jit(
-        make_train_step(run),
+        make_seeds_step(run, 1),
         in_shardings=(state_shardings, None, None, None, None),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
     )
+    fake_score = state.fake_score
     return PlannedProgram(
         partial(step.lower, state, batch, base_params, None, teacher),
-        (state.params, base_params, teacher_params),
+        (state.params, base_params, teacher_params, fake_score and fake_score.params),
         state.ema,
-        state.optimizer_state,
+        (state.optimizer_state, fake_score and fake_score.optimizer_state),
         batch,
     )
 
@@ -125,7 +127,7 @@ def count_bytes_on_device(tree: Any) -> int:
 
 
 def _abstract_batch(run: config.Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return a training batch: images, or trajectories if the run learns from them."""
+    """Return a training batch: images, trajectories or captions, whichever the run reads."""
     batch_size, resolution = run.data.batch_size, planned_resolution(run, sampling=False)
     image_shape = (resolution, resolution, run.model.channels)
     text_shape = (run.text.max_length, run.model.text_dim)
@@ -138,6 +140,8 @@ def _abstract_batch(run: config.Config, mesh: jax.sharding.Mesh) -> dict[str, ja
     if run.distill.kind == "trajectories":
         specs["image"] = ((batch_size, run.distill.segments, *image_shape), POINTS_DTYPE)
         specs["seed"] = ((batch_size,), "uint32")
+    if run.distill.has_fake_score:
+        del specs["image"]
     sharding = NamedSharding(mesh, BATCH_SPEC)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -101,6 +101,8 @@ class LogCallback(Callback):
                 "captions_cut": feed.num_cut_captions[index],
                 "images_skipped": feed.num_skipped_images[index],
             }
+            if "fake_loss" in seed_metrics:
+                row["fake_loss"] = float(seed_metrics["fake_loss"])
             writer.write_metrics(trainer.step, row | throughput)
             rows.append(row)
         feed.reset_counts()

@@ -122,6 +122,7 @@ class CheckpointReader:
             params=items["params"],
             ema=items.get("ema", {}),
             optimizer_state=items["optimizer"],
+            fake_score=items.get("fake_score"),
             **items["progress"],
         )
 
@@ -165,17 +166,19 @@ class CheckpointReader:
 
 
 def split_state(state: TrainState) -> dict:
-    """Return the items of a checkpoint. Orbax cannot write an empty one, so `ema` may be absent."""
+    """Return the items of a checkpoint. Orbax cannot write an empty one, so some may be absent."""
     progress = {
         "step": state.step,
         "skipped_steps": state.skipped_steps,
         "consecutive_skipped_steps": state.consecutive_skipped_steps,
     }
     averages = {"ema": state.ema} if state.ema else {}
+    fake_score = {"fake_score": state.fake_score} if state.fake_score else {}
     return {
         "params": state.params,
         **averages,
         "optimizer": state.optimizer_state,
+        **fake_score,
         "progress": progress,
     }
 

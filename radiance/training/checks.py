@@ -58,7 +58,7 @@ def check_run(run: config.Config, mesh: jax.sharding.Mesh):
         )
     if run.mesh.uneven == "error":
         check_divisible(make_abstract_params(run.model), mesh)
-    if run.model.channels != 3 and run.distill.kind != "trajectories":
+    if run.model.channels != 3 and run.distill.reads_images:
         raise config.ConfigError(
             f"model.channels={run.model.channels}, but {run.data.source} has images of 3 channels: "
             "train a pixel model."

@@ -26,6 +26,7 @@ class BatchFeed:
 
     def __init__(self, inputs: RunInputs, first_step: int):
         self._mesh, self._batch_size = inputs.mesh, inputs.run.data.batch_size
+        self._resolution = inputs.run.data.resolution  # of batches without images
         # Batches since the last row of metrics are read again for their counts.
         last_row_step = first_step - first_step % inputs.run.train.log_every
         self._num_done = min(first_step, inputs.run.train.steps - 1) - last_row_step
@@ -56,7 +57,10 @@ class BatchFeed:
         for seed, batch in enumerate(batches):
             self.num_cut_captions[seed] += int(batch.pop("cut"))
             self.num_skipped_images[seed] += int(batch.pop("skipped"))
-        self.shapes.append((*batches[0]["image"].shape[-3:-1], batches[0]["text"].shape[1]))
+        height, width = (
+            batches[0]["image"].shape[-3:-1] if "image" in batches[0] else 2 * (self._resolution,)
+        )
+        self.shapes.append((height, width, batches[0]["text"].shape[1]))
         return batches
 
     def close(self):

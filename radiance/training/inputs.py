@@ -11,7 +11,7 @@ import numpy as np
 from radiance import config
 from radiance.base.files import require_space
 from radiance.base.trees import count_bytes
-from radiance.data.batches import Batch, Batches, make_validation_batches
+from radiance.data.batches import Batch, Batches, CaptionBatches, make_validation_batches
 from radiance.data.datasets import describe_source, open_splits
 from radiance.data.source import Source
 from radiance.distributed.sharding import host_rows, make_mesh, make_shardings
@@ -222,6 +222,8 @@ def _make_batches(
     settings = (run.data, encoder, run.train.seed, run.train.steps, run.model.masking, rows)
     if run.distill.kind == "trajectories":
         return TrajectoryBatches(trajectories.open_trajectories(run)["train"], *settings)
+    if not run.distill.reads_images:
+        return CaptionBatches(sources["train"], *settings)
     return Batches(sources["train"], *settings)
 
 
@@ -237,7 +239,7 @@ def _make_validation_batches(
             masking,
             run.data.batch_size,
         )
-    if "validation" not in sources:
+    if "validation" not in sources or not run.distill.reads_images:
         return []
     return make_validation_batches(
         sources["validation"], run.data, encoder, run.train.validation_images, masking

@@ -124,7 +124,8 @@ def _check_initial_loss(trainer: Trainer) -> str:
     """Write the loss of the weights of `init`, and return a diagnosis of it."""
     inputs, run = trainer.inputs, trainer.run
     if not inputs.has_validation:
-        return "step 0: no image is held out, so the loss of the weights cannot be checked."
+        reason = "no image is held out" if run.distill.reads_images else "no image is read"
+        return f"step 0: {reason}, so the loss of the weights cannot be checked."
     with report_compilation("the validation loss", report=trainer.progress.print_line):
         losses = trainer.write_validation_losses()
 

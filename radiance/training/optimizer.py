@@ -1,5 +1,6 @@
 """The optimizer: clipping, Adam or Muon, weight decay and the learning-rate schedule."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -52,6 +53,13 @@ def make_optimizer(optimizer: config.Optimizer, steps: int) -> optax.GradientTra
         *([scale_by_path(optimizer.lr_multiplier_by_path)] if optimizer.lr_multipliers else []),
         optax.scale_by_learning_rate(make_lr_schedule(optimizer, steps)),
     )
+
+
+def make_fake_optimizer(run: config.Config) -> optax.GradientTransformation:
+    """Make the optimizer of the fake score: that of the run, at its own learning rate."""
+    learning_rate = run.optimizer.learning_rate * run.distill.fake_lr_multiplier
+    settings = replace(run.optimizer, learning_rate=learning_rate)
+    return make_optimizer(settings, run.train.steps)
 
 
 def reset_moments(state: Any, initial_state: Any, should_reset: Bool[Array, ""]) -> Any:

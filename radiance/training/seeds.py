@@ -15,6 +15,7 @@ from radiance.base.errors import ConfigError
 from radiance.data.batches import Batch
 from radiance.distributed.sharding import BATCH_AXES, put_batch
 from radiance.model.transformer import Params
+from radiance.training.matching import make_matching_step
 from radiance.training.step import DeviceBatch, TrainState, init_state, make_train_step
 
 # Seeds are on the first axis of everything that differs between them. All share one step.
@@ -77,7 +78,7 @@ def make_seeds_step(run: config.Config, num_seeds: int) -> Callable[..., Any]:
 
     Its arguments are those of `make_train_step`; `seed` is None for one, else an array of seeds.
     """
-    step = make_train_step(run)
+    step = make_matching_step(run) if run.distill.has_fake_score else make_train_step(run)
     if num_seeds == 1:
         return step
     map_seeds = jax.vmap(step, in_axes=(SEED_AXES, 0, None, 0, None), out_axes=(SEED_AXES, 0))

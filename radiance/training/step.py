@@ -23,7 +23,7 @@ from radiance.training.block_rotation import (
 from radiance.training.ema import update_averages
 from radiance.training.gradients import cast_to_float32, differentiate_losses
 from radiance.training.lora import attach_adapters, init_adapters
-from radiance.training.optimizer import make_optimizer, reset_moments
+from radiance.training.optimizer import make_fake_optimizer, make_optimizer, reset_moments
 from radiance.training.parameter_groups import merge_params, split_frozen
 from radiance.training.stochastic_rounding import cast_params, stochastic_round
 
@@ -39,6 +39,15 @@ VALIDATION_BINS = 10
 
 @jax.tree_util.register_dataclass
 @dataclass
+class FakeScore:
+    """The network that learns the student's images in distribution matching."""
+
+    params: Params  # adapters beside the same base as the student's
+    optimizer_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass
 class TrainState:
     """Everything that a checkpoint stores; randomness and data follow from (seed, step)."""
 
@@ -48,6 +57,7 @@ class TrainState:
     optimizer_state: Any
     skipped_steps: Int32[Array, ""]  # steps without an update, since the start of the run
     consecutive_skipped_steps: Int32[Array, ""]
+    fake_score: FakeScore | None = None  # of distill.kind=distribution_matching
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ def init_state(
         params: Initial weights; random ones if None. A LoRA run always starts from random adapters.
         key: Random key of the initial weights; that of `train.seed` if None.
     """
+    key = jax.random.key(run.train.seed) if key is None else key
     if params is None:
-        key = jax.random.key(run.train.seed) if key is None else key
         params = (
             init_adapters(run.model, run.lora, key)
             if run.lora.rank
@@ -85,7 +95,15 @@ def init_state(
     optimizer_state = make_optimizer(run.optimizer, run.train.steps).init(
         select_blocks(trainable, active_blocks(run, 0))
     )
-    return TrainState(zero, params, ema, optimizer_state, zero, zero)
+    fake_score = _init_fake_score(run, key) if run.distill.has_fake_score else None
+    return TrainState(zero, params, ema, optimizer_state, zero, zero, fake_score)
+
+
+def _init_fake_score(run: config.Config, key: PRNGKeyArray) -> FakeScore:
+    """Return a fake score that equals the base."""
+    adapters = init_adapters(run.model, run.lora, jax.random.fold_in(key, 1))
+    params = cast_params(adapters, run.optimizer.weights_dtype)
+    return FakeScore(params, make_fake_optimizer(run).init(params))
 
 
 def make_train_step(run: config.Config) -> Callable[..., tuple[TrainState, Metrics]]:
