@@ -283,9 +283,9 @@ def test_validation_covers_all_segments_and_times(monkeypatch):
         ),
         (
             "distill.kind=guidance distill.segments=2",
-            "are for distill.kind=trajectories, not for guidance",
+            "segments is for distill.kind=trajectories and distribution_matching, not for guidance",
         ),
-        ("distill.trajectory_dir=somewhere", "are for distill.kind=trajectories, not for none"),
+        ("distill.trajectory_dir=somewhere", "is for distill.kind=trajectories, not for none"),
         (
             "distill.teacher=somewhere",
             "teacher=somewhere is set but distill.kind=none: set distill.kind",
