@@ -9,10 +9,12 @@
 FILE: published weights. FOLDER: captions (trajectories use no images). DIR: the teacher's
 trajectories, generated first, resumable, shared by variants; 65,536 in four segments take 412 GB
 at 512 pixels. Only blocks are trained (mean_flow also trains the approximator and both ends), so
-that the difference fits into a LoRA; tdm trains a LoRA. `few_steps.py:toy`, `:shapes` and `:three` are toys that take
-minutes on a CPU core. On up to three shapes, reflow students keep the teacher's F1 and 92 % of its
-fully correct images in 4 steps. experiments/results/few_steps.md has all variants, commands and
-tables. Not run at full size; the learning rate is a guess.
+that the difference fits into a LoRA. `few_steps.py:tdm` trains a LoRA without trajectories: export
+it with `radiance convert runs/few_steps flash.safetensors --to peft`, and sample with
+schedule=shifted. `few_steps.py:toy`, `:shapes` and `:three` are toys that take minutes on a CPU
+core. On up to three shapes, reflow students keep the teacher's F1 and 92 % of its fully correct
+images in 4 steps. experiments/results/few_steps.md has all variants, commands and tables. Not run
+at full size; the learning rate is a guess.
 """
 
 import sys

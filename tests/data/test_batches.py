@@ -11,6 +11,7 @@ from radiance import config
 from radiance.base.errors import DataError
 from radiance.data.batches import (
     Batches,
+    CaptionBatches,
     encode_captions,
     make_validation_batches,
     padded_text_length,
@@ -205,6 +206,24 @@ def test_all_hosts_cut_text_to_what_the_global_batch_shows(masking):
             assert local_batch["text"].shape == (1, text_length, 8)
         text_lengths.add(text_length)
     assert (len(text_lengths) > 1) == (masking != "off")
+
+
+def test_batches_of_captions_are_those_of_images_and_decode_none():
+    data = config.Data(resolution=4, batch_size=4, caption_dropout=0.3)
+    settings = (data, HashEncoder(8, 16), 3, 4, "one_pad", [1, 2])
+    weights = np.linspace(0.5, 2, 10).astype(np.float32)
+    sources = IndexSource(10), BrokenSource(10)
+    for source in sources:
+        source.loss_weights = weights
+    expected = [Batches(sources[0], *settings)[step] for step in range(4)]
+    batches = CaptionBatches(sources[1], *settings)
+    iterator = batches.start(1)
+    result = [batches[0], *(next(iterator) for _ in range(3))]
+    iterator.close()
+    for batch, complete in zip(result, expected, strict=True):
+        del complete["image"]
+        assert batch.keys() == complete.keys()
+        assert all(np.array_equal(batch[name], complete[name]) for name in batch)
 
 
 def test_there_are_few_text_lengths_to_compile():

@@ -113,6 +113,7 @@ def test_states_are_mixed_with_noise_within_their_segment():
     np.testing.assert_array_equal(result["begin"], begin)
     later, earlier = times[segment], np.maximum(times[segment + 1], 0.025)
     position = (time - earlier) / (later - earlier)
+    assert position.min() >= -1e-6
     assert np.abs(np.sort(position) - (np.arange(400) + 0.5) / 400).max() < 0.09
     # Euler's step from `begin` is a straight line, whose end at time 0 is the student's image.
     velocity = (begin - end) / wide(times[segment] - times[segment + 1])
