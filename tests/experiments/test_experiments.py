@@ -18,7 +18,8 @@ from radiance.flow.distillation import Teacher
 from radiance.flow.sampler import TextCondition
 from radiance.model.transformer import make_abstract_params
 from radiance.text.factory import make_encoder
-from radiance.training.step import init_state, make_train_step
+from radiance.training.seeds import make_seeds_step
+from radiance.training.step import init_state
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 TOYS = ("toy", "rehearsal")  # variants for a CPU
@@ -125,14 +126,14 @@ def test_train_step(name):
     )
     if name not in COMPILED:
         jax.eval_shape(
-            make_train_step(run), jax.eval_shape(lambda: init_state(run)), batch, *others
+            make_seeds_step(run, 1), jax.eval_shape(lambda: init_state(run)), batch, *others
         )
         return
 
     @jax.jit
     def first(params, batch, *others):
         state = init_state(run, params)
-        after, metrics = make_train_step(run)(state, batch, *others)
+        after, metrics = make_seeds_step(run, 1)(state, batch, *others)
         return metrics, jnp.stack(
             [
                 (x != y).any()

@@ -141,9 +141,6 @@ def test_a_plan_has_one_base_and_two_loras():
     assert "image" not in program.batch
     result = make_plan(run, "cpu")
     assert result.parameters == 4 * (base + 2 * count(state.params))
-    # The base is an input of the program once.
-    resident = result.parameters + result.ema + result.optimizer + result.batch
-    assert result.peak - result.temporaries < resident + base
 
 
 def test_a_step_that_is_not_finite_changes_neither_network():
