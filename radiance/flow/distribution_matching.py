@@ -7,7 +7,8 @@ score is the base with another LoRA. Each training step does this:
 
 1. The student's K Euler steps x(t₀) = noise, …, x(t_K) are sampled without a gradient.
 2. The fake score learns the flow of the student's images. A segment m of the trajectory is chosen
-   for each row, and its end is mixed with fresh noise ξ to a time τ between tₘ₊₁ and tₘ:
+   for each row, and its end is mixed with fresh noise ξ to a time τ between tₘ₊₁ and tₘ, or 1
+   (`distill.noise_limit`):
 
        x_τ = c·x(tₘ₊₁) + √(τ² − c²·tₘ₊₁²)·ξ,   c = (1 − τ) / (1 − tₘ₊₁)
 
@@ -79,7 +80,7 @@ def sample_student_trajectory(
 
 
 def renoise_trajectories(run: config.Config, batch: Batch, key: PRNGKeyArray) -> Batch:
-    """Choose a segment and a time τ in it for each row, and mix the segment's end with noise.
+    """Choose a segment and a time τ for each row, and mix the segment's end with noise up to τ.
 
     Args:
         run: The run's settings.
@@ -97,9 +98,9 @@ def renoise_trajectories(run: config.Config, batch: Batch, key: PRNGKeyArray) ->
     boundary_times = jnp.asarray(compute_segment_times(run, count_tokens(run)))
     segments = select_segments(trajectory, boundary_times, segment_index)
     least_time = jnp.maximum(segments.end_time, MIN_TIME)
-    time = least_time + (segments.begin_time - least_time) * jax.random.uniform(
-        time_key, least_time.shape
-    )
+    latest_time = segments.begin_time if run.distill.noise_limit == "segment" else boundary_times[0]
+    position = jax.random.uniform(time_key, least_time.shape)
+    time = least_time + (latest_time - least_time) * position
     fresh_noise = run.flow.noise_scale * jax.random.normal(noise_key, segments.end.shape)
     noisy = add_noise(segments.end, segments.end_time, fresh_noise, time)
     image, _ = segments.extend()

@@ -98,8 +98,9 @@ def test_noise_moves_a_state_to_the_distribution_of_a_later_time(noise_scale):
     np.testing.assert_allclose(add(image, old, new), sum(weights), atol=1e-5)
 
 
-def test_states_are_mixed_with_noise_within_their_segment():
-    run = matching("data.batch_size=400")
+@pytest.mark.parametrize("limit", ["segment", "trajectory"])
+def test_states_are_mixed_with_noise_up_to_a_limit(limit):
+    run = matching("data.batch_size=400", f"distill.noise_limit={limit}")
     trajectory = np.random.default_rng(2).normal(size=(400, 4, 2, 2, 3)).astype(np.float32)
     captions = {"lengths": jnp.arange(400), "dropped": jnp.zeros(400, bool)}
     batch = captions | {"trajectory": jnp.asarray(trajectory)}
@@ -112,7 +113,7 @@ def test_states_are_mixed_with_noise_within_their_segment():
     begin, end = trajectory[rows, segment], trajectory[rows, segment + 1]
     np.testing.assert_array_equal(result["begin"], begin)
     later, earlier = times[segment], np.maximum(times[segment + 1], 0.025)
-    position = (time - earlier) / (later - earlier)
+    position = (time - earlier) / ((later if limit == "segment" else 1) - earlier)
     assert position.min() >= -1e-6
     assert np.abs(np.sort(position) - (np.arange(400) + 0.5) / 400).max() < 0.09
     # Euler's step from `begin` is a straight line, whose end at time 0 is the student's image.
