@@ -45,10 +45,9 @@ class Distill(Section):
     fake_lr_multiplier: float = 5.0
     """With kind=distribution_matching, learning rate of the fake score as a multiple of
     optimizer.learning_rate."""
-    noise_limit: Literal["segment", "trajectory"] = "segment"
+    noise_limit: Literal["segment", "trajectory"] = "trajectory"
     """With kind=distribution_matching, time up to which the end of a segment is mixed with noise:
-    the start of the segment, so that the times of segments do not overlap, or that of the
-    trajectory."""
+    the start of the segment, as in the paper, or that of the trajectory."""
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""

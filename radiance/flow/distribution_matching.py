@@ -7,7 +7,7 @@ score is the base with another LoRA. Each training step does this:
 
 1. The student's K Euler steps x(t₀) = noise, …, x(t_K) are sampled without a gradient.
 2. The fake score learns the flow of the student's images. A segment m of the trajectory is chosen
-   for each row, and its end is mixed with fresh noise ξ to a time τ between tₘ₊₁ and tₘ, or 1
+   for each row, and its end is mixed with fresh noise ξ to a time τ between tₘ₊₁ and 1, or tₘ
    (`distill.noise_limit`):
 
        x_τ = c·x(tₘ₊₁) + √(τ² − c²·tₘ₊₁²)·ξ,   c = (1 − τ) / (1 − tₘ₊₁)

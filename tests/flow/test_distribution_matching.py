@@ -167,7 +167,9 @@ def test_losses_and_gradients_follow_their_formula():
 def test_a_linear_student_reaches_the_gaussian_of_its_teacher():
     """With the exact fake score, the student's last state has the teacher's mean and deviation."""
     segments = 2
-    run = matching("distill.sample.guidance_scale=1", segments=segments)
+    run = matching(
+        "distill.sample.guidance_scale=1", "distill.noise_limit=segment", segments=segments
+    )
     times = boundary_times(segments)[:-1]
 
     def student_of(params):
