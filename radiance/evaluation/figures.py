@@ -120,7 +120,7 @@ def plot_intervals(
         line.set_gid(f"interval{row}")
         axes.plot([interval.mean], [row], "o", color=color, markersize=5)
     _label_ticks(axes.yaxis, range(len(intervals)), [*intervals], color=GRAY, fontsize=8)
-    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.set_ylim(max(len(intervals), 1) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(x_label, color=GRAY, fontsize=8)
     return figure

@@ -76,6 +76,12 @@ def test_intervals_are_drawn_by_name_over_the_margin():
     assert axes.lines[1].get_color() != axes.lines[3].get_color()
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_intervals_make_an_empty_chart():
+    (axes,) = plot_intervals("suite", "%", {}, margin=0.4).axes
+    assert axes.get_ylim() == (0.5, -0.5)
+
+
 def test_an_image_grid_labels_rows_and_columns():
     images = [Image.new("RGB", (4, 4)), np.zeros((4, 4, 3), np.float32)] * 2
     (axes,) = plot_image_grid(images, ["a", "b"], ["x", "y"], "title").axes
