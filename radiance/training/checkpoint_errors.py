@@ -92,14 +92,16 @@ def _is_damage(error: BaseException) -> bool:
 def _silence_orbax():
     """Suppress the lines that Orbax prints for every save, and thousands of them for a failure."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    # After an error, reads in progress fail where nobody waits for them, or end in an event loop
-    # that is closed already.
+    # After an error, reads in progress fail where nobody waits for them, are collected before they
+    # end, or end in an event loop that is closed already.
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     warnings.filterwarnings("ignore", r"coroutine '[\w.]+' was never awaited", RuntimeWarning)
     report_unraisable = sys.unraisablehook
 
     def report_others(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        is_read = code is not None and "orbax" in code.co_filename
+        if not is_read and str(unraisable.exc_value) != "Event loop is closed":
             report_unraisable(unraisable)
 
     sys.unraisablehook = report_others

@@ -99,6 +99,42 @@ def test_damage_prints_one_line_and_no_trace_of_orbax(trained, tmp_path):
         assert noise not in text
 
 
+COLLECTED_READ = """
+import sys
+import types
+import radiance.training.checkpoint_errors
+
+source = '''
+async def read():
+    try:
+        await wait()
+    finally:
+        raise ValueError("damaged")
+'''
+@types.coroutine
+def wait():
+    yield
+
+scope = {"wait": wait}
+exec(compile(source, sys.argv[1], "exec"), scope)
+read = scope["read"]()
+read.send(None)
+del read
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "is_reported"), [("/packages/orbax/reading.py", False), ("/packages/others.py", True)]
+)
+def test_collected_reads_of_orbax_are_not_reported(path, is_reported):
+    """Pytest replaces the hook for errors that cannot be raised, so this is a process."""
+    process = subprocess.run(
+        [sys.executable, "-c", COLLECTED_READ, path], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert ("ValueError: damaged" in process.stderr) == is_reported
+
+
 def test_forgotten_reads_of_orbax_are_not_reported(caplog):
     async def forget(path):
         # The name of the file that defines a coroutine is part of asyncio's report.

@@ -3,6 +3,7 @@
 RADIANCE_KILLS is the number of kills, and RADIANCE_KILLS_SEED the seed of their moments.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -77,13 +78,17 @@ def uninterrupted(tmp_path_factory, data_directory, forks):
 
 
 def sample_moments(rng: np.random.Generator):
-    """Yield in turn: moments during a checkpoint, during a snapshot, and at any time."""
+    """Yield in turn: moments during a checkpoint, during a snapshot, and at any time.
+
+    The first are at a write itself, so that files remain that are only partially written. After a
+    delay, a save may have ended.
+    """
     parts = {"checkpoints": 45, "averages": 16, "": 90}  # number of writes of about one save
-    while True:
+    for turn in itertools.count():
         for part, n in parts.items():
-            yield Moment(
-                part, int(rng.integers(1, n)), float(rng.choice([0.0, rng.uniform(0.001, 0.1)]))
-            )
+            write = int(rng.integers(1, n))
+            delay = float(rng.choice([0.0, rng.uniform(0.001, 0.1)]))
+            yield Moment(part, write, delay if turn else 0.0)
 
 
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(
