@@ -56,6 +56,7 @@ def load(
     changes: Sequence[str] = (),
     weight_format: str | None = None,
     dtype: str = "bfloat16",
+    product_dtype: str | None = None,
     mesh: config.Mesh | None = None,
     run: config.Config | None = None,
     **model_overrides: Any,
@@ -76,6 +77,7 @@ def load(
         weight_format: Quantization of the blocks' matrices in memory (`config.WEIGHT_FORMATS`) or
             "none"; the one of the file when None.
         dtype: Type of a file's weights and of the computation.
+        product_dtype: `compute.product_dtype`: "compute" or "float8"; that of the run when None.
         mesh: Mesh of this host's devices, over which the model and the images are sharded; one
             device when None.
         run: Settings in place of those of the run directory, or of those that suit the file.
@@ -92,6 +94,8 @@ def load(
     """
     source = _open_source(model, run, dtype, model_overrides)
     run = _resolve_settings(source.run, weights, preset, changes)
+    if product_dtype is not None:
+        run = config.override(run, [f"compute.product_dtype={product_dtype}"])
     run = replace(run, text=_resolve_text(run.text, text_encoder, tokenizer))
     _check_loadable(run, model, autoencoder)
     decoder = _load_decoder(autoencoder, run, model) if autoencoder else None

@@ -146,6 +146,11 @@ def _add_loading_arguments(parser: argparse.ArgumentParser):
         help="type of a checkpoint file's weights and of the computation (default: bfloat16)",
     )
     parser.add_argument(
+        "--product-dtype",
+        choices=["compute", "float8"],
+        help="factors of products with the blocks' matrices; by default those of the run",
+    )
+    parser.add_argument(
         "--mesh",
         type=parse_mesh,
         help="shard the model and the images over devices, such as fsdp=8 or data=2,fsdp=4",
@@ -256,6 +261,7 @@ def _load_pipeline(options: argparse.Namespace) -> Pipeline:
         changes=options.changes,
         weight_format=options.weight_format,
         dtype=options.dtype,
+        product_dtype=options.product_dtype,
         mesh=options.mesh,
         **get_model_overrides(options),
     )

@@ -17,6 +17,9 @@ class Compute(Section):
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of matrix products and activations; parameters are float32."""
+    product_dtype: Literal["compute", "float8"] = "compute"
+    """Type of the factors of products with the blocks' matrices: that of compute.dtype, or float8.
+    float8 is faster only on devices that multiply it, from NVIDIA's H100 on."""
     attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"
     """Attention backend; auto chooses the fastest of the device. The memory of chunked grows with
     the number of tokens, not with its square."""
@@ -27,6 +30,11 @@ class Compute(Section):
 
     def check(self):
         """Raise ConfigError if a setting cannot work."""
+        require(
+            self.product_dtype == "compute" or self.dtype == "bfloat16",
+            f"compute.product_dtype={self.product_dtype} rounds much more than compute.dtype="
+            f"{self.dtype} keeps: use compute.dtype=bfloat16 with it.",
+        )
         require(
             self.head_chunk_size >= 0,
             f"compute.head_chunk_size={self.head_chunk_size}: give a number of tokens, or 0 for "

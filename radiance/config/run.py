@@ -249,6 +249,12 @@ class Config(Section):
             f"compute.attention={self.compute.attention} may not support: use xla or chunked.",
         )
         require(
+            self.distill.finite_difference > 0 or self.compute.product_dtype == "compute",
+            "distill.finite_difference=0 uses forward-mode differentiation, which "
+            f"compute.product_dtype={self.compute.product_dtype} does not have: set "
+            "distill.finite_difference, or compute.product_dtype=compute.",
+        )
+        require(
             self.model.modulation == "approximator" or self.model.guidance_embed,
             "distill.kind=mean_flow passes the length of a step through the guidance input, which "
             "this network does not have: use model.guidance_embed=true or "

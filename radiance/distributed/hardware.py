@@ -15,6 +15,7 @@ class DeviceSpec(NamedTuple):
         network_bandwidth: Bytes per second, one way, to other devices: of a GPU's own network card.
         float32_flops_per_second: Float32 outside of the matrix units, a multiply-add counted as
             two; 0 where the maker does not publish it.
+        float8_flops_per_second: Dense matrix products in float8; 0 where XLA has none.
     """
 
     flops_per_second: float
@@ -24,6 +25,7 @@ class DeviceSpec(NamedTuple):
     link_domain_size: int = 8
     network_bandwidth: float = 0.0
     float32_flops_per_second: float = 0.0
+    float8_flops_per_second: float = 0.0
 
 
 class SustainedRates(NamedTuple):
@@ -44,9 +46,9 @@ class SustainedRates(NamedTuple):
 # each with half of its numbers.
 DEVICE_SPECS = {
     "NVIDIA A100": DeviceSpec(312e12, 80e9, 2.0e12, 300e9, 8, 25e9, 19.5e12),
-    "NVIDIA H100": DeviceSpec(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, 67e12),
-    "NVIDIA H200": DeviceSpec(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, 67e12),
-    "NVIDIA B200": DeviceSpec(2250e12, 180e9, 8.0e12, 900e9, 8, 50e9, 80e12),
+    "NVIDIA H100": DeviceSpec(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, 67e12, 1979e12),
+    "NVIDIA H200": DeviceSpec(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, 67e12, 1979e12),
+    "NVIDIA B200": DeviceSpec(2250e12, 180e9, 8.0e12, 900e9, 8, 50e9, 80e12, 4500e12),
     "TPU v4": DeviceSpec(275e12, 32e9, 1.2e12, 150e9, 4096),
     "TPU v5 lite": DeviceSpec(197e12, 16e9, 0.82e12, 100e9, 256),  # v5e
     "TPU v5": DeviceSpec(459e12, 95e9, 2.76e12, 300e9, 8960),  # v5p: TPU v5 or TPU v5p

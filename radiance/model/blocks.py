@@ -5,6 +5,7 @@ that heads and MLP channels can each be sharded; `weights/` joins and splits the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from radiance import config
+from radiance.model.float8 import multiply_in_float8
 from radiance.model.rope import apply_rope
+
+PRODUCTS = {"compute": jax.lax.dot_general, "float8": multiply_in_float8}
 
 # Queries, keys and values [b, n, h, k] to the attention's output [b, n, h, k].
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -39,18 +43,27 @@ def add_gated(
     return x + gate[:, None].astype(x.dtype) * update
 
 
+def _make_numerics(compute: config.Compute) -> dict[str, Any]:
+    """Return the arguments of a block's linear layer that say how it multiplies."""
+    return {
+        "dtype": jnp.dtype(compute.dtype),
+        "dot_general": PRODUCTS[compute.product_dtype],
+    }
+
+
 class SelfAttention(nnx.Module):
     """Projections of one stream's attention: queries and keys with RMS norms, values, output."""
 
     def __init__(
-        self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs, proj_bias: bool = True
+        self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs, proj_bias: bool = True
     ):
-        heads = (model.heads, model.head_dim)
-        self.qkv = nnx.LinearGeneral(model.hidden, (3, *heads), dtype=dtype, rngs=rngs)
+        heads, numerics = (model.heads, model.head_dim), _make_numerics(compute)
+        dtype = numerics["dtype"]
+        self.qkv = nnx.LinearGeneral(model.hidden, (3, *heads), **numerics, rngs=rngs)
         self.query_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.key_norm = nnx.RMSNorm(model.head_dim, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.proj = nnx.LinearGeneral(
-            heads, model.hidden, axis=(-2, -1), use_bias=proj_bias, dtype=dtype, rngs=rngs
+            heads, model.hidden, axis=(-2, -1), use_bias=proj_bias, **numerics, rngs=rngs
         )
 
     def project_qkv(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
@@ -62,9 +75,10 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with GELU (tanh form) between them."""
 
-    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.linear_in = nnx.Linear(model.hidden, model.mlp_hidden, dtype=dtype, rngs=rngs)
-        self.linear_out = nnx.Linear(model.mlp_hidden, model.hidden, dtype=dtype, rngs=rngs)
+    def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
+        numerics = _make_numerics(compute)
+        self.linear_in = nnx.Linear(model.hidden, model.mlp_hidden, **numerics, rngs=rngs)
+        self.linear_out = nnx.Linear(model.mlp_hidden, model.hidden, **numerics, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Apply the MLP to each token."""
@@ -74,9 +88,9 @@ class MLP(nnx.Module):
 class Stream(nnx.Module):
     """Weights of one stream, image or text, of a double block."""
 
-    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention = SelfAttention(model, dtype, rngs)
-        self.mlp = MLP(model, dtype, rngs)
+    def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
+        self.attention = SelfAttention(model, compute, rngs)
+        self.mlp = MLP(model, compute, rngs)
 
     def compute_qkv(
         self, x: Float[Array, "b n d"], vectors: Float32[Array, "#b 6 d"]
@@ -98,9 +112,9 @@ class Stream(nnx.Module):
 class DoubleBlock(nnx.Module):
     """MMDiT block (arXiv 2403.03206): separate weights for image and text, joint attention."""
 
-    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.image = Stream(model, dtype, rngs)
-        self.text = Stream(model, dtype, rngs)
+    def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
+        self.image = Stream(model, compute, rngs)
+        self.text = Stream(model, compute, rngs)
 
     def __call__(
         self,
@@ -138,10 +152,10 @@ class TextBlock(Stream):
 class SingleBlock(nnx.Module):
     """A block with attention and MLP in parallel on the joint sequence (arXiv 2302.05442)."""
 
-    def __init__(self, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, compute: config.Compute, rngs: nnx.Rngs):
         # The checkpoints' fused output matrix has one bias; the MLP keeps it.
-        self.attention = SelfAttention(model, dtype, rngs, proj_bias=False)
-        self.mlp = MLP(model, dtype, rngs)
+        self.attention = SelfAttention(model, compute, rngs, proj_bias=False)
+        self.mlp = MLP(model, compute, rngs)
 
     def __call__(
         self,

@@ -54,10 +54,10 @@ class Transformer(nnx.Module):
             self.registers = nnx.Param(
                 0.02 * jax.random.normal(rngs.params(), (model.registers, model.hidden))
             )
-        self.refiner = _stack_blocks(TextBlock, model.text_refiner_blocks, model, dtype, rngs)
+        self.refiner = _stack_blocks(TextBlock, model.text_refiner_blocks, model, compute, rngs)
         self.modulation: Any = make_modulation(model, dtype, rngs)
-        self.double = _stack_blocks(DoubleBlock, model.double_blocks, model, dtype, rngs)
-        self.single = _stack_blocks(SingleBlock, model.single_blocks, model, dtype, rngs)
+        self.double = _stack_blocks(DoubleBlock, model.double_blocks, model, compute, rngs)
+        self.single = _stack_blocks(SingleBlock, model.single_blocks, model, compute, rngs)
         self.head = HEADS[model.head](model, compute, rngs)
 
     @exact_in_float32
@@ -335,12 +335,16 @@ def _make_patch_embed(model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs) -> 
 
 
 def _stack_blocks(
-    block_class: type, num_blocks: int, model: config.Model, dtype: jnp.dtype, rngs: nnx.Rngs
+    block_class: type,
+    num_blocks: int,
+    model: config.Model,
+    compute: config.Compute,
+    rngs: nnx.Rngs,
 ) -> nnx.Module | None:
     """Make blocks as one module whose arrays have a leading axis; None for no blocks."""
     if num_blocks == 0:
         return None
-    return jax.vmap(lambda key: block_class(model, dtype, make_rngs(key)))(
+    return jax.vmap(lambda key: block_class(model, compute, make_rngs(key)))(
         jax.random.split(rngs.params(), num_blocks)
     )
 

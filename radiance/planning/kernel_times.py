@@ -20,6 +20,7 @@ NUM_LISTED = 20
 # Without float32 products, a device computes one as this many products of bfloat16 parts
 # (`Precision.HIGHEST` on TPUs).
 BFLOAT16_PARTS = 6
+FLOAT8_TYPES = ("f8e4m3fn", "f8e5m2")
 
 
 class DeviceRates(NamedTuple):
@@ -29,7 +30,8 @@ class DeviceRates(NamedTuple):
         product_flops_per_second: Matrix products by element type; "" for all other types.
         memory_bandwidth: Bytes per second, read and written.
         elementwise_per_second: Elementwise operations; 0 if unknown, they then take no time.
-        is_measured: Whether products and memory were measured; otherwise all are of data sheets.
+        is_measured: Whether products in bfloat16 and memory were measured; otherwise all are of
+            data sheets. Products in float8 are assumed to reach the same fraction of theirs.
     """
 
     product_flops_per_second: Mapping[str, float]
@@ -88,12 +90,30 @@ def get_device_rates(kind: str) -> DeviceRates:
     sustained = hardware.SUSTAINED_RATES.get(kind)
     flops_per_second, bandwidth = sustained or (spec.flops_per_second, spec.memory_bandwidth)
     float32_rate = spec.float32_flops_per_second or flops_per_second / BFLOAT16_PARTS
+    float8_speedup = get_float8_flops_per_second(spec) / spec.flops_per_second
     return DeviceRates(
-        {"": flops_per_second, "f32": float32_rate},
+        {"": flops_per_second, "f32": float32_rate}
+        | dict.fromkeys(FLOAT8_TYPES, float8_speedup * flops_per_second),
         bandwidth,
         spec.float32_flops_per_second / 2,
         sustained is not None,
     )
+
+
+def get_float8_flops_per_second(spec: hardware.DeviceSpec) -> float:
+    """Return the peak rate of products of float8: that of bfloat16 where a device has none."""
+    return spec.float8_flops_per_second or spec.flops_per_second
+
+
+def count_compute_seconds(cost: ProgramCost, spec: hardware.DeviceSpec) -> float:
+    """Return the time of a program's products at the peak rates of bfloat16 and float8."""
+    float8_flops = sum(
+        kernel.num_runs * kernel.flops
+        for kernel in cost.kernels
+        if kernel.product_type in FLOAT8_TYPES
+    )
+    other_flops = cost.flops - float8_flops
+    return other_flops / spec.flops_per_second + float8_flops / get_float8_flops_per_second(spec)
 
 
 def time_kernels(text: str, cost: ProgramCost, rates: DeviceRates) -> KernelTimes:

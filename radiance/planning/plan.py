@@ -20,6 +20,7 @@ from radiance.planning.hlo_text import DeviceGroups
 from radiance.planning.kernel_times import (
     NUM_LISTED,
     KernelTimes,
+    count_compute_seconds,
     format_kernel_times,
     get_device_rates,
     time_kernels,
@@ -247,7 +248,7 @@ def _read_costs(compiled: jax.stages.Compiled, device_kind: str) -> _CompiledCos
             c.sent_bytes / send_bandwidth(device, c.groups) for c in cost.collectives
         )
         seconds = {
-            "compute": cost.flops / device.flops_per_second,
+            "compute": count_compute_seconds(cost, device),
             "memory": cost.traffic / device.memory_bandwidth,
             "network": network_seconds,
         }
