@@ -83,7 +83,7 @@ def quantize_tensor(x: Float[Array, "..."], dtype: Any) -> Scaled:
     # Less than two to the exponent, so that no scaled value is larger than the type's largest.
     _, exponent = jnp.frexp(magnitude / float(jnp.finfo(dtype).max))
     scale = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, MIN_EXPONENT))
-    # With an infinite scale infinity becomes NaN, which float8_e4m3fn has, unlike infinity.
+    # inf / inf is NaN; without that, a device may convert infinity to the largest float8.
     scale = jnp.where(jnp.isfinite(magnitude), scale, magnitude)
     return (x.astype(jnp.float32) / scale).astype(dtype), scale.astype(x.dtype)
 
