@@ -103,7 +103,7 @@ def test_products_and_gradients_agree_with_numpy(name):
     assert 0.01 < error < 0.1
 
 
-@pytest.mark.parametrize("scale", [0, 1e-44, 1e-30, 1e30, 1e38])
+@pytest.mark.parametrize("scale", [0, 1e-40, 1e-30, 1e30, 1e38])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_extreme_magnitudes_are_finite(scale, dtype):
     x = jnp.asarray(np.sign(sample_normal(1, 8, 8)) * np.float32(scale), dtype)

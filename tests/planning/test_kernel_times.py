@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from radiance.distributed.hardware import DEVICE_SPECS
 from radiance.planning.hlo_cost import count_program_cost
 from radiance.planning.kernel_times import (
     DeviceRates,
+    count_compute_seconds,
     format_kernel_times,
     get_device_rates,
     time_kernels,
@@ -92,6 +94,36 @@ condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
 """  # noqa: E501
 
 
+# A product of float8, with its scales, as XLA for NVIDIA GPUs writes it, and one of bfloat16.
+FLOAT8_PROGRAM = """HloModule m
+
+ENTRY %main (x: f8e5m2[8,16], w: f8e4m3fn[32,16], s: f32[], y: bf16[8,16]) -> bf16[8,32] {
+  %x = f8e5m2[8,16]{1,0} parameter(0)
+  %w = f8e4m3fn[32,16]{1,0} parameter(1)
+  %s = f32[] parameter(2)
+  %y = bf16[8,16]{1,0} parameter(3)
+  %v = bf16[32,16]{1,0} parameter(4)
+  %float8.1 = (bf16[8,32]{1,0}, s8[64]{0}) custom-call(%x, %w, %s, %s), \
+custom_call_target="__cublas$lt$matmul$f8", backend_config={"lhs_contracting_dimensions":["1"]}
+  %bfloat16.1 = (bf16[8,32]{1,0}, s8[64]{0}) custom-call(%y, %v), \
+custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+  ROOT %product = bf16[8,32]{1,0} get-tuple-element(%float8.1), index=0
+}
+"""
+
+
+def test_products_of_float8_have_their_own_rate():
+    rates = DeviceRates({"": 1.0, "f8e5m2": 4.0}, 1e9, 0, is_measured=True)
+    cost, flops = count_program_cost(FLOAT8_PROGRAM), 2 * 8 * 16 * 32
+    seconds = {k.name: k.seconds for k in time_kernels(FLOAT8_PROGRAM, cost, rates).kernels}
+    assert seconds == {"float8": pytest.approx(flops / 4), "bfloat16": pytest.approx(flops)}
+    # Values of one byte, two scales, and the result.
+    assert cost.kernels[0].traffic == 8 * 16 + 32 * 16 + 2 * 4 + 2 * 8 * 32
+    h200, a100 = DEVICE_SPECS["NVIDIA H200"], DEVICE_SPECS["NVIDIA A100"]
+    assert count_compute_seconds(cost, h200) == pytest.approx(flops * (1 / 989e12 + 1 / 1979e12))
+    assert count_compute_seconds(cost, a100) == pytest.approx(2 * flops / 312e12)
+
+
 def test_kernels_take_the_longest_of_their_times_in_every_trip():
     times = time_kernels(PROGRAM, count_program_cost(PROGRAM), RATES)
     product, columns, exponentials = times.kernels
@@ -134,6 +166,9 @@ def test_rates_are_measured_or_of_the_data_sheet():
     h200, v5p = get_device_rates("NVIDIA H200"), get_device_rates("TPU v5")
     assert h200.is_measured
     assert h200.product_flops_per_second[""] == 790e12
+    # Float8 is assumed to reach as much of its data sheet as bfloat16.
+    assert h200.product_flops_per_second["f8e4m3fn"] == pytest.approx(1979e12 * 790 / 989)
+    assert v5p.product_flops_per_second["f8e4m3fn"] == 459e12  # has none
     assert not v5p.is_measured
     assert v5p.product_flops_per_second["f32"] == 459e12 / 6
     assert v5p.elementwise_per_second == 0
