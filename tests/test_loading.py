@@ -375,6 +375,18 @@ def test_options_describe_what_a_file_does_not_contain(files, tmp_path):
     assert "__sequential__" in checkpoint.open_checkpoint(tmp_path / "m.safetensors").shapes
 
 
+def test_products_are_in_float8_by_an_option(files, tmp_path, capsys):
+    """A file has no setting for it."""
+    file, text_encoder = files / "pixels.safetensors", str(files / "t5")
+    loaded = radiance.load(file, text_encoder=text_encoder, product_dtype="float8")
+    assert loaded.run.compute.product_dtype == "float8"
+    assert radiance.load(file, text_encoder=text_encoder).run.compute.product_dtype == "compute"
+    options = ["--product-dtype", "float8", "--dtype", "float32", "--out", tmp_path / "out"]
+    assert "use compute.dtype=bfloat16 with it" in read_error(
+        capsys, "sample", file, "--prompt", "x", "--text-encoder", text_encoder, *options
+    )
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data_directory):
     run = toy_run(
