@@ -104,7 +104,8 @@ def _multiply_forward(
 ) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
     """Return the product, and its factors in float8, which are all that is kept."""
     factors = quantize_tensor(x, FORWARD_DTYPE), quantize_tensor(kernel, FORWARD_DTYPE)
-    return jax.lax.dot_general(*map(dequantize_tensor, factors), axes), factors
+    left, right = map(dequantize_tensor, factors)
+    return jax.lax.dot_general(left, right, axes), factors
 
 
 def _multiply_backward(
