@@ -47,7 +47,15 @@ def format_suite_report(suite: Suite, results: Mapping[str, Result]) -> str:
             _format_conditions(results, base),
         ]
     if sample_metrics := [name for name in base.metrics if "@" in name]:
-        sections += ["## Scores of generated images", _format_means(results, sample_metrics)]
+        sections += [
+            "## Scores of generated images",
+            _format_means(results, sample_metrics),
+            "Differences from the base, paired by seed. These metrics decide nothing, and their "
+            "intervals are not adjusted.",
+            _format_score_differences(
+                results, base, [name for name in sample_metrics if "_chance" not in name]
+            ),
+        ]
     return "\n\n".join(sections + _format_notes(suite, results)) + "\n"
 
 
@@ -217,6 +225,31 @@ def _format_means(results: Mapping[str, Result], names: Sequence[str]) -> str:
         means = [np.mean(list(result.metrics[name].values())) for name in names]
         rows.append([variant, *(f"{mean:.3f}" for mean in means)])
     return format_table(rows, style="github")
+
+
+def _format_score_differences(
+    results: Mapping[str, Result], base: Result, names: Sequence[str]
+) -> str:
+    """Return the table of paired differences of some metrics from the base."""
+    rows = [["variant", *names]]
+    for variant, result in results.items():
+        if variant == base.key.variant:
+            continue
+        row = [variant]
+        for name in names:
+            base_values = base.metrics[name]
+            differences = [result.metrics[name][seed] - base_values[seed] for seed in base_values]
+            row.append(_format_difference(differences))
+        rows.append(row)
+    return format_table(rows, style="github")
+
+
+def _format_difference(differences: Sequence[float]) -> str:
+    """Return the mean of differences with its interval, with signs."""
+    if not np.isfinite(differences).all():
+        return "not finite"
+    interval = student_interval(differences)
+    return f"{interval.mean:+.3f} ({interval.low:+.3f} … {interval.high:+.3f})"
 
 
 def format_percent(interval: Interval) -> str:

@@ -363,6 +363,25 @@ def test_the_report_and_the_figure_show_every_variant():
     assert "nan" not in figure
 
 
+def test_scores_of_images_are_compared_by_seed():
+    """The interval is that of the differences, −0.1 to −0.3, and not that of the scores."""
+    scores = {"base": (0.9, 0.5, 0.1), "near": (0.8, 0.3, -0.2), "blind": (0.1, np.nan, 0.1)}
+    results = {
+        variant: replace(
+            make_result(variant),
+            metrics=make_result(variant).metrics
+            | {"f1@1": dict(enumerate(values)), "f1_chance@1": dict.fromkeys(range(3), 0.0)},
+        )
+        for variant, values in scores.items()
+    }
+    text = re.sub(" +", " ", format_suite_report(make_suite(), results))
+    section = text.split("Differences from the base, paired by seed.")[1]
+    half_width = 4.3027 * 0.1 / 3**0.5  # Student's quantile with two degrees of freedom
+    assert f"| near | -0.200 ({-0.2 - half_width:+.3f} … {-0.2 + half_width:+.3f}) |" in section
+    assert "| blind | not finite |" in section
+    assert "chance" not in section.split("\n\n")[1]
+
+
 def test_a_diverged_variant_does_not_affect_the_others():
     """Holm's correction and the figure leave it out."""
     diverged = make_result("near")
