@@ -90,7 +90,7 @@ def get_device_rates(kind: str) -> DeviceRates:
     sustained = hardware.SUSTAINED_RATES.get(kind)
     flops_per_second, bandwidth = sustained or (spec.flops_per_second, spec.memory_bandwidth)
     float32_rate = spec.float32_flops_per_second or flops_per_second / BFLOAT16_PARTS
-    float8_speedup = get_float8_flops_per_second(spec) / spec.flops_per_second
+    float8_speedup = _get_float8_flops_per_second(spec) / spec.flops_per_second
     return DeviceRates(
         {"": flops_per_second, "f32": float32_rate}
         | dict.fromkeys(FLOAT8_TYPES, float8_speedup * flops_per_second),
@@ -100,7 +100,7 @@ def get_device_rates(kind: str) -> DeviceRates:
     )
 
 
-def get_float8_flops_per_second(spec: hardware.DeviceSpec) -> float:
+def _get_float8_flops_per_second(spec: hardware.DeviceSpec) -> float:
     """Return the peak rate of products of float8: that of bfloat16 where a device has none."""
     return spec.float8_flops_per_second or spec.flops_per_second
 
@@ -113,7 +113,7 @@ def count_compute_seconds(cost: ProgramCost, spec: hardware.DeviceSpec) -> float
         if kernel.product_type in FLOAT8_TYPES
     )
     other_flops = cost.flops - float8_flops
-    return other_flops / spec.flops_per_second + float8_flops / get_float8_flops_per_second(spec)
+    return other_flops / spec.flops_per_second + float8_flops / _get_float8_flops_per_second(spec)
 
 
 def time_kernels(text: str, cost: ProgramCost, rates: DeviceRates) -> KernelTimes:
@@ -201,8 +201,9 @@ def format_kernel_times(times: KernelTimes, rates: DeviceRates, model_flops: flo
     header = (
         f"Kernels: {seconds:.3g} s, of which products {seconds - beyond:.3g} s, others "
         f"{beyond:.3g} s.\n"
-        f"The model's products take {utilization:.0%} of it, at {product_rate / 1e12:.0f} TFLOP/s "
-        f"and {rates.memory_bandwidth / 1e12:.3g} TB/s ({origin})."
+        f"The model's products in bfloat16 alone take {utilization:.0%} of this time, at "
+        f"{product_rate / 1e12:.0f} TFLOP/s and {rates.memory_bandwidth / 1e12:.3g} TB/s "
+        f"({origin})."
     )
     if times.async_seconds:
         header += f"\nCopies beside other kernels, not included: {times.async_seconds:.3g} s."

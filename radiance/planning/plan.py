@@ -359,7 +359,8 @@ def _format_work(plan: Plan) -> list[str]:
         times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.seconds.items())
         lines += [
             "",
-            f"Roofline: {times}. Bottleneck: {plan.bottleneck}; MFU at most {plan.mfu:.0%}.",
+            f"Roofline: {times}. Bottleneck: {plan.bottleneck}; "
+            f"MFU in bfloat16 at most {plan.mfu:.0%}.",
         ]
     return lines
 

@@ -145,7 +145,7 @@ def test_the_table_names_the_share_of_the_products():
     product_seconds = 3 * 2 * 8 * 16 * 32 / 1000
     assert times.seconds == pytest.approx(product_seconds, rel=1e-4)
     text = format_kernel_times(times, fast_memory, model_flops=1000 * product_seconds / 2)
-    assert "take 50% of it" in text
+    assert "take 50% of this time" in text
     assert "model/blocks.py:28" in text
 
 
