@@ -111,10 +111,9 @@ def _update_fake_score(
         base,
         distribution_matching.renoise_trajectories(run, batch, renoise_key),
     )
-    updates, optimizer_state = optimizer.update(
-        gradients, fake_score.optimizer_state, fake_score.params
+    params, optimizer_state = _apply_gradients(
+        optimizer, gradients, fake_score.optimizer_state, fake_score.params
     )
-    params = optax.tree.add(cast_to_float32(fake_score.params), updates)
     params = stochastic_round(weights_key, params, fake_score.params)
     metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
     return FakeScore(params, optimizer_state), metrics
@@ -137,13 +136,22 @@ def _update_student(
         context,
         distribution_matching.renoise_trajectories(run, batch, renoise_key),
     )
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    params = optax.tree.add(cast_to_float32(state.params), updates)
+    params, optimizer_state = _apply_gradients(
+        optimizer, gradients, state.optimizer_state, state.params
+    )
     ema = update_averages(state.ema, params, state.step, ema_key)
     params = stochastic_round(weights_key, params, state.params)
     norms = {part: optax.tree.norm(gradient) for part, gradient in gradients.items()}
     metrics = {"loss": loss, "gradient_norm": optax.tree.norm(norms), "gradient_norms": norms}
     return params, ema, optimizer_state, metrics
+
+
+def _apply_gradients(
+    optimizer: optax.GradientTransformation, gradients: Params, optimizer_state: Any, params: Params
+) -> tuple[Params, Any]:
+    """Return the parameters after an update, in float32, and the optimizer's state."""
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+    return optax.tree.add(cast_to_float32(params), updates), optimizer_state
 
 
 def sample_trajectories(
