@@ -4,7 +4,7 @@
 
 This trains the model, or resumes training, samples every digit into runs/quickstart/digits.png,
 and classifies 200 samples with a classifier of real digits. `radiance train
-experiments/quickstart.py` only trains. Six to ten minutes on 2 CPU cores; the classifier agrees
+experiments/quickstart.py` only trains. Five to ten minutes on 2 CPU cores; the classifier agrees
 with all 200 captions: experiments/results/quickstart.md.
 """
 
